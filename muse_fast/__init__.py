@@ -1,0 +1,29 @@
+"""Pretrain, fine-tune, evaluate and apply MUSE models of nuclei in histopathology.
+
+``from muse_fast import load_backbone, ops`` is the public surface. Both arrive on first use, so that
+``import muse_fast`` alone costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from muse_fast import ops as ops
+    from muse_fast.models.weights import load_backbone as load_backbone
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_backbone", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_backbone":
+        return importlib.import_module("muse_fast.models.weights").load_backbone
+    if name == "ops":
+        return importlib.import_module("muse_fast.ops")
+    raise AttributeError(f"module 'muse_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

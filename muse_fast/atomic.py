@@ -1,0 +1,106 @@
+"""Folders and files that appear whole or not at all.
+
+Each is built under a temporary name beside its place and renamed once complete. A process killed at any moment leaves
+the place untouched. A folder is synced to disk first, so it survives a loss of power too, and the next writer removes
+what a killed one left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from muse_fast.errors import UserError
+
+
+def begin(out: Path) -> Path:
+    """Create the temporary folder in which ``out`` is to be built, and return it.
+
+    Raises:
+        UserError: ``out`` exists already.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it or choose another place")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(out)
+    folder = out.parent / f"{_temporary_prefix(out)}{os.getpid()}"
+    folder.mkdir()
+    return folder
+
+
+def commit(folder: Path, out: Path) -> None:
+    """Give the finished temporary ``folder`` its name; durable against loss of power when this returns."""
+    for path in folder.iterdir():
+        _fsync(path)
+    _fsync(folder)
+    try:
+        folder.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: the finished folder cannot be put there ({error.strerror})") from error
+    _fsync(out.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write a single file to; it becomes ``path`` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as JSON; a reader finds the old file or the new one, never half of it."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary_prefix(out: Path) -> str:
+    return f".tmp-{out.name}-{socket.gethostname()}-"
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed writers of ``out`` left behind on this machine."""
+    for path in out.parent.iterdir():
+        pid = path.name.removeprefix(_temporary_prefix(out))
+        if pid != path.name and pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(path)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():  # a namesake of ours that was killed
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,97 @@
+"""The containers that travel between the data path, the models, the ops and the losses.
+
+Shape legend used across the package:
+
+    B  ROIs per rank          V  views per ROI = G + L      N  nucleus rows
+    G  global views           L  local views                P  pairs of rows
+    D  width of a row         d  bottleneck width (256)     K  prototypes
+
+Ragged data is packed, never a list of tensors. Views are ordered view-major: all ROIs of global 0, all ROIs
+of global 1, ..., then all ROIs of local 0, and so on. Image ``v * B + b`` is view ``v`` of ROI ``b``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_T = TypeVar("_T", bound="_Movable")
+
+
+class _Movable:
+    """Dataclass of tensors that moves between devices as one."""
+
+    def to(self: _T, device: torch.device | str, non_blocking: bool = False) -> _T:
+        moved = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, _Movable)):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    def pin_memory(self: _T) -> _T:
+        pinned = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, _Movable)):
+                pinned[field.name] = value.pin_memory()
+        return replace(self, **pinned)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedNuclei(_Movable):
+    """Nuclei of many images, one row each. Inside an image rows are sorted by ``index`` and unique."""
+
+    xy: Tensor  # [N, 2] float32, pixels of the image the row belongs to
+    index: Tensor  # [N] int32, identity of the nucleus inside its ROI; survives crop, flip and rescale
+    offsets: Tensor  # [images + 1] int32; rows of image i are offsets[i] : offsets[i + 1]
+
+    @property
+    def num_images(self) -> int:
+        return self.offsets.numel() - 1
+
+    def image_index(self) -> Tensor:
+        """The image of every row, ``[N]`` int64."""
+        counts = (self.offsets[1:] - self.offsets[:-1]).long()
+        images = torch.arange(self.num_images, device=self.offsets.device)
+        return torch.repeat_interleave(images, counts, output_size=self.xy.shape[0])
+
+    def images(self, start: int, stop: int) -> PackedNuclei:
+        """The nuclei of images ``start:stop``, as a pack of their own."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return PackedNuclei(self.xy[first:last], self.index[first:last], self.offsets[start : stop + 1] - first)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs(_Movable):
+    """Rows of the same nucleus of the same ROI in a teacher global view and another student view."""
+
+    teacher: Tensor  # [P] int64, row of the packed nuclei (always a row of a global view)
+    student: Tensor  # [P] int64, row of the packed nuclei
+
+
+@dataclass(frozen=True, slots=True)
+class Views(_Movable):
+    """One batch: the views of B ROIs and the nuclei seen in each."""
+
+    global_images: Tensor  # [G * B, 3, R, R] float32, normalised
+    local_images: Tensor  # [L * B, 3, r, r] float32, normalised; L may be 0
+    nuclei: PackedNuclei  # over (G + L) * B images, globals first
+    mpp: Tensor  # [(G + L) * B] float32, um per pixel of every view
+    roi_ids: Tensor  # [B] int64
+    epochs: Tensor  # [B] int64; with the seed and the ROI id it fixes every random choice
+
+    @property
+    def num_rois(self) -> int:
+        return self.roi_ids.numel()
+
+    @property
+    def num_globals(self) -> int:
+        return self.global_images.shape[0] // self.num_rois
+
+    @property
+    def num_locals(self) -> int:
+        return self.local_images.shape[0] // self.num_rois

@@ -1,0 +1,87 @@
+import random
+import string
+from pathlib import Path
+
+import pytest
+
+from muse_fast.config import known_keys, load_config
+from muse_fast.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_committed_configs_load(path: Path) -> None:
+    load_config(path)
+
+
+def test_command_line_wins_over_file_wins_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim:\n  lr: 0.002\n  batch_size: 32\n")
+    config = load_config(file, ["optim.lr=0.003"])
+    assert (config.optim.lr, config.optim.batch_size, config.optim.clip_grad) == (0.003, 32, 3.0)
+
+
+def one_edit(key: str, rng: random.Random) -> str:
+    """``key`` with one letter dropped, swapped with its neighbour, or added."""
+    letters = [i for i, c in enumerate(key) if c.isalpha()]
+    i = rng.choice(letters)
+    kind = rng.choice(["drop", "swap", "add"])
+    if kind == "drop":
+        return key[:i] + key[i + 1 :]
+    if kind == "swap" and i + 1 < len(key) and key[i + 1].isalpha() and key[i] != key[i + 1]:
+        return key[:i] + key[i + 1] + key[i] + key[i + 2 :]
+    return key[:i] + rng.choice(string.ascii_lowercase) + key[i:]
+
+
+def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
+    rng = random.Random(0)
+    trials = [(key, one_edit(key, rng)) for key in known_keys() for _ in range(3)]
+    trials = [(key, typo) for key, typo in trials if typo not in known_keys()]
+    right = 0
+    for key, typo in trials:
+        with pytest.raises(UserError, match="no setting") as error:
+            load_config(None, [f"{typo}=1"])
+        right += f"did you mean '{key}'?" in str(error.value)
+    assert right >= 0.95 * len(trials)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lr=fast", "optim.lr"),
+        ("optim.steps=1.5", "optim.steps"),
+        ("optim.lr=nan", "optim.min_lr"),
+        ("views.global_size=100", "multiple of 16"),
+        ("views.global_mpp_min=0.9", "global_mpp_max"),
+        ("model.arch=vit_smal", "did you mean vit_small"),
+        ("loss.centering=none", "ema or sinkhorn"),
+        ("optim.warmup_steps=132000", "below optim.steps"),
+        ("loss.student_temp=0", "above 0"),
+        ("optim.lr", "key=value"),
+        ("optim=3", "no setting 'optim'"),
+    ],
+)
+def test_bad_values_are_refused_by_key(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_config(None, [override])
+
+
+def test_typo_in_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim:\n  lrr: 0.002\n")
+    with pytest.raises(UserError, match=r"c\.yaml.*optim\.lrr.*did you mean 'optim\.lr'"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("text", ["optim: [", "- 1\n- 2\n"])
+def test_bad_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load_config(file)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no config file"):
+        load_config(tmp_path / "none.yaml")
