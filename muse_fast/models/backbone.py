@@ -1,0 +1,96 @@
+"""Encoder and decoder as one model: an image feature, and a dense map to read nuclei from."""
+
+from __future__ import annotations
+
+import difflib
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from muse_fast.errors import UserError
+from muse_fast.models import resnet
+from muse_fast.models.decoder import Decoder, TokenDecoder, unify
+from muse_fast.models.resnet import ResNetEncoder
+from muse_fast.models.vit import ViTEncoder
+from muse_fast.ops import sample_nuclei
+
+VIT_DIMS_AND_HEADS = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
+ARCHS = (*VIT_DIMS_AND_HEADS, "resnet50")
+
+
+class Features(NamedTuple):
+    """What a backbone gives for I images."""
+
+    cls: Tensor  # [I, image_dim], the image feature
+    levels: tuple[Tensor, ...]  # four [I, dense_dim / 4, h_l, h_l], stride 4 first; `unify` joins them
+
+
+class Backbone(nn.Module):
+    """MUSE backbone; build it with `build_backbone` or `muse_fast.load_backbone`.
+
+    Images are float ``[I, 3, R, R]``, normalised with the ImageNet mean and standard deviation, R a multiple of 16
+    from 32 to 1024; UserError otherwise. State-dict names are those of the published checkpoints.
+
+    Attributes:
+        arch: one of `ARCHS`.
+        image_dim: width of the image feature (C for a ViT, 2048 for ResNet-50).
+        dense_dim: width D of the unified map and of a nucleus row (C for a ViT, 1024 for ResNet-50).
+    """
+
+    def __init__(self, arch: str, drop_path: float = 0.0, image_size: int = 224) -> None:
+        super().__init__()
+        self.arch = arch
+        self.encoder: nn.Module
+        self.decoder: Decoder
+        if arch in VIT_DIMS_AND_HEADS:
+            dim, heads = VIT_DIMS_AND_HEADS[arch]
+            self.encoder = ViTEncoder(dim, heads, drop_path, image_size)
+            self.decoder = TokenDecoder(dim)
+            self.image_dim = self.dense_dim = dim
+        else:
+            self.encoder = ResNetEncoder(drop_path)
+            self.image_dim, self.dense_dim = resnet.WIDTHS[-1], resnet.WIDTHS[-1] // 2
+            self.decoder = Decoder(resnet.WIDTHS, self.dense_dim // 4)
+
+    def forward(self, images: Tensor) -> Features:
+        cls, maps = self.encoder(images)
+        return Features(cls, self.decoder(maps))
+
+    def cls(self, images: Tensor) -> Tensor:
+        """Image features ``[I, image_dim]``; the decoder does not run."""
+        return self.encoder(images)[0]
+
+    def dense_map(self, images: Tensor) -> Tensor:
+        """The unified map ``[I, D, R/4, R/4]``."""
+        return unify(self(images).levels)
+
+    def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
+        """One feature per nucleus, ``[N, D]``: the unified map, read bilinearly at every point.
+
+        Args:
+            images: ``[I, 3, R, R]``.
+            xy: ``[N, 2]`` float32, pixels of the image, origin at its top-left corner.
+            image_index: ``[N]`` int64, the image of every point.
+        """
+        return sample_nuclei(self(images).levels, xy, image_index, images.shape[-1])
+
+
+def check_arch(arch: str) -> None:
+    """Raise UserError unless ``arch`` is one of `ARCHS`; the message names the nearest."""
+    if arch in ARCHS:
+        return
+    nearest = difflib.get_close_matches(str(arch), ARCHS, n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise UserError(f"unknown arch {arch!r}; expected one of {', '.join(ARCHS)}.{hint}")
+
+
+def build_backbone(arch: str, *, drop_path: float = 0.0, image_size: int = 224) -> Backbone:
+    """A backbone with random weights, drawn from torch's global generator.
+
+    Args:
+        arch: one of `ARCHS`; UserError otherwise.
+        drop_path: stochastic depth of the last layer, from 0 at the first; acts in training mode alone.
+        image_size: side in pixels that a ViT stores its position embedding for (any allowed side runs).
+    """
+    check_arch(arch)
+    return Backbone(arch, drop_path, image_size)

@@ -1,0 +1,85 @@
+"""Reading the checkpoints that the authors of MUSE published.
+
+Their ``.pth`` files hold ``{"teacher": {"module.backbone.<name>": tensor, ...}, ...}``. Strip the prefix and the names
+are ours. Nothing here runs code from a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from muse_fast.errors import UserError
+
+PREFIX = "module.backbone."
+GIT_LFS_POINTER = b"version https://git-lfs"
+log = logging.getLogger(__name__)
+
+
+def read_official(path: Path) -> dict[str, Tensor]:
+    """The teacher's backbone tensors of an official ``.pth``, on the CPU, under our names.
+
+    Tensors of other modules (the pretraining heads) are left out, and the log says which.
+
+    Raises:
+        UserError: the file is a git-LFS pointer, is damaged, asks to run code, or has no such tensors.
+    """
+    teacher = _read_teacher(path)
+    tensors = {name.removeprefix(PREFIX): value for name, value in teacher.items() if name.startswith(PREFIX)}
+    if not tensors:
+        raise UserError(f"{path}: no tensor under 'teacher' starts with {PREFIX!r}; it has {sorted(teacher)[:3]}, ...")
+    ignored = sorted(name for name in teacher if not name.startswith(PREFIX))
+    if ignored:
+        log.info("%s: left out %d tensors outside the backbone: %s", path, len(ignored), ", ".join(ignored))
+    return tensors
+
+
+def official_pos_embed(pos_embed: Tensor) -> Tensor:
+    """The position embedding ``[1, 1 + g * g, C]`` as the authors' evaluation code uses it.
+
+    Their loader means to skip the resize where the size already fits, but compares against the wrong number of
+    patches, so every table is resampled bicubically by (g + 0.1) / g. The shape stays, the values move, and their
+    published results were made with the moved ones.
+    """
+    grid = math.isqrt(pos_embed.shape[1] - 1)
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    patches = patches.transpose(1, 2).unflatten(2, (grid, grid))  # [1, C, g, g]
+    scale = (grid + 0.1) / grid
+    patches = F.interpolate(patches, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _read_teacher(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(len(GIT_LFS_POINTER))
+    if start == GIT_LFS_POINTER:
+        raise UserError(f"{path}: a git-LFS pointer, not the weights; run `git lfs pull` in its repository first.")
+    try:
+        # The authors' training script stored its options as a Namespace, a plain record; nothing else is let in.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path}: damaged, or holds objects that could run code when read, so it was not loaded "
+            f"({_first_line(error)}). Compare its checksum with the publisher's; if you trust it, load it in an "
+            f"isolated place and save its tensors alone, as {{'teacher': state_dict}} or as .safetensors."
+        ) from error
+    teacher = content.get("teacher") if isinstance(content, dict) else None
+    if not isinstance(teacher, dict) or not all(isinstance(value, Tensor) for value in teacher.values()):
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise UserError(
+            f"{path}: expected a dict with a state dict under 'teacher', as the MUSE files have; got {found}"
+        )
+    return teacher
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,159 @@
+"""`load_backbone`: a backbone from a run, a checkpoint, a file, or at random."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from muse_fast.errors import UserError
+from muse_fast.models.backbone import VIT_DIMS_AND_HEADS, Backbone, build_backbone, check_arch
+from muse_fast.models.official import official_pos_embed, read_official
+from muse_fast.models.vit import PATCH
+
+COMPATS = ("exact", "muse_official")
+POS_EMBED = "encoder.encoder.pos_embed"
+log = logging.getLogger(__name__)
+
+
+def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat: str | None = None) -> Backbone:
+    """A backbone in evaluation mode, float32, on the CPU.
+
+    Args:
+        arch: ``vit_tiny``, ``vit_small``, ``vit_base`` or ``resnet50``; None reads it off the weights.
+        weights: a run folder (its newest checkpoint), one checkpoint folder, a ``.safetensors`` file, an official
+            ``.pth`` file, or ``"random:vit_small"``; None or ``"random"`` draws random weights for ``arch`` from
+            torch's global generator.
+        compat: ``"exact"`` uses the stored position embedding; ``"muse_official"`` resamples it at load as the
+            authors' code does. Default: the latter for a ``.pth``, the former for all else.
+
+    Raises:
+        UserError: unknown arch or compat, no such path, a file of another kind or damaged, weights of another arch,
+            tensors missing or left over. The message names them.
+    """
+    if arch is not None:
+        check_arch(arch)
+    if compat not in (None, *COMPATS):
+        raise UserError(f"unknown compat {compat!r}; expected one of {', '.join(COMPATS)}")
+    if weights is None or str(weights).partition(":")[0] == "random":
+        return build_backbone(_random_arch(arch, str(weights or "random"))).eval()
+
+    path = Path(weights)
+    tensors, recorded_arch = _read(path)
+    found_arch = recorded_arch or infer_arch(tensors)
+    if found_arch is None:
+        raise UserError(f"{path}: not the weights of a MUSE backbone; its tensors are {_some(sorted(tensors))}")
+    if arch not in (None, found_arch):
+        raise UserError(
+            f"{path}: holds a {found_arch}, but {arch} was asked for. Ask for {found_arch}, or leave it out."
+        )
+
+    if compat is None:
+        compat = "muse_official" if path.suffix == ".pth" else "exact"
+    if compat == "muse_official" and POS_EMBED in tensors:
+        tensors = {**tensors, POS_EMBED: official_pos_embed(tensors[POS_EMBED])}
+    with torch.device("meta"):  # no memory and no random draws for values that the file replaces
+        backbone = build_backbone(found_arch, image_size=_image_size(tensors))
+    backbone = backbone.to_empty(device="cpu")
+    load_strictly(backbone, tensors, str(path))
+    return backbone.eval()
+
+
+def load_strictly(backbone: Backbone, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Copy ``tensors`` into ``backbone``; every tensor must find its place and every place its tensor.
+
+    Raises:
+        UserError: names missing, left over, or of another shape; the message begins with ``origin`` and lists them.
+    """
+    expected = backbone.state_dict()
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected.keys())
+    reshaped = [
+        f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != expected[name].shape
+    ]
+    groups = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in groups.items() if names]
+    if problems:
+        raise UserError(f"{origin}: does not fit {backbone.arch}. {'; '.join(problems)}")
+    backbone.load_state_dict(dict(tensors))
+
+
+def infer_arch(tensors: Mapping[str, Tensor]) -> str | None:
+    """The arch that names and shapes speak for, or None."""
+    if "encoder.encoder.layer4.2.conv3.weight" in tensors:
+        return "resnet50"
+    cls_token = tensors.get("encoder.encoder.cls_token")
+    archs = {dim: arch for arch, (dim, _) in VIT_DIMS_AND_HEADS.items()}
+    return None if cls_token is None else archs.get(cls_token.shape[-1])
+
+
+def _random_arch(arch: str | None, weights: str) -> str:
+    named = weights.partition(":")[2] or arch
+    if named is None:
+        raise UserError("random weights need an arch, for example weights='random:vit_small'")
+    if arch not in (None, named):
+        raise UserError(f"weights {weights!r} contradict arch {arch!r}; leave one of them out")
+    return named
+
+
+def _read(path: Path) -> tuple[Mapping[str, Tensor], str | None]:
+    """Backbone tensors under our names, and the arch where the source records one."""
+    if not path.exists():
+        raise UserError(f"weights {path} do not exist; give a run, a checkpoint, a .safetensors, a .pth or random:ARCH")
+    if path.is_dir():
+        return _read_checkpoint(path)
+    if path.suffix == ".safetensors":
+        return _strip(_read_safetensors(path)), None
+    if path.suffix == ".pth":
+        return read_official(path), None
+    raise UserError(
+        f"weights {path}: unknown kind {path.suffix!r}; expected a folder, a .safetensors or an official .pth"
+    )
+
+
+def _read_checkpoint(folder: Path) -> tuple[Mapping[str, Tensor], str]:
+    from muse_fast.train import checkpoint
+
+    if (folder / "checkpoints").is_dir():
+        newest, problems = checkpoint.latest(folder)
+        for problem in problems:
+            log.warning("%s", problem)
+        if newest is None:
+            raise UserError(f"{folder}: no sound checkpoint in this run. {_some(problems)}")
+        folder = newest
+    elif not (folder / checkpoint.MANIFEST).exists():
+        raise UserError(f"{folder}: neither a run (no checkpoints/) nor a checkpoint (no {checkpoint.MANIFEST})")
+    return _strip(checkpoint.read_tensors(folder, "teacher")), checkpoint.read_state(folder)["config"]["model"]["arch"]
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a sound .safetensors file ({error}); copy or download it again") from error
+
+
+def _strip(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Training files put ``backbone.`` before the backbone's names and hold heads beside it; exports do neither."""
+    stripped = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    return stripped or tensors
+
+
+def _image_size(tensors: Mapping[str, Tensor]) -> int:
+    """The side in pixels that a position embedding was stored for; for a model without one, any allowed side."""
+    pos_embed = tensors.get(POS_EMBED)
+    return 224 if pos_embed is None else PATCH * math.isqrt(pos_embed.shape[1] - 1)
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,115 @@
+"""The ViT against timm, and its position embedding against F.interpolate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from muse_fast.errors import UserError
+from muse_fast.models.vit import VisionTransformer, drop_path, resize_pos_embed
+
+
+def timm_vit(name: str):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(f"{name}_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    with torch.no_grad():  # biases and norms are zeros and ones in a fresh model, which would hide a swap
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(("name", "dim", "heads"), [("vit_tiny", 192, 3), ("vit_small", 384, 6)])
+def test_timm_weights_load_by_name_and_give_its_tokens(name, dim, heads):
+    reference = timm_vit(name)
+    model = VisionTransformer(dim, heads).eval()
+    model.load_state_dict(reference.state_dict(), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = reference.forward_intermediates(
+            images,
+            indices=[2, 5, 8, 11],
+            norm=True,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        taps = model.forward_taps(images)
+    for tap, (patches, prefix) in zip(taps, expected, strict=True):
+        torch.testing.assert_close(tap, torch.cat([prefix, patches], dim=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(taps[-1][:, 0], reference(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [96, 256])
+def test_another_size_gives_timms_tokens(side):
+    """timm antialiases its own resize, so it gets the resized table from here."""
+    reference = timm_vit("vit_tiny")
+    model = VisionTransformer(192, 3).eval()
+    model.load_state_dict(reference.state_dict())
+    grid = side // 16
+    reference.pos_embed.data = resize_pos_embed(reference.pos_embed.data, grid)
+    reference.patch_embed.grid_size = (grid, grid)
+    images = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_taps(images)[-1][:, 0], reference(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 6), (14, 13), (14, 32), (32, 14), (14, 64)])
+def test_pos_embed_resize_is_bicubic(old, new):
+    table = torch.randn(1, 1 + old * old, 5, dtype=torch.float64)
+    patches = table[:, 1:].reshape(1, old, old, 5).permute(0, 3, 1, 2)
+    expected = F.interpolate(patches, size=(new, new), mode="bicubic").permute(0, 2, 3, 1).reshape(1, new * new, 5)
+    resized = resize_pos_embed(table, new)
+    torch.testing.assert_close(resized[:, 1:], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(resized[:, 0], table[:, 0])
+
+
+def test_pos_embed_of_the_right_size_is_untouched():
+    table = torch.randn(1, 197, 8)
+    assert resize_pos_embed(table, 14) is table
+
+
+def test_pos_embed_resize_keeps_float32_under_autocast():
+    table = torch.randn(1, 197, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(resize_pos_embed(table, 6), resize_pos_embed(table, 6).float())
+        under_autocast = resize_pos_embed(table, 6)
+    assert torch.equal(under_autocast, resize_pos_embed(table, 6))
+
+
+@pytest.mark.parametrize("side", [32, 96, 208, 304])
+def test_token_counts(side):
+    taps = VisionTransformer(192, 3).forward_taps(torch.randn(1, 3, side, side))
+    assert [tuple(tap.shape) for tap in taps] == [(1, 1 + (side // 16) ** 2, 192)] * 4
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 16, 16), (1, 3, 1040, 1040), (1, 3, 100, 100), (1, 3, 96, 112), (1, 1, 96, 96)]
+)
+def test_other_images_are_refused(shape):
+    with pytest.raises(UserError, match=r"multiple of 16 from 32 to 1024|square"):
+        VisionTransformer(192, 3).forward_taps(torch.zeros(shape))
+
+
+def test_no_images():
+    assert VisionTransformer(192, 3).forward_taps(torch.zeros(0, 3, 96, 96))[-1].shape == (0, 37, 192)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropped = drop_path(torch.ones(20_000, 2, 3), rate=0.25, training=True)
+    per_sample = dropped[:, 0, 0]
+    assert torch.equal(dropped, per_sample[:, None, None].expand_as(dropped))
+    assert set(per_sample.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert (per_sample == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)  # 3 standard errors
+    assert torch.equal(drop_path(per_sample, 0.25, training=False), per_sample)
+
+
+def test_drop_path_grows_linearly_and_acts_in_training_alone():
+    model = VisionTransformer(192, 3, drop_path=0.11)
+    assert [block.drop_path for block in model.blocks] == pytest.approx([0.01 * i for i in range(12)])
+    images = torch.randn(2, 3, 96, 96)
+    model.eval()
+    assert torch.equal(model.forward_taps(images)[-1], model.forward_taps(images)[-1])
