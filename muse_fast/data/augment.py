@@ -1,0 +1,97 @@
+"""Colour augmentation of a view: DINO's settings, drawn apart from being applied.
+
+The draw is plain numbers (``Colour``), so that another backend can apply the same augmentation to the same view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from muse_fast.config import ViewsConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_JITTER_PROBABILITY = 0.8
+_BLUR_SIGMA = (0.1, 2.0)  # pixels
+_SOLARISE_THRESHOLD = 128
+_BLUR_PROBABILITY = {"first": 1.0, "second": 0.1, "local": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Colour:
+    """What happens to the colours of one view; None leaves that step out."""
+
+    brightness: float | None = None  # factors, 1 changes nothing
+    contrast: float | None = None
+    saturation: float | None = None
+    hue: float | None = None  # shift, share of the colour circle
+    order: tuple[int, ...] = (0, 1, 2, 3)  # in which the four above are applied
+    grey: bool = False
+    blur_sigma: float | None = None  # pixels
+    solarise: bool = False
+
+
+def draw_colour(rng: np.random.Generator, role: str, config: ViewsConfig) -> Colour:
+    """Draw the colours of a view whose ``role`` is ``first``, ``second`` (the globals) or ``local``.
+
+    The same random numbers are used up whatever comes out, so a view never depends on another's luck.
+    """
+    chance = rng.random(4)
+    strengths = config.jitter * np.array([1.0, 1.0, 0.5, 0.25])
+    factors = 1 + rng.uniform(-1, 1, size=4) * strengths
+    order = tuple(int(i) for i in rng.permutation(4))
+    sigma = float(rng.uniform(*_BLUR_SIGMA))
+    jitter = chance[0] < _JITTER_PROBABILITY and config.jitter > 0
+    brightness, contrast, saturation, hue = (float(f) for f in factors)
+    return Colour(
+        brightness=brightness if jitter else None,
+        contrast=contrast if jitter else None,
+        saturation=saturation if jitter else None,
+        hue=hue - 1 if jitter else None,
+        order=order,
+        grey=bool(chance[1] < config.grey),
+        blur_sigma=sigma if config.blur and chance[2] < _BLUR_PROBABILITY[role] else None,
+        solarise=role == "second" and bool(chance[3] < config.solarise),
+    )
+
+
+def apply_colour(view: Tensor, colour: Colour) -> Tensor:
+    """Apply ``colour`` to a view, uint8 ``[3, R, R]`` in and out."""
+    for step in colour.order:
+        if step == 0 and colour.brightness is not None:
+            view = TF.adjust_brightness(view, colour.brightness)
+        elif step == 1 and colour.contrast is not None:
+            view = TF.adjust_contrast(view, colour.contrast)
+        elif step == 2 and colour.saturation is not None:
+            view = TF.adjust_saturation(view, colour.saturation)
+        elif step == 3 and colour.hue is not None:
+            view = TF.adjust_hue(view, colour.hue)
+    if colour.grey:
+        view = TF.rgb_to_grayscale(view, num_output_channels=3)
+    if colour.blur_sigma is not None:
+        radius = max(1, round(3 * colour.blur_sigma))
+        radius = min(radius, view.shape[-1] // 2 - 1)
+        view = TF.gaussian_blur(view, [2 * radius + 1] * 2, [colour.blur_sigma] * 2)
+    if colour.solarise:
+        view = TF.solarize(view, _SOLARISE_THRESHOLD)
+    return view
+
+
+def normalise(views: Tensor) -> Tensor:
+    """uint8 ``[..., 3, R, R]`` to float32 with ImageNet's mean and standard deviation."""
+    mean = torch.tensor(IMAGENET_MEAN, device=views.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=views.device).view(3, 1, 1)
+    return (views.float() / 255 - mean) / std
+
+
+def denormalise(views: Tensor) -> Tensor:
+    """The inverse of :func:`normalise`, to uint8."""
+    mean = torch.tensor(IMAGENET_MEAN, device=views.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=views.device).view(3, 1, 1)
+    return ((views.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

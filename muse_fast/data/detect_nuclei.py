@@ -1,0 +1,63 @@
+"""A classical nucleus detector: dark blobs in red light, which hematoxylin absorbs and eosin hardly does.
+
+It needs no weights and no GPU. It finds most nuclei and confuses crowded ones; pretraining, which only needs the same
+nucleus in two views, forgives that. Nuclei from a trained detector come in through the source ``points:``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+WORKING_MPP = 0.5  # finer images are reduced to this
+RADII_UM = (3.5, 5.0, 6.5)
+MIN_DISTANCE_UM = 1.5
+# Radii and threshold give the best F1 at 3 um on 20 training images of BRCA-M2C.
+THRESHOLD = 0.035
+# Beyond this distance a pixel has no influence on a detection (4 sigma of the widest filter).
+REACH_UM = 4 * RADII_UM[-1] / math.sqrt(2)
+
+
+def detect_nuclei(
+    image: NDArray[np.uint8], mpp: float, *, threshold: float = THRESHOLD
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Find nuclei as local maxima of the mean Laplacian-of-Gaussian response of the optical density in red.
+
+    A disc of radius r answers strongest at sigma = r / sqrt(2). The mean over radii, unlike the maximum, does not
+    break large nuclei with coarse chromatin into several.
+
+    Args:
+        image: ``[H, W, 3]`` uint8 RGB.
+        mpp: um per pixel.
+        threshold: lowest response, in units of optical density.
+
+    Returns:
+        xy ``[n, 2]`` float32 pixels of ``image``, and the response ``[n]`` float32, strongest first.
+    """
+    from scipy.ndimage import gaussian_laplace
+    from skimage.feature import peak_local_max
+
+    height, width, _ = image.shape
+    scale = min(1.0, mpp / WORKING_MPP)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) if scale < 1 else image
+    # Red light alone, and no unmixing by fixed stain vectors: those put half the hematoxylin of a reddish slide into
+    # eosin, and gain 0.005 F1 where they fit.
+    density = -np.log10(np.maximum(small[..., 0], 1, dtype=np.float32) / 255)
+
+    um_per_pixel = mpp / scale
+    response = np.zeros_like(density)
+    for radius in RADII_UM:
+        sigma = radius / math.sqrt(2) / um_per_pixel
+        response -= sigma**2 / len(RADII_UM) * gaussian_laplace(density, sigma)
+    peaks = peak_local_max(
+        response,
+        min_distance=max(1, round(MIN_DISTANCE_UM / um_per_pixel)),
+        threshold_abs=threshold,
+        exclude_border=False,
+    )
+    centres = (peaks[:, ::-1] + 0.5) * (np.array([width, height]) / small.shape[1::-1])
+    return centres.astype(np.float32), response[peaks[:, 0], peaks[:, 1]]

@@ -1,0 +1,179 @@
+"""From a ROI set to batches of views, on the CPU, the same with any number of workers and ranks.
+
+Every random choice of a sample derives from (seed, epoch, ROI id). Which samples a step sees derives from the step
+alone: sample ``p`` of the run is ROI ``permutation(epoch)[p mod n]`` with ``epoch = p div n``, and step ``k`` takes
+samples ``k * batch_size`` onwards. So a run resumes at any step, at any world size, by knowing its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from muse_fast.batch import PackedNuclei, Views
+from muse_fast.config import ViewsConfig
+from muse_fast.data.augment import apply_colour, draw_colour, normalise
+from muse_fast.data.roiset import RoiSet
+from muse_fast.data.views import ViewBox, check_room, draw_boxes
+from muse_fast.errors import UserError
+
+_STALLED_AFTER = 300.0  # seconds without a batch before a worker is called stalled
+
+Sample = tuple[int, int]  # (epoch, ROI id)
+
+
+class StepSampler(Sampler[list[Sample]]):
+    """The samples of this rank, step by step, from ``start_step`` to ``stop_step``."""
+
+    def __init__(
+        self,
+        roi_ids: NDArray[np.int64],
+        *,
+        seed: int,
+        batch_size: int,
+        start_step: int,
+        stop_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(roi_ids) == 0:
+            raise UserError("no ROI to train on: check data.roiset and data.split")
+        if batch_size % world_size:
+            raise UserError(f"optim.batch_size={batch_size}: expected a multiple of the {world_size} ranks")
+        self.roi_ids, self.seed, self.batch_size = roi_ids, seed, batch_size
+        self.start_step, self.stop_step = start_step, stop_step
+        self.rank, self.world_size = rank, world_size
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # the epoch at hand and its permutation
+
+    def __len__(self) -> int:
+        return self.stop_step - self.start_step
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        share = self.batch_size // self.world_size
+        for step in range(self.start_step, self.stop_step):
+            first = step * self.batch_size + self.rank * share
+            yield [self._sample(position) for position in range(first, first + share)]
+
+    def _sample(self, position: int) -> Sample:
+        epoch, within = divmod(position, len(self.roi_ids))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.roi_ids)
+        return epoch, int(self._order[1][within])
+
+
+class ViewDataset(Dataset["Views | UserError"]):
+    """``dataset[samples]`` is the batch of views of ``samples``."""
+
+    def __init__(self, roiset: RoiSet, config: ViewsConfig, seed: int) -> None:
+        self.roiset, self.config, self.seed = roiset, config, seed
+
+    def __getitem__(self, samples: Sequence[Sample]) -> Views | UserError:
+        try:
+            return collate([self.views(epoch, roi_id) for epoch, roi_id in samples])
+        except UserError as error:
+            return error  # as a value: raised in a worker, it would arrive wrapped in a foreign traceback
+
+    def views(self, epoch: int, roi_id: int) -> Views:
+        """The views of one ROI, a batch of one."""
+        roi = self.roiset[roi_id]
+        rng = np.random.default_rng([self.seed, epoch, roi_id])
+        globals_, locals_ = draw_boxes(rng, roi.width, roi.height, roi.mpp, self.config)
+        boxes = globals_ + locals_
+        roles = ["first", "second", *["local"] * len(locals_)]
+        colours = [draw_colour(rng, role, self.config) for role in roles]
+
+        image = torch.from_numpy(roi.decode()).permute(2, 0, 1)
+        pixels = [apply_colour(box.render(image), colour) for box, colour in zip(boxes, colours, strict=True)]
+        num_globals, local_size = len(globals_), self.config.local_size
+        return Views(
+            global_images=normalise(torch.stack(pixels[:num_globals])),
+            local_images=normalise(torch.stack(pixels[num_globals:]))
+            if locals_
+            else torch.empty(0, 3, local_size, local_size),
+            nuclei=_pack(boxes, roi.xy),
+            mpp=torch.tensor([box.mpp(roi.mpp) for box in boxes]),
+            roi_ids=torch.tensor([roi_id]),
+            epochs=torch.tensor([epoch]),
+        )
+
+
+def _pack(boxes: list[ViewBox], xy: NDArray[np.float32]) -> PackedNuclei:
+    seen = [box.nuclei(xy) for box in boxes]
+    offsets = np.cumsum([0, *(len(index) for _, index in seen)], dtype=np.int32)
+    return PackedNuclei(
+        xy=torch.from_numpy(np.concatenate([points for points, _ in seen])),
+        index=torch.from_numpy(np.concatenate([index for _, index in seen])),
+        offsets=torch.from_numpy(offsets),
+    )
+
+
+def collate(samples: list[Views]) -> Views:
+    """Join batches of one ROI each into one batch, from ROI-major to view-major order."""
+    num_views = samples[0].num_globals + samples[0].num_locals
+    parts = [(sample.nuclei, view) for view in range(num_views) for sample in samples]
+    bounds = [(int(n.offsets[view]), int(n.offsets[view + 1])) for n, view in parts]
+    counts = [stop - start for start, stop in bounds]
+    return Views(
+        global_images=torch.stack([s.global_images for s in samples], dim=1).flatten(0, 1),
+        local_images=torch.stack([s.local_images for s in samples], dim=1).flatten(0, 1),
+        nuclei=PackedNuclei(
+            xy=torch.cat([n.xy[a:b] for (n, _), (a, b) in zip(parts, bounds, strict=True)]),
+            index=torch.cat([n.index[a:b] for (n, _), (a, b) in zip(parts, bounds, strict=True)]),
+            offsets=torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
+        ),
+        mpp=torch.stack([s.mpp for s in samples], dim=1).flatten(),
+        roi_ids=torch.cat([s.roi_ids for s in samples]),
+        epochs=torch.cat([s.epochs for s in samples]),
+    )
+
+
+def load_views(
+    dataset: ViewDataset, sampler: StepSampler, *, workers: int, pin_memory: bool = False
+) -> Iterator[Views]:
+    """Batches of views in the sampler's order, made by ``workers`` processes (0: in this one).
+
+    Raises:
+        UserError: damaged data, named by path and ROI id, in the step that would have used it.
+    """
+    loader: DataLoader[Views | UserError] = DataLoader(
+        dataset,
+        batch_size=None,  # the sampler gives whole batches
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        timeout=_STALLED_AFTER if workers else 0,
+        # A generator of its own: otherwise each new iterator draws a seed from the global stream, and a resumed run
+        # would drop other paths than an unbroken one.
+        generator=torch.Generator().manual_seed(0),
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def check_roiset(roiset: RoiSet, roi_ids: NDArray[np.int64], config: ViewsConfig) -> None:
+    """Refuse ROIs that are too small for the views, before a run starts.
+
+    Raises:
+        UserError: names the first such ROI.
+    """
+    shapes = np.stack([roiset.width[roi_ids], roiset.height[roi_ids], roiset.mpp[roi_ids]], axis=1)
+    for shape in np.unique(shapes, axis=0):
+        width, height, mpp = int(shape[0]), int(shape[1]), float(shape[2])
+        try:
+            check_room(width, height, mpp, config)
+        except UserError as error:
+            first = roi_ids[int(np.flatnonzero((shapes == shape).all(axis=1))[0])]
+            raise UserError(f"{roiset.path}: ROI {first}: {error}") from None
+
+
+def as_batches(dataset: ViewDataset, roi_ids: NDArray[np.int64], batch_size: int) -> list[Views]:
+    """A fixed list of batches over ``roi_ids`` (epoch 0), for evaluation."""
+    bounds = [*range(0, len(roi_ids), batch_size), len(roi_ids)]
+    return [collate([dataset.views(0, int(i)) for i in roi_ids[a:b]]) for a, b in pairwise(bounds)]

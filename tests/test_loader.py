@@ -1,0 +1,144 @@
+"""The loader: every random choice from (seed, epoch, ROI id), every batch from the step."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from muse_fast.batch import Views
+from muse_fast.config import ViewsConfig
+from muse_fast.data.loader import StepSampler, ViewDataset, as_batches, check_roiset, collate, load_views
+from muse_fast.data.roiset import RoiSet, RoiSetWriter
+from muse_fast.data.synthetic import synthetic_image
+from muse_fast.errors import UserError
+
+VIEWS = ViewsConfig(global_size=64, local_size=32, num_locals=3)
+
+
+@pytest.fixture(scope="module")
+def roiset(tmp_path_factory: pytest.TempPathFactory) -> RoiSet:
+    folder = tmp_path_factory.mktemp("set") / "rois"
+    with RoiSetWriter(folder, provenance={"test": True}) as writer:
+        for seed in range(5):
+            image, xy, _ = synthetic_image(seed, 200, 0.25)
+            writer.add(image, mpp=0.25, xy=xy if seed != 3 else xy[:0], slide=f"s{seed}")
+    return RoiSet(folder)
+
+
+def sampler(ids: np.ndarray, **options: int) -> StepSampler:
+    return StepSampler(ids, **{"seed": 1, "batch_size": 4, "start_step": 0, "stop_step": 10, **options})
+
+
+def same(a: Views, b: Views) -> bool:
+    return all(
+        torch.equal(x, y)
+        for x, y in [
+            (a.global_images, b.global_images),
+            (a.local_images, b.local_images),
+            (a.nuclei.xy, b.nuclei.xy),
+            (a.nuclei.index, b.nuclei.index),
+            (a.nuclei.offsets, b.nuclei.offsets),
+            (a.mpp, b.mpp),
+            (a.roi_ids, b.roi_ids),
+        ]
+    )
+
+
+def test_every_roi_once_per_epoch_in_a_new_order() -> None:
+    ids = np.array([3, 5, 8, 13, 21, 34])
+    stream = [s for step in sampler(ids, batch_size=4, stop_step=9) for s in step]  # 36 samples, 6 epochs
+    for epoch in range(6):
+        assert sorted(r for e, r in stream if e == epoch) == ids.tolist()
+    assert len({tuple(r for e, r in stream if e == epoch) for epoch in range(6)}) > 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("start", [0, 3])
+def test_ranks_share_a_step_and_resume_at_any_world_size(world: int, start: int) -> None:
+    ids = np.arange(7)
+    whole = list(sampler(ids))
+    parts = [list(sampler(ids, start_step=start, rank=r, world_size=world)) for r in range(world)]
+    for k, step in enumerate(whole[start:]):
+        assert [s for part in parts for s in part[k]] == step
+
+
+def test_batch_that_ranks_cannot_share_and_empty_set_are_refused() -> None:
+    with pytest.raises(UserError, match="multiple of the 3 ranks"):
+        sampler(np.arange(7), world_size=3)
+    with pytest.raises(UserError, match=r"data\.split"):
+        sampler(np.arange(0))
+
+
+def test_the_same_views_with_any_number_of_workers(roiset: RoiSet) -> None:
+    dataset = ViewDataset(roiset, VIEWS, seed=7)
+    runs = [list(load_views(dataset, sampler(np.arange(5), stop_step=4), workers=workers)) for workers in (0, 2)]
+    assert all(same(a, b) for a, b in zip(*runs, strict=True))
+    assert not same(runs[0][0], runs[0][1])
+
+
+def test_the_loader_leaves_the_global_random_stream_alone(roiset: RoiSet) -> None:
+    dataset = ViewDataset(roiset, VIEWS, seed=7)
+    before = torch.get_rng_state()
+    next(iter(load_views(dataset, sampler(np.arange(5)), workers=1)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_view_major_order_after_collate(roiset: RoiSet) -> None:
+    dataset = ViewDataset(roiset, VIEWS, seed=7)
+    singles = [dataset.views(0, roi) for roi in (4, 3, 0)]
+    batch = collate(singles)
+    assert (batch.num_rois, batch.num_globals, batch.num_locals) == (3, 2, 3)
+    for view in range(5):
+        for b, single in enumerate(singles):
+            images = batch.global_images if view < 2 else batch.local_images
+            own = single.global_images if view < 2 else single.local_images
+            at = view if view < 2 else view - 2
+            assert torch.equal(images[at * 3 + b], own[at])
+            part, expected = batch.nuclei.images(view * 3 + b, view * 3 + b + 1), single.nuclei.images(view, view + 1)
+            assert torch.equal(part.xy, expected.xy) and torch.equal(part.index, expected.index)
+            assert batch.mpp[view * 3 + b] == single.mpp[view]
+    counts = Counter(batch.nuclei.image_index().tolist())
+    assert all(counts[i] == 0 for i in range(15) if i % 3 == 1)  # ROI 3 has no nuclei
+
+
+def test_nuclei_of_views_are_where_the_image_has_them(roiset: RoiSet) -> None:
+    """Hematoxylin is dark in red: the mean red at nuclei lies well below the mean of their views."""
+    dataset = ViewDataset(
+        roiset,
+        ViewsConfig(global_size=64, local_size=32, num_locals=0, jitter=0, grey=0, solarise=0, blur=False),
+        seed=7,
+    )
+    views = as_batches(dataset, np.array([0, 1, 2, 4]), 4)[0]
+    x, y = views.nuclei.xy.long().unbind(1)
+    at_nuclei = views.global_images[views.nuclei.image_index(), 0, y, x]
+    assert len(at_nuclei) > 10
+    assert at_nuclei.mean() < views.global_images[:, 0].mean() - 0.3
+
+
+def test_no_locals(roiset: RoiSet) -> None:
+    config = ViewsConfig(global_size=64, local_size=32, num_locals=0)
+    views = ViewDataset(roiset, config, seed=0)[[(0, 1), (0, 2)]]
+    assert isinstance(views, Views) and views.local_images.shape == (0, 3, 32, 32) and views.num_locals == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_jpeg_stops_the_run_with_path_and_roi(tmp_path: Path, workers: int) -> None:
+    folder = tmp_path / "rois"
+    with RoiSetWriter(folder, provenance={}) as writer:
+        image, xy, _ = synthetic_image(0, 128, 0.25)
+        writer.add(image, mpp=0.25, xy=xy, slide="s")
+    shard = folder / "shard-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    dataset = ViewDataset(RoiSet(folder), VIEWS, seed=0)
+    with pytest.raises(UserError, match=r"rois.*ROI 0") as error:
+        list(load_views(dataset, sampler(np.array([0])), workers=workers))
+    assert "Traceback" not in str(error.value)
+
+
+def test_rois_too_small_for_the_views_are_refused_by_id(roiset: RoiSet) -> None:
+    with pytest.raises(UserError, match=r"ROI 0: a 200 x 200 px ROI"):
+        check_roiset(roiset, np.arange(5), ViewsConfig())

@@ -1,0 +1,161 @@
+"""The prepare command: what it writes, what it says, and that a mistake leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from muse_fast.data.roiset import RoiSet
+from muse_fast.data.synthetic import synthetic_image
+from muse_fast.prepare import main
+
+
+def test_synthetic_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "set"
+    assert main(["synthetic:10", str(out), "size=128", "mpp=0.5"]) == 0
+    rois = RoiSet(out)
+    assert rois.verify() == []
+    assert [len(rois.select(split)) for split in ("train", "val", "test")] == [7, 2, 1]
+    for i in (0, 9):
+        image, xy, label = synthetic_image((0, i), 128, 0.5)
+        np.testing.assert_array_equal(rois[i].xy, xy)
+        np.testing.assert_array_equal(rois[i].label, label)
+        assert np.abs(rois[i].decode().astype(int) - image).mean() < 3  # JPEG
+    summary = json.loads((out / "summary.json").read_text())
+    labels = np.concatenate([rois[i].label for i in range(10)])
+    assert summary["rois"] == summary["slides"] == 10
+    assert summary["nuclei"] == len(labels) == sum(summary["nuclei_per_class"].values())
+    assert list(summary["nuclei_per_class"].values()) == np.bincount(labels).tolist()
+    assert summary["rois_per_split"] == {"train": 7, "val": 2, "test": 1}
+    assert summary["mpp"] == [0.5, 0.5]
+    assert summary["bytes"] == sum(path.stat().st_size for path in out.glob("*.bin"))
+    assert summary["dropped"] == {}
+    assert rois.info["provenance"]["source"] == "synthetic:10"
+    with Image.open(out / "contact.png") as sheet:
+        colours = sheet.convert("RGB").getcolors(1 << 24) or []
+    assert {(255, 235, 60), (0, 229, 255), (255, 70, 50)} <= {colour for _, colour in colours}
+    text = capsys.readouterr().out
+    assert "10 ROIs of 10 slides" in text
+    assert "left out nothing" in text
+
+
+def test_quality_trades_bytes(tmp_path: Path) -> None:
+    for quality in ("95", "75"):
+        assert main(["synthetic:1", str(tmp_path / quality), "--quality", quality, "size=256"]) == 0
+    size = {path.name: (path / "shard-00000.bin").stat().st_size for path in tmp_path.iterdir()}
+    assert size["75"] < 0.6 * size["95"]
+
+
+def points_folder(folder: Path, csv: str, suffix: str = "png") -> Path:
+    folder.mkdir()
+    for stem, text in (("a", "x,y\n1,2\n"), ("b", csv)):
+        Image.fromarray(synthetic_image(0, 64, 0.5)[0]).save(folder / f"{stem}.{suffix}")
+        (folder / f"{stem}.csv").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("csv", "message"),
+    [
+        ("x,y\n3,4\nnan,2\n", "b.csv, row 3: x is 'nan'"),
+        ("x,y\n64,2\n", "b.csv, row 2: x is '64', expected a number, 0 <= x < 64"),
+        ("x\n1\n", "b.csv, row 1: the header is 'x'"),
+    ],
+)
+def test_bad_points_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], csv: str, message: str) -> None:
+    """The first image is good and already written when the second fails."""
+    folder = points_folder(tmp_path / "in", csv)
+    assert main([f"points:{folder}", str(tmp_path / "out"), "mpp=0.5"]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_truncated_jpeg_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = points_folder(tmp_path / "in", "x,y\n", "jpg")
+    (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:-100])
+    assert main([f"points:{folder}", str(tmp_path / "out"), "mpp=0.5"]) == 2
+    assert "b.jpg: not a readable image" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_image_without_nuclei_is_kept(tmp_path: Path) -> None:
+    folder = points_folder(tmp_path / "in", "x,y\n")
+    assert main([f"points:{folder}", str(tmp_path / "out"), "mpp=0.5"]) == 0
+    assert RoiSet(tmp_path / "out").num_nuclei.tolist() == [1, 0]
+
+
+def test_slide_without_mpp(tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide = shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs"
+    assert main([f"wsi:{slide}", str(tmp_path / "out")]) == 2
+    assert "tcga-cr-7395-01a-01-ts1.svs: the header does not tell um per pixel; give mpp=" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_slide(tmp_path: Path, shared_data: Path) -> None:
+    slide = shared_data / "wsi" / "cmu-1-small-region.svs"
+    assert main([f"wsi:{slide}", str(tmp_path / "out"), "roi_um=256"]) == 0
+    rois = RoiSet(tmp_path / "out")
+    assert rois.verify() == []
+    assert set(rois.width.tolist()) == {513}  # 256 um at 0.499
+    assert (rois.num_nuclei >= 20).all()
+    openslide = pytest.importorskip("openslide")
+    page = openslide.OpenSlide(str(slide)).read_region(rois[0].origin, 0, (513, 513)).convert("RGB")
+    assert np.abs(rois[0].decode().astype(int) - np.asarray(page)).mean() < 3
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["rois"] + sum(summary["dropped"].values()) == 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["synthetic:2", "OUT", "sise=64"], "did you mean 'size'"),
+        (["synthetic:2", "OUT", "size"], "'size': expected key=value"),
+        (["nothing:2", "OUT"], "'nothing:2' is no source"),
+        (["wsi:absent.svs", "OUT"], "absent.svs: no such file or folder"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert main([str(tmp_path / "out") if arg == "OUT" else arg for arg in argv]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_roi_is_an_error(tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide = shared_data / "wsi" / "cmu-1-small-region.svs"
+    assert main([f"wsi:{slide}", str(tmp_path / "out"), "roi_um=512", "min_tissue=1"]) == 2
+    assert "gave no ROI; left out: too little tissue 4" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_set_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("data")
+    assert main(["synthetic:1", str(tmp_path / "out"), "size=64"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_full_disk(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk: the write fails in the middle of the set."""
+    script = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from muse_fast.prepare import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+sys.exit(main(["synthetic:8", sys.argv[1], "size=128"]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "out was not written: [Errno 27] File too large" in result.stderr
+    assert list(tmp_path.iterdir()) == []
