@@ -1,0 +1,143 @@
+"""What a person sees of a run: a progress bar, metrics.jsonl, TensorBoard events, and how a run is told to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from muse_fast import atomic
+
+_T = TypeVar("_T")
+
+
+class Stopwatch:
+    """Time between two readings, and the share of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def timed(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """Pass ``batches`` on, counting the wait for each."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            self._steps += 1
+            yield batch
+
+    def read(self, rois_per_step: int) -> dict[str, float]:
+        """ROIs per second and data-wait share since the last reading; starts anew."""
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        reading = {"rois_per_second": self._steps * rois_per_step / elapsed, "data_wait": self._waited / elapsed}
+        self.__init__()  # type: ignore[misc]
+        return reading
+
+
+class MetricsLog:
+    """Rows of metrics.jsonl, mirrored to TensorBoard. A resumed run first drops the rows after its step."""
+
+    def __init__(self, run: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+        self.path = run / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
+        with atomic.replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(self.path, "a")  # noqa: SIM115 - closed by __exit__
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row; it survives a kill once this returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class TrainingProgress:
+    """A bar with rate, data-wait share and ETA; plain lines where the output is no terminal."""
+
+    def __init__(self, start_step: int, steps: int) -> None:
+        self._console = Console()
+        self._steps = steps
+        self._started, self._start_step = time.monotonic(), start_step
+        self._bar = Progress(
+            TextColumn("pretrain"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("pretrain", total=steps, completed=start_step, text="")
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the row of ``step``."""
+        text = (
+            f"loss {values['loss']:.3f} (image {values['loss_image']:.3f}, nucleus {values['loss_nucleus']:.3f}) "
+            f"{values['rois_per_second']:.1f} ROI/s, data wait {100 * values['data_wait']:.0f} %"
+        )
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, text=text)
+        else:
+            per_step = (time.monotonic() - self._started) / max(1, step - self._start_step)
+            print(f"step {step}/{self._steps}  {text}, ETA {(self._steps - step) * per_step:.0f} s", flush=True)
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after the step at hand."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
