@@ -1,0 +1,266 @@
+"""``python -m muse_fast.pretrain --config FILE --out DIR [--resume auto|never|PATH] [key=value ...]``"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from muse_fast import __version__, pictures
+from muse_fast.atomic import write_json
+from muse_fast.batch import Pairs, Views
+from muse_fast.config import PretrainConfig, flatten, load_config
+from muse_fast.data.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
+from muse_fast.data.roiset import RoiSet
+from muse_fast.errors import UserError
+from muse_fast.ops import match_nuclei
+from muse_fast.ssl.retrieval import nucleus_retrieval
+from muse_fast.train import checkpoint
+from muse_fast.train.progress import MetricsLog, StopSignal, Stopwatch, TrainingProgress, read_metrics
+from muse_fast.train.trainer import NonFiniteError, Trainer
+
+EXIT_STOPPED = 75  # stopped on request, a checkpoint is written: start again to go on
+EXIT_NON_FINITE = 3
+
+# Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
+_FREE_ON_RESUME = ("data.workers", "data.roiset", "train.log_every", "train.checkpoint_every", "train.keep_every")
+_END_SHARE = 0.1  # of the logged rows, at either end, over which the summary takes means
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m muse_fast.pretrain", description="Pretrain a backbone by MUSE.")
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--out", required=True, type=Path, help="run folder")
+    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example optim.steps=500")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    return pretrain(config, args.out, resume=args.resume)
+
+
+def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
+    """Run or continue a pretraining; returns the exit code (0 done, 75 stopped on request, 3 not finite).
+
+    Raises:
+        UserError: settings, data or the state of ``out`` do not allow the run.
+    """
+    if (out / "summary.json").exists():
+        raise UserError(f"{out} holds a finished run; give another --out")
+    if not config.data.roiset:
+        raise UserError("data.roiset is not set: give the folder that `python -m muse_fast.prepare` wrote")
+    roiset = RoiSet(Path(config.data.roiset))
+    roi_ids = roiset.select(config.data.split)
+    check_roiset(roiset, roi_ids, config.views)
+
+    device = _device(config.train.device)
+    start = _find_start(out, resume)
+    trainer = Trainer(config, device)
+    out.mkdir(parents=True, exist_ok=True)
+    if start is None:
+        (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    else:
+        _refuse_other_settings(start, config)
+        trainer.load(start)
+    checkpoint.remove_temporary(out)
+    _announce(config, out, roiset, len(roi_ids), trainer, start)
+    return _run(trainer, out, ViewDataset(roiset, config.views, config.seed), roi_ids)
+
+
+def _run(trainer: Trainer, out: Path, dataset: ViewDataset, roi_ids: np.ndarray[Any, np.dtype[np.int64]]) -> int:
+    config = trainer.config
+    start_step, steps, train = trainer.step, config.optim.steps, config.train
+    batch_size = config.optim.batch_size
+    sampler = StepSampler(roi_ids, seed=config.seed, batch_size=batch_size, start_step=start_step, stop_step=steps)
+    probe = _probe(dataset, roi_ids, train.eval_rois, batch_size)
+    began = time.time()
+    stop, watch = StopSignal(), Stopwatch()
+    with stop, MetricsLog(out, start_step) as log, TrainingProgress(start_step, steps) as progress:
+        if start_step == 0:
+            _draw_contact_sheet(out, probe[0])
+            log.write(0, _evaluate(trainer, probe))
+        batches = load_views(dataset, sampler, workers=config.data.workers, pin_memory=trainer.device.type == "cuda")
+        for views in watch.timed(batches):
+            step = trainer.step + 1
+            log_it = step % train.log_every == 0 or step == steps
+            try:
+                values = trainer.train_step(views, measure=log_it)
+            except NonFiniteError as error:
+                return _report_non_finite(out, trainer, views, error)
+            if log_it:
+                values |= watch.read(batch_size)
+                log.write(step, values)
+                progress.show(step, values)
+            if step == steps or (train.eval_every and step % train.eval_every == 0):
+                log.write(step, _evaluate(trainer, probe))
+            if step == steps or step % train.checkpoint_every == 0 or stop.received:
+                trainer.save(out)
+            if stop.received and step < steps:
+                write_json(out / "exit.json", {"code": EXIT_STOPPED, "reason": stop.received, "step": step})
+                print(f"{stop.received}: stopped after step {step}, checkpoint written; start again to go on")
+                return EXIT_STOPPED
+    (out / "exit.json").unlink(missing_ok=True)
+    # The last pictures show the views in their own colours.
+    plain = dataclasses.replace(dataset.config, jitter=0.0, grey=0.0, solarise=0.0, blur=False)
+    shown = _probe(ViewDataset(dataset.roiset, plain, config.seed), roi_ids, batch_size, batch_size)
+    _finish(trainer, out, _draw_results(trainer, out, shown[0]), time.time() - began)
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"train.device={name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"train.device={name}: no CUDA GPU is available here")
+    return device
+
+
+def _find_start(out: Path, resume: str) -> Path | None:
+    """The checkpoint to start from, if any."""
+    if resume == "never":
+        if checkpoint.steps(out):
+            raise UserError(f"{out} holds checkpoints; go on with --resume auto or give another --out")
+        return None
+    if resume != "auto":
+        checkpoint.verify(Path(resume))
+        return Path(resume)
+    found, problems = checkpoint.latest(out)
+    for problem in problems:
+        print(f"passed over: {problem}")
+    if problems and found is None:
+        raise UserError(f"{out}: no checkpoint is sound; see above. --resume PATH takes one of another run")
+    return found
+
+
+def _refuse_other_settings(start: Path, config: PretrainConfig) -> None:
+    then = dict(flatten(checkpoint.read_state(start)["config"]))
+    now = dict(flatten(dataclasses.asdict(config)))
+    changed = [f"{k}={now[k]} (was {then.get(k)})" for k in now if now[k] != then.get(k) and k not in _FREE_ON_RESUME]
+    if changed:
+        raise UserError(f"{start} belongs to a run with other settings: {', '.join(changed)}; give another --out")
+
+
+def _announce(
+    config: PretrainConfig, out: Path, roiset: RoiSet, num_rois: int, trainer: Trainer, start: Path | None
+) -> None:
+    views, optim = config.views, config.optim
+    split = f"split {config.data.split}" if config.data.split else "all splits"
+    print(f"muse_fast {__version__} pretrain: {config.model.arch} on {trainer.device}, {config.train.precision}")
+    print(f"  data   {roiset.path} ({num_rois} ROIs, {split}), {config.data.workers} workers")
+    print(
+        f"  views  {views.num_globals} x {views.global_size} px at {views.global_mpp_min}-{views.global_mpp_max}, "
+        f"{views.num_locals} x {views.local_size} px at {views.local_mpp_min}-{views.local_mpp_max} um/px"
+    )
+    print(f"  run    {optim.steps} steps of {optim.batch_size} ROIs, K {config.head.prototypes}, to {out}")
+    if start is not None:
+        print(f"  resume {start}, step {trainer.step}")
+
+
+def _probe(dataset: ViewDataset, roi_ids: np.ndarray[Any, Any], count: int, batch_size: int) -> list[Views]:
+    """The fixed views on which retrieval is measured."""
+    chosen = np.random.default_rng([dataset.seed, 2**32 - 1]).permutation(roi_ids)[:count]
+    return as_batches(dataset, chosen, batch_size)
+
+
+def _evaluate(trainer: Trainer, probe: list[Views]) -> dict[str, float]:
+    found = nucleus_retrieval(trainer.teacher.backbone, probe, trainer.device)
+    return {"retrieval_at_1": found.top1, "retrieval_chance": found.chance, "retrieval_queries": found.queries}
+
+
+def _draw_contact_sheet(out: Path, views: Views) -> Path:
+    pairs = Pairs(*match_nuclei(views.nuclei.index, views.nuclei.offsets, views.num_rois, views.num_globals))
+    path = out / "pictures" / "contact_sheet.png"
+    path.parent.mkdir(exist_ok=True)
+    pictures.contact_sheet(path, views, pairs)
+    return path
+
+
+def _report_non_finite(out: Path, trainer: Trainer, views: Views, error: NonFiniteError) -> int:
+    path = out / f"non_finite_step_{trainer.step + 1}.json"
+    content = {"error": str(error), "roi_ids": views.roi_ids.tolist(), "epochs": views.epochs.tolist()}
+    write_json(path, {**content, "seed": trainer.config.seed})
+    write_json(out / "exit.json", {"code": EXIT_NON_FINITE, "reason": str(error), "step": trainer.step})
+    print(
+        f"{error}\nThe batch is named in {path}; the last checkpoint is untouched. Lower optim.lr, or look at the ROIs."
+    )
+    return EXIT_NON_FINITE
+
+
+@torch.inference_mode()
+def _draw_results(trainer: Trainer, out: Path, views: Views) -> dict[str, str]:
+    """PCA of the dense map and retrieval of nuclei, from the teacher as it would be used."""
+    backbone = trainer.teacher.backbone.eval()
+    images = views.global_images.to(trainer.device)
+    nuclei = views.nuclei.images(0, len(images))
+    folder = out / "pictures"
+    folder.mkdir(exist_ok=True)
+    paths = {"pca": folder / "pca.png", "retrieval": folder / "retrieval.png"}
+    with torch.random.fork_rng():
+        pictures.pca_picture(paths["pca"], images[:8].cpu(), backbone.dense_map(images[:8]).float().cpu())
+        points = nuclei.to(trainer.device)
+        features = backbone.nucleus_features(images, points.xy, points.image_index()).float().cpu()
+        roi_of_image = torch.arange(len(images)) % views.num_rois
+        pictures.retrieval_sheet(paths["retrieval"], images.cpu(), nuclei, features, roi_of_image)
+    return {"contact_sheet": str(folder / "contact_sheet.png"), **{name: str(path) for name, path in paths.items()}}
+
+
+def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) -> None:
+    """Write summary.json, which marks a run as finished, and print the gist of it."""
+    rows = read_metrics(out / "metrics.jsonl")
+    training = [row for row in rows if "loss" in row]
+    retrieval = [row for row in rows if "retrieval_at_1" in row]
+    share = max(1, round(_END_SHARE * len(training)))
+
+    def mean(key: str, part: list[dict[str, Any]]) -> float | None:
+        values = [row[key] for row in part if key in row]
+        return statistics.fmean(values) if values else None
+
+    first, last = training[:share], training[-share:]
+    log_k = math.log(trainer.config.head.prototypes)
+    summary = {
+        "version": __version__,
+        "steps": trainer.step,
+        "seconds_of_last_start": round(seconds, 1),
+        "rois_per_second": statistics.median(row["rois_per_second"] for row in training),
+        "data_wait": statistics.median(row["data_wait"] for row in training),
+        "pairs_per_roi": mean("pairs_per_roi", training),
+        "losses_finite": all(math.isfinite(row["loss"]) for row in training),
+        "ln_k": log_k,
+        "loss_image": {"start": mean("loss_image", first), "end": mean("loss_image", last)},
+        "loss_nucleus": {"start": mean("loss_nucleus", first), "end": mean("loss_nucleus", last)},
+        "mean_entropy_share_of_ln_k": {
+            f"{who}_{head}": mean(f"{who}_{head}_mean_entropy", last)
+            for who in ("teacher", "student")
+            for head in ("image", "nucleus")
+        },
+        "retrieval_at_1": {"before": retrieval[0]["retrieval_at_1"], "after": retrieval[-1]["retrieval_at_1"]},
+        "retrieval_chance": retrieval[-1]["retrieval_chance"],
+        "checkpoint": str(checkpoint.folder_of(out, trainer.step)),
+        "pictures": drawn,
+    }
+    write_json(out / "summary.json", summary)
+    print(
+        f"done: nucleus loss {summary['loss_nucleus']['start']:.3f} -> {summary['loss_nucleus']['end']:.3f} "
+        f"(ln K = {log_k:.3f}), image loss {summary['loss_image']['start']:.3f} -> {summary['loss_image']['end']:.3f}, "
+        f"retrieval@1 {summary['retrieval_at_1']['before']:.3f} -> {summary['retrieval_at_1']['after']:.3f} "
+        f"(chance {summary['retrieval_chance']:.3f}), {summary['rois_per_second']:.1f} ROI/s"
+    )
+    print(f"summary: {out / 'summary.json'}; pictures: {out / 'pictures'}")
+
+
+if __name__ == "__main__":
+    from muse_fast.cli import run
+
+    raise SystemExit(run(main))

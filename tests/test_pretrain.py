@@ -1,0 +1,199 @@
+"""The command, run as users run it: killed, told to stop, given bad data, run twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from muse_fast.cli import run as run_command
+from muse_fast.data.roiset import RoiSetWriter
+from muse_fast.data.synthetic import synthetic_image
+from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED, main
+from muse_fast.train import checkpoint
+from muse_fast.train.progress import read_metrics
+from muse_fast.train.trainer import Trainer
+
+TOY = """
+views: {global_size: 64, local_size: 32, num_locals: 1}
+model: {arch: vit_tiny, drop_path: 0.1}
+head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
+loss: {centering: sinkhorn}
+optim: {steps: 12, batch_size: 2, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
+train: {precision: fp32, log_every: 1, checkpoint_every: 2, eval_every: 6, eval_rois: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    with RoiSetWriter(folder / "rois", provenance={}) as writer:
+        for seed in range(5):
+            image, xy, _ = synthetic_image(seed, 160, 0.25)
+            writer.add(image, mpp=0.25, xy=xy, slide=f"s{seed}")
+    (folder / "toy.yaml").write_text(TOY)
+    return folder
+
+
+def arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
+    fixed = ["--config", str(workplace / "toy.yaml"), "--out", str(out), f"data.roiset={workplace / 'rois'}"]
+    return [*fixed, "data.workers=0", *overrides]
+
+
+def start(workplace: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "muse_fast.pretrain", *arguments(workplace, out, *overrides)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None:
+        rows = read_metrics(out / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"ended before step {step}: {process.stdout.read() if process.stdout else ''}")
+
+
+def losses(out: Path) -> list[tuple[int, str]]:
+    rows = read_metrics(out / "metrics.jsonl")
+    return [(row["step"], float(row["loss"]).hex()) for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def unbroken(workplace: Path) -> Path:
+    out = workplace / "unbroken"
+    torch.set_num_threads(1)
+    assert main(arguments(workplace, out)) == 0
+    return out
+
+
+def test_what_a_run_leaves(unbroken: Path) -> None:
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert summary["steps"] == 12 and summary["losses_finite"] and summary["rois_per_second"] > 0
+    assert set(summary["retrieval_at_1"]) == {"before", "after"}
+    assert all(0 <= v <= 1.0001 for v in summary["mean_entropy_share_of_ln_k"].values())
+    for picture in summary["pictures"].values():
+        assert Path(picture).stat().st_size > 10_000
+    assert checkpoint.steps(unbroken) == [10, 12]
+    steps = [row["step"] for row in read_metrics(unbroken / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
+    assert list((unbroken / "tensorboard").iterdir())
+
+
+def test_the_run_loads_as_a_backbone(unbroken: Path) -> None:
+    from muse_fast import load_backbone
+
+    backbone = load_backbone("vit_tiny", weights=unbroken)
+    images, xy = torch.randn(2, 3, 64, 64), torch.tensor([[3.0, 4.0], [60.0, 10.0], [5.0, 5.0]])
+    assert backbone.nucleus_features(images, xy, torch.tensor([0, 0, 1])).shape == (3, 192)
+
+
+def test_killed_three_times_and_resumed_it_ends_with_the_same_losses(workplace: Path, unbroken: Path) -> None:
+    rng = random.Random(time.time_ns())
+    out = workplace / "killed"
+    for low in (2, 5, 8):
+        process = start(workplace, out)
+        wait_for_step(out, rng.randint(low, low + 2), process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(workplace, out)
+    assert process.wait() == 0, process.stdout.read() if process.stdout else ""
+    assert losses(out) == losses(unbroken)
+    for stem in ("student", "teacher", "optimizer", "state"):
+        ours = checkpoint.read_tensors(checkpoint.folder_of(out, 12), stem)
+        theirs = checkpoint.read_tensors(checkpoint.folder_of(unbroken, 12), stem)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_workers_do_not_change_the_numbers(workplace: Path, unbroken: Path) -> None:
+    out = workplace / "workers"
+    assert main(arguments(workplace, out, "data.workers=2", "optim.steps=12")) == 0
+    assert losses(out) == losses(unbroken)
+
+
+def test_sigterm_saves_and_exits_with_a_known_code(workplace: Path, unbroken: Path) -> None:
+    out = workplace / "terminated"
+    process = start(workplace, out, "train.checkpoint_every=1000")
+    wait_for_step(out, 3, process)
+    process.terminate()
+    assert process.wait() == EXIT_STOPPED
+    written = json.loads((out / "exit.json").read_text())
+    assert written["code"] == EXIT_STOPPED and written["reason"] == "SIGTERM"
+    assert checkpoint.steps(out) == [written["step"]]
+    assert main(arguments(workplace, out)) == 0
+    assert losses(out) == losses(unbroken)
+    assert not (out / "exit.json").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = workplace / "damaged"
+    process = start(workplace, out)
+    wait_for_step(out, 7, process)
+    process.kill()
+    process.wait()
+    newest = checkpoint.folder_of(out, checkpoint.steps(out)[-1]) / "student.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    assert main(arguments(workplace, out)) == 0
+    assert f"passed over: {newest}" in capsys.readouterr().out
+    assert losses(out) == losses(unbroken)
+
+
+def test_non_finite_stops_with_the_roi_ids_and_clean_checkpoints(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = workplace / "nan"
+    step = Trainer.train_step
+
+    def poisoned(trainer: Trainer, views, *, measure: bool):  # type: ignore[no-untyped-def]
+        if trainer.step == 4:
+            views.global_images[0] = float("nan")
+        return step(trainer, views, measure=measure)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    assert main(arguments(workplace, out)) == EXIT_NON_FINITE
+    report = json.loads((out / "non_finite_step_5.json").read_text())
+    assert len(report["roi_ids"]) == 2 and "image loss" in report["error"]
+    found, problems = checkpoint.latest(out)
+    assert found == checkpoint.folder_of(out, 4) and not problems
+    assert all(torch.isfinite(t).all() for t in checkpoint.read_tensors(found, "student").values())
+
+
+def expect_error(capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:
+    assert run_command(main, argv) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_refusals(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    expect_error(capsys, arguments(workplace, unbroken), "finished run")
+    expect_error(capsys, arguments(workplace, tmp_path / "a", "optim.lrr=1"), "did you mean 'optim.lr'?")
+    expect_error(capsys, arguments(workplace, tmp_path / "a", "data.split=tran"), "tran")
+    expect_error(capsys, arguments(workplace, tmp_path / "a", "views.global_size=512"), "too small")
+    expect_error(capsys, ["--config", str(workplace / "toy.yaml"), "--out", str(tmp_path / "a")], "data.roiset")
+    expect_error(capsys, arguments(workplace, tmp_path / "a", f"data.roiset={tmp_path / 'none'}"), "none")
+    assert not (tmp_path / "a").exists()
+
+
+def test_other_settings_do_not_continue_a_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = workplace / "other"
+    process = start(workplace, out)
+    wait_for_step(out, 5, process)
+    process.kill()
+    process.wait()
+    expect_error(capsys, arguments(workplace, out, "optim.lr=0.5"), "optim.lr=0.5 (was 0.001)")
+    expect_error(capsys, [*arguments(workplace, out), "--resume", "never"], "holds checkpoints")
