@@ -1,0 +1,282 @@
+"""``python -m muse_fast.evaluate {knn|linear|finetune} --weights W ... --data SOURCE --json OUT [key=value ...]``
+
+Nucleus classification with the published protocol: features of labelled nuclei, classified by their nearest
+neighbours, by a linear probe, or by the network fine-tuned. Several weights are compared in one table, and
+``--baseline-random`` sets the same architecture untrained beside each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+import muse_fast
+from muse_fast.atomic import write_json
+from muse_fast.data.sources import open_source
+from muse_fast.errors import UserError
+from muse_fast.models.backbone import ARCHS, Backbone, build_backbone
+from muse_fast.ndc.benchmark import TASKS, Options, Row, Subject, parse_options
+from muse_fast.ndc.classification import majority
+from muse_fast.ndc.features import Progress, extract_features
+from muse_fast.ndc.tiles import VALID, Tile, tiles_by_split
+
+SPLITS = ("train", "val", "test")
+PROTOCOLS = ("muse", "exact")
+PROTOCOL_HELP = "muse: the published rules, nuclei on whole pixels; exact: the same with fractions of pixels kept"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        UserError: settings, weights or data do not allow the evaluation.
+    """
+    args = _parse(argv)
+    _evaluate(args, parse_options(TASKS[args.task].options, args.options))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("muse-fast evaluate", description="Nucleus classification benchmark.")
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--weights", nargs="+", required=True, help="run, checkpoint, export, .pth or random:ARCH")
+    parser.add_argument("--data", required=True, help="labelled source with train, val and test, e.g. brcam2c:DIR")
+    parser.add_argument("--mpp", type=float, default=0.5, help="um/px of the tiles (0.5)")
+    parser.add_argument("--size", type=int, default=224, help="side of the tiles in pixels (224)")
+    parser.add_argument("--arch", choices=ARCHS, help="needed only where the weights do not tell")
+    parser.add_argument("--compat", choices=("exact", "muse_official"), help="position embedding, see load_backbone")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="muse", help=PROTOCOL_HELP)
+    parser.add_argument("--baseline-random", action="store_true", help="also evaluate the same network untrained")
+    parser.add_argument("--json", type=Path, help="write all numbers here; must not exist")
+    parser.add_argument("options", nargs="*", metavar="key=value", help=f"{_known_options()}")
+    args = parser.parse_intermixed_args(argv)
+    # `--weights A B lr=1` swallows the settings that follow it.
+    settings = [item for item in args.weights if re.match(r"[a-z_.]+=", item) and not Path(item).exists()]
+    args.weights = [item for item in args.weights if item not in settings]
+    settings += args.options + (["baseline=true"] if args.baseline_random else [])
+    args.data_options = dict(_pair(item.removeprefix("data.")) for item in settings if item.startswith("data."))
+    args.options = [item for item in settings if not item.startswith("data.")]
+    if not args.weights:
+        raise UserError("--weights: expected a run, a checkpoint, a file or random:ARCH")
+    if args.mpp <= 0:
+        raise UserError(f"--mpp {args.mpp}: expected um per pixel above 0, such as 0.5")
+    if args.json is not None and args.json.exists():
+        raise UserError(f"{args.json} exists already; remove it or choose another --json")
+    return args
+
+
+def _pair(item: str) -> tuple[str, str]:
+    key, separator, value = item.partition("=")
+    if not separator:
+        raise UserError(f"'data.{item}': settings of the source are given as data.key=value")
+    return key, value
+
+
+def _evaluate(args: argparse.Namespace, options: Options) -> None:
+    started = time.perf_counter()
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    device = _device(options.device)
+    source = open_source(args.data, **args.data_options)
+    if not source.label_names:
+        raise UserError(f"{args.data}: the source has no classes; evaluation needs labelled nuclei")
+    console.print(f"{args.task} on {args.data}: {args.size} px tiles at {args.mpp} um/px, on {device}", highlight=False)
+    tiles = tiles_by_split(source, SPLITS, size=args.size, mpp=args.mpp, truncate=args.protocol == "muse")
+    data = _describe(args, source.label_names, tiles)
+    _print_counts(console, data)
+
+    results = []
+    for name, backbone in _networks(args, options):
+        with _progress(console, name) as progress:
+            results += _evaluate_network(
+                args.task, name, backbone.to(device), tiles, len(data["classes"]), options, progress
+            )
+    report = {
+        "task": args.task,
+        "protocol": args.protocol,
+        "data": data,
+        "options": asdict(options),
+        "majority": majority(data["nuclei"]["train"], data["nuclei"]["test"]),
+        "results": results,
+        "environment": {
+            "muse_fast": muse_fast.__version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+        },
+        "seconds": time.perf_counter() - started,
+    }
+    _print_results(console, report)
+    if args.json is not None:
+        write_json(args.json, report)
+        console.print(f"numbers in {args.json}", highlight=False)
+
+
+def _describe(args: argparse.Namespace, classes: Sequence[str], tiles: Mapping[str, Sequence[Tile]]) -> dict[str, Any]:
+    labels = {split: np.concatenate([tile.label for tile in found]) for split, found in tiles.items()}
+    return {
+        "source": args.data,
+        "options": args.data_options,
+        "mpp": args.mpp,
+        "size": args.size,
+        "valid": min(VALID, args.size),
+        "classes": list(classes),
+        "tiles": {split: len(found) for split, found in tiles.items()},
+        "nuclei": {split: np.bincount(one, minlength=len(classes)).tolist() for split, one in labels.items()},
+    }
+
+
+def _evaluate_network(
+    task: str,
+    name: str,
+    backbone: Backbone,
+    tiles: Mapping[str, Sequence[Tile]],
+    num_classes: int,
+    options: Options,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The rows of one network, which stands on the device of the evaluation."""
+    device = next(backbone.parameters()).device
+    bf16 = options.precision == "bf16"
+    began = time.perf_counter()
+    sets = extract_features(
+        backbone, tiles, device=device, batch_size=options.extract_batch, bf16=bf16, progress=progress
+    )
+    extracted = time.perf_counter()
+    subject = Subject(backbone, tiles, {split: one.to(device) for split, one in sets.items()}, num_classes)
+    rows = TASKS[task].run(subject, options, progress)
+    seconds = {"features": extracted - began, "classification": time.perf_counter() - extracted}
+    return [{"weights": name, "arch": backbone.arch, **_as_json(row), "seconds": seconds} for row in rows]
+
+
+def _networks(args: argparse.Namespace, options: Options) -> Iterator[tuple[str, Backbone]]:
+    """Every network to evaluate, each followed by its untrained twin where that is asked for."""
+    for weights in args.weights:
+        torch.manual_seed(options.seed)
+        backbone = muse_fast.load_backbone(args.arch, weights, compat=args.compat)
+        yield weights, backbone
+        if options.baseline and not weights.startswith("random"):
+            seed, image_size = _origin(Path(weights), options.seed)
+            torch.manual_seed(seed)
+            yield f"{weights} untrained", build_backbone(backbone.arch, image_size=image_size).eval()
+
+
+def _origin(weights: Path, default_seed: int) -> tuple[int, int]:
+    """Seed and image size that a run or checkpoint started from; a bare file does not tell."""
+    from muse_fast.train import checkpoint
+
+    folder = checkpoint.latest(weights)[0] or weights
+    if not (folder / checkpoint.STATE).exists():
+        return default_seed, 224
+    config = checkpoint.read_state(folder)["config"]
+    return config["seed"], config["views"]["global_size"]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name}: expected auto, cpu, cuda or cuda:INDEX") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch sees no CUDA GPU here; use device=cpu")
+    return device
+
+
+def _known_options() -> str:
+    return "; ".join(f"{name}: {', '.join(f.name for f in fields(task.options))}" for name, task in TASKS.items())
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return {
+        "features": row.features,
+        "selection": row.selection,
+        **row.details,
+        "test": asdict(row.test),
+        "val": asdict(row.val),
+    }
+
+
+def _print_counts(console: Console, data: Mapping[str, Any]) -> None:
+    for split in SPLITS:
+        named = ", ".join(f"{n} {name}" for name, n in zip(data["classes"], data["nuclei"][split], strict=True))
+        console.print(f"{split:>5}: {sum(data['nuclei'][split])} nuclei ({named})", highlight=False)
+
+
+def _print_results(console: Console, report: Mapping[str, Any]) -> None:
+    table = Table(title=f"{report['task']}, test split, %")
+    for column in ("weights", "features", "classifier", "ACC", "95 % interval", "balanced"):
+        table.add_column(column, justify="left" if column in ("weights", "features", "classifier") else "right")
+    table.add_column("recall " + " / ".join(report["data"]["classes"]), justify="right")
+    for row in report["results"]:
+        test = row["test"]
+        low, high = test["accuracy_ci95"]
+        recall = " / ".join("-" if r is None else f"{100 * r:.1f}" for r in test["recall"])
+        table.add_row(
+            row["weights"],
+            row["features"],
+            row["selection"],
+            f"{100 * test['accuracy']:.2f}",
+            f"{100 * low:.1f} .. {100 * high:.1f}",
+            f"{100 * test['balanced_accuracy']:.2f}",
+            recall,
+        )
+    console.print(table)
+    majority_rates = report["majority"]
+    console.print(
+        f"majority class: {100 * majority_rates['test_majority_share']:.2f} % of test; always answering train's "
+        f"majority scores {100 * majority_rates['train_majority_accuracy']:.2f} %. "
+        f"{report['seconds']:.1f} s in all.",
+        highlight=False,
+    )
+
+
+@contextmanager
+def _progress(console: Console, name: str) -> Iterator[Progress]:
+    """A bar with rate and ETA on a terminal; a line every ten seconds elsewhere."""
+    if not console.is_terminal:
+        printed = time.monotonic()
+
+        def line(done: int, total: int, unit: str) -> None:
+            nonlocal printed
+            if time.monotonic() - printed > 10:
+                printed = time.monotonic()
+                console.print(f"{name}: {done}/{total} {unit}", highlight=False)
+
+        yield line
+        return
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bar(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(done: int, total: int, unit: str) -> None:
+            if unit not in tasks:
+                tasks[unit] = bar.add_task(f"{name} {unit}", total=total)
+            bar.update(tasks[unit], completed=done)
+
+        yield update
+
+
+if __name__ == "__main__":
+    from muse_fast.cli import run
+
+    raise SystemExit(run(main))

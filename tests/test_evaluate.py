@@ -1,0 +1,160 @@
+"""The evaluate command, on a few real images at a small tile size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from muse_fast.data.sources import open_source
+from muse_fast.errors import UserError
+from muse_fast.evaluate import main
+from muse_fast.models.backbone import build_backbone
+from muse_fast.ndc.benchmark import FinetuneOptions, KnnOptions, parse_options
+from muse_fast.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def few(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BRCA-M2C cut down to one image per split."""
+    folder = tmp_path_factory.mktemp("brcam2c")
+    whole = shared_data / "brcam2c"
+    for part in ("images", "labels"):
+        (folder / part).symlink_to(whole / part)
+    for split in ("train", "val", "test"):
+        name = (whole / f"brca_ds_{split}.txt").read_text().split()[0]
+        (folder / f"brca_ds_{split}.txt").write_text(name + "\n")
+    return folder
+
+
+def evaluate(task: str, data: Path, out: Path, *more: str, weights: tuple[str, ...] = ("random:vit_tiny",)) -> dict:
+    code = main([task, "--weights", *weights, "--data", f"brcam2c:{data}", "--size", "96", "--json", str(out), *more])
+    assert code == 0
+    return json.loads(out.read_text())
+
+
+def test_knn_reports_both_choices_of_k(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = evaluate("knn", few, tmp_path / "a" / "knn.json", "k=[1,5,100000]", "standardise=raw")
+    nuclei = {image.split: len(image.xy) for image in open_source(f"brcam2c:{few}")}
+    assert {split: sum(counts) for split, counts in report["data"]["nuclei"].items()} == nuclei
+    on_val, on_test = report["results"]
+    assert on_val["selection"].endswith("chosen on val")
+    assert on_test["selection"].endswith("best on test")
+    assert on_test["k_skipped"] == [100000]
+    assert set(on_test["by_k"]) == {"1", "5"}
+    assert on_test["test"]["accuracy"] == max(k["test"] for k in on_test["by_k"].values())
+    assert on_val["val"]["accuracy"] == max(k["val"] for k in on_val["by_k"].values())
+    assert sum(map(sum, on_test["test"]["confusion"])) == nuclei["test"]
+    printed = capsys.readouterr().out
+    assert f"{100 * on_test['test']['balanced_accuracy']:.2f}" in printed
+    assert f"majority class: {100 * report['majority']['test_majority_share']:.2f} %" in printed
+
+
+def test_same_seed_same_numbers(few: Path, tmp_path: Path) -> None:
+    first, again, other = (
+        evaluate("linear", few, tmp_path / f"{name}.json", f"seed={seed}", "epochs=5")
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    confusion = [[row["test"]["confusion"] for row in report["results"]] for report in (first, again, other)]
+    assert confusion[0] == confusion[1] != confusion[2]
+
+
+def test_untrained_twin_of_a_run_is_its_first_state(few: Path, tmp_path: Path) -> None:
+    """A run whose teacher never moved scores as its own baseline, and unlike a run with another seed."""
+    runs = []
+    for seed, claimed in ((5, 5), (6, 7)):
+        torch.manual_seed(seed)
+        tensors = {f"backbone.{name}": value for name, value in build_backbone("vit_tiny").state_dict().items()}
+        config = {"seed": claimed, "model": {"arch": "vit_tiny"}, "views": {"global_size": 224}}
+        runs.append(tmp_path / f"run{seed}")
+        checkpoint.save(runs[-1], 1, {"teacher": tensors}, {"step": 1, "config": config}, keep_every=0)
+    report = evaluate(
+        "knn", few, tmp_path / "knn.json", "--baseline-random", "standardise=raw", "k=[3]", weights=(*map(str, runs),)
+    )
+    rows = {row["weights"]: row["test"]["confusion"] for row in report["results"]}
+    assert list(rows) == [str(runs[0]), f"{runs[0]} untrained", str(runs[1]), f"{runs[1]} untrained"]
+    assert rows[str(runs[0])] == rows[f"{runs[0]} untrained"]
+    assert rows[str(runs[1])] != rows[f"{runs[1]} untrained"]
+
+
+def test_finetuning_reports_the_probe_and_the_tuned_network(few: Path, tmp_path: Path) -> None:
+    report = evaluate("finetune", few, tmp_path / "ft.json", "epochs=2", "lr=1e-3", "batch_size=8", "augment=true")
+    probe, tuned = report["results"]
+    assert (probe["features"], tuned["features"]) == ("raw", "tuned")
+    assert len(tuned["history"]) == 2
+    assert tuned["lr"] == 1e-3
+    assert tuned["val"]["accuracy"] == pytest.approx(max(e["val_accuracy"] for e in tuned["history"]), abs=1e-9)
+    # The lists hold hundreds of nuclei, so training on them for two epochs must bring its own loss down.
+    assert tuned["history"][1]["train_loss"] < tuned["history"][0]["train_loss"]
+
+
+def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "knn.json"
+    arguments = ["knn", "--data", f"brcam2c:{few}", "--size", "96", "--json", str(out)]
+    assert main([*arguments, "--weights", "random:vit_tiny", "k=[2]", "standardise=train"]) == 0
+    assert [row["features"] for row in json.loads(out.read_text())["results"]] == ["standardised"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("knn", "neighbours=3"), r"no setting 'neighbours' here.*k"),
+        (("linear", "epoch=3"), r"no setting 'epoch' here; did you mean 'epochs'\?"),
+        (("linear", "epochs=many"), r"epochs=many"),
+        (("linear", "epochs=0"), r"epochs=0: expected above 0"),
+        (("knn", "k=[0,3]"), r"k=\[0, 3\]: expected numbers above 0"),
+        (("knn", "standardise=never"), r"standardise=never: expected raw, train or both"),
+        (("knn", "device=gpu"), r"device=gpu: expected auto, cpu, cuda"),
+        (("knn", "--mpp", "-1"), r"--mpp -1.0: expected um per pixel above 0"),
+        (("knn", "--weights", "nowhere"), r"nowhere"),
+        (("knn", "data.mpp=0.5"), r"brcam2c: no option 'mpp'"),
+    ],
+)
+def test_mistakes_are_named(few: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    task, *more = arguments
+    out = tmp_path / "x.json"
+    base = [task, "--weights", "random:vit_tiny", "--data", f"brcam2c:{few}", "--size", "96", "--json", str(out)]
+    with pytest.raises(UserError, match=message):
+        main([*base, *more])
+    assert not out.exists()
+
+
+def test_a_report_is_not_overwritten(few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    out.write_text("{}")
+    with pytest.raises(UserError, match=r"x.json exists already"):
+        evaluate("knn", few, out)
+    assert out.read_text() == "{}"
+
+
+def test_missing_split_and_missing_classes_are_refused(few: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(few, half, symlinks=True)
+    (half / "brca_ds_val.txt").write_text("")
+    with pytest.raises(UserError, match="no labelled nucleus in split val"):
+        evaluate("knn", half, tmp_path / "x.json")
+    points = tmp_path / "points"
+    points.mkdir()
+    shutil.copy(next((few / "images").iterdir()), points / "image.png")
+    (points / "image.csv").write_text("x,y\n10,20\n")
+    with pytest.raises(UserError, match="no classes"):
+        main(["knn", "--weights", "random:vit_tiny", "--data", f"points:{points}", "data.mpp=0.5"])
+
+
+def test_the_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "muse_fast.evaluate", "knn", "--weights", "random:vit_tiny", "--data", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 'nothing' is no source")
+    assert "Traceback" not in done.stderr
+
+
+def test_options_are_typed() -> None:
+    assert parse_options(KnnOptions, ["k=[5]", "seed=3", "baseline=true"]) == KnnOptions(k=[5], seed=3, baseline=True)
+    assert parse_options(FinetuneOptions, []).lr is None
+    assert parse_options(FinetuneOptions, ["lr=1e-3"]).lr == 1e-3
