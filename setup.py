@@ -1,0 +1,95 @@
+"""Builds the C++ library through CMake; metadata is in pyproject.toml, flags and sources are in CMakeLists.txt.
+
+Without a compiler, without torch in the build environment, or where the build fails, the installation goes on in pure
+Python and says so; ``python -m muse_fast.doctor`` tells it again. ``MUSE_FAST_BUILD=require`` makes a failure fatal,
+``MUSE_FAST_BUILD=0`` skips the build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import setuptools
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+if (
+    int(setuptools.__version__.split(".")[0]) < 77
+):  # --no-build-isolation does not look at pyproject.toml's build-system
+    raise SystemExit(f"muse_fast builds with setuptools>=77, found {setuptools.__version__}; pip install -U setuptools")
+
+ROOT = Path(__file__).parent
+LIBRARY = "_C.so"
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake and puts ``muse_fast/_C.so`` where setuptools expects the extension."""
+
+    def run(self) -> None:
+        mode = os.environ.get("MUSE_FAST_BUILD", "auto")
+        if mode not in ("auto", "require", "0"):
+            raise SystemExit(f"MUSE_FAST_BUILD={mode}: expected auto, require or 0")
+        filename = self.get_ext_filename("muse_fast._C")
+        for folder in [self.build_lib, *([ROOT] if self.inplace else [])]:
+            Path(folder, filename).unlink(missing_ok=True)  # an older build must not pass for this one
+        if mode == "0":
+            announce("skipped (MUSE_FAST_BUILD=0)")
+            return
+        try:
+            super().run()
+        except (ImportError, OSError) as error:
+            if mode == "require":
+                raise
+            announce(f"not built ({error}; MUSE_FAST_BUILD=require shows more)")
+
+    def build_extension(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = ROOT / "build" / "cmake"
+        # The cmake and ninja of pip stand beside this Python, whose folder need not be on PATH.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+        cmake = shutil.which("cmake", path=path)
+        if cmake is None:
+            raise FileNotFoundError("cmake not found; pip install cmake ninja")
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "TORCH_INCLUDE_DIRS": ";".join(include_paths()),
+            "TORCH_LIBRARY_DIRS": ";".join(library_paths()),
+        }
+        generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
+        defines = [f"-D{name}={value}" for name, value in settings.items()]
+        environment = os.environ | {"PATH": path}
+        shutil.rmtree(build, ignore_errors=True)  # a cache from another environment names folders that may be gone
+        for step in (["-S", str(ROOT), "-B", str(build), *generator, *defines], ["--build", str(build), "--parallel"]):
+            if subprocess.run([cmake, *step], env=environment).returncode:
+                raise OSError(f"cmake {step[0]} failed")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(build / LIBRARY, target)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")[:-1], LIBRARY))  # loaded by torch, not imported: no Python ABI in the name
+
+
+def announce(message: str) -> None:
+    """Tell it where a person sees it: pip hides the output of a build that went well."""
+    text = f"muse_fast: C++ library {message}. Pure Python installation; see `python -m muse_fast.doctor`.\n"
+    sys.stderr.write(text)
+    with contextlib.suppress(OSError):  # no terminal
+        Path("/dev/tty").write_text(text)
+
+
+setup(
+    # kernels/ depends on torch and triton alone, so that the folder can be copied out of the checkout; the package that
+    # it becomes once installed is muse_fast.kernels, for PyPI has another called "kernels".
+    packages=[*find_packages(include=["muse_fast", "muse_fast.*"]), "muse_fast.kernels"],
+    package_dir={"muse_fast.kernels": "kernels"},
+    ext_modules=[Extension("muse_fast._C", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,118 @@
+"""The installation: with a compiler, without one, and when told to skip or to require the C++ library."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from muse_fast.ops import backends
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "csrc", "kernels", "muse_fast"]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A clean copy of the sources, as git would give it."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def pip(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "-v", *arguments, "--no-deps", "--no-build-isolation", "--no-index"]
+    return subprocess.run(
+        command,
+        cwd=checkout,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # no terminal: the announcement of a failed build stays in the output
+    )
+
+
+def wheel_contents(checkout: Path) -> set[str]:
+    (wheel,) = checkout.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_wheel_holds_the_library_and_the_kernels(checkout: Path) -> None:
+    finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    contents = wheel_contents(checkout)
+    assert {"muse_fast/_C.so", "muse_fast/kernels/__init__.py", "muse_fast/ops/reference.py"} <= contents
+    assert not {name.split("/")[0] for name in contents} & {"kernels", "bench", "tests", "csrc"}
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_installation_goes_on_and_says_so(checkout: Path) -> None:
+    finished = pip(checkout, "wheel", ".", CXX="/no/such/compiler")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "C++ library not built" in finished.stdout + finished.stderr
+    assert "muse_fast/_C.so" not in wheel_contents(checkout)
+    finished = pip(checkout, "wheel", ".", CXX="/no/such/compiler", MUSE_FAST_BUILD="require")
+    assert finished.returncode != 0
+    assert "/no/such/compiler" in finished.stdout + finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_without_nvcc_the_library_leaves_cuda_out(checkout: Path) -> None:
+    finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require", CUDACXX="/no/such/nvcc")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "CUDA sources: left out" in finished.stdout + finished.stderr
+    (wheel,) = checkout.glob("*.whl")
+    library = zipfile.ZipFile(wheel).read("muse_fast/_C.so")
+    assert b"match_nuclei" in library
+    assert b".nv_fatbin" not in library
+    assert b"libtorch_cuda" not in library
+
+
+def test_editable_installation_finds_the_kernels(checkout: Path, tmp_path: Path) -> None:
+    """``muse_fast.kernels`` lies outside ``muse_fast/``; an older library must not survive a skipped build."""
+    (checkout / "muse_fast" / "_C.so").write_bytes(b"stale")
+    target = tmp_path / "site"
+    finished = pip(checkout, "install", "--target", str(target), "-e", ".", MUSE_FAST_BUILD="0")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert not (checkout / "muse_fast" / "_C.so").exists()
+    code = f"import site; site.addsitedir({str(target)!r}); import muse_fast.kernels as k; print(k.__file__)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", code]  # -S: without this environment's own muse_fast
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert shown.stdout.strip() == str(checkout / "kernels" / "__init__.py"), shown.stderr
+
+
+@pytest.mark.skipif(backends.library_error() is not None, reason=str(backends.library_error()))
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_library_needs_no_python_and_only_the_stable_interface() -> None:
+    symbols = subprocess.run(["nm", "-D", "-C", "--undefined-only", backends.LIBRARY], capture_output=True, text=True)
+    names = [line.split(maxsplit=1)[1] for line in symbols.stdout.splitlines() if line.split()[0] == "U"]
+    assert any("aoti_torch" in name for name in names)
+    assert not [name for name in names if name.startswith(("_Py", "Py", "c10::", "at::", "torch::"))]
+
+
+@pytest.mark.skipif(backends.library_error() is not None, reason=str(backends.library_error()))
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="no nvcc, or torch without CUDA")
+def test_library_holds_cuda_code_and_needs_no_cuda_runtime() -> None:
+    """Machine code for sm_80 and sm_90, PTX for what comes later, and the runtime inside: no loader looks for it."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("muse_fast::match_nuclei", "CUDA")
+    knobs = pytest.importorskip("triton.knobs")  # Triton brings cuobjdump
+    command = [knobs.nvidia.cuobjdump.path, "--list-elf", "--list-ptx", backends.LIBRARY]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"sm_\d+\w*\.(?:cubin|ptx)", listed)) == {"sm_80.cubin", "sm_90.cubin", "sm_90.ptx"}
+    assert b"libcudart.so" not in backends.LIBRARY.read_bytes()
