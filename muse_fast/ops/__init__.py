@@ -1,0 +1,8 @@
+"""The operations that MUSE adds to DINO, each with a plain PyTorch reference beside its faster backends."""
+
+from muse_fast.ops.dino_loss import dino_loss
+from muse_fast.ops.linear_dino_loss import linear_dino_loss
+from muse_fast.ops.match_nuclei import match_nuclei
+from muse_fast.ops.sample_nuclei import sample_nuclei
+
+__all__ = ["dino_loss", "linear_dino_loss", "match_nuclei", "sample_nuclei"]

@@ -1,0 +1,42 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # before any kernel is imported: Triton reads it when it decorates
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(1)  # same sums on every machine, and no fight over cores when tests run side by side
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, in whatever order tests run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms alone, and NaN in every ``torch.empty``: reading it unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real H&E images: ``$MUSE_FAST_DATA``, or ``../shared/data`` beside the checkout."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MUSE_FAST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}; set MUSE_FAST_DATA")
+    return folder

@@ -1,0 +1,204 @@
+"""The references themselves: values and gradients against other formulas, by checks that are proven to reject an error.
+
+Each ``check_*`` takes the op to judge. It must pass for the reference and fail for every mutant: a gradient off by 1 %,
+a lost pair, swapped coordinates, a forgotten centre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from muse_fast.ops import reference
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+Op = Callable[..., Any]
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-9}
+STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, with a gradient 1 % too large."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 1.01
+
+
+def scaled_gradient(op: Op) -> Op:
+    return lambda *arguments: ScaledGradient.apply(op(*arguments))
+
+
+def central_differences(function: Callable[[Tensor], Tensor], point: Tensor, step: float = 1e-5) -> Tensor:
+    """The gradient of a scalar function, entry by entry."""
+    gradient = torch.empty_like(point)
+    for entry in range(point.numel()):
+        shift = torch.zeros_like(point).view(-1)
+        shift[entry] = step
+        shift = shift.view_as(point)
+        gradient.view(-1)[entry] = (function(point + shift) - function(point - shift)) / (2 * step)
+    return gradient
+
+
+def check_match_nuclei(op: Op) -> None:
+    """Worked by hand; view by view, two ROIs each: {1, 2, 5} {3}, {2, 5} {3, 4}, {5} {4}; two views are global."""
+    index = torch.tensor([1, 2, 5, 3, 2, 5, 3, 4, 5, 4], dtype=torch.int32)
+    offsets = torch.tensor([0, 3, 4, 6, 8, 9, 10], dtype=torch.int32)
+    teacher, student = op(index, offsets, 2, 2)
+    assert teacher.tolist() == [1, 2, 3, 2, 4, 5, 6, 5, 7]
+    assert student.tolist() == [4, 5, 6, 8, 1, 2, 3, 8, 9]
+
+
+def check_sample_nuclei(op: Op) -> None:
+    """Rows against the product of two hat functions on the upsampled map; gradients against central differences."""
+    torch.manual_seed(0)
+    sizes = [(5, 7), (3, 4), (2, 2), (1, 1)]
+    levels = [torch.randn(2, 2, *size, dtype=torch.float64) for size in sizes]
+    xy = torch.rand(6, 2) * 32
+    image_index = torch.tensor([0, 1, 1, 0, 1, 0])
+    weights = torch.randn(6, 8, dtype=torch.float64)
+
+    def hat(position: Tensor, count: int) -> Tensor:
+        """[N, count]: the share of every pixel in a point between pixels."""
+        return (1 - (position.unsqueeze(1) - torch.arange(count)).abs()).clamp(min=0)
+
+    def resize(count: int, fine: int) -> Tensor:
+        """[fine, count]: the share of every coarse pixel in every fine one, corners aligned."""
+        return hat(torch.arange(fine, dtype=torch.float64) * (count - 1) / (fine - 1), count)
+
+    across, down = hat(xy[:, 0].double() / 32 * 6, 7), hat(xy[:, 1].double() / 32 * 4, 5)
+    expected = torch.cat(
+        [
+            torch.einsum("nchw,nh,nw->nc", level[image_index], down @ resize(h, 5), across @ resize(w, 7))
+            for level, (h, w) in zip(levels, sizes, strict=True)
+        ],
+        dim=1,
+    )
+    leaves = [level.clone().requires_grad_() for level in levels]
+    rows = op(leaves, xy, image_index, 32)
+    torch.testing.assert_close(rows, expected, **TOLERANCE)
+    (rows * weights).sum().backward()
+    for position, leaf in enumerate(leaves):
+
+        def weighted_sum(moved: Tensor, position: int = position) -> Tensor:
+            inputs = [*levels[:position], moved, *levels[position + 1 :]]
+            return (op(inputs, xy, image_index, 32) * weights).sum()
+
+        torch.testing.assert_close(leaf.grad, central_differences(weighted_sum, levels[position]), **TOLERANCE)
+
+
+def loss_inputs() -> tuple[Tensor, ...]:
+    """Student and teacher features, prototypes, centre, pairs (a row in none, a row in several), weights of pairs."""
+    torch.manual_seed(0)
+    z, teacher_z = (torch.nn.functional.normalize(torch.randn(n, 5, dtype=torch.float64), dim=1) for n in (4, 3))
+    weight, teacher_weight = (torch.randn(11, 5, dtype=torch.float64) / 5**0.5 for _ in range(2))
+    center = torch.randn(11, dtype=torch.float64) * 0.1
+    teacher_rows, student_rows = torch.tensor([0, 2, 1, 0, 2]), torch.tensor([1, 1, 0, 3, 3])
+    pair_weights = torch.rand(5, dtype=torch.float64) + 0.5
+    return z, weight, teacher_z, teacher_weight, center, teacher_rows, student_rows, pair_weights
+
+
+def check_dino_loss(op: Op) -> None:
+    """Closed form: loss = LSE_i - p_j . s_i / ts, d loss / d s_i = (softmax(s_i / ts) - p_j) / ts."""
+    z, weight, teacher_z, teacher_weight, center, teacher_rows, student_rows, pair_weights = loss_inputs()
+    student, teacher = z @ weight.T, teacher_z @ teacher_weight.T
+    exponent = ((teacher - center) / TEACHER_TEMP).exp()
+    target = (exponent / exponent.sum(1, keepdim=True))[teacher_rows]
+    scaled = student / STUDENT_TEMP
+    log_sum = scaled.exp().sum(1).log()
+    expected = log_sum[student_rows] - (target * scaled[student_rows]).sum(1)
+    expected_gradient = torch.zeros_like(student)
+    for pair, row in enumerate(student_rows.tolist()):
+        prediction = (scaled[row] - log_sum[row]).exp()
+        expected_gradient[row] += pair_weights[pair] * (prediction - target[pair]) / STUDENT_TEMP
+
+    leaf = student.clone().requires_grad_()
+    loss = op(leaf, teacher, center, teacher_rows, student_rows, STUDENT_TEMP, TEACHER_TEMP)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    (loss * pair_weights).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected_gradient, **TOLERANCE)
+
+
+def check_linear_dino_loss(op: Op) -> None:
+    """Both gradients against central differences, and d z against its closed form (w_i o_i - sum_j w_ij m_j) / ts."""
+    z, weight, teacher_z, teacher_weight, center, teacher_rows, student_rows, pair_weights = loss_inputs()
+
+    def weighted_sum(z: Tensor, weight: Tensor) -> Tensor:
+        loss = op(z, weight, teacher_z, teacher_weight, center, teacher_rows, student_rows, STUDENT_TEMP, TEACHER_TEMP)
+        return (loss * pair_weights).sum()
+
+    z_leaf, weight_leaf = z.clone().requires_grad_(), weight.clone().requires_grad_()
+    weighted_sum(z_leaf, weight_leaf).backward()
+    torch.testing.assert_close(
+        z_leaf.grad, central_differences(lambda moved: weighted_sum(moved, weight), z), **TOLERANCE
+    )
+    torch.testing.assert_close(
+        weight_leaf.grad, central_differences(lambda moved: weighted_sum(z, moved), weight), **TOLERANCE
+    )
+
+    predicted = ((z @ weight.T) / STUDENT_TEMP).softmax(1) @ weight  # o_i
+    target = ((teacher_z @ teacher_weight.T - center) / TEACHER_TEMP).softmax(1) @ weight  # m_j
+    closed = torch.zeros_like(z)
+    closed.index_add_(
+        0, student_rows, pair_weights.unsqueeze(1) * (predicted[student_rows] - target[teacher_rows]) / STUDENT_TEMP
+    )
+    torch.testing.assert_close(z_leaf.grad, closed, **TOLERANCE)
+
+
+def drop_last_pair(*arguments: Any) -> tuple[Tensor, Tensor]:
+    teacher, student = reference.match_nuclei(*arguments)
+    return teacher[:-1], student[:-1]
+
+
+def swap_roles(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return reference.match_nuclei(*arguments)[::-1]
+
+
+def swap_coordinates(levels: Any, xy: Tensor, *rest: Any) -> Tensor:
+    return reference.sample_nuclei(levels, xy.flip(1), *rest)
+
+
+def forget_center(student: Tensor, teacher: Tensor, center: Tensor, *rest: Any) -> Tensor:
+    return reference.dino_loss(student, teacher, center * 0, *rest)
+
+
+def swap_weights(z: Tensor, weight: Tensor, teacher_z: Tensor, teacher_weight: Tensor, *rest: Any) -> Tensor:
+    return reference.linear_dino_loss(z, teacher_weight, teacher_z, weight, *rest)
+
+
+CHECKS = {
+    "match_nuclei": check_match_nuclei,
+    "sample_nuclei": check_sample_nuclei,
+    "dino_loss": check_dino_loss,
+    "linear_dino_loss": check_linear_dino_loss,
+}
+MUTANTS = {
+    "match_nuclei-dropped_pair": drop_last_pair,
+    "match_nuclei-swapped_roles": swap_roles,
+    "sample_nuclei-gradient_1_percent": scaled_gradient(reference.sample_nuclei),
+    "sample_nuclei-swapped_x_y": swap_coordinates,
+    "dino_loss-gradient_1_percent": scaled_gradient(reference.dino_loss),
+    "dino_loss-forgotten_center": forget_center,
+    "linear_dino_loss-gradient_1_percent": scaled_gradient(reference.linear_dino_loss),
+    "linear_dino_loss-swapped_prototypes": swap_weights,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_reference_passes(name: str) -> None:
+    CHECKS[name](getattr(reference, name))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_fails(mutant: str) -> None:
+    with pytest.raises(AssertionError):
+        CHECKS[mutant.split("-")[0]](MUTANTS[mutant])
