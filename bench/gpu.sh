@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Build, test, sanitize and time the ops on a machine with a GPU; no network needed.
+#
+#   bench/gpu.sh [STAGE ...]      build test sanitize ops; all of them, in this order, when none is named
+#
+# Exit code 1 when a stage failed; the stages after it still run. Each stage ends within 8 minutes.
+# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, and ops.json.
+#
+# Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu tries the script out),
+# COMMIT (what the JSON files name; by default git is asked).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+STAGES=(build test sanitize ops)
+OUT=$(realpath -m "${OUT:-runs/gpu}")
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cuda}
+export PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin
+
+# Editable: the tests import muse_fast from the checkout, so the library and the kernels must be found there.
+stage_build() {
+  MUSE_FAST_BUILD=require timeout 420 \
+    "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation -v -e . || return
+  "$PYTHON" - "$DEVICE" <<'PYTHON'
+import sys
+
+from muse_fast.ops import backends
+
+print(*backends.table(), sep="\n")
+errors = [backends.library_error()]
+if sys.argv[1] == "cuda":  # without them the stages to come would skip what they are for
+    errors += [backends.cuda_error("match_nuclei"), backends.triton_error()]
+sys.exit("; ".join(filter(None, errors)) or None)
+PYTHON
+}
+
+# The tests of every op, and of everything else that asks for a GPU.
+stage_test() {
+  local files op
+  mapfile -t files < <(
+    for op in muse_fast/ops/*.py; do ls "tests/test_$(basename "$op")" 2>/dev/null; done
+    grep -lE 'mark\.gpu' tests/test_*.py
+  )
+  mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
+  timeout 470 "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+}
+
+# Out-of-bounds accesses and races in shared memory, on the smallest inputs. Without torch's cache of device memory,
+# which would hide an access past the end of a tensor.
+stage_sanitize() {
+  local tool
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; return 1; }
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 235 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_match_nuclei.py tests/test_dino_loss.py \
+      -k "set_intersection or broken or triton_without_pairs or triton_twice" || return
+  done
+}
+
+stage_ops() {
+  timeout 470 "$PYTHON" -m bench ops --device "$DEVICE" --json "$OUT/ops.json"
+}
+
+# STAGE EXIT_CODE SECONDS, for every stage so far -> stages.json
+record() {
+  "$PYTHON" - "$OUT" "$DEVICE" "$@" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+from bench.ops import environment
+
+out, device, *fields = sys.argv[1:]
+stages = [
+    {"stage": stage, "exit_code": int(code), "seconds": int(seconds)}
+    for stage, code, seconds in zip(fields[::3], fields[1::3], fields[2::3], strict=True)
+]
+for row in stages:
+    lines = (Path(out) / f"{row['stage']}.log").read_text().splitlines()
+    row["last_line"] = next((line for line in reversed(lines) if any(map(str.isalpha, line))), "")
+report = {"environment": environment(device), "stages": stages}
+(Path(out) / "stages.json").write_text(json.dumps(report, indent=2) + "\n")
+PYTHON
+}
+
+for stage in "$@"; do
+  if [[ " ${STAGES[*]} " != *" $stage "* ]]; then
+    echo "bench/gpu.sh: unknown stage '$stage'; expected some of: ${STAGES[*]}" >&2
+    exit 2
+  fi
+done
+mkdir -p "$OUT"
+results=()
+failed=0
+for stage in "${@:-${STAGES[@]}}"; do
+  echo "== $stage"
+  SECONDS=0
+  "stage_$stage" 2>&1 | tee "$OUT/$stage.log"
+  code=${PIPESTATUS[0]}
+  results+=("$stage" "$code" "$SECONDS")
+  ((code == 0)) || failed=1
+  record "${results[@]}"
+done
+printf '== %s: exit code %s after %s s\n' "${results[@]}"
+exit "$failed"
