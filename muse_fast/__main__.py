@@ -1,0 +1,35 @@
+"""``muse-fast COMMAND ...`` and ``python -m muse_fast COMMAND ...``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from muse_fast.cli import EXIT_USER_ERROR, run
+
+COMMANDS = {
+    "prepare": "slides or labelled images to a ROI set",
+    "pretrain": "self-supervised pretraining",
+    "evaluate": "nucleus classification by KNN, linear probe or fine-tuning",
+    "doctor": "what is installed and which backend each op would use",
+}
+
+
+def main() -> int:
+    """Run the command that ``sys.argv`` names; without one, list them."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        return run(importlib.import_module(f"muse_fast.{name}").main, rest)
+    print("usage: muse-fast COMMAND ...\n")
+    for command, text in COMMANDS.items():
+        print(f"  {command:10} {text}")
+    if name in ("-h", "--help"):
+        return 0
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    print(f"\nerror: no command '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""), file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,116 @@
+"""``python -m muse_fast.doctor [ROISET]``: what is installed, which backend each op would use and why.
+
+With the folder of a ROI set, every byte of it is checked instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from muse_fast.cli import run
+from muse_fast.data.roiset import RoiSet
+from muse_fast.ops import backends
+
+# Distribution names; the first one that is installed counts.
+PACKAGES = {
+    "muse_fast": ("muse_fast",),
+    "torch": ("torch",),
+    "torchvision": ("torchvision",),
+    "triton": ("triton", "pytorch-triton"),
+    "timm": ("timm",),
+    "openslide": ("openslide-python",),
+    "simplejpeg": ("simplejpeg",),
+    "DALI": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
+    "xformers": ("xformers",),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 1 when a ROI set has problems."""
+    parser = argparse.ArgumentParser(
+        prog="muse-fast doctor", description="What is installed, and which backend each op would use."
+    )
+    parser.add_argument("roiset", nargs="?", type=Path, help="folder of a ROI set: check it")
+    options = parser.parse_args(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    if options.roiset is not None:
+        return check_roiset(options.roiset, console)
+    console.print(machine_table())
+    console.print(backend_table())
+    return 0
+
+
+def check_roiset(path: Path, console: Console) -> int:
+    """Print the problems of a ROI set; the exit code."""
+    roiset = RoiSet(path)
+    console.print(f"{path}: {len(roiset)} ROIs; reading all of them")
+    problems = roiset.verify()
+    for problem in problems:
+        console.print(f"[red]problem[/red] {problem}")
+    console.print(f"{len(problems)} problems" if problems else "no problems")
+    return 1 if problems else 0
+
+
+def machine_table() -> Table:
+    table = Table(title="What is installed", title_justify="left")
+    table.add_column("what", no_wrap=True)
+    table.add_column("version or state", overflow="fold")
+    for name, state in machine():
+        table.add_row(name, state)
+    return table
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """Names and states, in the order of the table."""
+    yield "Python", platform.python_version()
+    for name, distributions in PACKAGES.items():
+        yield name, installed_version(distributions)
+    yield "CUDA of torch", torch.version.cuda or "none"
+    yield "CUDA devices", ", ".join(cuda_devices()) or "none"
+    yield "CPU threads", f"{len(os.sched_getaffinity(0))} usable, torch uses {torch.get_num_threads()}"
+    yield "C++ library", backends.library_error() or f"loaded from {backends.LIBRARY}"
+    yield "Triton kernels", backends.triton_error() or "importable"
+    if forced := os.environ.get(backends.ENVIRONMENT):
+        yield backends.ENVIRONMENT, forced
+
+
+def installed_version(distributions: tuple[str, ...]) -> str:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def cuda_devices() -> list[str]:
+    """Name, compute capability and memory of every device."""
+    devices = []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        memory = properties.total_memory / 2**30
+        devices.append(f"{properties.name} (sm_{properties.major}{properties.minor}, {memory:.0f} GiB)")
+    return devices
+
+
+def backend_table() -> Table:
+    table = Table(title="Backend of each op", title_justify="left")
+    for column in ("op", "tensors on", "backend"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for row in backends.table():
+        table.add_row(row.op, row.device, row.backend, row.reason)
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
