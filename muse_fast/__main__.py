@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 from muse_fast.cli import EXIT_USER_ERROR, run
+from muse_fast.errors import did_you_mean
 
 COMMANDS = {
     "prepare": "slides or labelled images to a ROI set",
@@ -26,8 +26,7 @@ def main() -> int:
         print(f"  {command:10} {text}")
     if name in ("-h", "--help"):
         return 0
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    print(f"\nerror: no command '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""), file=sys.stderr)
+    print(f"\nerror: no command '{name}'{did_you_mean(name, COMMANDS)}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 

@@ -7,7 +7,6 @@ the wrong type or out of range is refused with the key to change.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,19 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from muse_fast.errors import UserError
+from muse_fast.errors import UserError, did_you_mean
 
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet50")
+
+
+def check_arch(arch: str) -> None:
+    """Refuse what is not one of ``ARCHS``.
+
+    Raises:
+        UserError: with the nearest one.
+    """
+    if arch not in ARCHS:
+        raise UserError(f"unknown arch '{arch}'; expected one of {', '.join(ARCHS)}{did_you_mean(arch, ARCHS)}")
 
 
 def _require(ok: bool, key: str, value: object, expected: str) -> None:
@@ -92,8 +101,7 @@ class ModelConfig:
     """Stochastic depth of the student's last block (linear over depth); the teacher has none."""
 
     def __post_init__(self) -> None:
-        hint = "".join(f", did you mean {m}?" for m in difflib.get_close_matches(self.arch, ARCHS, 1))
-        _require(self.arch in ARCHS, "model.arch", self.arch, f"one of {', '.join(ARCHS)}{hint}")
+        check_arch(self.arch)
         _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "0 to below 1")
 
 
@@ -270,9 +278,7 @@ def _refuse_unknown_keys(layer: DictConfig, origin: str) -> None:
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    """The nearest known key: by the whole key, else by its last part in any section."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:
-        by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = [by_leaf[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)]
-    return f"; did you mean '{near[0]}'?" if near else f". Known: {', '.join(known)}"
+    """The nearest known key, one with the same last part before others."""
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    return did_you_mean(key, same_leaf or known) or f". Known: {', '.join(known)}"

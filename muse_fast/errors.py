@@ -1,4 +1,9 @@
-"""The error that a user can mend."""
+"""The error that a user can mend, and the hint that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -6,3 +11,9 @@ class UserError(ValueError):
 
     Commands show the message without a traceback and exit with code 2.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the known name nearest to ``name``, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

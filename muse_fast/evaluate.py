@@ -27,9 +27,11 @@ from rich.table import Table
 
 import muse_fast
 from muse_fast.atomic import write_json
+from muse_fast.config import ARCHS
 from muse_fast.data.sources import open_source
+from muse_fast.device import pick_device
 from muse_fast.errors import UserError
-from muse_fast.models.backbone import ARCHS, Backbone, build_backbone
+from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.ndc.benchmark import TASKS, Options, Row, Subject, parse_options
 from muse_fast.ndc.classification import majority
 from muse_fast.ndc.features import Progress, extract_features
@@ -90,7 +92,7 @@ def _pair(item: str) -> tuple[str, str]:
 def _evaluate(args: argparse.Namespace, options: Options) -> None:
     started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 150)
-    device = _device(options.device)
+    device = pick_device(options.device, "device")
     source = open_source(args.data, **args.data_options)
     if not source.label_names:
         raise UserError(f"{args.data}: the source has no classes; evaluation needs labelled nuclei")
@@ -184,18 +186,6 @@ def _origin(weights: Path, default_seed: int) -> tuple[int, int]:
         return default_seed, 224
     config = checkpoint.read_state(folder)["config"]
     return config["seed"], config["views"]["global_size"]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name}: expected auto, cpu, cuda or cuda:INDEX") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch sees no CUDA GPU here; use device=cpu")
-    return device
 
 
 def _known_options() -> str:

@@ -21,6 +21,7 @@ from muse_fast.batch import Pairs, Views
 from muse_fast.config import PretrainConfig, flatten, load_config
 from muse_fast.data.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
 from muse_fast.data.roiset import RoiSet
+from muse_fast.device import pick_device
 from muse_fast.errors import UserError
 from muse_fast.ops import match_nuclei
 from muse_fast.ssl.retrieval import nucleus_retrieval
@@ -61,7 +62,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     roi_ids = roiset.select(config.data.split)
     check_roiset(roiset, roi_ids, config.views)
 
-    device = _device(config.train.device)
+    device = pick_device(config.train.device, "train.device")
     start = _find_start(out, resume)
     trainer = Trainer(config, device)
     out.mkdir(parents=True, exist_ok=True)
@@ -113,18 +114,6 @@ def _run(trainer: Trainer, out: Path, dataset: ViewDataset, roi_ids: np.ndarray[
     shown = _probe(ViewDataset(dataset.roiset, plain, config.seed), roi_ids, batch_size, batch_size)
     _finish(trainer, out, _draw_results(trainer, out, shown[0]), time.time() - began)
     return 0
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"train.device={name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device={name}: no CUDA GPU is available here")
-    return device
 
 
 def _find_start(out: Path, resume: str) -> Path | None:

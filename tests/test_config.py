@@ -54,7 +54,7 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
         ("optim.lr=nan", "optim.min_lr"),
         ("views.global_size=100", "multiple of 16"),
         ("views.global_mpp_min=0.9", "global_mpp_max"),
-        ("model.arch=vit_smal", "did you mean vit_small"),
+        ("model.arch=vit_smal", "did you mean 'vit_small'"),
         ("loss.centering=none", "ema or sinkhorn"),
         ("optim.warmup_steps=132000", "below optim.steps"),
         ("loss.student_temp=0", "above 0"),

@@ -87,7 +87,7 @@ def test_random_weights_follow_the_seed(models):
 @pytest.mark.parametrize(
     ("arch", "weights", "compat", "message"),
     [
-        ("vit_smal", None, None, "Did you mean 'vit_small'"),
+        ("vit_smal", None, None, "did you mean 'vit_small'"),
         (None, None, None, "need an arch"),
         (None, "random:vit_huge", None, "unknown arch 'vit_huge'"),
         ("vit_tiny", "random:vit_small", None, "contradict"),

@@ -5,7 +5,6 @@ A source yields one ``SourceImage`` at a time and never holds more than one. ``o
 
 from __future__ import annotations
 
-import difflib
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from muse_fast.data import synthetic
 from muse_fast.data.tables import MPP_RANGE, read_image, read_mpp_table, read_points
-from muse_fast.errors import UserError
+from muse_fast.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +201,8 @@ def open_source(spec: str, **options: Any) -> Source:
     kinds: dict[str, type[Source]] = {source.kind: source for source in (BrcaM2C, Points, Synthetic, Slides)}
     kind, _, target = spec.partition(":")
     if kind not in kinds or not target:
-        hint = _did_you_mean(kind, kinds) if kind not in kinds else ""
-        raise UserError(f"{spec!r} is no source{hint}; expected KIND:TARGET with KIND one of {', '.join(kinds)}")
+        hint = did_you_mean(kind, kinds) if kind not in kinds else ""
+        raise UserError(f"{spec!r} is no source, expected KIND:TARGET with KIND one of {', '.join(kinds)}{hint}")
     source = kinds[kind]
     return source(target, **{name: _parse_option(source, name, value) for name, value in options.items()})  # type: ignore[call-arg]
 
@@ -211,7 +210,7 @@ def open_source(spec: str, **options: Any) -> Source:
 def _parse_option(source: type[Source], name: str, value: Any) -> Any:
     if name not in source.options:
         known = ", ".join(source.options) or "none"
-        raise UserError(f"{source.kind}: no option {name!r}{_did_you_mean(name, source.options)}; options: {known}")
+        raise UserError(f"{source.kind}: no option {name!r} among {known}{did_you_mean(name, source.options)}")
     kind, low, high = source.options[name]
     if kind is str:
         return str(value)
@@ -223,8 +222,3 @@ def _parse_option(source: type[Source], name: str, value: Any) -> Any:
         what = "a whole number" if kind is int else "a number"
         raise UserError(f"{source.kind}: {name}={value}, expected {what} from {low} to {high}")
     return number
-
-
-def _did_you_mean(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from muse_fast.errors import UserError
+from muse_fast.config import check_arch
 from muse_fast.models import resnet
 from muse_fast.models.decoder import Decoder, TokenDecoder, unify
 from muse_fast.models.resnet import ResNetEncoder
@@ -15,7 +14,6 @@ from muse_fast.models.vit import ViTEncoder
 from muse_fast.ops import sample_nuclei
 
 VIT_DIMS_AND_HEADS = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
-ARCHS = (*VIT_DIMS_AND_HEADS, "resnet50")
 
 
 class Features(NamedTuple):
@@ -73,15 +71,6 @@ class Backbone(nn.Module):
             image_index: ``[N]`` int64, the image of every point.
         """
         return sample_nuclei(self(images).levels, xy, image_index, images.shape[-1])
-
-
-def check_arch(arch: str) -> None:
-    """Raise UserError unless ``arch`` is one of `ARCHS`; the message names the nearest."""
-    if arch in ARCHS:
-        return
-    nearest = difflib.get_close_matches(str(arch), ARCHS, n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise UserError(f"unknown arch {arch!r}; expected one of {', '.join(ARCHS)}.{hint}")
 
 
 def build_backbone(arch: str, *, drop_path: float = 0.0, image_size: int = 224) -> Backbone:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from muse_fast.config import check_arch
 from muse_fast.errors import UserError
-from muse_fast.models.backbone import VIT_DIMS_AND_HEADS, Backbone, build_backbone, check_arch
+from muse_fast.models.backbone import VIT_DIMS_AND_HEADS, Backbone, build_backbone
 from muse_fast.models.official import official_pos_embed, read_official
 from muse_fast.models.vit import PATCH
 

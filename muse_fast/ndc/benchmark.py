@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from muse_fast.errors import UserError
+from muse_fast.errors import UserError, did_you_mean
 from muse_fast.models.backbone import Backbone
 from muse_fast.ndc.classification import KNN_NEIGHBOURS, Scores, knn, linear_probe, standardised
 from muse_fast.ndc.features import NucleusSet, Progress
@@ -90,11 +89,7 @@ def parse_options(kind: type[_O], items: Sequence[str]) -> _O:
         if not separator:
             raise UserError(f"'{item}': settings are given as key=value, for example seed=1")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                f"no setting '{key}' here"
-                + (f"; did you mean '{near[0]}'?" if near else f". Known: {', '.join(known)}")
-            )
+            raise UserError(f"no setting '{key}' here" + (did_you_mean(key, known) or f". Known: {', '.join(known)}"))
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except OmegaConfBaseException as error:
