@@ -65,6 +65,21 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"ended before step {step}: {process.stdout.read() if process.stdout else ''}")
 
 
+def crash_at_step(step: int, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the command in this process until ``step`` begins, and leave it as a crash would."""
+    train_step = Trainer.train_step
+
+    def crashing(trainer: Trainer, views, *, measure: bool):  # type: ignore[no-untyped-def]
+        if trainer.step == step:
+            raise SystemExit("crash")
+        return train_step(trainer, views, measure=measure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", crashing)
+        with pytest.raises(SystemExit, match="crash"):
+            main(argv)
+
+
 def losses(out: Path) -> list[tuple[int, str]]:
     rows = read_metrics(out / "metrics.jsonl")
     return [(row["step"], float(row["loss"]).hex()) for row in rows if "loss" in row]
@@ -137,13 +152,10 @@ def test_sigterm_saves_and_exits_with_a_known_code(workplace: Path, unbroken: Pa
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_name(
-    workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = workplace / "damaged"
-    process = start(workplace, out)
-    wait_for_step(out, 7, process)
-    process.kill()
-    process.wait()
+    crash_at_step(7, arguments(workplace, out), monkeypatch)
     newest = checkpoint.folder_of(out, checkpoint.steps(out)[-1]) / "student.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
@@ -189,11 +201,10 @@ def test_refusals(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "a").exists()
 
 
-def test_other_settings_do_not_continue_a_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_do_not_continue_a_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = workplace / "other"
-    process = start(workplace, out)
-    wait_for_step(out, 5, process)
-    process.kill()
-    process.wait()
+    crash_at_step(3, arguments(workplace, out), monkeypatch)
     expect_error(capsys, arguments(workplace, out, "optim.lr=0.5"), "optim.lr=0.5 (was 0.001)")
     expect_error(capsys, [*arguments(workplace, out), "--resume", "never"], "holds checkpoints")

@@ -162,8 +162,8 @@ def test_non_finite_values_stop_before_anything_changes(case: str) -> None:
 def test_the_nucleus_loss_falls_on_a_fixed_batch(centering: str) -> None:
     trainer = Trainer(toy(f"loss.centering={centering}", "optim.lr=2e-3"), torch.device("cpu"))
     views = toy_views(nuclei_per_view=6)
-    losses = [trainer.train_step(views)["loss_nucleus"] for _ in range(25)]
-    assert losses[-1] < losses[0] - 0.3
+    losses = [trainer.train_step(views)["loss_nucleus"] for _ in range(15)]
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_save_and_load_continue_bit_for_bit(tmp_path: Path) -> None:
