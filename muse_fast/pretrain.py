@@ -155,6 +155,9 @@ def _announce(
     print(f"  run    {optim.steps} steps of {optim.batch_size} ROIs, K {config.head.prototypes}, to {out}")
     if start is not None:
         print(f"  resume {start}, step {trainer.step}")
+    emulated = trainer.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    if config.train.precision == "bf16" and emulated:
+        print("  note   this CPU emulates bf16, which is many times slower: train.precision=fp32")
 
 
 def _probe(dataset: ViewDataset, roi_ids: np.ndarray[Any, Any], count: int, batch_size: int) -> list[Views]:

@@ -22,9 +22,10 @@ class Stopwatch:
     """Time between two readings, and the share of it spent waiting for data."""
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._started, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def timed(self, batches: Iterable[_T]) -> Iterator[_T]:
         """Pass ``batches`` on, counting the wait for each."""
@@ -43,7 +44,7 @@ class Stopwatch:
         """ROIs per second and data-wait share since the last reading; starts anew."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         reading = {"rois_per_second": self._steps * rois_per_step / elapsed, "data_wait": self._waited / elapsed}
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return reading
 
 
