@@ -197,3 +197,13 @@ def test_the_centre_moves_to_the_mean_logit_of_the_teacher_that_was_asked() -> N
     trainer.train_step(views)
     torch.testing.assert_close(trainer.centers["image"], 0.1 * asked.image_logits.mean(0), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(trainer.centers["nucleus"], 0.1 * asked.nucleus_logits.mean(0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_resnet50_trains_too() -> None:
+    trainer = Trainer(toy("model.arch=resnet50"), torch.device("cpu"))
+    before = snapshot(trainer)
+    values = trainer.train_step(toy_views())
+    assert all(math.isfinite(value) for value in values.values())
+    frozen = {name for name in before if name.endswith("prototypes_v")}
+    assert changed(before, snapshot(trainer)) == set(before) - frozen
