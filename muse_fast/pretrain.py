@@ -31,6 +31,7 @@ from muse_fast.train.trainer import NonFiniteError, Trainer
 
 EXIT_STOPPED = 75  # stopped on request, a checkpoint is written: start again to go on
 EXIT_NON_FINITE = 3
+CONTACT_SHEET = "contact_sheet.png"
 
 # Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
 _FREE_ON_RESUME = ("data.workers", "data.roiset", "train.log_every", "train.checkpoint_every", "train.keep_every")
@@ -85,9 +86,9 @@ def _run(trainer: Trainer, out: Path, dataset: ViewDataset, roi_ids: np.ndarray[
     began = time.time()
     stop, watch = StopSignal(), Stopwatch()
     with stop, MetricsLog(out, start_step) as log, TrainingProgress(start_step, steps) as progress:
-        if start_step == 0:
-            _draw_contact_sheet(out, probe[0])
-            log.write(0, _evaluate(trainer, probe))
+        if log.is_new:
+            _draw_contact_sheet(out / "pictures" / CONTACT_SHEET, probe[0])
+            log.write(start_step, _evaluate(trainer, probe))
         batches = load_views(dataset, sampler, workers=config.data.workers, pin_memory=trainer.device.type == "cuda")
         for views in watch.timed(batches):
             step = trainer.step + 1
@@ -171,12 +172,9 @@ def _evaluate(trainer: Trainer, probe: list[Views]) -> dict[str, float]:
     return {"retrieval_at_1": found.top1, "retrieval_chance": found.chance, "retrieval_queries": found.queries}
 
 
-def _draw_contact_sheet(out: Path, views: Views) -> Path:
+def _draw_contact_sheet(path: Path, views: Views) -> None:
     pairs = Pairs(*match_nuclei(views.nuclei.index, views.nuclei.offsets, views.num_rois, views.num_globals))
-    path = out / "pictures" / "contact_sheet.png"
-    path.parent.mkdir(exist_ok=True)
     pictures.contact_sheet(path, views, pairs)
-    return path
 
 
 def _report_non_finite(out: Path, trainer: Trainer, views: Views, error: NonFiniteError) -> int:
@@ -197,7 +195,6 @@ def _draw_results(trainer: Trainer, out: Path, views: Views) -> dict[str, str]:
     images = views.global_images.to(trainer.device)
     nuclei = views.nuclei.images(0, len(images))
     folder = out / "pictures"
-    folder.mkdir(exist_ok=True)
     paths = {"pca": folder / "pca.png", "retrieval": folder / "retrieval.png"}
     with torch.random.fork_rng():
         pictures.pca_picture(paths["pca"], images[:8].cpu(), backbone.dense_map(images[:8]).float().cpu())
@@ -205,7 +202,7 @@ def _draw_results(trainer: Trainer, out: Path, views: Views) -> dict[str, str]:
         features = backbone.nucleus_features(images, points.xy, points.image_index()).float().cpu()
         roi_of_image = torch.arange(len(images)) % views.num_rois
         pictures.retrieval_sheet(paths["retrieval"], images.cpu(), nuclei, features, roi_of_image)
-    return {"contact_sheet": str(folder / "contact_sheet.png"), **{name: str(path) for name, path in paths.items()}}
+    return {"contact_sheet": str(folder / CONTACT_SHEET), **{name: str(path) for name, path in paths.items()}}
 
 
 def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) -> None:

@@ -208,3 +208,24 @@ def test_other_settings_do_not_continue_a_run(
     crash_at_step(3, arguments(workplace, out), monkeypatch)
     expect_error(capsys, arguments(workplace, out, "optim.lr=0.5"), "optim.lr=0.5 (was 0.001)")
     expect_error(capsys, [*arguments(workplace, out), "--resume", "never"], "holds checkpoints")
+
+
+def test_a_crash_before_the_first_checkpoint_starts_anew_with_one_row_per_measurement(
+    workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = workplace / "early"
+    crash_at_step(1, arguments(workplace, out), monkeypatch)
+    assert not checkpoint.steps(out)
+    assert main(arguments(workplace, out)) == 0
+    steps = [row["step"] for row in read_metrics(out / "metrics.jsonl")]
+    assert steps == [row["step"] for row in read_metrics(unbroken / "metrics.jsonl")]
+    assert losses(out) == losses(unbroken)
+
+
+def test_a_run_from_the_checkpoint_of_another_is_whole(workplace: Path, unbroken: Path) -> None:
+    out = workplace / "continued"
+    origin = checkpoint.folder_of(unbroken, 10)
+    assert main([*arguments(workplace, out), "--resume", str(origin)]) == 0
+    assert losses(out) == losses(unbroken)[10:]
+    summary = json.loads((out / "summary.json").read_text())
+    assert all(Path(picture).exists() for picture in summary["pictures"].values())

@@ -56,6 +56,7 @@ class MetricsLog:
 
         self.path = run / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
+        self.is_new = not kept
         with atomic.replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a")  # noqa: SIM115 - closed by __exit__
