@@ -65,13 +65,13 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
 
     device = pick_device(config.train.device, "train.device")
     start = _find_start(out, resume)
-    trainer = Trainer(config, device)
-    out.mkdir(parents=True, exist_ok=True)
-    if start is None:
-        (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    else:
+    if start is not None:
         _refuse_other_settings(start, config)
+    trainer = Trainer(config, device)
+    if start is not None:
         trainer.load(start)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     checkpoint.remove_temporary(out)
     _announce(config, out, roiset, len(roi_ids), trainer, start)
     return _run(trainer, out, ViewDataset(roiset, config.views, config.seed), roi_ids)
