@@ -81,6 +81,7 @@ def test_columns_and_splits(three: Path) -> None:
     assert rois.label_names == ("a", "b")
     assert rois.splits == ["train", "val"]
     assert rois.select("train").tolist() == [0, 2]
+    assert rois.select("").tolist() == list(range(len(rois)))
     assert rois.info["mpp"] == [0.25, 0.5]
     assert rois.verify() == []
     with pytest.raises(UserError, match=r"no split 'test'.*train.*val"):

@@ -135,11 +135,13 @@ class RoiSet:
         return self._index["nuclei"][:, 1] - self._index["nuclei"][:, 0]
 
     def select(self, split: str) -> NDArray[np.int64]:
-        """Ids of the ROIs of one split, ascending.
+        """Ids of the ROIs of one split, ascending; of all ROIs where ``split`` is empty.
 
         Raises:
             UserError: the set has no such split.
         """
+        if not split:
+            return np.arange(len(self), dtype=np.int64)
         if split not in self.splits:
             raise UserError(f"{self.path}: no split {split!r}; the set has {self.splits}")
         return np.flatnonzero(self._index["split"] == self.splits.index(split))
