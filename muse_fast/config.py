@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from muse_fast.errors import UserError, did_you_mean
+from muse_fast.errors import UserError, did_you_mean, require
 
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet50")
 
@@ -30,11 +30,6 @@ def check_arch(arch: str) -> None:
         raise UserError(f"unknown arch '{arch}'; expected one of {', '.join(ARCHS)}{did_you_mean(arch, ARCHS)}")
 
 
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise UserError(f"{key}={value}: expected {expected}")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     roiset: str = ""
@@ -45,7 +40,7 @@ class DataConfig:
     """Loader processes. The run is the same with any number of them; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,15 +77,15 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         for key in ("global_size", "local_size"):
             size = getattr(self, key)
-            _require(size % 16 == 0 and 32 <= size <= 1024, f"views.{key}", size, "a multiple of 16, 32 to 1024")
-        _require(self.num_globals == 2, "views.num_globals", self.num_globals, "2, as in the paper")
-        _require(self.num_locals >= 0, "views.num_locals", self.num_locals, "0 or more")
+            require(size % 16 == 0 and 32 <= size <= 1024, f"views.{key}", size, "a multiple of 16, 32 to 1024")
+        require(self.num_globals == 2, "views.num_globals", self.num_globals, "2, as in the paper")
+        require(self.num_locals >= 0, "views.num_locals", self.num_locals, "0 or more")
         for kind in ("global", "local"):
             low, high = getattr(self, f"{kind}_mpp_min"), getattr(self, f"{kind}_mpp_max")
-            _require(0 < low <= high, f"views.{kind}_mpp_min", low, f"above 0 and not above {kind}_mpp_max={high}")
-        _require(0 < self.min_overlap <= 1, "views.min_overlap", self.min_overlap, "above 0, at most 1")
+            require(0 < low <= high, f"views.{kind}_mpp_min", low, f"above 0 and not above {kind}_mpp_max={high}")
+        require(0 < self.min_overlap <= 1, "views.min_overlap", self.min_overlap, "above 0, at most 1")
         for key in ("jitter", "grey", "solarise"):
-            _require(0 <= getattr(self, key) <= 1, f"views.{key}", getattr(self, key), "0 to 1")
+            require(0 <= getattr(self, key) <= 1, f"views.{key}", getattr(self, key), "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +97,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_arch(self.arch)
-        _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "0 to below 1")
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +111,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         for key in ("hidden_dim", "bottleneck_dim", "prototypes"):
-            _require(getattr(self, key) >= 2, f"head.{key}", getattr(self, key), "2 or more")
+            require(getattr(self, key) >= 2, f"head.{key}", getattr(self, key), "2 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,13 +128,13 @@ class LossConfig:
     center_momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        _require(self.centering in ("ema", "sinkhorn"), "loss.centering", self.centering, "ema or sinkhorn")
+        require(self.centering in ("ema", "sinkhorn"), "loss.centering", self.centering, "ema or sinkhorn")
         for key in ("student_temp", "teacher_temp_start", "teacher_temp_end"):
-            _require(getattr(self, key) > 0, f"loss.{key}", getattr(self, key), "above 0")
+            require(getattr(self, key) > 0, f"loss.{key}", getattr(self, key), "above 0")
         for key in ("lambda_image", "lambda_nucleus", "teacher_temp_steps"):
-            _require(getattr(self, key) >= 0, f"loss.{key}", getattr(self, key), "0 or more")
-        _require(self.lambda_image + self.lambda_nucleus > 0, "loss.lambda_nucleus", 0, "one of the weights above 0")
-        _require(0 <= self.center_momentum < 1, "loss.center_momentum", self.center_momentum, "0 to below 1")
+            require(getattr(self, key) >= 0, f"loss.{key}", getattr(self, key), "0 or more")
+        require(self.lambda_image + self.lambda_nucleus > 0, "loss.lambda_nucleus", 0, "one of the weights above 0")
+        require(0 <= self.center_momentum < 1, "loss.center_momentum", self.center_momentum, "0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,13 +157,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size"):
-            _require(getattr(self, key) >= 1, f"optim.{key}", getattr(self, key), "1 or more")
-        _require(0 <= self.warmup_steps < self.steps, "optim.warmup_steps", self.warmup_steps, "below optim.steps")
-        _require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"0 to optim.lr={self.lr}")
+            require(getattr(self, key) >= 1, f"optim.{key}", getattr(self, key), "1 or more")
+        require(0 <= self.warmup_steps < self.steps, "optim.warmup_steps", self.warmup_steps, "below optim.steps")
+        require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"0 to optim.lr={self.lr}")
         for key in ("weight_decay_start", "weight_decay_end", "clip_grad", "freeze_prototypes_steps"):
-            _require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
         for key in ("ema_start", "ema_end"):
-            _require(0 <= getattr(self, key) <= 1, f"optim.{key}", getattr(self, key), "0 to 1")
+            require(0 <= getattr(self, key) <= 1, f"optim.{key}", getattr(self, key), "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,11 +184,11 @@ class TrainConfig:
     """ROIs in that evaluation."""
 
     def __post_init__(self) -> None:
-        _require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "bf16 or fp32")
+        require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "bf16 or fp32")
         for key in ("log_every", "checkpoint_every", "eval_rois"):
-            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         for key in ("keep_every", "eval_every"):
-            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +203,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> PretrainConfig:

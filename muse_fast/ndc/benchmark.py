@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from muse_fast.errors import UserError, did_you_mean
+from muse_fast.errors import UserError, did_you_mean, require
 from muse_fast.models.backbone import Backbone
 from muse_fast.ndc.classification import KNN_NEIGHBOURS, Scores, knn, linear_probe, standardised
 from muse_fast.ndc.features import NucleusSet, Progress
@@ -33,14 +33,14 @@ class Options:
     """Evaluate each architecture untrained too."""
 
     def __post_init__(self) -> None:
-        _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         for key in ("extract_batch", "epochs", "batch_size", "lr"):
             value = getattr(self, key, None)
-            _require(value is None or value > 0, key, value, "above 0")
+            require(value is None or value > 0, key, value, "above 0")
         neighbours = getattr(self, "k", KNN_NEIGHBOURS)
-        _require(bool(neighbours) and min(neighbours) > 0, "k", neighbours, "numbers above 0, such as k=[10,20]")
+        require(bool(neighbours) and min(neighbours) > 0, "k", neighbours, "numbers above 0, such as k=[10,20]")
         standardise = getattr(self, "standardise", "raw")
-        _require(standardise in ("raw", "train", "both"), "standardise", standardise, "raw, train or both")
+        require(standardise in ("raw", "train", "both"), "standardise", standardise, "raw, train or both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,11 +97,6 @@ def parse_options(kind: type[_O], items: Sequence[str]) -> _O:
     options = OmegaConf.to_object(merged)
     assert isinstance(options, kind)
     return options
-
-
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise UserError(f"{key}={value}: expected {expected}")
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks

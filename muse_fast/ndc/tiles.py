@@ -11,34 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from muse_fast.data.sources import SourceImage
 from muse_fast.errors import UserError
 
 VALID = 224  # side of a grid cell in pixels, whatever the size of the tile around it
-
-
-class LabelledImage(Protocol):
-    """What a tile is cut from; ``muse_fast.data.sources.SourceImage`` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def slide(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def image(self) -> NDArray[np.uint8]: ...
-    @property
-    def mpp(self) -> float: ...
-    @property
-    def xy(self) -> NDArray[np.float32]: ...
-    @property
-    def label(self) -> NDArray[np.int16] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +32,7 @@ class Tile:
     slide: str
 
 
-def cut_tiles(source: LabelledImage, *, size: int = 224, mpp: float = 0.5, truncate: bool = True) -> list[Tile]:
+def cut_tiles(source: SourceImage, *, size: int = 224, mpp: float = 0.5, truncate: bool = True) -> list[Tile]:
     """Tiles of ``size`` px at ``mpp`` um/px that hold every labelled nucleus of ``source`` once.
 
     ``truncate`` drops the fraction of the coordinates, as the published builder does. Nuclei without a class
@@ -90,7 +71,7 @@ def cut_tiles(source: LabelledImage, *, size: int = 224, mpp: float = 0.5, trunc
 
 
 def tiles_by_split(
-    source: Iterable[LabelledImage],
+    source: Iterable[SourceImage],
     splits: tuple[str, ...] = ("train", "val", "test"),
     *,
     size: int = 224,
@@ -117,7 +98,7 @@ def tiles_by_split(
     return tiles
 
 
-def _resample(source: LabelledImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
+def _resample(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
     """Image, nuclei and classes at ``mpp``; points scale by the true ratio of the rounded sides, so they stay put."""
     assert source.label is not None
     height, width = source.image.shape[:2]
