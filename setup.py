@@ -2,13 +2,14 @@
 
 Without a compiler, without torch in the build environment, or where the build fails, the installation goes on in pure
 Python and says so; ``python -m muse_fast.doctor`` tells it again. ``MUSE_FAST_BUILD=require`` makes a failure fatal,
-``MUSE_FAST_BUILD=0`` skips the build.
+``MUSE_FAST_BUILD=0`` skips the build. ``CMAKE_ARGS`` goes to CMake as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,7 @@ class CMakeBuild(build_ext):
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
         defines = [f"-D{name}={value}" for name, value in settings.items()]
+        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         environment = os.environ | {"PATH": path}
         shutil.rmtree(build, ignore_errors=True)  # a cache from another environment names folders that may be gone
         for step in (["-S", str(ROOT), "-B", str(build), *generator, *defines], ["--build", str(build), "--parallel"]):
@@ -88,7 +90,7 @@ def announce(message: str) -> None:
 setup(
     # kernels/ depends on torch and triton alone, so that the folder can be copied out of the checkout; the package that
     # it becomes once installed is muse_fast.kernels, for PyPI has another called "kernels".
-    packages=[*find_packages(include=["muse_fast", "muse_fast.*"]), "muse_fast.kernels"],
+    packages=[*find_packages(include=["muse_fast", "muse_fast.*"]), "muse_fast.kernels", "muse_fast.kernels.blocked"],
     package_dir={"muse_fast.kernels": "kernels"},
     ext_modules=[Extension("muse_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

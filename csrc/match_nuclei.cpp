@@ -8,8 +8,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <tuple>
-#include <vector>
+#include <utility>
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -46,54 +47,89 @@ void check_rows(const int32_t* index, int64_t num_rows, const int32_t* offsets, 
   }
 }
 
+void check_capacity(int64_t capacity) {
+  STD_TORCH_CHECK(capacity >= 0, "match_nuclei: capacity must not be negative, got ", capacity);
+}
+
 }  // namespace muse_fast
 
 namespace {
 
-// Appends the rows of every id that both sorted ranges hold.
-void intersect(const int32_t* ids, int64_t a, int64_t a_end, int64_t b, int64_t b_end, std::vector<int64_t>& a_rows,
-               std::vector<int64_t>& b_rows) {
+struct Pair {
+  int32_t teacher, student;
+};
+
+struct Pairs {
+  std::unique_ptr<Pair[]> begin;
+  int64_t count;
+};
+
+// Writes the rows of every index that both sorted ranges hold from `pair` on, and returns where they end. Which range
+// has the smaller index next is a coin toss to the processor, so no step branches on it: each writes, and the end moves
+// on if the indices are equal.
+Pair* intersect(const int32_t* index, int64_t a, int64_t a_end, int64_t b, int64_t b_end, Pair* pair) {
   while (a < a_end && b < b_end) {
-    if (ids[a] < ids[b]) {
-      ++a;
-    } else if (ids[a] > ids[b]) {
-      ++b;
-    } else {
-      a_rows.push_back(a++);
-      b_rows.push_back(b++);
-    }
+    const int32_t in_a = index[a], in_b = index[b];
+    *pair = {static_cast<int32_t>(a), static_cast<int32_t>(b)};
+    pair += in_a == in_b;
+    a += in_a <= in_b;
+    b += in_b <= in_a;
   }
+  return pair;
 }
 
-Tensor to_tensor(const std::vector<int64_t>& rows, const Tensor& like) {
-  Tensor tensor = torch::stable::new_empty(like, {static_cast<int64_t>(rows.size())}, ScalarType::Long);
-  std::copy(rows.begin(), rows.end(), tensor.mutable_data_ptr<int64_t>());
+Pairs find_pairs(const Tensor& index, const Tensor& offsets, int64_t num_rois, int64_t num_globals) {
+  const int64_t num_views = muse_fast::check_match_nuclei(index, offsets, num_rois, num_globals);
+  const int32_t* ids = index.const_data_ptr<int32_t>();
+  const int32_t* rows = offsets.const_data_ptr<int32_t>();
+  muse_fast::check_rows(ids, index.numel(), rows, num_views * num_rois);
+
+  // To a global, a row is a student at most once; one more for the last write of intersect.
+  auto begin = std::make_unique_for_overwrite<Pair[]>(num_globals * index.numel() + 1);
+  Pair* end = begin.get();
+  for (int64_t g = 0; g < num_globals; ++g) {
+    for (int64_t v = 0; v < num_views; ++v) {
+      if (v == g) continue;
+      const int32_t *of_teacher = rows + g * num_rois, *of_student = rows + v * num_rois;
+      for (int64_t b = 0; b < num_rois; ++b) {
+        end = intersect(ids, of_teacher[b], of_teacher[b + 1], of_student[b], of_student[b + 1], end);
+      }
+    }
+  }
+  const int64_t count = end - begin.get();
+  return {std::move(begin), count};
+}
+
+// One side of the pairs, cut or padded with -1 to `capacity` rows.
+Tensor rows_of(int32_t Pair::* side, const Pairs& pairs, int64_t capacity, const Tensor& like) {
+  Tensor tensor = torch::stable::new_empty(like, {capacity}, ScalarType::Long);
+  int64_t* rows = tensor.mutable_data_ptr<int64_t>();
+  const int64_t kept = std::min(pairs.count, capacity);
+  for (int64_t pair = 0; pair < kept; ++pair) rows[pair] = pairs.begin[pair].*side;
+  std::fill(rows + kept, rows + capacity, -1);
   return tensor;
 }
 
 // index [N] int32, offsets [V * B + 1] int32 -> teacher [P] int64, student [P] int64.
 std::tuple<Tensor, Tensor> match_nuclei(const Tensor& index, const Tensor& offsets, int64_t num_rois,
                                         int64_t num_globals) {
-  const int64_t num_views = muse_fast::check_match_nuclei(index, offsets, num_rois, num_globals);
-  const int32_t* ids = index.const_data_ptr<int32_t>();
-  const int32_t* rows = offsets.const_data_ptr<int32_t>();
-  muse_fast::check_rows(ids, index.numel(), rows, num_views * num_rois);
+  const Pairs pairs = find_pairs(index, offsets, num_rois, num_globals);
+  return {rows_of(&Pair::teacher, pairs, pairs.count, index), rows_of(&Pair::student, pairs, pairs.count, index)};
+}
 
-  std::vector<int64_t> teacher, student;
-  for (int64_t g = 0; g < num_globals; ++g) {
-    for (int64_t v = 0; v < num_views; ++v) {
-      if (v == g) continue;
-      const int32_t *of_teacher = rows + g * num_rois, *of_student = rows + v * num_rois;
-      for (int64_t b = 0; b < num_rois; ++b) {
-        intersect(ids, of_teacher[b], of_teacher[b + 1], of_student[b], of_student[b + 1], teacher, student);
-      }
-    }
-  }
-  return {to_tensor(teacher, index), to_tensor(student, index)};
+// ... -> teacher [capacity] int64, student [capacity] int64, count [] int64.
+std::tuple<Tensor, Tensor, Tensor> match_nuclei_padded(const Tensor& index, const Tensor& offsets, int64_t num_rois,
+                                                       int64_t num_globals, int64_t capacity) {
+  muse_fast::check_capacity(capacity);
+  const Pairs pairs = find_pairs(index, offsets, num_rois, num_globals);
+  Tensor count = torch::stable::new_empty(index, {}, ScalarType::Long);
+  *count.mutable_data_ptr<int64_t>() = pairs.count;
+  return {rows_of(&Pair::teacher, pairs, capacity, index), rows_of(&Pair::student, pairs, capacity, index), count};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(muse_fast, CPU, library) {
   library.impl("match_nuclei", TORCH_BOX(&match_nuclei));
+  library.impl("match_nuclei_padded", TORCH_BOX(&match_nuclei_padded));
 }

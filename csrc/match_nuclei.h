@@ -14,4 +14,6 @@ int64_t check_match_nuclei(const torch::stable::Tensor& index, const torch::stab
 // Offsets that rise from 0 to N, and sorted, unique indices in every image. Both pointers are the host's.
 void check_rows(const int32_t* index, int64_t num_rows, const int32_t* offsets, int64_t num_images);
 
+void check_capacity(int64_t capacity);
+
 }  // namespace muse_fast

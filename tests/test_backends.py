@@ -43,7 +43,9 @@ def test_forced_backend_that_cannot_run_names_the_reason(monkeypatch: pytest.Mon
         backends.choose("match_nuclei", "cpu", "cpp")
     with pytest.raises(ValueError, match="it takes CPU tensors"):
         backends.choose("match_nuclei", "cuda", "cpp")
-    with pytest.raises(ValueError, match="unknown backend 'gpu'; expected one of reference, cpp, triton, cuda"):
+    with pytest.raises(
+        ValueError, match="unknown backend 'gpu'; expected one of reference, blocked, cpp, triton, cuda"
+    ):
         backends.choose("match_nuclei", "cuda", "gpu")
     monkeypatch.setattr(backends, "cuda_error", lambda op: "it was built without CUDA")
     with pytest.raises(ValueError, match="forced backend 'cuda' cannot run on cuda tensors: it was built without CUDA"):
@@ -55,13 +57,28 @@ def test_triton_needs_cuda_and_less_than_float64(monkeypatch: pytest.MonkeyPatch
     assert backends.choose("dino_loss", "cuda", None, torch.bfloat16) == "triton"
     assert backends.choose("dino_loss", "cuda", None, torch.float64) == "reference"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backends.choose("dino_loss", "cpu", None) == "reference"  # the interpreter is for those who ask for it
+    assert backends.choose("projection_stats", "cpu", None) == "blocked"  # the interpreter is for those who ask for it
     assert backends.choose("dino_loss", "cpu", "triton") == "triton"
     with pytest.raises(ValueError, match="it computes in float32"):
         backends.choose("dino_loss", "cpu", "triton", torch.float64)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="it takes CUDA tensors"):
         backends.choose("dino_loss", "cpu", "triton")
+
+
+def test_dino_loss_in_float64_stays_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "library_error", lambda: None)
+    assert backends.choose("dino_loss", "cpu", None, torch.float32) == "cpp"
+    assert backends.choose("dino_loss", "cpu", None, torch.float64) == "reference"
+    with pytest.raises(ValueError, match="it computes in float32"):
+        backends.choose("dino_loss", "cpu", "cpp", torch.float64)
+
+
+def test_nulo_rows_needs_triton_for_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "cuda_error", lambda op: None)
+    monkeypatch.setattr(backends, "triton_error", lambda: "it is not there")
+    assert backends.why_not("nulo_rows", "cuda", "cuda") == "it is not there"
+    assert backends.why_not("match_nuclei", "cuda", "cuda") is None
 
 
 def test_environment_forces_all_ops_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +88,7 @@ def test_environment_forces_all_ops_or_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert backends.choose("match_nuclei", "cpu", "cpp") == "cpp"  # the argument is nearer
     monkeypatch.setenv(backends.ENVIRONMENT, "dino_loss=triton, match_nuclei=reference")
     assert backends.choose("match_nuclei", "cpu", None) == "reference"
-    assert backends.choose("sample_nuclei", "cpu", None) == "reference"
+    assert backends.choose("sample_nuclei", "cpu", None) == "cpp"
     monkeypatch.setenv(backends.ENVIRONMENT, "match_nuklei=cpp")
     with pytest.raises(ValueError, match="unknown op 'match_nuklei'"):
         backends.choose("match_nuclei", "cpu", None)
@@ -92,11 +109,11 @@ def test_table_gives_no_reason_against_what_would_come_after_the_choice(monkeypa
 
 
 def test_table_shows_a_forced_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backends.ENVIRONMENT, "sample_nuclei=triton")
+    monkeypatch.setenv(backends.ENVIRONMENT, "sample_nuclei=cuda")
     rows = {(row.op, row.device): row for row in backends.table()}
     assert rows["sample_nuclei", "cuda"].backend == "none"
-    assert "has no triton implementation" in rows["sample_nuclei", "cuda"].reason
-    assert rows["linear_dino_loss", "cuda"].backend == "reference"
+    assert "has no cuda implementation" in rows["sample_nuclei", "cuda"].reason
+    assert rows["linear_dino_loss", "cpu"].backend == "blocked"
 
 
 def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from muse_fast import ops
@@ -87,6 +90,26 @@ def test_equals_set_intersection(case: str, backend: str) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("case", CASES)
+def test_with_a_capacity(case: str, backend: str) -> None:
+    """Too short, just right, and the length that is always enough: the same pairs, cut or padded with -1."""
+    images, num_rois, num_globals = CASES[case]
+    index, offsets = packed(images, device_of(backend))
+    expected = torch.tensor(brute_force(images, num_rois, num_globals), dtype=torch.int64).view(-1, 2)
+    num_pairs, enough = len(expected), num_globals * len(index)
+    assert num_pairs <= enough
+    for capacity in {0, num_pairs // 2, num_pairs, enough, enough + 1}:
+        teacher, student, count = ops.match_nuclei(
+            index, offsets, num_rois, num_globals, capacity=capacity, backend=backend
+        )
+        assert teacher.dtype == student.dtype == count.dtype == torch.int64
+        assert count.shape == ()
+        assert count == num_pairs
+        padded = F.pad(expected, (0, 0, 0, capacity - num_pairs), value=-1)
+        assert torch.equal(torch.stack([teacher, student], dim=1).cpu(), padded)
+
+
+@every_backend
 def test_huge(backend: str) -> None:
     """65,536 nuclei in each of four views: evens, multiples of three, and two copies."""
     n = 65536
@@ -127,9 +150,33 @@ def test_takes_strided_inputs(backend: str) -> None:
     ],
 )
 def test_refuses_broken_packs(backend: str, index: list[int], offsets: list[int], message: str) -> None:
-    pack = (torch.tensor(rows, dtype=torch.int32, device=device_of(backend)) for rows in (index, offsets))
+    pack = [torch.tensor(rows, dtype=torch.int32, device=device_of(backend)) for rows in (index, offsets)]
     with pytest.raises((ValueError, RuntimeError), match=message):
         ops.match_nuclei(*pack, 1, 2, backend=backend)
+    if backend == "cuda":  # the op tells by a count; with the assertion of ops.match_nuclei the device would be lost
+        assert torch.ops.muse_fast.match_nuclei_padded(*pack, 1, 2, 8)[2] < 0
+        return
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.match_nuclei(*pack, 1, 2, capacity=8, backend=backend)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "op", ["match_nuclei(*pack, 1, 2, capacity=8)", "nulo_rows([level], [[level]], [8], xy, *pack, 1, 2)"]
+)
+def test_cuda_asserts_that_a_pack_is_sound(op: str) -> None:
+    """In a process of its own: an assertion of the device ends it."""
+    code = f"""
+import torch
+from muse_fast import ops
+pack = [torch.tensor(rows, dtype=torch.int32, device="cuda") for rows in ([3, 2, 1, 2], [0, 2, 4])]
+level, xy = torch.zeros(2, 1, 4, 4, device="cuda"), torch.zeros(4, 2, device="cuda")
+ops.{op}
+torch.cuda.synchronize()
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode != 0
+    assert "must be sorted by nucleus index" in finished.stderr + finished.stdout
 
 
 @pytest.mark.parametrize(
@@ -141,6 +188,7 @@ def test_refuses_broken_packs(backend: str, index: list[int], offsets: list[int]
         ({"num_rois": 0}, "ROIs"),
         ({"num_globals": 3}, "1..2"),
         ({"num_globals": 0}, "1..2"),
+        ({"capacity": -1}, "capacity must not be negative, got -1"),
         ({"backend": "cuda"}, "it takes CUDA tensors"),
         ({"backend": "fast"}, "unknown backend 'fast'"),
     ],
@@ -162,8 +210,9 @@ def test_cuda_equals_cpp(most: int) -> None:
     assert expected[0].numel() > 0
     for _ in range(2):
         got = ops.match_nuclei(*on_device, num_rois, num_globals, backend="cuda")
-        assert torch.equal(got[0].cpu(), expected[0])
-        assert torch.equal(got[1].cpu(), expected[1])
+        padded = ops.match_nuclei(*on_device, num_rois, num_globals, capacity=len(expected[0]), backend="cuda")
+        for ours, theirs in zip((*got, *padded[:2]), (*expected, *expected), strict=True):
+            assert torch.equal(ours.cpu(), theirs)
 
 
 @gpu
@@ -200,12 +249,25 @@ def test_cuda_runs_on_the_current_stream_and_waits_once(capfd: pytest.CaptureFix
     assert capfd.readouterr().err.count("called a synchronizing CUDA operation") == 1
 
 
+@gpu
+def test_cuda_does_not_wait_with_a_capacity() -> None:
+    index, offsets = packed(CASES["random"][0], "cuda")
+    expected = ops.match_nuclei(index, offsets, *CASES["random"][1:])[0]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        teacher, _, _ = ops.match_nuclei(index, offsets, *CASES["random"][1:], capacity=len(expected), backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(teacher, expected)
+
+
 @every_device
 def test_opcheck(device: str) -> None:
     for case in ("random", "no_nuclei"):
         images, num_rois, num_globals = CASES[case]
         arguments = (*packed(images, device), num_rois, num_globals)
         torch.library.opcheck(torch.ops.muse_fast.match_nuclei.default, arguments)
+        torch.library.opcheck(torch.ops.muse_fast.match_nuclei_padded.default, (*arguments, 50))
 
 
 @every_device
@@ -218,3 +280,15 @@ def test_compiles_without_a_graph_break(device: str, monkeypatch: pytest.MonkeyP
         images = random_images(8, most, 12)
         got = compiled(*packed(images, device))
         assert list(zip(got[0].tolist(), got[1].tolist(), strict=True)) == brute_force(images, 2, 2)
+
+
+@every_device
+def test_compiles_without_a_graph_break_with_a_capacity(device: str) -> None:
+    def padded(index: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.match_nuclei(index, offsets, 2, 2, capacity=2 * len(index))
+
+    compiled = torch.compile(padded, fullgraph=True, dynamic=True, backend="aot_eager")
+    for most in (4, 9):
+        pack = packed(random_images(8, most, 12), device)
+        for got, expected in zip(compiled(*pack), padded(*pack), strict=True):
+            assert torch.equal(got, expected)

@@ -1,10 +1,14 @@
 """Which implementation of an op runs, and why.
 
+Backends: ``reference`` is plain PyTorch that stores every intermediate; ``blocked`` is plain PyTorch that works through
+its inputs block by block, on any device; ``cpp``, ``triton`` and ``cuda`` are kernels.
+
 ``choose`` is the only place that decides. Its predicate, ``why_not``, gives the reason that is logged when the choice
 is automatic, raised when a backend was forced, and shown by ``python -m muse_fast.doctor``.
 
 A backend is forced by the ``backend=`` argument of an op or, for a whole run, by the environment:
 ``MUSE_FAST_BACKEND=reference`` or, op by op, ``MUSE_FAST_BACKEND=match_nuclei=cpp,dino_loss=triton``.
+``MUSE_FAST_LIBRARY=FILE`` loads another build of the C++ library, one with sanitizers for example.
 """
 
 from __future__ import annotations
@@ -18,18 +22,22 @@ from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
+BACKENDS = ("reference", "blocked", "cpp", "triton", "cuda")
 ENVIRONMENT = "MUSE_FAST_BACKEND"
-LIBRARY = Path(__file__).parents[1] / "_C.so"
+LIBRARY = Path(os.environ.get("MUSE_FAST_LIBRARY", Path(__file__).parents[1] / "_C.so"))
 CUDA_CAPABILITY = (8, 0)  # the oldest that CMakeLists.txt builds for
 
 # The fast backends of each op, best first.
 HOMES: dict[str, tuple[str, ...]] = {
     "match_nuclei": ("cpp", "cuda"),
-    "sample_nuclei": (),
-    "dino_loss": ("triton",),
-    "linear_dino_loss": (),
+    "sample_nuclei": ("cpp", "triton"),
+    "nulo_rows": ("cuda",),
+    "projection_stats": ("triton", "blocked"),
+    "dino_loss": ("cpp", "triton"),
+    "linear_dino_loss": ("triton", "blocked"),
 }
+SINGLE_PRECISION = {("dino_loss", "cpp"), ("nulo_rows", "cuda")}  # besides all that is Triton
+TRITON_BACKWARD = {"nulo_rows"}  # written in CUDA
 
 _log = logging.getLogger(__name__)
 
@@ -98,16 +106,20 @@ def why_not(
         return None
     if backend not in HOMES[op]:
         return f"{op} has no {backend} implementation"
+    if dtype == torch.float64 and (backend == "triton" or (op, backend) in SINGLE_PRECISION):
+        return "it computes in float32"
+    if backend == "blocked":
+        return None
     if backend == "cpp":
         return "it takes CPU tensors" if device != "cpu" else library_error()
     if backend == "cuda":
-        return "it takes CUDA tensors" if device != "cuda" else cuda_error(op)
+        if device != "cuda":
+            return "it takes CUDA tensors"
+        return cuda_error(op) or (triton_error() if op in TRITON_BACKWARD else None)
     if backend == "triton":
         interpreted = forced and os.environ.get("TRITON_INTERPRET") == "1"
         if device != "cuda" and not interpreted:
             return "it takes CUDA tensors, or TRITON_INTERPRET=1 when forced"
-        if dtype == torch.float64:
-            return "it computes in float32"
         return triton_error()
     raise AssertionError(f"{op} lists {backend!r}, which has no predicate")
 

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from muse_fast.ops import backends, reference
 
 
+@overload
 def match_nuclei(
-    index: Tensor, offsets: Tensor, num_rois: int, num_globals: int, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+    index: Tensor,
+    offsets: Tensor,
+    num_rois: int,
+    num_globals: int,
+    *,
+    capacity: None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def match_nuclei(
+    index: Tensor, offsets: Tensor, num_rois: int, num_globals: int, *, capacity: int, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def match_nuclei(
+    index: Tensor,
+    offsets: Tensor,
+    num_rois: int,
+    num_globals: int,
+    *,
+    capacity: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
     """Pair the rows of equal nucleus index, for every global view g and every view v != g of the same ROI.
 
     Args:
@@ -18,6 +44,8 @@ def match_nuclei(
         offsets: ``[V * B + 1]`` int32, rows of image ``v * B + b`` are ``offsets[v * B + b] : offsets[v * B + b + 1]``.
         num_rois: B.
         num_globals: G; views 0 to G - 1 are the teacher's.
+        capacity: None, or the length of the results. ``G * N`` is always enough: to a global, a row is a student at
+            most once.
         backend: ``reference``, ``cpp`` or ``cuda`` to force one.
 
     Returns:
@@ -25,27 +53,51 @@ def match_nuclei(
         Globals come first in the pack, so a teacher row also counts in a pack of the globals alone. On CUDA the host
         waits for the device once, to learn P.
 
+        With a capacity, ``(teacher [capacity], student [capacity], count [])``: the same pairs, cut or padded with -1,
+        and P (int64). On CUDA the host does not wait.
+
     Raises:
         ValueError: wrong shape, dtype or count, or a forced backend that cannot run. Offsets that do not rise from 0
-            to N and unsorted rows are refused too (RuntimeError from ``cpp`` and ``cuda``).
+            to N and unsorted rows are refused too (RuntimeError from ``cpp`` and ``cuda``). With a capacity on CUDA
+            they give a negative count, and the device asserts, which shows at the next synchronisation.
     """
-    _check(index, offsets, num_rois, num_globals)
-    if backends.choose("match_nuclei", index.device.type, backend) in ("cpp", "cuda"):
-        return torch.ops.muse_fast.match_nuclei(index.contiguous(), offsets.contiguous(), num_rois, num_globals)
-    return reference.match_nuclei(index, offsets, num_rois, num_globals)
+    check_pack("match_nuclei", index, offsets, num_rois, num_globals)
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"match_nuclei: capacity must not be negative, got {capacity}")
+    if backends.choose("match_nuclei", index.device.type, backend) == "reference":
+        return reference.match_nuclei(index, offsets, num_rois, num_globals, capacity=capacity)
+    pack = index.contiguous(), offsets.contiguous()
+    if capacity is None:
+        return torch.ops.muse_fast.match_nuclei(*pack, num_rois, num_globals)
+    teacher, student, count = torch.ops.muse_fast.match_nuclei_padded(*pack, num_rois, num_globals, capacity)
+    assert_sound("match_nuclei", count)
+    return teacher, student, count
 
 
-def _check(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> None:
+def check_pack(op: str, index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> None:
+    """What can be told of a pack without reading its rows."""
     for name, tensor in (("index", index), ("offsets", offsets)):
         if tensor.dtype != torch.int32 or tensor.dim() != 1:
-            raise ValueError(f"match_nuclei: {name} must be 1-D int32, got {tensor.dim()}-D {tensor.dtype}")
+            raise ValueError(f"{op}: {name} must be 1-D int32, got {tensor.dim()}-D {tensor.dtype}")
     if index.device != offsets.device:
-        raise ValueError(f"match_nuclei: index is on {index.device}, offsets on {offsets.device}")
-    if num_rois < 1 or offsets.numel() < 1 or (offsets.numel() - 1) % num_rois:
-        raise ValueError(f"match_nuclei: offsets must hold V * {num_rois} ROIs + 1 entries, got {offsets.numel()}")
-    if not 1 <= num_globals <= (offsets.numel() - 1) // num_rois:
-        views = (offsets.numel() - 1) // num_rois
-        raise ValueError(f"match_nuclei: num_globals must be in 1..{views} (the views in offsets), got {num_globals}")
+        raise ValueError(f"{op}: index is on {index.device}, offsets on {offsets.device}")
+    images = offsets.numel() - 1
+    if num_rois < 1 or images < 0 or images % num_rois:
+        raise ValueError(f"{op}: offsets must hold V * {num_rois} ROIs + 1 entries, got {offsets.numel()}")
+    if not 1 <= num_globals <= images // num_rois:
+        raise ValueError(
+            f"{op}: num_globals must be in 1..{images // num_rois} (the views in offsets), got {num_globals}"
+        )
+
+
+def assert_sound(op: str, count: Tensor) -> None:
+    """Let the device tell, without a wait, that it found a broken pack; on the CPU the op has raised already."""
+    if count.is_cuda:
+        torch._assert_async(
+            count >= 0,
+            f"{op}: offsets must rise from 0 to N, and the rows of an image must be sorted by nucleus index, "
+            "each index once",
+        )
 
 
 if backends.library_error() is None:
@@ -54,3 +106,10 @@ if backends.library_error() is None:
     def _(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> tuple[Tensor, Tensor]:
         num_pairs = torch.library.get_ctx().new_dynamic_size()
         return index.new_empty(num_pairs, dtype=torch.int64), index.new_empty(num_pairs, dtype=torch.int64)
+
+    @torch.library.register_fake("muse_fast::match_nuclei_padded")
+    def _(
+        index: Tensor, offsets: Tensor, num_rois: int, num_globals: int, capacity: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        teacher, student = (index.new_empty(capacity, dtype=torch.int64) for _ in range(2))
+        return teacher, student, index.new_empty((), dtype=torch.int64)

@@ -1,7 +1,8 @@
 """Every op in plain PyTorch: the definition that the fast backends are tested against.
 
 Nothing here is shared with a fast backend, so that one mistake cannot hide in both. Statistics, softmax and losses are
-computed in float32 at least; float64 inputs stay float64.
+computed in float32 at least; float64 inputs stay float64. A negative row or image number is padding: it gives zeros and
+has no gradient. The two losses stand in kernels/reference.py, so that the folder can be copied out whole.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muse_fast.kernels.reference import dino_loss, linear_dino_loss
 
-def match_nuclei(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> tuple[Tensor, Tensor]:
+__all__ = ["dino_loss", "linear_dino_loss", "match_nuclei", "nulo_rows", "projection_stats", "sample_nuclei"]
+
+
+def match_nuclei(
+    index: Tensor, offsets: Tensor, num_rois: int, num_globals: int, *, capacity: int | None = None
+) -> tuple[Tensor, ...]:
     """Pairs by binary search of each teacher view's (ROI, nucleus) keys in each student view's."""
     sizes = offsets.diff().long()
     if (sizes < 0).any() or offsets[0] != 0 or offsets[-1] != index.numel():
@@ -36,11 +43,21 @@ def match_nuclei(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int
             found = present[place] == wanted
             teacher.append(rows[g][found])
             student.append(rows[v][place[found]])
-    return torch.cat(teacher), torch.cat(student)
+    pairs = torch.cat(teacher), torch.cat(student)
+    if capacity is None:
+        return pairs
+    count = torch.tensor(len(pairs[0]), device=index.device)
+    return _cut_or_pad(pairs[0], capacity), _cut_or_pad(pairs[1], capacity), count
+
+
+def _cut_or_pad(rows: Tensor, capacity: int) -> Tensor:
+    return F.pad(rows, (0, capacity - len(rows)), value=-1)
 
 
 def sample_nuclei(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:
     """Upsample, concatenate, then weigh the four pixels around each point."""
+    padding = image_index < 0
+    image_index = image_index.clamp(min=0)
     height, width = levels[0].shape[-2:]
     upsampled = [F.interpolate(level, (height, width), mode="bilinear", align_corners=True) for level in levels[1:]]
     unified = torch.cat([levels[0], *upsampled], dim=1)  # [I, D, H, W]
@@ -58,44 +75,54 @@ def sample_nuclei(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, vie
 
     upper = tap(top, left) * (1 - right_share) + tap(top, right) * right_share
     lower = tap(bottom, left) * (1 - right_share) + tap(bottom, right) * right_share
-    return (upper * (1 - bottom_share) + lower * bottom_share).to(pixels.dtype)
+    rows = upper * (1 - bottom_share) + lower * bottom_share
+    return rows.masked_fill(padding.unsqueeze(1), 0).to(pixels.dtype)
 
 
-def dino_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    center: Tensor,
-    teacher_rows: Tensor,
-    student_rows: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> Tensor:
-    """Stored softmax and log-softmax, gathered into pairs."""
-    precision = torch.promote_types(student_logits.dtype, torch.float32)
-    centred = teacher_logits.detach().to(precision) - center.detach().to(precision)
-    target = F.softmax(_sharpen(centred, teacher_temp), dim=-1)
-    log_prediction = F.log_softmax(_sharpen(student_logits.to(precision), student_temp), dim=-1)
-    return -(target[teacher_rows] * log_prediction[student_rows]).sum(dim=-1)
+def nulo_rows(
+    teacher_levels: Sequence[Tensor],
+    student_levels: Sequence[Sequence[Tensor]],
+    view_sizes: Sequence[int],
+    xy: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    num_rois: int,
+    num_globals: int,
+    *,
+    capacity: tuple[int, int, int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Match, rank the rows that stand in a pair, then sample those."""
+    teacher_capacity, student_capacity, pair_capacity = capacity
+    pairs = match_nuclei(index, offsets, num_rois, num_globals)
+    (teacher_kept, teacher_rows), (student_kept, student_rows) = (
+        torch.unique(rows, return_inverse=True) for rows in pairs
+    )
+    counts = torch.tensor([len(teacher_kept), len(student_kept), len(teacher_rows)], device=index.device)
+    left_out = (teacher_rows >= teacher_capacity) | (student_rows >= student_capacity)
 
+    def sample(resolutions: Sequence[Sequence[Tensor]], kept: Tensor, size: int) -> Tensor:
+        kept = kept[:size]
+        image = torch.searchsorted(offsets.long(), kept, right=True) - 1
+        rows, first = [], 0
+        for levels, view_size in zip(resolutions, view_sizes, strict=False):  # the teacher has the globals alone
+            inside = (image >= first) & (image < first + len(levels[0]))
+            rows.append(sample_nuclei(levels, xy[kept], torch.where(inside, image - first, -1), view_size))
+            first += len(levels[0])
+        return F.pad(torch.stack(rows).sum(0), (0, 0, 0, size - len(kept)))
 
-def _sharpen(logits: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature, after taking out the largest: a shift common to a row must cost no digits."""
-    return (logits - logits.detach().amax(dim=-1, keepdim=True)) / temperature
-
-
-def linear_dino_loss(
-    student_z: Tensor,
-    student_W: Tensor,
-    teacher_z: Tensor,
-    teacher_W: Tensor,
-    center: Tensor,
-    teacher_rows: Tensor,
-    student_rows: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> Tensor:
-    """Stored logits (in the dtype of the inputs, or of autocast), then :func:`dino_loss`."""
     with torch.no_grad():
-        teacher_logits = F.linear(teacher_z, teacher_W)
-    student_logits = F.linear(student_z, student_W)
-    return dino_loss(student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
+        teacher = sample([teacher_levels], teacher_kept, teacher_capacity)
+    return (
+        teacher,
+        sample(student_levels, student_kept, student_capacity),
+        _cut_or_pad(teacher_rows.masked_fill(left_out, -1), pair_capacity),
+        _cut_or_pad(student_rows.masked_fill(left_out, -1), pair_capacity),
+        counts,
+    )
+
+
+def projection_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Store the projected map (in the dtype of the inputs), then take its moments."""
+    y = torch.einsum("ichw,oc->iohw", x, weight)
+    var, mean = torch.var_mean(y.to(torch.promote_types(y.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
+    return mean, var
