@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from muse_fast.kernels.sampling import register_sample_nuclei
 from muse_fast.ops import backends, reference
 
 
@@ -19,30 +20,49 @@ def sample_nuclei(
     A point (x, y) stands at column ``x / view_size * (W - 1)`` and row ``y / view_size * (H - 1)``; points outside are
     moved onto the border.
 
+    ``reference`` stores the map. ``cpp`` and ``triton`` read the pixels of a level that a point depends on (at most 9,
+    or 16 if the level is larger than level 0), and their gradient costs one pass of writing over the levels; they give
+    the same bits in every run, whatever the number of threads. All sum in float32 (float64 for float64 levels) and keep
+    the dtype of the levels, under autocast too.
+
     Args:
-        levels: tensors ``[I, c_l, h_l, w_l]`` of one dtype and device, finest first.
-        xy: ``[N, 2]`` float32, pixels of the view.
-        image_index: ``[N]`` int64, the image of each point, in 0..I - 1.
+        levels: tensors ``[I, c_l, h_l, w_l]`` of one floating-point dtype and device, finest first, of any strides.
+        xy: ``[N, 2]`` floating point, finite, pixels of the view.
+        image_index: ``[N]`` int64, the image of each point, in 0..I - 1 (not checked on CUDA), in any order. A point
+            with a negative one is padding: its row is zero and has no gradient.
         view_size: R, pixels along a side of the view.
-        backend: ``reference`` to force it.
+        backend: ``reference``, ``cpp`` or ``triton`` to force one; ``triton`` takes no float64.
 
     Returns:
-        ``[N, sum(c_l)]`` in the dtype of the levels; the gradient flows to the levels, not to ``xy``.
+        ``[N, sum(c_l)]`` in the dtype of the levels; the gradient flows to the levels, not to ``xy``. It comes
+        channels-last if all levels are, else contiguous.
 
     Raises:
-        ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
+        ValueError: wrong shape, dtype or device, or a forced backend that cannot run. Images beyond the last are
+            refused on the CPU (IndexError from ``reference``, RuntimeError from ``cpp``).
     """
     _check(levels, xy, image_index, view_size)
-    backends.choose("sample_nuclei", xy.device.type, backend)
-    return reference.sample_nuclei(levels, xy.detach(), image_index, view_size)
+    arguments = (levels, xy.detach(), image_index, view_size)
+    chosen = backends.choose("sample_nuclei", xy.device.type, backend, levels[0].dtype)
+    if chosen == "cpp":
+        return torch.ops.muse_fast.sample_nuclei_fwd(*arguments)
+    if chosen == "triton":
+        from muse_fast.kernels.sample_nuclei import sample_nuclei as fused  # with its fake and autograd; needs triton
+
+        return fused(*arguments)
+    with torch.autocast(xy.device.type, enabled=False):
+        return reference.sample_nuclei(*arguments)
 
 
 def _check(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> None:
-    if not levels or any(level.dim() != 4 for level in levels):
+    if not levels or any(level.dim() != 4 or 0 in level.shape[2:] for level in levels):
         raise ValueError(
-            f"sample_nuclei: levels must be tensors [I, c, h, w], got {[tuple(level.shape) for level in levels]}"
+            "sample_nuclei: levels must be tensors [I, c, h, w] with h and w above 0, got "
+            f"{[tuple(level.shape) for level in levels]}"
         )
     first = levels[0]
+    if not first.is_floating_point():
+        raise ValueError(f"sample_nuclei: levels must be floating point, got {first.dtype}")
     for number, level in enumerate(levels):
         if (level.shape[0], level.dtype, level.device) != (first.shape[0], first.dtype, first.device):
             raise ValueError(
@@ -62,3 +82,7 @@ def _check(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size:
         )
     if view_size < 1:
         raise ValueError(f"sample_nuclei: view_size must be positive, got {view_size}")
+
+
+if backends.library_error() is None:
+    register_sample_nuclei(torch.ops.muse_fast.sample_nuclei_fwd.default, torch.ops.muse_fast.sample_nuclei_bwd.default)
