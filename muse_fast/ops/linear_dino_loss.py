@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 
+from muse_fast.kernels.blocked import linear_dino_loss as blocked
+from muse_fast.kernels.checks import check_linear_dino_loss
 from muse_fast.ops import backends, reference
-from muse_fast.ops.dino_loss import check_pairs
 
 
 def linear_dino_loss(
@@ -21,52 +25,50 @@ def linear_dino_loss(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`muse_fast.ops.dino_loss` of the logits ``z @ W.T``.
+    r""":func:`muse_fast.ops.dino_loss` of the logits ``z @ W.T``.
+
+    .. math:: \ell_p = \log \sum_k \exp(W_k \cdot s_i / \tau_s) - s_i \cdot m_j / \tau_s, \qquad
+              m_j = \sum_k \mathrm{softmax}\big((V t_j - c) / \tau_t\big)_k W_k
+
+    with students s, W, teachers t, V and ``(j, i) = (teacher_rows_p, student_rows_p)``.
+
+    Memory besides the gradients: ``reference`` stores logits and softmaxes, several ``[N, K]`` and ``[P, K]``;
+    ``blocked`` and ``triton`` a few ``[N, d]`` and ``[P, d]``, and ``blocked`` 4 MB of logits (128 MB on a GPU). In
+    return both compute logits twice: ``8 K d`` operations for every row, where ``reference`` needs 6 for a student's
+    and 2 for a teacher's.
+
+    Under autocast z and W are cast to its dtype, as by ``torch.nn.functional.linear``; the centre is not. ``reference``
+    rounds its logits to the dtype of the features; the others keep them in float32.
 
     Args:
-        student_z: ``[Ns, d]`` L2-normalised bottleneck features.
-        student_W: ``[K, d]`` L2-normalised prototypes.
+        student_z: ``[Ns, d]`` floating point, as a rule L2-normalised.
+        student_W: ``[K, d]`` prototypes, K at least 1.
         teacher_z: ``[Nt, d]``.
         teacher_W: ``[K, d]``.
         center: ``[K]``.
-        teacher_rows, student_rows: ``[P]`` int64, rows of the two.
+        teacher_rows, student_rows: ``[P]`` int64, rows of the two, which must exist (not checked on CUDA). A pair with
+            a negative row is padding: its loss is 0 and it has no gradient.
         student_temp, teacher_temp: temperatures, above 0.
-        backend: ``reference`` to force it.
+        backend: ``reference``, ``blocked`` or ``triton`` to force one; ``triton`` takes no float64, and leaves features
+            wider than 256 to ``blocked``.
 
     Returns:
-        ``[P]`` float32 (float64 for float64 students). The gradient flows to ``student_z`` and ``student_W``.
+        ``[P]`` float32 (float64 for float64 students), not reduced. The gradient flows to ``student_z`` and
+        ``student_W``.
 
     Raises:
-        ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
+        ValueError: wrong shape, dtype or device, or a forced backend that cannot run. Rows beyond the last are an
+            IndexError on the CPU.
     """
-    _check(student_z, student_W, teacher_z, teacher_W, center, teacher_rows, student_rows, student_temp, teacher_temp)
-    backends.choose("linear_dino_loss", student_z.device.type, backend)
-    return reference.linear_dino_loss(
-        student_z, student_W, teacher_z, teacher_W, center, teacher_rows, student_rows, student_temp, teacher_temp
-    )
+    features = (student_z, student_W, teacher_z, teacher_W)
+    arguments = (*features, center, teacher_rows, student_rows, student_temp, teacher_temp)
+    check_linear_dino_loss(*arguments)
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in features])
+    chosen = backends.choose("linear_dino_loss", student_z.device.type, backend, dtype)
+    if chosen == "triton":
+        from muse_fast.kernels.linear_dino_loss import linear_dino_loss as fused  # needs triton
 
-
-def _check(
-    student_z: Tensor,
-    student_W: Tensor,
-    teacher_z: Tensor,
-    teacher_W: Tensor,
-    center: Tensor,
-    teacher_rows: Tensor,
-    student_rows: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> None:
-    for who, z, weight in (("student", student_z, student_W), ("teacher", teacher_z, teacher_W)):
-        if z.dim() != 2 or weight.dim() != 2 or z.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"linear_dino_loss: expected {who}_z [N, d] and {who}_W [K, d], "
-                f"got {tuple(z.shape)} and {tuple(weight.shape)}"
-            )
-    if center.dim() != 1 or not student_W.shape[0] == teacher_W.shape[0] == center.shape[0]:
-        raise ValueError(
-            f"linear_dino_loss: the student has {student_W.shape[0]} prototypes, the teacher {teacher_W.shape[0]}, "
-            f"the centre {tuple(center.shape)}"
-        )
-    tensors = (student_z, student_W, teacher_z, teacher_W, center)
-    check_pairs("linear_dino_loss", tensors, teacher_rows, student_rows, student_temp, teacher_temp)
+        return fused(*arguments)
+    if chosen == "blocked":
+        return blocked.linear_dino_loss(*arguments)
+    return reference.linear_dino_loss(*arguments)

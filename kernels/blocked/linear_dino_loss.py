@@ -1,0 +1,119 @@
+"""The DINO loss of linear logits in plain PyTorch, a block of prototypes at a time: see logit_free.py for the maths.
+
+Products are float32 (float64 for float64 students) whatever the inputs are: a 16-bit product would round logits of a
+temperature of 0.04 to the second decimal place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..logit_free import Side, cast_for_autocast, define_linear_dino_loss
+
+CPU_TILE = 512, 1024  # 2 MB in float32: what a core's cache holds
+GPU_TILE = 2048, 8192  # 64 MB: work enough for each launch
+
+
+def linear_dino_loss(
+    student_z: Tensor,
+    student_W: Tensor,
+    teacher_z: Tensor,
+    teacher_W: Tensor,
+    center: Tensor,
+    teacher_rows: Tensor,
+    student_rows: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """``dino_loss`` of the logits ``z @ W.T``, with gradients for ``student_z`` and ``student_W``.
+
+    Memory is that of the rows, of one block of logits, and of the gradients.
+
+    Args:
+        student_z: ``[Ns, d]`` floating point.
+        student_W: ``[K, d]``.
+        teacher_z: ``[Nt, d]``.
+        teacher_W: ``[K, d]``.
+        center: ``[K]``.
+        teacher_rows, student_rows: ``[P]`` int64; a pair with a negative row is padding.
+        student_temp, teacher_temp: temperatures, above 0.
+
+    Returns:
+        ``[P]`` float32 (float64 for float64 students), not reduced.
+    """
+    features = cast_for_autocast(student_z, student_W, teacher_z, teacher_W)
+    return linear_dino_loss_fwd(*features, center, teacher_rows, student_rows, student_temp, teacher_temp)[0]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None, temp: float) -> tuple[Tensor, Tensor]:
+    queries = queries.to(torch.promote_types(values.dtype, torch.float32))
+    num_rows, _ = tile_size(queries)
+    parts = [attend_rows(rows, keys, values, center, temp) for rows in queries.split(num_rows)]
+    stats, mean = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return stats, mean
+
+
+def attend_rows(
+    queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None, temp: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax with a running maximum: when a block holds a larger logit, the sums move over to it."""
+    peak = queries.new_full((len(queries), 1), -torch.inf)
+    total, mean = torch.zeros_like(peak), torch.zeros_like(queries)
+    for block in blocks_of(keys):
+        x = logits(queries, keys, center, block)
+        new_peak = torch.maximum(peak, x.amax(1, keepdim=True))
+        shrink = ((peak - new_peak) / temp).exp_()
+        p = x.sub_(new_peak).div_(temp).exp_()
+        total.mul_(shrink).add_(p.sum(1, keepdim=True))
+        mean.mul_(shrink).add_(p @ values[block].to(p.dtype))
+        peak = new_peak
+    return torch.cat([peak, total], dim=1), mean.div_(total)
+
+
+def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tensor:
+    precision = teacher.values.dtype
+    gradient = student.prototypes.new_empty(student.prototypes.shape, dtype=dtype)
+    tiles = [*tiles_of(student, precision), *tiles_of(teacher, precision)]
+    for block in blocks_of(student.prototypes):
+        total = torch.zeros_like(gradient[block], dtype=precision)
+        for side in tiles:
+            x = logits(side.rows, side.prototypes, side.center, block)
+            p = x.sub_(side.peaks.unsqueeze(1)).div_(side.temp).exp_()
+            total += p.T @ side.values
+        gradient[block] = total
+    return gradient
+
+
+def logits(rows: Tensor, prototypes: Tensor, center: Tensor | None, block: slice) -> Tensor:
+    """``[N, block]``; in both passes of the same tiles, for the same bits: else probabilities would not add up to 1."""
+    x = rows @ prototypes[block].to(rows.dtype).T
+    if center is not None:
+        x -= center[block]
+    return x
+
+
+def tiles_of(side: Side, precision: torch.dtype) -> list[Side]:
+    """The side in pieces of a tile's rows, with the coefficients taken into the values."""
+    num_rows, _ = tile_size(side.rows)
+    values = side.coefficients.unsqueeze(1) * side.values
+    pieces = (tensor.split(num_rows) for tensor in (side.rows.to(precision), side.peaks, values))
+    return [side._replace(rows=rows, peaks=peaks, values=values) for rows, peaks, values in zip(*pieces, strict=True)]
+
+
+def blocks_of(prototypes: Tensor) -> Iterator[slice]:
+    _, size = tile_size(prototypes)
+    for start in range(0, len(prototypes), size):
+        yield slice(start, start + size)
+
+
+def tile_size(tensor: Tensor) -> tuple[int, int]:
+    """Rows and prototypes whose logits are computed at a time."""
+    return CPU_TILE if tensor.device.type == "cpu" else GPU_TILE
+
+
+linear_dino_loss_fwd, linear_dino_loss_bwd = define_linear_dino_loss(
+    "blocked_linear_dino_loss", attend, prototype_gradient
+)
