@@ -11,7 +11,6 @@ from muse_fast.models import resnet
 from muse_fast.models.decoder import Decoder, TokenDecoder, unify
 from muse_fast.models.resnet import ResNetEncoder
 from muse_fast.models.vit import ViTEncoder
-from muse_fast.ops import sample_nuclei
 
 VIT_DIMS_AND_HEADS = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
 
@@ -63,14 +62,15 @@ class Backbone(nn.Module):
         return unify(self(images).levels)
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
-        """One feature per nucleus, ``[N, D]``: the unified map, read bilinearly at every point.
+        """One feature per nucleus, ``[N, D]``: the unified map, read bilinearly at every point, without the map.
 
         Args:
             images: ``[I, 3, R, R]``.
             xy: ``[N, 2]`` float32, pixels of the image, origin at its top-left corner.
             image_index: ``[N]`` int64, the image of every point.
         """
-        return sample_nuclei(self(images).levels, xy, image_index, images.shape[-1])
+        _, maps = self.encoder(images)
+        return self.decoder.nucleus_rows(maps, xy, image_index, images.shape[-1])
 
 
 def build_backbone(arch: str, *, drop_path: float = 0.0, image_size: int = 224) -> Backbone:
