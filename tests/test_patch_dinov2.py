@@ -1,0 +1,258 @@
+"""DINOv2's losses compute the same, values and gradients, whether patch_dinov2 is on or not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import dedent
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muse_fast import kernels
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# A stand-in for https://github.com/facebookresearch/dinov2, which is not installed here: written from the published
+# equations, with the names, signatures and signs of dinov2.loss.
+STAND_IN = {
+    "dino_clstoken_loss.py": """
+        import torch
+        import torch.nn.functional as F
+        from torch import nn
+
+
+        class Centering(nn.Module):
+            def __init__(self, center, student_temp, center_momentum):
+                super().__init__()
+                self.register_buffer("center", center)
+                self.student_temp, self.center_momentum = student_temp, center_momentum
+                self.batch_mean = None
+
+            @torch.no_grad()
+            def softmax_center_teacher(self, teacher_output, teacher_temp):
+                self.apply_center_update()
+                return ((teacher_output - self.center) / teacher_temp).softmax(dim=-1)
+
+            @torch.no_grad()
+            def update_center(self, teacher_output):
+                self.batch_mean = teacher_output.flatten(0, -2).mean(dim=0)
+
+            @torch.no_grad()
+            def apply_center_update(self):
+                if self.batch_mean is not None:
+                    self.center = self.center.lerp(self.batch_mean.expand_as(self.center), 1 - self.center_momentum)
+                    self.batch_mean = None
+
+            @torch.no_grad()
+            def sinkhorn_knopp_teacher(self, teacher_output, teacher_temp, n_iterations=3):
+                prototypes_first = (teacher_output.float() / teacher_temp).exp().t()
+                for _ in range(n_iterations):
+                    prototypes_first = prototypes_first / prototypes_first.sum(dim=1, keepdim=True)
+                    prototypes_first = prototypes_first / prototypes_first.sum(dim=0, keepdim=True)
+                return prototypes_first.t()
+
+
+        class DINOLoss(Centering):
+            def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
+                super().__init__(torch.zeros(1, out_dim), student_temp, center_momentum)
+
+            def forward(self, student_output_list, teacher_out_softmaxed_centered_list):
+                losses = [
+                    -(teacher * F.log_softmax(student / self.student_temp, dim=-1)).sum(dim=-1).mean()
+                    for student in student_output_list
+                    for teacher in teacher_out_softmaxed_centered_list
+                ]
+                return sum(losses)
+    """,
+    "ibot_patch_loss.py": """
+        import torch
+        import torch.nn.functional as F
+
+        from .dino_clstoken_loss import Centering
+
+
+        def lossfunc(t, s, temp):
+            return (t * F.log_softmax(s / temp, dim=-1)).sum(dim=-1)
+
+
+        class iBOTPatchLoss(Centering):
+            def __init__(self, patch_out_dim, student_temp=0.1, center_momentum=0.9):
+                super().__init__(torch.zeros(1, 1, patch_out_dim), student_temp, center_momentum)
+
+            def forward(self, student_patch_tokens, teacher_patch_tokens, student_masks_flat):
+                log_prediction = F.log_softmax(student_patch_tokens / self.student_temp, dim=-1)
+                loss = -(teacher_patch_tokens * log_prediction).sum(dim=-1) * student_masks_flat
+                return (loss.sum(dim=-1) / student_masks_flat.sum(dim=-1).clamp(min=1)).mean()
+
+            def forward_masked(
+                self,
+                student_patch_tokens_masked,
+                teacher_patch_tokens_masked,
+                student_masks_flat,
+                n_masked_patches=None,
+                masks_weight=None,
+            ):
+                log_likelihood = lossfunc(teacher_patch_tokens_masked, student_patch_tokens_masked, self.student_temp)
+                if masks_weight is None:
+                    counts = student_masks_flat.sum(dim=-1)
+                    masks_weight = (1 / counts).repeat_interleave(counts)
+                return -(log_likelihood[:n_masked_patches] * masks_weight).sum() / len(student_masks_flat)
+    """,
+    "__init__.py": """
+        from .dino_clstoken_loss import DINOLoss
+        from .ibot_patch_loss import iBOTPatchLoss
+    """,
+}
+
+
+def gradient_of(function: Callable[[Tensor], Tensor], leaf: Tensor) -> tuple[Tensor, Tensor]:
+    """The value, and its gradient."""
+    leaf = leaf.detach().clone().requires_grad_()
+    value = function(leaf)
+    value.backward()
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+def forget_dinov2() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dinov2"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def dinov2_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    folder = tmp_path / "dinov2" / "loss"
+    folder.mkdir(parents=True)
+    (tmp_path / "dinov2" / "__init__.py").touch()
+    for name, source in STAND_IN.items():
+        (folder / name).write_text(dedent(source))
+    monkeypatch.syspath_prepend(tmp_path)
+    forget_dinov2()
+    yield __import__("dinov2.loss").loss
+    forget_dinov2()
+
+
+def train_dino(module: nn.Module, centering: str) -> list[Tensor]:
+    """Two steps of DINOv2's image loss: local crops, then both global crops at once; losses, gradients, centre."""
+    results = []
+    for step in range(2):
+        torch.manual_seed(step)
+        local, both_globals = torch.randn(8 * 3, 31, device=DEVICE), torch.randn(2 * 3, 31, device=DEVICE)
+        teacher_logits = torch.rand(2 * 3, 31, device=DEVICE) * 2 - 1
+        teacher = getattr(module, f"{centering}_teacher")(teacher_logits, 0.04).view(2, -1, 31)
+        module.update_center(teacher_logits)
+
+        def local_loss(x: Tensor, teacher: Tensor = teacher) -> Tensor:
+            return module(student_output_list=x.chunk(8), teacher_out_softmaxed_centered_list=teacher)
+
+        def global_loss(x: Tensor, teacher: Tensor = teacher) -> Tensor:
+            return module(student_output_list=[x], teacher_out_softmaxed_centered_list=[teacher.flatten(0, 1)])
+
+        results += [*gradient_of(local_loss, local), *gradient_of(global_loss, both_globals)]
+    module.apply_center_update()
+    return [*results, module.center]
+
+
+def train_ibot(module: nn.Module, centering: str) -> list[Tensor]:
+    """Two steps of DINOv2's patch loss: all forms of ``forward_masked``, then ``forward``; the same of each."""
+    results = []
+    for step in range(2):
+        torch.manual_seed(step)
+        student, teacher_logits = torch.rand(2, 4, 9, 31, device=DEVICE) * 2 - 1
+        masks = torch.rand(4, 9, device=DEVICE) < 0.5
+        count, weights = int(masks.sum()), torch.rand(int(masks.sum()) - 1, device=DEVICE)
+        teacher = getattr(module, f"{centering}_teacher")(teacher_logits.flatten(0, 1), 0.04).view(4, 9, 31)
+        module.update_center(teacher_logits[masks].unsqueeze(0))
+        for options in ({}, {"n_masked_patches": count}, {"n_masked_patches": count - 1, "masks_weight": weights}):
+
+            def masked_loss(
+                x: Tensor, teacher: Tensor = teacher, masks: Tensor = masks, options: dict[str, Any] = options
+            ) -> Tensor:
+                return module.forward_masked(x[masks], teacher[masks], student_masks_flat=masks, **options)
+
+            results += gradient_of(masked_loss, student)
+        results += gradient_of(lambda x, t=teacher, m=masks: module(x, t, m), student)
+    module.apply_center_update()
+    return [*results, module.center]
+
+
+STEPS = {"DINOLoss": train_dino, "iBOTPatchLoss": train_ibot}
+
+
+@pytest.mark.parametrize("centering", ["softmax_center", "sinkhorn_knopp"])
+@pytest.mark.parametrize("name", STEPS)
+def test_patched_dinov2_computes_the_same(
+    name: str, centering: str, dinov2_loss: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, step = getattr(dinov2_loss, name), STEPS[name]
+    before = step(make(31).to(DEVICE), centering)
+    existing = make(31).to(DEVICE)
+    calls = count_calls(monkeypatch)
+    undo = kernels.patch_dinov2()
+    for after in (step(existing, centering), step(make(31).to(DEVICE), centering)):
+        for ours, theirs in zip(after, before, strict=True):
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    made = len(calls)
+    assert made > 0
+    undo()
+    for again, theirs in zip(step(make(31).to(DEVICE), centering), before, strict=True):
+        assert torch.equal(again, theirs)
+    assert len(calls) == made
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes with which the patch calls ``soft_cross_entropy``."""
+    calls: list[torch.Size] = []
+
+    def counted(student_logits: Tensor, target: Tensor, temp: float) -> Tensor:
+        calls.append(student_logits.shape)
+        return kernels.soft_cross_entropy(student_logits, target, temp)
+
+    monkeypatch.setattr(kernels.dinov2, "soft_cross_entropy", counted)
+    return calls
+
+
+def test_lossfunc_of_ibot_takes_two_and_three_dimensions(dinov2_loss: ModuleType) -> None:
+    from dinov2.loss import ibot_patch_loss
+
+    logits, target = torch.randn(2, 5, 31, device=DEVICE), torch.rand(2, 5, 31, device=DEVICE)
+    expected = ibot_patch_loss.lossfunc(target, logits, 0.1)
+    undo = kernels.patch_dinov2()
+    torch.testing.assert_close(ibot_patch_loss.lossfunc(target, logits, 0.1), expected)
+    torch.testing.assert_close(ibot_patch_loss.lossfunc(target[0], logits[0], 0.1), expected[0])
+    undo()
+
+
+def test_each_loss_of_dinov2_is_patched_by_itself(dinov2_loss: ModuleType) -> None:
+    from dinov2.loss import ibot_patch_loss
+
+    def members() -> list[Any]:
+        return [dinov2_loss.DINOLoss.forward, dinov2_loss.iBOTPatchLoss.forward, ibot_patch_loss.lossfunc]
+
+    originals = members()
+    for choice, expected in (({"ibot": False}, [True, False, False]), ({"dino": False}, [False, True, True])):
+        undo = kernels.patch_dinov2(**choice)
+        assert [now is not then for now, then in zip(members(), originals, strict=True)] == expected
+        undo()
+        assert members() == originals
+
+
+def test_dinov2_missing_or_unknown(dinov2_loss: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinov2.loss import ibot_patch_loss
+
+    forward = dinov2_loss.DINOLoss.forward
+    monkeypatch.delattr(ibot_patch_loss, "lossfunc")
+    with pytest.raises(ImportError, match="ibot_patch_loss of the installed dinov2 has no lossfunc"):
+        kernels.patch_dinov2()
+    assert dinov2_loss.DINOLoss.forward is forward  # all or nothing
+    monkeypatch.setitem(sys.modules, "dinov2.loss.dino_clstoken_loss", None)
+    with pytest.raises(ImportError, match=r"put a checkout of .*/facebookresearch/dinov2 on PYTHONPATH"):
+        kernels.patch_dinov2()
