@@ -90,7 +90,8 @@ def test_editable_installation_finds_the_kernels(checkout: Path, tmp_path: Path)
     finished = pip(checkout, "install", "--target", str(target), "-e", ".", MUSE_FAST_BUILD="0")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert not (checkout / "muse_fast" / "_C.so").exists()
-    code = f"import site; site.addsitedir({str(target)!r}); import muse_fast.kernels as k; print(k.__file__)"
+    code = f"import site; site.addsitedir({str(target)!r}); "
+    code += "from importlib.util import find_spec; print(find_spec('muse_fast.kernels').origin)"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-S", "-c", code]  # -S: without this environment's own muse_fast
     shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

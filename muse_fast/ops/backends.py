@@ -106,8 +106,13 @@ def why_not(
         return None
     if backend not in HOMES[op]:
         return f"{op} has no {backend} implementation"
-    if dtype == torch.float64 and (backend == "triton" or (op, backend) in SINGLE_PRECISION):
+    reason = _why_not_on(op, backend, device, forced)
+    if reason is None and dtype == torch.float64 and (backend == "triton" or (op, backend) in SINGLE_PRECISION):
         return "it computes in float32"
+    return reason
+
+
+def _why_not_on(op: str, backend: str, device: str, forced: bool) -> str | None:
     if backend == "blocked":
         return None
     if backend == "cpp":

@@ -184,6 +184,9 @@ if backends.library_error() is None:
         image = torch.searchsorted(offsets.long(), kept, right=True) - 1  # of -1, it is -1
         gradients, first = [], 0
         for view_size, num_images, *layout in ctx.resolutions:
+            if num_images == 0:  # no locals
+                gradients.append([])
+                continue
             inside = (image >= first) & (image < first + num_images)
             image_index = torch.where(inside, image - first, -1)
             gradients.append(sample_nuclei_bwd(gradient, points, image_index, view_size, num_images, *layout))
