@@ -1,22 +1,34 @@
-"""What is timed: one entry per op, with the shapes of real runs and a literal version written from the equations.
-
-Every case has two baselines: ``literal``, the equation as one would first write it (a set intersection in Python, a
-loop over images, a stored log-softmax), and ``reference``, the batched PyTorch of ``muse_fast.ops.reference``. A ratio
-against the literal one alone would flatter us.
-"""
+"""What is timed: the sizes of real runs, the work that no version can avoid, and the targets of the project."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
+LEVEL_STRIDES = (4, 8, 16, 32)
+
+Build = Callable[[torch.Generator, torch.dtype], tuple[Any, ...]]
+
+
+class Work(NamedTuple):
+    """Bytes that must travel from or to memory, and floating-point operations, of one forward and backward."""
+
+    bytes: int
+    flops: int
+
+
+class Target(NamedTuple):
+    """A ratio that the default backend is to reach: ``figure`` names it as the rows of the report do."""
+
+    device: str
+    figure: str
+    at_least: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,123 +37,271 @@ class Case:
 
     op: str
     name: str
-    inputs: Callable[[torch.Generator, torch.dtype], tuple[Any, ...]]
-    literal: Callable[..., Any]
+    inputs: Build
     devices: tuple[str, ...] = ("cpu", "cuda")
+    targets: tuple[Target, ...] = ()
 
 
-def match_inputs(rois: int, views: int, nuclei: int, seen: float) -> Callable[..., tuple[Any, ...]]:
-    """Every view of a ROI sees each of ``nuclei / seen`` nuclei with probability ``seen``."""
+# --- inputs: what asks for a gradient is what training differentiates
+
+
+def match_inputs(rois: int, views: int, nuclei: int) -> Build:
+    """A ROI has twice as many nuclei as a view; each view shows one or does not with equal probability."""
 
     def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        visible = torch.rand(views * rois, round(nuclei / seen), generator=random) < seen
+        visible = torch.rand(views * rois, 2 * nuclei, generator=random) < 0.5
         offsets = F.pad(visible.sum(1).cumsum(0), (1, 0)).int()
         return visible.nonzero()[:, 1].int(), offsets, rois, 2
 
     return build
 
 
-def sample_inputs(images: int, size: int, channels: int, nuclei: int) -> Callable[..., tuple[Any, ...]]:
-    """Four decoder levels at strides 4 to 32 of ``size`` pixels, the same number of nuclei in each image."""
+def sample_inputs(images: int, size: int, channels: int, nuclei: int) -> Build:
+    """The levels of ``images`` views of ``size`` pixels; as many nuclei in each."""
 
     def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        sides = [size // stride for stride in (4, 8, 16, 32)]
-        levels = [torch.randn(images, channels, side, side, generator=random).to(dtype) for side in sides]
+        levels = [level.requires_grad_() for level in decoder_levels(images, size, channels, random, dtype)]
         xy = torch.rand(images * nuclei, 2, generator=random) * size
         return levels, xy, torch.arange(images).repeat_interleave(nuclei), size
 
     return build
 
 
-def loss_inputs(students: int, teachers: int, prototypes: int, pairs: int, width: int = 0) -> Callable[..., Any]:
-    """Logits, or with a ``width`` the features and prototypes that give them."""
+def nulo_inputs(rois: int, locals_: int, sizes: tuple[int, int], channels: int, nuclei: tuple[int, int]) -> Build:
+    """Two globals and some locals of each ROI, of ``sizes`` pixels and with ``nuclei`` in a view on average.
+
+    A ROI has twice the nuclei of a global.
+    """
 
     def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        def unit_rows(count: int, columns: int) -> Tensor:
-            return F.normalize(torch.randn(count, columns, generator=random), dim=1)
-
-        if width:
-            shapes = ((students, width), (prototypes, width), (teachers, width), (prototypes, width))
-            tensors = [unit_rows(*shape).to(dtype) for shape in shapes]
-        else:
-            tensors = [(torch.rand(n, prototypes, generator=random) * 2 - 1).to(dtype) for n in (students, teachers)]
-        center = torch.randn(prototypes, generator=random) * 0.1
-        rows = [torch.randint(count, (pairs,), generator=random) for count in (teachers, students)]
-        return *tensors, center, *rows, STUDENT_TEMP, TEACHER_TEMP
+        images = 2 * rois, locals_ * rois
+        teacher = decoder_levels(images[0], sizes[0], channels, random, dtype)
+        student = [
+            [level.requires_grad_() for level in decoder_levels(count, size, channels, random, dtype)]
+            for count, size in zip(images, sizes, strict=True)
+        ]
+        seen = torch.tensor(nuclei).repeat_interleave(torch.tensor(images)).unsqueeze(1) / (2 * nuclei[0])
+        visible = torch.rand(sum(images), 2 * nuclei[0], generator=random) < seen
+        counts = visible.sum(1)
+        side = torch.tensor(sizes).repeat_interleave(torch.tensor(images)).repeat_interleave(counts)
+        xy = torch.rand(len(side), 2, generator=random) * side.unsqueeze(1)
+        offsets = F.pad(counts.cumsum(0), (1, 0)).int()
+        return teacher, student, list(sizes), xy, visible.nonzero()[:, 1].int(), offsets, rois, 2
 
     return build
 
 
-def literal_match(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> tuple[Tensor, Tensor]:
-    bounds, ids = offsets.tolist(), index.tolist()
-    rows = [{ids[row]: row for row in range(start, stop)} for start, stop in pairwise(bounds)]
-    teacher, student = [], []
-    for g in range(num_globals):
-        for v in range(len(rows) // num_rois):
-            for b in range(num_rois if v != g else 0):
-                of_teacher, of_student = rows[g * num_rois + b], rows[v * num_rois + b]
-                for nucleus in sorted(of_teacher.keys() & of_student.keys()):
-                    teacher.append(of_teacher[nucleus])
-                    student.append(of_student[nucleus])
-    return torch.tensor(teacher, device=index.device), torch.tensor(student, device=index.device)
+def decoder_levels(images: int, size: int, channels: int, random: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
+    """Maps at strides 4 to 32 of ``size`` pixels."""
+    sides = [size // stride for stride in LEVEL_STRIDES]
+    return [torch.randn(images, channels, side, side, generator=random).to(dtype) for side in sides]
 
 
-def literal_sample(levels: list[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:
-    size = levels[0].shape[-2:]
-    unified = torch.cat([F.interpolate(level, size, mode="bilinear", align_corners=True) for level in levels], dim=1)
-    counts = torch.bincount(image_index, minlength=len(unified)).tolist()
-    rows = []
-    for image, points in enumerate(xy.split(counts)):
-        grid = (2 * points / view_size - 1).view(1, -1, 1, 2).to(unified.dtype)
-        rows.append(F.grid_sample(unified[image : image + 1], grid, align_corners=True)[0, :, :, 0].T)
-    return torch.cat(rows)
+def stats_inputs(images: int, channels: int, side: int, outputs: int) -> Build:
+    """A decoder map, as it comes out of its last ReLU, and the 1x1 convolution that projects it."""
+
+    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        x = torch.randn(images, channels, side, side, generator=random).relu().to(dtype)
+        weight = (torch.randn(outputs, channels, generator=random) * (2 / outputs) ** 0.5).to(dtype)
+        return x.requires_grad_(), weight.requires_grad_()
+
+    return build
 
 
-def literal_loss(
-    student: Tensor, teacher: Tensor, center: Tensor, teacher_rows: Tensor, student_rows: Tensor, ts: float, tt: float
-) -> Tensor:
-    log_prediction = F.log_softmax(student[student_rows].float() / ts, dim=-1)
-    target = F.softmax((teacher.detach()[teacher_rows].float() - center) / tt, dim=-1)
-    return torch.sum(-target * log_prediction, dim=-1)
+def loss_inputs(students: int, teachers: int, prototypes: int, pairs: int, width: int = 0) -> Build:
+    """Logits of unit rows and prototypes, or with a ``width`` those themselves.
+
+    No row stands in two pairs before every row stands in one: with 1.5 pairs per student, half of them have two
+    teachers, as nuclei do that both globals show.
+    """
+
+    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        def spread(count: int) -> Tensor:
+            rounds = [torch.randperm(count, generator=random) for _ in range(-(-pairs // count))]
+            return torch.cat(rounds)[:pairs]
+
+        def unit_rows(count: int) -> Tensor:
+            return F.normalize(torch.randn(count, width, generator=random), dim=1).to(dtype)
+
+        if width:
+            student = [unit_rows(students).requires_grad_(), unit_rows(prototypes).requires_grad_()]
+            teacher = [unit_rows(teachers), unit_rows(prototypes)]
+        else:
+            logits = [(torch.rand(n, prototypes, generator=random) * 2 - 1).to(dtype) for n in (students, teachers)]
+            student, teacher = [logits[0].requires_grad_()], [logits[1]]
+        center = torch.randn(prototypes, generator=random) * 0.1
+        return *student, *teacher, center, spread(teachers), spread(students), STUDENT_TEMP, TEACHER_TEMP
+
+    return build
 
 
-def literal_linear_loss(z: Tensor, weight: Tensor, teacher_z: Tensor, teacher_weight: Tensor, *rest: Any) -> Tensor:
-    return literal_loss(z @ weight.T, teacher_z @ teacher_weight.T, *rest)
+# --- work, from results and inputs: every input is read once by the forward and once by the backward, every result
+# written once
 
 
-# A rank of 16 ROIs, 2 globals of 224 px and 8 locals of 96 px, about 60 nuclei in a view, ViT-S, 65,536 prototypes.
+def match_work(results: list[Tensor], index: Tensor, offsets: Tensor, *_: Any) -> Work:
+    return Work(4 * (len(index) + len(offsets)) + 2 * 8 * len(results[0]), 0)
+
+
+def sample_work(_: list[Tensor], levels: list[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Work:
+    """The backward reads no level, and writes all of their gradients. 2 operations per tap, forward and backward."""
+    item, rows = levels[0].element_size(), len(xy)
+    points, features = (8 + 8) * rows, item * rows * sum(level.shape[1] for level in levels)
+    forward = points + item * taps(rows, levels) + features
+    backward = points + features + item * sum(level.numel() for level in levels)
+    return Work(forward + backward, 2 * 2 * 4 * features // item)
+
+
+def nulo_work(
+    results: list[Tensor],
+    teacher_levels: list[Tensor],
+    student_levels: list[list[Tensor]],
+    view_sizes: list[int],
+    xy: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    *_: Any,
+) -> Work:
+    """As :func:`sample_work`, of the rows that stand in a pair. Results and their gradients have their padding."""
+    teacher, student, teacher_rows, student_rows, counts = results[:5]
+    teachers, students, _ = counts.tolist()
+    item, width = teacher_levels[0].element_size(), teacher.shape[1]
+    pack = 8 * len(xy) + 4 * (len(index) + len(offsets))
+    read = item * (taps(teachers, teacher_levels) + taps(students, *student_levels))
+    written = item * (teacher.numel() + student.numel()) + 8 * (len(teacher_rows) + len(student_rows) + len(counts))
+    gradients = item * sum(level.numel() for levels in student_levels for level in levels)
+    forward, backward = pack + read + written, pack + item * student.numel() + gradients
+    return Work(forward + backward, 2 * 4 * width * (teachers + 2 * students))
+
+
+def taps(rows: int, *resolutions: list[Tensor]) -> int:
+    """Values of the maps that ``rows`` need: 4 pixels of each level, or all of them where rows are many."""
+    levels = zip(*resolutions, strict=True)
+    return sum(same[0].shape[1] * min(4 * rows, sum(level[:, 0].numel() for level in same)) for same in levels)
+
+
+def stats_work(_: list[Tensor], x: Tensor, weight: Tensor) -> Work:
+    """Three matrix products: the projection and the gradients of its two arguments. A version that does not store the
+    projection computes it once more."""
+    item, outputs = x.element_size(), len(weight)
+    arguments, statistics = item * (x.numel() + weight.numel()), 2 * 4 * outputs
+    return Work(3 * arguments + 2 * statistics, 3 * 2 * x.numel() * outputs)
+
+
+def loss_work(results: list[Tensor], student: Tensor, teacher: Tensor, *_: Any) -> Work:
+    """Per prototype: of a row 5 operations for the log-sum-exp and 3 for the softmax that the backward computes again,
+    of a student row 2 more for its gradient, of a pair 2 for the dot product and 2 for the sum of its targets."""
+    (students, prototypes), teachers, pairs = student.shape, len(teacher), len(results[0])
+    item = student.element_size()
+    read = item * prototypes * (students + teachers) + 4 * prototypes + (8 + 8 + 4) * pairs  # loss, or its gradient
+    return Work(2 * read + item * prototypes * students, prototypes * (10 * students + 8 * teachers + 4 * pairs))
+
+
+def linear_loss_work(results: list[Tensor], student_z: Tensor, student_W: Tensor, teacher_z: Tensor, *_: Any) -> Work:
+    """The matrix products alone: logits of both, and two products for the gradients.
+
+    A version that stores no logits computes them again, 8Kd(Ns + Nt) in all: the share of the matmul rate that it
+    shows is below the rate at which it works.
+    """
+    (students, width), prototypes = student_z.shape, len(student_W)
+    teachers, item = len(teacher_z), student_z.element_size()
+    read = item * width * (students + teachers + 2 * prototypes) + 4 * prototypes + (8 + 8 + 4) * len(results[0])
+    gradients = item * width * (students + prototypes)
+    return Work(2 * read + gradients, 2 * prototypes * width * (3 * students + teachers))
+
+
+WORK: dict[str, Callable[..., Work]] = {
+    "match_nuclei": match_work,
+    "sample_nuclei": sample_work,
+    "nulo_rows": nulo_work,
+    "projection_stats": stats_work,
+    "dino_loss": loss_work,
+    "linear_dino_loss": linear_loss_work,
+}
+
+# --- cases: 16 ROIs on a rank, 2 globals and 8 locals of each. A level of ViT-S has 96 channels, of ViT-B 192; a global
+# has 224 px and some 60 nuclei, a local 96 px and 12; with a large field of view (LFoV) 512 px and 300. A row is a
+# nucleus in one view. K is 65,536; 4,096 suits smaller sets.
+
+CUDA = ("cuda",)
 CASES = [
-    Case(op="match_nuclei", name="160 views x 60", inputs=match_inputs(16, 10, 60, 0.5), literal=literal_match),
-    Case(op="match_nuclei", name="160 views x 300", inputs=match_inputs(16, 10, 300, 0.5), literal=literal_match),
-    Case(op="sample_nuclei", name="8 globals x 60", inputs=sample_inputs(8, 224, 96, 60), literal=literal_sample),
-    Case(op="sample_nuclei", name="32 locals x 12", inputs=sample_inputs(32, 96, 96, 12), literal=literal_sample),
+    Case(
+        op="match_nuclei",
+        name="16 ROIs x 10 views x 60",
+        inputs=match_inputs(16, 10, 60),
+        targets=(Target("cpu", "speedup_literal", 20),),
+    ),
+    Case(op="match_nuclei", name="16 ROIs x 10 views x 300", inputs=match_inputs(16, 10, 300)),
     Case(
         op="sample_nuclei",
-        name="32 globals x 60",
-        inputs=sample_inputs(32, 224, 96, 60),
-        literal=literal_sample,
-        devices=("cuda",),
+        name="ViT-S 224, 16 x 60",
+        inputs=sample_inputs(16, 224, 96, 60),
+        targets=(Target("cpu", "speedup_literal", 10), Target("cpu", "speedup_eager", 1.5)),
     ),
-    Case(op="dino_loss", name="160 rows, K 65536", inputs=loss_inputs(160, 32, 65536, 288), literal=literal_loss),
-    Case(op="dino_loss", name="500 rows, K 4096", inputs=loss_inputs(500, 250, 4096, 750), literal=literal_loss),
+    Case(op="sample_nuclei", name="ViT-S 96, 32 x 12", inputs=sample_inputs(32, 96, 96, 12)),
+    Case(op="sample_nuclei", name="ViT-B 224, 16 x 60", inputs=sample_inputs(16, 224, 192, 60), devices=CUDA),
+    Case(op="sample_nuclei", name="ViT-S 512, 4 x 300", inputs=sample_inputs(4, 512, 96, 300), devices=CUDA),
+    Case(
+        op="sample_nuclei",
+        name="ViT-S 224, 32 x 60",
+        inputs=sample_inputs(32, 224, 96, 60),
+        devices=CUDA,
+        targets=(
+            Target("cuda", "speedup_eager", 4),
+            Target("cuda", "speedup_literal", 30),
+            Target("cuda", "of_copy", 0.7),
+        ),
+    ),
+    Case(
+        op="sample_nuclei",
+        name="ViT-S 96, 128 x 12",
+        inputs=sample_inputs(128, 96, 96, 12),
+        devices=CUDA,
+        targets=(Target("cuda", "speedup_literal", 30),),
+    ),
+    Case(op="sample_nuclei", name="ViT-B 512, 16 x 300", inputs=sample_inputs(16, 512, 192, 300), devices=CUDA),
+    Case(op="nulo_rows", name="ViT-S 224, 4 ROIs x 10 views", inputs=nulo_inputs(4, 8, (224, 96), 96, (60, 12))),
+    Case(
+        op="nulo_rows",
+        name="ViT-S 224, 16 ROIs x 10 views",
+        inputs=nulo_inputs(16, 8, (224, 96), 96, (60, 12)),
+        devices=CUDA,
+    ),
+    Case(op="projection_stats", name="ViT-S 224, 16 x 96 x 56 x 56", inputs=stats_inputs(16, 96, 56, 96)),
+    Case(op="projection_stats", name="ViT-S 224, 16 x 768 x 7 x 7", inputs=stats_inputs(16, 768, 7, 96)),
+    Case(
+        op="projection_stats",
+        name="ViT-B 512, 16 x 192 x 128 x 128",
+        inputs=stats_inputs(16, 192, 128, 192),
+        devices=CUDA,
+    ),
+    Case(op="dino_loss", name="160 images, K 65536", inputs=loss_inputs(160, 32, 65536, 288)),
+    Case(op="dino_loss", name="500 rows, K 4096", inputs=loss_inputs(500, 250, 4096, 750)),
+    Case(
+        op="dino_loss",
+        name="500 rows, K 65536",
+        inputs=loss_inputs(500, 250, 65536, 750),
+        targets=(Target("cpu", "speedup_eager", 2), Target("cpu", "memory_eager", 5)),
+    ),
     Case(
         op="dino_loss",
         name="2000 rows, K 65536",
         inputs=loss_inputs(2000, 1000, 65536, 3000),
-        literal=literal_loss,
-        devices=("cuda",),
+        devices=CUDA,
+        targets=(Target("cuda", "of_copy", 0.8),),
     ),
+    Case(op="linear_dino_loss", name="500 rows, K 4096", inputs=loss_inputs(500, 250, 4096, 750, width=256)),
     Case(
         op="linear_dino_loss",
-        name="500 rows, K 4096",
-        inputs=loss_inputs(500, 250, 4096, 750, width=256),
-        literal=literal_linear_loss,
+        name="500 rows, K 65536",
+        inputs=loss_inputs(500, 250, 65536, 750, width=256),
+        targets=(Target("cpu", "memory_eager", 20),),
     ),
     Case(
         op="linear_dino_loss",
         name="2000 rows, K 65536",
         inputs=loss_inputs(2000, 1000, 65536, 3000, width=256),
-        literal=literal_linear_loss,
-        devices=("cuda",),
+        devices=CUDA,
+        targets=(Target("cuda", "speedup_eager", 6), Target("cuda", "memory_eager", 50)),
     ),
 ]

@@ -1,0 +1,140 @@
+"""The instruments: the results of a version, their error, its time and its memory; what the machine reaches."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+REPEATS = 20
+MIN_REPEATS = 3
+SECONDS_PER_VERSION = 1.5  # a version that has used them up, and has its MIN_REPEATS, leaves the rounds
+H100_FLOPS = 790e12  # dense bf16 that its matrix units sustain
+CACHE_BYTES = 256 * 2**20  # more than the cache of any GPU here
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler takes it for an error that there is no GPU
+
+Call = Callable[..., Any]
+
+
+class Rates(NamedTuple):
+    """What this machine reaches: bytes per second (read plus written) of a large copy, FLOP per second of a large
+    matrix product."""
+
+    copy: float
+    matmul: float
+
+
+def evaluate(call: Call, arguments: Sequence[Any]) -> list[Tensor]:
+    """What a version returns, then the gradients of the arguments that ask for one, for given gradients of it."""
+    result = call(*arguments)
+    outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+    leaves = [tensor for tensor in tensors_of(arguments) if tensor.requires_grad]
+    if not leaves:
+        return outputs
+    differentiable = [output for output in outputs if output.requires_grad]
+    given = [output_gradient(output.shape, output.dtype, output.device) for output in differentiable]
+    return [output.detach() for output in outputs] + list(torch.autograd.grad(differentiable, leaves, given))
+
+
+@functools.lru_cache(maxsize=8)
+def output_gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sixty-fourths from 0.5 to 1.5: exact in every dtype. Kept, so that its making is not timed."""
+    return (torch.arange(math.prod(shape), device=device) % 65 / 64 + 0.5).to(dtype).view(shape)
+
+
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative L2 distance; infinite for NaN and where shapes, integers or the number of results differ."""
+    if [tensor.shape for tensor in got] != [tensor.shape for tensor in expected]:
+        return math.inf
+    return max((distance(a, b) for a, b in zip(got, expected, strict=True)), default=0.0)
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    if not expected.dtype.is_floating_point:
+        return 0.0 if torch.equal(got.long(), expected.long()) else math.inf
+    exact = expected.double()
+    relative = (got.double() - exact).norm() / exact.norm().clamp(min=1e-30)
+    return relative.nan_to_num(nan=math.inf).item()
+
+
+def interleaved(calls: dict[str, Call], arguments: Sequence[Any], device: str) -> dict[str, list[float]]:
+    """Milliseconds of forward and backward, the versions taking turns so that drift of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(REPEATS):
+        for name, call in calls.items():
+            if len(times[name]) < MIN_REPEATS or sum(times[name]) < SECONDS_PER_VERSION * 1e3:
+                times[name].append(milliseconds(functools.partial(evaluate, call, arguments), device))
+    return times
+
+
+def milliseconds(run: Callable[[], Any], device: str) -> float:
+    """Of one call. On CUDA by events, with a cold cache, and the launches queued up while that is being flushed."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.empty(CACHE_BYTES, dtype=torch.int8, device=device).zero_()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def extra_memory(call: Call, arguments: Sequence[Any], device: str) -> int:
+    """Peak of one warm run above what it leaves behind, in bytes: neither inputs nor results and gradients count.
+
+    What a version has freed before it allocates the gradients may hide beneath them. On the CPU every allocation of
+    torch is seen, also those that C++ ops make through it; not what they or Python take from malloc themselves, and
+    not the workspaces of MKL and oneDNN.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        results = evaluate(call, arguments)
+        extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    else:
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            results = evaluate(call, arguments)
+        held = peak = 0
+        for _, change in sorted(allocations(profile)):
+            held += change
+            peak = max(peak, held)
+        extra = peak - held
+    del results  # alive until here, so that they count among what is left behind
+    return extra
+
+
+def allocations(profile: torch.autograd.profiler.profile) -> list[tuple[int, int]]:
+    """When, and how many bytes were taken or, negative, given back."""
+    events = profile.kineto_results.events()
+    return [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+
+
+def machine_rates(device: str) -> Rates:
+    cuda = device == "cuda"
+    source = torch.ones(2**31 if cuda else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / best_seconds(lambda: target.copy_(source), device)
+    if cuda and "H100" in torch.cuda.get_device_name():
+        return Rates(copy, H100_FLOPS)
+    side = 8192 if cuda else 2048
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    return Rates(copy, 2 * side**3 / best_seconds(lambda: a @ b, device))
+
+
+def best_seconds(run: Callable[[], Any], device: str) -> float:
+    return min(milliseconds(run, device) for _ in range(6)) / 1e3
+
+
+def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+    """In order, also those in lists, and in lists of lists."""
+    flat = [tensors_of(argument) if isinstance(argument, list) else [argument] for argument in arguments]
+    return [item for items in flat for item in items if isinstance(item, Tensor)]
