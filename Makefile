@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+SANITIZED_TESTS := tests/test_match_nuclei.py tests/test_sample_nuclei.py tests/test_dino_loss.py
 BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-fast lint format type-check bench-ops clean
+.PHONY: demo test test-fast lint format type-check sanitize bench-ops clean
 
 demo: .venv/.run $(DEMO)/rois/roiset.json
 	@test -e $(DEMO)/summary.json || \
@@ -34,6 +35,15 @@ format: .venv/.test
 
 type-check: .venv/.test
 	$(BIN)/mypy
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the tests of the C++ ops; for CUDA see bench/gpu.sh.
+SANITIZED := build/sanitize/muse_fast/_C.so
+sanitize: .venv/.test
+	CMAKE_ARGS="-DMUSE_FAST_SANITIZE=ON -DMUSE_FAST_CUDA=OFF" MUSE_FAST_BUILD=require \
+		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUSE_FAST_LIBRARY=$(SANITIZED) \
+		$(BIN)/python -m pytest -k cpp $(SANITIZED_TESTS)
 
 bench-ops: .venv/.test
 	$(BIN)/python -m bench ops --device cpu
