@@ -182,7 +182,8 @@ if backends.library_error() is None:
         xy, offsets, kept = ctx.saved_tensors
         points = F.pad(xy, (0, 0, 0, 1))[kept]  # -1 takes what was added
         image = torch.searchsorted(offsets.long(), kept, right=True) - 1  # of -1, it is -1
-        gradients, first = [], 0
+        gradients: list[list[Tensor]] = []
+        first = 0
         for view_size, num_images, *layout in ctx.resolutions:
             if num_images == 0:  # no locals
                 gradients.append([])
