@@ -120,12 +120,20 @@ def test_batch_norm_uses_the_batch_in_training_and_its_memory_in_evaluation(tiny
     assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
 
 
-def test_evaluation_is_deterministic_in_spite_of_drop_path():
-    model = build_backbone("vit_tiny", drop_path=0.5).eval()
-    images = torch.randn(2, 3, 96, 96)
+@pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])
+def test_paths_are_dropped_by_scales_alone(arch):
+    """A backbone by itself is deterministic, in training too; the encoder drops what it is told to."""
+    model = build_backbone(arch, drop_path=0.5)
+    images, branches = torch.randn(2, 3, 96, 96), len(model.encoder.drop_rates)
     with torch.no_grad():
-        assert torch.equal(model.dense_map(images), model.dense_map(images))
-        assert not torch.equal(model.train().cls(images), model.cls(images))
+        for mode in (model.train(), model.eval()):
+            assert torch.equal(mode.cls(images), mode.cls(images))
+        kept = torch.ones(branches, 2)
+        assert torch.equal(model.encoder([images], kept)[0], model.cls(images))
+        dropped = model.encoder([images], torch.stack([kept[:, 0], 0 * kept[:, 1]], dim=1))[0]
+        torch.testing.assert_close(dropped[0], model.cls(images)[0])
+        assert not torch.allclose(dropped[1], model.cls(images)[1], atol=1e-3)
+        assert torch.equal(model.encoder([images])[0], model.cls(images))  # scales are forgotten
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])

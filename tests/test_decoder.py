@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from muse_fast import ops
 from muse_fast.models.decoder import Decoder, TokenDecoder, unify
+from muse_fast.models.vit import PackedTokens
 
 
 def randomise(module):
@@ -52,6 +53,19 @@ def reference(state, pyramid):
     return torch.cat([levels[0], *(upsample(level, 2**i) for i, level in enumerate(levels[1:], start=1))], dim=1)
 
 
+def encoded(decoder, *groups):
+    """What an encoder gives ``decoder`` whose four maps are those of each group."""
+    if not isinstance(decoder, TokenDecoder):
+        return [tuple(maps) for maps in groups]
+    layout = tuple((maps[0].shape[0], 1 + maps[0].shape[-1] ** 2) for maps in groups)
+    taps = []
+    for layer in range(4):
+        tokens = [maps[layer].flatten(2).mT for maps in groups]  # [I, g * g, C]
+        cls = [torch.full_like(x[:, :1], 1e3) for x in tokens]  # nothing may depend on it
+        taps.append(torch.cat([torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(cls, tokens, strict=True)]))
+    return PackedTokens(tuple(taps), layout)
+
+
 @pytest.mark.parametrize("grid", [6, 14])
 def test_token_decoder_equals_its_formula(grid):
     torch.manual_seed(0)
@@ -61,7 +75,9 @@ def test_token_decoder_equals_its_formula(grid):
     pyramid = [F.conv2d(maps[i], state[f"dim_map_layers.{i}.weight"]) for i in range(4)]
     pyramid = [upsample(pyramid[0], 4), upsample(pyramid[1], 2), pyramid[2], upsample(pyramid[3], 0.5)]
     with torch.no_grad():
-        torch.testing.assert_close(unify(decoder(maps)), reference(state, pyramid), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            unify(decoder(encoded(decoder, maps))[0]), reference(state, pyramid), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_pyramid_decoder_equals_its_formula():
@@ -70,14 +86,15 @@ def test_pyramid_decoder_equals_its_formula():
     pyramid = [torch.randn(2, 4 * 2**i, 24 >> i, 24 >> i, dtype=torch.float64) for i in range(4)]
     with torch.no_grad():
         torch.testing.assert_close(
-            unify(decoder(pyramid)), reference(decoder.state_dict(), pyramid), rtol=1e-12, atol=1e-12
+            unify(decoder([pyramid])[0]), reference(decoder.state_dict(), pyramid), rtol=1e-12, atol=1e-12
         )
 
 
 @pytest.mark.parametrize("side", [96, 208, 224, 512])
 def test_sizes(side):
     grid = side // 16
-    levels = TokenDecoder(16)(torch.randn(4, 1, 16, grid, grid))
+    decoder = TokenDecoder(16)
+    levels = decoder(encoded(decoder, torch.randn(4, 1, 16, grid, grid)))[0]
     assert [level.shape[-1] for level in levels] == [side // 4, side // 8, side // 16, side // 32]
     assert unify(levels).shape == (1, 16, side // 4, side // 4)
 
@@ -108,7 +125,7 @@ def make_points(count, view_size, images):
 
 def rows_by_map(decoder, maps, xy, image_index, view_size):
     """The definition: project, unify, and read the unified map bilinearly, image by image."""
-    unified = unify(decoder(maps))
+    unified = unify(decoder(encoded(decoder, maps))[0])
     grid = (2 * xy.to(unified.dtype) / view_size - 1).view(-1, 1, 1, 1, 2)
     rows = [unified.sum((2, 3))[:0]]  # stays attached to the map when there is no point
     for i, image in enumerate(image_index.tolist()):
@@ -116,8 +133,8 @@ def rows_by_map(decoder, maps, xy, image_index, view_size):
     return torch.cat(rows)
 
 
-def rows_first(decoder, *arguments):
-    return decoder.nucleus_rows(*arguments)
+def rows_first(decoder, maps, xy, image_index, view_size):
+    return decoder.nucleus_rows(encoded(decoder, maps), [(xy, image_index)], [view_size])
 
 
 def learn(form, decoder, maps, *points):
@@ -161,9 +178,9 @@ def test_padding_gives_zero_rows_and_no_gradient():
     xy, image_index = make_points(9, 96, images=3)
     padded = torch.where(torch.arange(9) % 3 == 1, -1, image_index)
     kept = padded >= 0
-    rows = decoder.nucleus_rows(maps, xy, padded, 96)
+    rows = rows_first(decoder, maps, xy, padded, 96)
     assert rows[~kept].count_nonzero() == 0
-    torch.testing.assert_close(rows[kept], decoder.nucleus_rows(maps, xy[kept], padded[kept], 96), rtol=0, atol=1e-12)
+    torch.testing.assert_close(rows[kept], rows_first(decoder, maps, xy[kept], padded[kept], 96), rtol=0, atol=1e-12)
     rows[~kept].sum().backward()
     assert all(not p.grad.any() for p in decoder.parameters() if p.grad is not None)
 
@@ -185,18 +202,50 @@ def test_evaluation_makes_no_dense_pass(monkeypatch):
     monkeypatch.setattr(ops, "projection_stats", dense_pass)
     decoder = TokenDecoder(16).eval()
     maps = torch.randn(4, 2, 16, 6, 6)
-    assert decoder.nucleus_rows(maps, *make_points(5, 96, images=2), 96).shape == (5, 16)
+    assert rows_first(decoder, maps, *make_points(5, 96, images=2), 96).shape == (5, 16)
     with pytest.raises(AssertionError, match="took statistics"):
-        decoder.train().nucleus_rows(maps, *make_points(5, 96, images=2), 96)
+        rows_first(decoder.train(), maps, *make_points(5, 96, images=2), 96)
 
 
-def test_a_single_position_is_refused_in_training_alone():
-    decoder = TokenDecoder(16)
-    maps, points = torch.randn(4, 1, 16, 2, 2), (torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), 32)
-    for form in (rows_by_map, rows_first):
-        with pytest.raises(ValueError, match="more than"):
-            form(decoder.train(), maps, *points)
-        assert form(decoder.eval(), maps, *points).shape == (3, 16)
+def test_a_single_position_has_no_statistics_and_is_normalised_by_the_running_ones():
+    """One view of 32 px has one position in its coarsest map."""
+    decoder = randomise(TokenDecoder(16)).double().train()
+    before = copy.deepcopy(decoder.state_dict())
+    maps = torch.randn(4, 1, 16, 2, 2, dtype=torch.float64)
+    points = (torch.rand(3, 2) * 32, torch.zeros(3, dtype=torch.int64), 32)
+    expected, got = (learn(form, decoder, maps, *points) for form in (rows_by_map, rows_first))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    coarsest = "hyper_feats.conv_list.3.layer.1."
+    assert all(torch.equal(got[3][name], before[name]) for name in got[3] if name.startswith(coarsest))
+    assert not torch.equal(got[3]["decoder1.first_block.layer.1.running_mean"],
+                           before["decoder1.first_block.layer.1.running_mean"])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [TokenDecoder, Decoder])
+def test_groups_go_as_if_one_after_the_other(kind):
+    """Rows, gradients and running statistics of two groups, against one call per group in their order."""
+    decoder = randomise(TokenDecoder(16) if kind is TokenDecoder else Decoder((4, 8, 16, 32), level_dim=4)).double()
+    sides, images, groups = (96, 64), (3, 2), []
+    for side, count in zip(sides, images, strict=True):
+        of_level = [(16, side // 16)] * 4 if kind is TokenDecoder else [(4 * 2**i, side // 4 >> i) for i in range(4)]
+        groups.append([torch.randn(count, c, g, g, dtype=torch.float64) for c, g in of_level])
+    points = [make_points(11, side, images=count) for side, count in zip(sides, images, strict=True)]
+    weight = torch.randn(22, 16, dtype=torch.float64)
+
+    together, alone = copy.deepcopy(decoder), copy.deepcopy(decoder)
+    rows = together.nucleus_rows(encoded(together, *groups), points, sides)
+    one_by_one = [rows_first(alone, maps, *p, side) for maps, p, side in zip(groups, points, sides, strict=True)]
+    torch.testing.assert_close(rows, torch.cat(one_by_one), rtol=0, atol=1e-10)
+    (rows * weight).sum().backward()
+    (torch.cat(one_by_one) * weight).sum().backward()
+    for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10)
+    torch.testing.assert_close(dict(together.named_buffers()), dict(alone.named_buffers()), rtol=1e-12, atol=1e-12)
+
+    dense, each = copy.deepcopy(decoder), copy.deepcopy(decoder)
+    levels = dense(encoded(dense, *groups))
+    torch.testing.assert_close(levels, [each(encoded(each, maps))[0] for maps in groups], rtol=0, atol=1e-10)
+    torch.testing.assert_close(dict(dense.named_buffers()), dict(each.named_buffers()), rtol=1e-12, atol=1e-12)
 
 
 def test_nucleus_rows_under_autocast_are_as_exact_as_those_of_the_projected_map():

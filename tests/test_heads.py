@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from muse_fast.models.heads import DINOHead
+from muse_fast.models.heads import DINOHead, HeadOutput
 
 
 @pytest.fixture
@@ -26,8 +26,10 @@ def test_formula_in_float64(head):
         y = y if layer == 4 else 0.5 * y * (1 + torch.erf(y / 2**0.5))
     z = y / y.square().sum(-1, keepdim=True).sqrt()
     w = state["prototypes_v"] / state["prototypes_v"].square().sum(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(head(x).double(), z, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(head.logits(head(x)).double(), z @ w.T, rtol=1e-4, atol=1e-6)
+    output = head(x)
+    torch.testing.assert_close(output.z.double(), z, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.prototypes.double(), w, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.logits().double(), z @ w.T, rtol=1e-4, atol=1e-6)
 
 
 def test_prototypes_equal_torch_weight_norm_with_g_one(head):
@@ -36,7 +38,8 @@ def test_prototypes_equal_torch_weight_norm_with_g_one(head):
         linear.parametrizations.weight.original0.fill_(1)
         linear.parametrizations.weight.original1.copy_(head.prototypes_v)
     z = F.normalize(torch.randn(5, 16), dim=-1)
-    torch.testing.assert_close(head.logits(z), linear(z))
+    prototypes = head(torch.randn(1, 24)).prototypes
+    torch.testing.assert_close(HeadOutput(z, prototypes).logits(), linear(z))
 
 
 def test_prototypes_start_small_enough_for_adam():
@@ -51,9 +54,9 @@ def test_few_rows_forward_and_backward(input_norm, rows):
     torch.manual_seed(0)
     head = DINOHead(24, 32, 16, 40, input_norm=input_norm).train()
     x = torch.randn(rows, 24, requires_grad=True)
-    z = head(x)
-    logits = head.logits(z)
-    assert z.shape == (rows, 16)
+    output = head(x)
+    logits = output.logits()
+    assert output.z.shape == (rows, 16)
     assert logits.shape == (rows, 40)
     logits.square().sum().backward()
     assert x.grad is not None
@@ -79,6 +82,7 @@ def test_one_row_is_normalised_as_in_evaluation():
     x = torch.randn(1, 24)
     in_training = head(x)
     torch.testing.assert_close(in_training, head.eval()(x))
+    assert in_training.z.any()
 
 
 def test_input_norm_standardises():
@@ -93,14 +97,15 @@ def test_zero_input_has_finite_gradient(head):
     with torch.no_grad():
         for parameter in head.mlp.parameters():
             parameter.zero_()
-    z = head(torch.zeros(3, 24))
-    head.logits(z).sum().backward()
-    assert not z.any()
+    output = head(torch.zeros(3, 24))
+    output.logits().sum().backward()
+    assert not output.z.any()
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
 def test_unit_length_survives_bfloat16(head):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = head(torch.randn(9, 24))
-    assert z.dtype == torch.float32
+        z, prototypes = head(torch.randn(9, 24))
+    assert z.dtype == prototypes.dtype == torch.float32
     torch.testing.assert_close(z.norm(dim=-1), torch.ones(9))
+    torch.testing.assert_close(prototypes.norm(dim=-1), torch.ones(40))

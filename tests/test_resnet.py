@@ -31,14 +31,14 @@ def test_maps_and_image_feature_are_timms(encoder):
     images = torch.randn(1, 3, 96, 96)
     encoder.eval()
     with torch.no_grad():
-        feature, maps = encoder(images)
+        feature, (maps,) = encoder([images])
         torch.testing.assert_close(feature, whole(images), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(maps[-1], whole.forward_features(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("side", "sides"), [(96, (24, 12, 6, 3)), (208, (52, 26, 13, 7))])
 def test_widths_and_strides(encoder, side, sides):
-    _, maps = encoder(torch.randn(1, 3, side, side))
+    _, (maps,) = encoder([torch.randn(1, 3, side, side)])
     assert [tuple(m.shape) for m in maps] == [(1, w, s, s) for w, s in zip(WIDTHS, sides, strict=True)]
 
 
@@ -48,4 +48,4 @@ def test_residual_branches_are_alive_at_the_start(encoder):
 
 def test_other_images_are_refused(encoder):
     with pytest.raises(UserError, match="multiple of 16"):
-        encoder(torch.zeros(1, 3, 100, 100))
+        encoder([torch.zeros(1, 3, 100, 100)])

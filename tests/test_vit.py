@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from muse_fast.errors import UserError
-from muse_fast.models.vit import VisionTransformer, drop_path, resize_pos_embed
+from muse_fast.models.vit import VisionTransformer, ViTEncoder, resize_pos_embed
+
+
+def build(dim=192, heads=3):
+    return VisionTransformer(dim, heads, image_size=224, attention="sdpa", recompute="none")
+
+
+def taps_of(model, images, scales=None):
+    """Tokens of one group of images after the tapped layers, ``[I, 1 + T, C]`` each."""
+    tokens = model([images], scales)
+    return [tokens.split(tap)[0] for tap in tokens.taps]
 
 
 def timm_vit(name: str):
@@ -24,7 +34,7 @@ def timm_vit(name: str):
 @pytest.mark.parametrize(("name", "dim", "heads"), [("vit_tiny", 192, 3), ("vit_small", 384, 6)])
 def test_timm_weights_load_by_name_and_give_its_tokens(name, dim, heads):
     reference = timm_vit(name)
-    model = VisionTransformer(dim, heads).eval()
+    model = build(dim, heads).eval()
     model.load_state_dict(reference.state_dict(), strict=True)
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -36,7 +46,7 @@ def test_timm_weights_load_by_name_and_give_its_tokens(name, dim, heads):
             return_prefix_tokens=True,
             intermediates_only=True,
         )
-        taps = model.forward_taps(images)
+        taps = taps_of(model, images)
     for tap, (patches, prefix) in zip(taps, expected, strict=True):
         torch.testing.assert_close(tap, torch.cat([prefix, patches], dim=1), rtol=0, atol=1e-5)
     torch.testing.assert_close(taps[-1][:, 0], reference(images), rtol=0, atol=1e-5)
@@ -46,14 +56,14 @@ def test_timm_weights_load_by_name_and_give_its_tokens(name, dim, heads):
 def test_another_size_gives_timms_tokens(side):
     """timm antialiases its own resize, so it gets the resized table from here."""
     reference = timm_vit("vit_tiny")
-    model = VisionTransformer(192, 3).eval()
+    model = build().eval()
     model.load_state_dict(reference.state_dict())
     grid = side // 16
     reference.pos_embed.data = resize_pos_embed(reference.pos_embed.data, grid)
     reference.patch_embed.grid_size = (grid, grid)
     images = torch.randn(1, 3, side, side)
     with torch.no_grad():
-        torch.testing.assert_close(model.forward_taps(images)[-1][:, 0], reference(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(taps_of(model, images)[-1][:, 0], reference(images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 6), (14, 13), (14, 32), (32, 14), (14, 64)])
@@ -81,7 +91,7 @@ def test_pos_embed_resize_keeps_float32_under_autocast():
 
 @pytest.mark.parametrize("side", [32, 96, 208, 304])
 def test_token_counts(side):
-    taps = VisionTransformer(192, 3).forward_taps(torch.randn(1, 3, side, side))
+    taps = taps_of(build(), torch.randn(1, 3, side, side))
     assert [tuple(tap.shape) for tap in taps] == [(1, 1 + (side // 16) ** 2, 192)] * 4
 
 
@@ -90,26 +100,33 @@ def test_token_counts(side):
 )
 def test_other_images_are_refused(shape):
     with pytest.raises(UserError, match=r"multiple of 16 from 32 to 1024|square"):
-        VisionTransformer(192, 3).forward_taps(torch.zeros(shape))
+        taps_of(build(), torch.zeros(shape))
 
 
 def test_no_images():
-    assert VisionTransformer(192, 3).forward_taps(torch.zeros(0, 3, 96, 96))[-1].shape == (0, 37, 192)
+    assert taps_of(build(), torch.zeros(0, 3, 96, 96))[-1].shape == (0, 37, 192)
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    torch.manual_seed(0)
-    dropped = drop_path(torch.ones(20_000, 2, 3), rate=0.25, training=True)
-    per_sample = dropped[:, 0, 0]
-    assert torch.equal(dropped, per_sample[:, None, None].expand_as(dropped))
-    assert set(per_sample.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-    assert (per_sample == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)  # 3 standard errors
-    assert torch.equal(drop_path(per_sample, 0.25, training=False), per_sample)
+def test_scales_act_on_the_branches_of_their_image_and_layer():
+    """The branches of one layer, scaled image by image, against the layer written out."""
+    model = build().eval()
+    images, scales = torch.randn(3, 3, 48, 48), torch.ones(24, 3)
+    scales[6], scales[7] = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, 0.5])  # of layer 3
+    x = model.embed(images)
+    with torch.no_grad():
+        for layer, block in enumerate(model.blocks):
+            first, second = (scales[2 * layer + branch][:, None, None] for branch in (0, 1))
+            q, k, v = block.attn.qkv(block.norm1(x)).unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
+            attended = ((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            x = x + first * block.attn.proj(attended)
+            x = x + second * block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+        expected = model.norm(x)
+        torch.testing.assert_close(taps_of(model, images, scales)[-1], expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(taps_of(model, images)[-1], expected, atol=1e-3)
+        ones = taps_of(model, images, torch.ones(24, 3))
+        assert all(torch.equal(a, b) for a, b in zip(ones, taps_of(model, images), strict=True))
 
 
-def test_drop_path_grows_linearly_and_acts_in_training_alone():
-    model = VisionTransformer(192, 3, drop_path=0.11)
-    assert [block.drop_path for block in model.blocks] == pytest.approx([0.01 * i for i in range(12)])
-    images = torch.randn(2, 3, 96, 96)
-    model.eval()
-    assert torch.equal(model.forward_taps(images)[-1], model.forward_taps(images)[-1])
+def test_drop_rates_grow_linearly_over_the_layers():
+    rates = ViTEncoder(192, 3, drop_path=0.11).drop_rates
+    assert rates == pytest.approx([0.01 * layer for layer in range(12) for _ in range(2)])

@@ -34,28 +34,30 @@ class Backbone(nn.Module):
         dense_dim: width D of the unified map and of a nucleus row (C for a ViT, 1024 for ResNet-50).
     """
 
-    def __init__(self, arch: str, drop_path: float = 0.0, image_size: int = 224) -> None:
+    def __init__(self, arch: str, drop_path: float, image_size: int, attention: str, recompute: str) -> None:
         super().__init__()
         self.arch = arch
-        self.encoder: nn.Module
+        self.encoder: ViTEncoder | ResNetEncoder
         self.decoder: Decoder
         if arch in VIT_DIMS_AND_HEADS:
             dim, heads = VIT_DIMS_AND_HEADS[arch]
-            self.encoder = ViTEncoder(dim, heads, drop_path, image_size)
+            self.encoder = ViTEncoder(
+                dim, heads, drop_path=drop_path, image_size=image_size, attention=attention, recompute=recompute
+            )
             self.decoder = TokenDecoder(dim)
             self.image_dim = self.dense_dim = dim
         else:
-            self.encoder = ResNetEncoder(drop_path)
+            self.encoder = ResNetEncoder(drop_path=drop_path)
             self.image_dim, self.dense_dim = resnet.WIDTHS[-1], resnet.WIDTHS[-1] // 2
             self.decoder = Decoder(resnet.WIDTHS, self.dense_dim // 4)
 
     def forward(self, images: Tensor) -> Features:
-        cls, maps = self.encoder(images)
-        return Features(cls, self.decoder(maps))
+        cls, encoded = self.encoder([images])
+        return Features(cls, self.decoder(encoded)[0])
 
     def cls(self, images: Tensor) -> Tensor:
         """Image features ``[I, image_dim]``; the decoder does not run."""
-        return self.encoder(images)[0]
+        return self.encoder([images])[0]
 
     def dense_map(self, images: Tensor) -> Tensor:
         """The unified map ``[I, D, R/4, R/4]``."""
@@ -69,17 +71,22 @@ class Backbone(nn.Module):
             xy: ``[N, 2]`` float32, pixels of the image, origin at its top-left corner.
             image_index: ``[N]`` int64, the image of every point.
         """
-        _, maps = self.encoder(images)
-        return self.decoder.nucleus_rows(maps, xy, image_index, images.shape[-1])
+        _, encoded = self.encoder([images])
+        return self.decoder.nucleus_rows(encoded, [(xy, image_index)], [images.shape[-1]])
 
 
-def build_backbone(arch: str, *, drop_path: float = 0.0, image_size: int = 224) -> Backbone:
+def build_backbone(
+    arch: str, *, drop_path: float = 0.0, image_size: int = 224, attention: str = "sdpa", recompute: str = "none"
+) -> Backbone:
     """A backbone with random weights, drawn from torch's global generator.
 
     Args:
         arch: one of `ARCHS`; UserError otherwise.
-        drop_path: stochastic depth of the last layer, from 0 at the first; acts in training mode alone.
+        drop_path: stochastic depth of the last layer, from 0 at the first. It acts where a training step gives the
+            encoder the scales that `muse_fast.ssl.drop_path` draws, not by itself.
         image_size: side in pixels that a ViT stores its position embedding for (any allowed side runs).
+        attention: of a ViT, see `muse_fast.models.attention`.
+        recompute: of a ViT, ``none``, ``selective`` or ``full``: activations that the backward computes again.
     """
     check_arch(arch)
-    return Backbone(arch, drop_path, image_size)
+    return Backbone(arch, drop_path, image_size, attention, recompute)

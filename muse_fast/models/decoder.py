@@ -2,11 +2,15 @@
 
 Parameter names are those of the published checkpoints. Every resize goes by target size, never by factor: 13 tokens
 (208 px) halve to 6, and 6 times 8 would miss the 52 pixels of stride 4.
+
+A group holds the images of one resolution. Groups go through the layers side by side: each has BatchNorm statistics of
+its own, and over many ranks one collective serves them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse_fast import ops
+from muse_fast.models.norm import batch_norms, normalising_moments, synced_moments, update_running_stats
+from muse_fast.models.resnet import Maps
+from muse_fast.models.vit import PackedTokens
+
+Moments = tuple[Tensor, Tensor]
+"""Mean and variance per channel."""
 
 
 def resize(x: Tensor, side: int) -> Tensor:
-    """``[I, c, h, h]`` -> ``[I, c, side, side]``, bilinear with aligned corners."""
+    """``[I, c, h, h]`` -> ``[I, c, side, side]``, bilinear with aligned corners, in the dtype of ``x``."""
     if x.shape[-1] == side:
         return x
-    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
+    with torch.autocast(x.device.type, enabled=False):  # which would leave it in float32
+        return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
 
 
 def unify(levels: Sequence[Tensor]) -> Tensor:
@@ -29,7 +40,9 @@ def unify(levels: Sequence[Tensor]) -> Tensor:
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, BatchNorm, and ReLU where asked for; the size stays."""
+    """Convolution without bias, BatchNorm, and ReLU where asked for, of every group; the size stays."""
+
+    layer: Any  # convolution, norm and ReLU
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, relu: bool) -> None:
         super().__init__()
@@ -37,8 +50,11 @@ class ConvBN(nn.Module):
         norm = nn.BatchNorm2d(out_channels)
         self.layer = nn.Sequential(conv, norm, nn.ReLU(inplace=True)) if relu else nn.Sequential(conv, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    def forward(self, groups: Iterable[Tensor]) -> list[Tensor]:
+        conv, norm, *relu = self.layer
+        maps = [conv(x) for x in groups]
+        maps = batch_norms(maps, [norm] * len(maps))
+        return [relu[0](x) for x in maps] if relu else maps
 
 
 class ResidualBlock(nn.Module):
@@ -47,8 +63,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = ConvBN(channels, channels, 3, relu=True)
         self.conv2 = ConvBN(channels, channels, 3, relu=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv2(self.conv1(x)) + x)
+    def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        branches = self.conv2(self.conv1(groups))
+        return [F.relu(branch + x) for branch, x in zip(branches, groups, strict=True)]
 
 
 class UpBlock(nn.Module):
@@ -59,39 +76,24 @@ class UpBlock(nn.Module):
         self.first_block = ConvBN(coarse_channels + fine_channels, fine_channels, 3, relu=True)
         self.last_block = ResidualBlock(fine_channels)
 
-    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        return self.last_block(self.first_block(torch.cat([resize(coarse, fine.shape[-1]), fine], dim=1)))
+    def forward(self, coarse: Iterable[Tensor], fine: Iterable[Tensor]) -> list[Tensor]:
+        pairs = zip(coarse, fine, strict=True)
+        return self.last_block(self.first_block(torch.cat([resize(c, f.shape[-1]), f], dim=1) for c, f in pairs))
 
 
 class Projection(ConvBN):
-    """1x1 convolution and BatchNorm, of a map or of rows sampled from it."""
-
-    layer: Any  # convolution and norm, whose running statistics torch declares optional
+    """1x1 convolution and BatchNorm, of maps or of rows sampled from them."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1, relu=False)
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance ``[o]`` that BatchNorm would normalise the projected map by; the map is not stored.
-
-        In training they are those of ``x``, ``[I, c, h, w]``, which the gradient reaches, and are remembered as
-        BatchNorm does; in evaluation they are the remembered ones, and ``x`` is not looked at.
-        """
-        conv, norm = self.layer
-        if not norm.training:
-            return norm.running_mean, norm.running_var
-        count = x.numel() // x.shape[1]
-        if count < 2:
-            raise ValueError(f"expected more than one position per channel in training, got a map {tuple(x.shape)}")
-        mean, var = ops.projection_stats(x, conv.weight.flatten(1))
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
-        return mean, var
+    def moments(self, x: Tensor) -> Moments:
+        """Mean and biased variance ``[o]`` of the projection of ``x [I, c, h, w]``, which is not stored."""
+        conv, _ = self.layer
+        return ops.projection_stats(x, conv.weight.flatten(1))
 
     def rows(self, samples: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Rows ``[N, c]`` of the map, projected and normalised by its `statistics`: ``[N, o]`` in their dtype."""
+        """Rows ``[N, c]`` of a map, projected and normalised: ``[N, o]`` in their dtype."""
         conv, norm = self.layer
         gain = norm.weight * torch.rsqrt(var + norm.eps)
         return ((F.linear(samples, conv.weight.flatten(1)) - mean) * gain + norm.bias).to(samples.dtype)
@@ -112,14 +114,31 @@ class HyperFeats(nn.Module):
         self.widths = list(widths)
         self.conv_list = nn.ModuleList(Projection(width, level_dim) for width in widths)
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(project(x) for project, x in zip(self.conv_list, maps, strict=True))
+    def forward(self, groups: Sequence[Maps]) -> list[Maps]:
+        levels = zip(self.conv_list, zip(*groups, strict=True), strict=True)
+        return list(zip(*(project(maps) for project, maps in levels), strict=True))
 
-    def statistics(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Mean and variance ``[level_dim]`` of every map once projected."""
-        return [projection.statistics(x) for projection, x in zip(self.conv_list, maps, strict=True)]
+    def statistics(self, groups: Sequence[Maps]) -> list[list[Moments]]:
+        """What BatchNorm would normalise the projection of every map by, per group and level.
 
-    def project_rows(self, samples: Tensor, statistics: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        In training the moments of the maps, which the gradient reaches, and BatchNorm's running statistics remember
+        them; in evaluation the remembered ones, and the maps are not looked at.
+        """
+        norms = [projection.layer[1] for projection in self.conv_list]
+        if not self.training:
+            return [[(norm.running_mean, norm.running_var) for norm in norms] for _ in groups]
+        levels, norms = len(norms), norms * len(groups)
+        maps = [x for group in groups for x in group]
+        projections = [*self.conv_list] * len(groups)
+        means, variances = zip(*(p.moments(x) for p, x in zip(projections, maps, strict=True)), strict=True)
+        moments = []
+        counts = [x.numel() // x.shape[1] for x in maps]
+        for norm, (mean, var, count) in zip(norms, synced_moments(means, variances, counts), strict=True):
+            moments.append(normalising_moments(norm, mean, var, count))
+            update_running_stats(norm, mean, var, count)
+        return [moments[first : first + levels] for first in range(0, len(moments), levels)]
+
+    def project_rows(self, samples: Tensor, statistics: Sequence[Moments]) -> Tensor:
         """``[N, sum(widths)]`` sampled from the maps -> ``[N, D]``, as if sampled from the projected maps."""
         levels = zip(self.conv_list, samples.split(self.widths, dim=1), statistics, strict=True)
         return torch.cat([projection.rows(part, *moments) for projection, part, moments in levels], dim=1)
@@ -144,41 +163,49 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Four encoder maps, finest first -> four levels ``[I, level_dim, h_l, h_l]``; `unify` joins them."""
-        return self.hyper_feats(self.decode(maps))
+    def forward(self, encoded: Any) -> list[Maps]:
+        """What the encoder gives -> per group four levels ``[I, level_dim, h_l, h_l]``; `unify` joins them."""
+        return self.hyper_feats(self.decode(self.pyramids(encoded)))
 
-    def decode(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Four encoder maps, finest first -> four of the same sizes and widths, not yet projected."""
-        e1, e2, e3, e4 = maps
+    def pyramids(self, encoded: Any) -> list[Maps]:
+        """Per group the four maps, finest first, that decoding starts from."""
+        return encoded
+
+    def decode(self, pyramids: Sequence[Maps]) -> list[Maps]:
+        """Per group four maps, finest first -> four of the same sizes and widths, not yet projected."""
+        e1, e2, e3, e4 = zip(*pyramids, strict=True)
         d3 = self.decoder3(e4, e3)
         d2 = self.decoder2(d3, e2)
         d1 = self.decoder1(d2, e1)
-        return d1, d2, d3, e4
+        return list(zip(d1, d2, d3, e4, strict=True))
 
-    def nucleus_rows(self, maps: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:
-        """`sample_nuclei` of the projected levels, ``[N, D]``; neither they nor the unified map are computed.
+    def nucleus_rows(self, encoded: Any, points: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Tensor:
+        """`sample_nuclei` of the projected levels, ``[N, D]``, group after group; no level or unified map is computed.
 
         Args:
-            maps: four encoder maps, finest first.
-            xy: ``[N, 2]`` float32, pixels of the view.
-            image_index: ``[N]`` int64, the image of each point; negative for padding, whose rows are zero.
-            view_size: R, pixels along a side of the view.
+            encoded: what the encoder gives.
+            points: per group ``xy [n, 2]`` float32, pixels of the view, and ``image_index [n]`` int64, the image of
+                each point in its group; negative for padding, whose rows are zero.
+            sizes: R, pixels along a side of the views of each group.
         """
-        decoded = self.decode(maps)
-        decoded = tuple(x.to(decoded[0].dtype) for x in decoded)  # autocast leaves some resized maps in float32
+        decoded = self.decode(self.pyramids(encoded))
         statistics = self.hyper_feats.statistics(decoded)  # first: their gradients then come last, one map at a time
-        samples = ops.sample_nuclei(decoded, xy, image_index, view_size)
-        rows = self.hyper_feats.project_rows(samples, statistics)
-        return rows.masked_fill((image_index < 0).unsqueeze(1), 0)
+        rows = []
+        for maps, (xy, image_index), size, moments in zip(decoded, points, sizes, statistics, strict=True):
+            samples = ops.sample_nuclei(maps, xy, image_index, size)
+            of_group = self.hyper_feats.project_rows(samples, moments)
+            rows.append(of_group.masked_fill((image_index < 0).unsqueeze(1), 0))
+        return torch.cat(rows)
 
 
 class TokenDecoder(Decoder):
-    """Decoder over four ViT maps of one size, which are first reassembled into a pyramid.
+    """Decoder over four ViT layers, whose tokens are first reassembled into a pyramid.
 
     Args:
         dim: width C of the encoder; the pyramid has C/4, C/2, C and 2C channels, a level has C/4.
     """
+
+    dim_map_layers: Any
 
     def __init__(self, dim: int) -> None:
         widths = (dim // 4, dim // 2, dim, 2 * dim)
@@ -188,9 +215,13 @@ class TokenDecoder(Decoder):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="linear")
         self.dim_map_layers = nn.ModuleList(layers)
 
-    def decode(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Four maps ``[I, C, g, g]`` -> four of sides 4g, 2g, g, g // 2 and widths C/4, C/2, C, 2C."""
-        grid = maps[0].shape[-1]
-        sides = (4 * grid, 2 * grid, grid, grid // 2)
-        layers = zip(self.dim_map_layers, maps, sides, strict=True)
-        return super().decode([resize(layer(tokens), side) for layer, tokens, side in layers])
+    def pyramids(self, encoded: PackedTokens) -> list[Maps]:
+        """Tokens -> per group four maps of sides 4g, 2g, g, g // 2 and widths C/4, C/2, C, 2C."""
+        grids = [math.isqrt(tokens) for _, tokens in encoded.layout]  # the CLS token does not change the root
+        levels = []
+        for layer, tokens, scale in zip(self.dim_map_layers, encoded.taps, (4, 2, 1, 0.5), strict=True):
+            # A 1x1 convolution over the packed rows, whose result is a channels-last map as it stands.
+            rows = encoded.split(F.linear(tokens, layer.weight.flatten(1)))
+            maps = [x[:, 1:].unflatten(1, (g, g)).permute(0, 3, 1, 2) for x, g in zip(rows, grids, strict=True)]
+            levels.append([resize(x, int(scale * g)) for x, g in zip(maps, grids, strict=True)])
+        return list(zip(*levels, strict=True))

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muse_fast.models.norm import RowBatchNorm
 
-class RowBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over rows whose number varies, without parameters.
 
-    A batch statistic needs two rows. With fewer, the running statistics normalise and are left as they are. A
-    conversion to SyncBatchNorm replaces this class, whose branch on one rank's rows would leave the others waiting.
-    """
+class HeadOutput(NamedTuple):
+    """Both factors of a head's logits, with rows of length 1."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, affine=False)
+    z: Tensor  # [N, d]
+    prototypes: Tensor  # [K, d]
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, dim] -> [N, dim]
-        if self.training and x.shape[0] < 2:
-            return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
-        return super().forward(x)
+    def logits(self) -> Tensor:
+        """Cosines of the rows to the prototypes, ``[N, K]``."""
+        return F.linear(self.z, self.prototypes)
 
 
 class DINOHead(nn.Module):
     """MLP to a bottleneck on the unit sphere, then cosine similarity to K prototypes.
 
     The prototypes are weight-normalised with their length frozen at 1, so only the direction of each row of
-    ``prototypes_v`` counts. `forward` stops at the bottleneck: a loss may take ``z`` and ``prototypes()`` and never
-    store the ``[N, K]`` logits.
+    ``prototypes_v`` counts. `forward` stops short of the logits: a loss may take both factors and never store the
+    ``[N, K]`` product.
 
     Args:
         in_dim, hidden_dim, bottleneck_dim, num_prototypes: widths; the paper's are C, 2048, 256 and 65536.
@@ -56,14 +55,13 @@ class DINOHead(nn.Module):
         bound = bottleneck_dim**-0.5
         nn.init.uniform_(self.prototypes_v, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, in_dim]`` -> ``z [N, d]`` float32 with rows of length 1; N may be 0."""
-        return F.normalize(self.mlp(self.input_norm(x)).float(), dim=-1)
+    def forward(self, x: Tensor) -> HeadOutput:
+        """``[N, in_dim]`` -> ``z`` and the prototypes, in at least float32; N may be 0."""
+        z = self.mlp(self.input_norm(x))
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+        return HeadOutput(z, self.prototypes())
 
     def prototypes(self) -> Tensor:
-        """``[K, d]`` float32, rows of length 1."""
-        return F.normalize(self.prototypes_v.float(), dim=-1)
-
-    def logits(self, z: Tensor) -> Tensor:
-        """``z [N, d]`` -> cosines to the prototypes, ``[N, K]``."""
-        return F.linear(z, self.prototypes())
+        """``[K, d]``, rows of length 1."""
+        v = self.prototypes_v
+        return torch._weight_norm(v, v.new_ones(len(v), 1), 0)  # F.normalize takes four times as long over this matrix

@@ -2,31 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from muse_fast.models.norm import BatchNorm2d
 from muse_fast.models.vit import check_images
 
 WIDTHS = (256, 512, 1024, 2048)
+
+Maps = tuple[Tensor, ...]
+"""Four maps of images of one resolution, finest first."""
+
+
+class BranchScale(nn.Module):
+    """In the place of timm's drop path: the scales come from outside, one per image and branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: Tensor | None = None  # [I]
+
+    def forward(self, x: Tensor) -> Tensor:  # [I, c, h, w] -> [I, c, h, w]
+        return x if self.scale is None else (x * self.scale.view(-1, 1, 1, 1)).to(x.dtype)
 
 
 class ResNetEncoder(nn.Module):
     """Four maps at strides 4, 8, 16 and 32, and their last one averaged.
 
-    Args:
-        drop_path: stochastic depth of the last residual block; it grows linearly from 0 at the first.
+    Attributes:
+        drop_rates: stochastic depth of every residual block, rising linearly from 0.
     """
 
-    def __init__(self, drop_path: float = 0.0) -> None:
+    encoder: Any  # of timm, whose layers torch knows as modules alone
+
+    def __init__(self, *, drop_path: float = 0.0) -> None:
         super().__init__()
         import timm
 
         # zero_init_last would start every residual branch at zero, which neither DINO nor MUSE does.
         self.encoder = timm.create_model(
-            "resnet50", features_only=True, out_indices=(1, 2, 3, 4), drop_path_rate=drop_path, zero_init_last=False
+            "resnet50",
+            features_only=True,
+            out_indices=(1, 2, 3, 4),
+            norm_layer=BatchNorm2d,
+            zero_init_last=False,
         )
+        blocks: list[Any] = [block for stage in range(1, 5) for block in self.encoder[f"layer{stage}"]]
+        self.branch_scales = [BranchScale() for _ in blocks]
+        for block, branch_scale in zip(blocks, self.branch_scales, strict=True):
+            block.drop_path = branch_scale
+        self.drop_rates = [drop_path * i / (len(blocks) - 1) for i in range(len(blocks))]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``[I, 3, R, R]`` -> image feature ``[I, 2048]``, maps of 256, 512, 1024, 2048 channels at strides 4..32."""
-        check_images(images)
-        maps = tuple(self.encoder(images))
-        return maps[-1].mean(dim=(2, 3)), maps
+    def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, list[Maps]]:
+        """Groups of images ``[I, 3, R, R]`` -> image features ``[images, 2048]``, and per group the four maps.
+
+        Args:
+            scales: of the residual branches per image, ``[blocks, images of all groups]``, for stochastic depth.
+        """
+        maps, first = [], 0
+        for images in groups:
+            check_images(images)
+            for block, branch_scale in enumerate(self.branch_scales):
+                branch_scale.scale = None if scales is None else scales[block, first : first + len(images)]
+            maps.append(tuple(self.encoder(images)))
+            first += len(images)
+        return torch.cat([of_group[-1].mean(dim=(2, 3)) for of_group in maps]), maps

@@ -3,17 +3,24 @@
 timm's ``vit_{tiny,small,base}_patch16_224`` state dicts (``num_classes=0``) load by name. Shapes in this file:
 
     I  images    R  image side in pixels    g  tokens per side = R / 16    T  patch tokens = g * g    C  width
+
+Images of several resolutions run together: their tokens are packed into one matrix of M rows, over which every linear
+layer, norm and MLP runs once, and only attention looks at which rows form an image.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from muse_fast.errors import UserError
+from muse_fast.models.attention import Layout, attend
 
 PATCH = 16
 DEPTH = 12
@@ -57,14 +64,6 @@ def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
     return torch.cat([pos_embed[:, :1], patches.flatten(0, 1)[None]], dim=1)
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (Huang et al., 2016): zero whole samples of ``x [I, ...]``, scale the rest by 1 / (1 - rate)."""
-    if rate == 0.0 or not training:
-        return x
-    kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate)
-    return x * (kept / (1 - rate))
-
-
 class PatchEmbed(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -75,16 +74,14 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, backend: str) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.backend = heads, backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # [I, 1 + T, C] -> [I, 1 + T, C]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [I, heads, 1 + T, C / heads]
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # [M, C] -> [M, C]
+        return self.proj(attend(self.qkv(x), self.heads, layout, self.backend))
 
 
 class Mlp(nn.Module):
@@ -98,17 +95,56 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, drop_path: float) -> None:
+    """One transformer layer. ``recompute`` says what its backward computes again instead of storing it."""
+
+    def __init__(self, dim: int, heads: int, attention: str, recompute: str) -> None:
         super().__init__()
+        self.recompute = recompute
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, attention)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
-        self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+    def forward(self, x: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
+        """``x [M, C]``, scales of the two residual branches ``[2, M, 1]`` -> ``[M, C]``."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.layer(x, layout, scales)
+        options: dict[str, Any] = {"context_fn": _keep_matmuls} if self.recompute == "selective" else {}
+        # Nothing in a layer draws random numbers, so there is no random state to restore.
+        return checkpoint(self.layer, x, layout, scales, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def layer(self, x: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
+        attended = self.attn(self.norm1(x), layout)
+        x = x + (attended if scales is None else attended * scales[0])
+        mixed = self.mlp(self.norm2(x))
+        return x + (mixed if scales is None else mixed * scales[1])
+
+
+def _keep_matmuls() -> Any:
+    """Selective recomputation: matmuls and attention are stored; norms, GELU and sums cost little to compute again."""
+    return create_selective_checkpoint_contexts(_MATMULS)
+
+
+_MATMULS: list[Any] = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+
+class PackedTokens(NamedTuple):
+    """Tokens of images of several resolutions, one matrix per tapped layer."""
+
+    taps: tuple[Tensor, ...]  # four [M, C]; image after image, CLS first
+    layout: Layout
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Packed rows ``[M, c]`` -> one ``[I, 1 + T, c]`` per resolution."""
+        parts = x.split([images * tokens for images, tokens in self.layout])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.layout, strict=True)]
 
 
 class VisionTransformer(nn.Module):
@@ -117,18 +153,19 @@ class VisionTransformer(nn.Module):
     Args:
         dim: width C.
         heads: attention heads per layer.
-        drop_path: stochastic depth of the last layer; it grows linearly from 0 at the first.
         image_size: side in pixels that the position embedding is stored for; other sides resize it on the fly.
+        attention: backend of `muse_fast.models.attention.attend`.
+        recompute: ``none``, ``selective`` or ``full``: what the backward of a layer computes again.
     """
 
-    def __init__(self, dim: int, heads: int, drop_path: float = 0.0, image_size: int = 224) -> None:
+    def __init__(self, dim: int, heads: int, image_size: int, attention: str, recompute: str) -> None:
         super().__init__()
         check_image_size(image_size)
         self.dim = dim
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // PATCH) ** 2, dim))
         self.patch_embed = PatchEmbed(dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (DEPTH - 1)) for i in range(DEPTH))
+        self.blocks = nn.ModuleList(Block(dim, heads, attention, recompute) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self._init_weights()
 
@@ -141,37 +178,58 @@ class VisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward_taps(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> PackedTokens:
         """Tokens after layers 2, 5, 8 and 11, each through the final norm.
 
         Args:
-            images: ``[I, 3, R, R]``, R a multiple of 16 from 32 to 1024 (UserError otherwise).
-
-        Returns:
-            four tensors ``[I, 1 + T, C]``, CLS first.
+            groups: images of one resolution each, ``[I, 3, R, R]``, R a multiple of 16 from 32 to 1024 (UserError
+                otherwise).
+            scales: of the residual branches per image, ``[2 * DEPTH, images of all groups]``, for stochastic depth.
         """
-        check_images(images)
-        patches = self.patch_embed(images)
-        cls = self.cls_token.expand(images.shape[0], -1, -1)
-        x = torch.cat([cls, patches], dim=1) + resize_pos_embed(self.pos_embed, images.shape[-1] // PATCH)
+        tokens = [self.embed(images) for images in groups]
+        layout = tuple((x.shape[0], x.shape[1]) for x in tokens)
+        if scales is not None:
+            parts = zip(scales.split([images for images, _ in layout], dim=1), layout, strict=True)
+            of_rows = torch.cat([part.repeat_interleave(count, dim=1) for part, (_, count) in parts], dim=1)
+            layer_scales = of_rows.view(DEPTH, 2, -1, 1)
+        x = torch.cat([x.flatten(0, 1) for x in tokens])
         taps = []
         for layer, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, layout, None if scales is None else layer_scales[layer])
             if layer in TAPPED_LAYERS:
                 taps.append(self.norm(x))
-        return tuple(taps)
+        return PackedTokens(tuple(taps), layout)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """``[I, 3, R, R]`` -> CLS and patch tokens with their positions, ``[I, 1 + T, C]``."""
+        check_images(images)
+        cls = self.cls_token.expand(images.shape[0], -1, -1)
+        positions = resize_pos_embed(self.pos_embed, images.shape[-1] // PATCH)
+        return torch.cat([cls, self.patch_embed(images)], dim=1) + positions
 
 
 class ViTEncoder(nn.Module):
-    """The transformer and the way its tokens leave it: an image feature and four maps."""
+    """The transformer and the way its tokens leave it: an image feature, and tokens for the decoder.
 
-    def __init__(self, dim: int, heads: int, drop_path: float, image_size: int) -> None:
+    Attributes:
+        drop_rates: stochastic depth of every residual branch, rising linearly from 0 over the layers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        drop_path: float = 0.0,
+        image_size: int = 224,
+        attention: str = "sdpa",
+        recompute: str = "none",
+    ) -> None:
         super().__init__()
-        self.encoder = VisionTransformer(dim, heads, drop_path, image_size)
+        self.encoder = VisionTransformer(dim, heads, image_size, attention, recompute)
+        self.drop_rates = [drop_path * layer / (DEPTH - 1) for layer in range(DEPTH) for _ in range(2)]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``[I, 3, R, R]`` -> CLS of the last tapped layer ``[I, C]``, four patch maps ``[I, C, g, g]``."""
-        grid = images.shape[-1] // PATCH
-        taps = self.encoder.forward_taps(images)
-        maps = tuple(tap[:, 1:].transpose(1, 2).unflatten(2, (grid, grid)) for tap in taps)
-        return taps[-1][:, 0], maps
+    def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, PackedTokens]:
+        """Groups of images -> CLS of the last tapped layer ``[images, C]``, and the tapped tokens."""
+        tokens = self.encoder(groups, scales)
+        return torch.cat([part[:, 0] for part in tokens.split(tokens.taps[-1])]), tokens

@@ -1,0 +1,97 @@
+"""Self-attention over packed tokens: images of several resolutions in one matrix, each attending to itself alone.
+
+sdpa      one call of torch's scaled_dot_product_attention per resolution; runs everywhere
+xformers  one call for all images, by a block-diagonal mask
+varlen    one call for all images, by torch's variable-length flash attention
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import accumulate, chain, repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Layout = tuple[tuple[int, int], ...]
+"""Images and tokens per image of every resolution; the packed rows are image after image, token after token."""
+
+
+def attend(qkv: Tensor, heads: int, layout: Layout, backend: str) -> Tensor:
+    """Softmax attention inside every image.
+
+    Args:
+        qkv: ``[M, 3 * C]`` queries, keys and values of M packed tokens, each C wide with the heads side by side.
+        backend: one of ``config.ATTENTION``, of which `why_not` gives no reason against it.
+
+    Returns:
+        ``[M, C]``.
+    """
+    if backend == "sdpa":
+        sizes = [images * tokens for images, tokens in layout]
+        parts = zip(qkv.split(sizes), layout, strict=True)
+        return torch.cat([_attend_sdpa(part, heads, *shape) for part, shape in parts])
+    q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)  # [M, heads, C / heads]
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        mask = _block_diagonal(layout, qkv.device)
+        return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0].flatten(1)
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = _bounds(layout, qkv.device), max(tokens for _, tokens in layout)
+    attended = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    assert isinstance(attended, Tensor)  # it was not asked for more
+    return attended.flatten(1)
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run in ``dtype`` on ``device``, or None where it can."""
+    if backend == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it runs on CUDA GPUs alone, and the run is on {device.type}"
+    if backend == "varlen":
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in bf16 and fp16, and the run in {dtype}: set train.precision=bf16"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs a GPU of compute capability 8.0 or more"
+    module = "xformers.ops" if backend == "xformers" else "torch.nn.attention.varlen"
+    try:
+        __import__(module)
+    except ImportError as error:
+        return f"{module} cannot be imported ({error})"
+    if dtype == torch.float64:
+        return "it does not compute in fp64"
+    return None
+
+
+def _attend_sdpa(qkv: Tensor, heads: int, images: int, tokens: int) -> Tensor:
+    qkv = qkv.unflatten(1, (3, heads, -1)).unflatten(0, (images, tokens))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [images, heads, tokens, C / heads]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+# The masks are made once per layout: to make one copies from the host, which waits for the device. Outside of inference
+# mode, as a layout that the teacher was the first to ask for may be the student's too.
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _block_diagonal(layout: Layout, device: torch.device) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens(_lengths(layout), device=device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _bounds(layout: Layout, device: torch.device) -> Tensor:
+    """First row of every image, and the end: ``[images + 1]`` int32."""
+    return torch.tensor([0, *accumulate(_lengths(layout))], dtype=torch.int32, device=device)
+
+
+def _lengths(layout: Layout) -> list[int]:
+    return list(chain.from_iterable(repeat(tokens, images) for images, tokens in layout))

@@ -1,0 +1,251 @@
+"""BatchNorm whose statistics are over all ranks, of several groups of values with one collective.
+
+A group is rows ``[N, C]`` or maps ``[N, C, h, w]``; its moments are mean, biased variance and number of values per
+channel. Ranks gather each other's moments and merge them. To all-reduce sums would take two turns, as squares are to
+be summed about a mean that is itself a sum over ranks: ``E[y^2] - E[y]^2`` loses its digits where the mean is large.
+
+A batch statistic needs two values. With fewer over all ranks the running statistics normalise and are left as they
+are. Only the device knows how many values other ranks have, hence ``torch.where`` and no branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muse_fast.distributed import gather_over_ranks, sum_over_ranks, world_size
+
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm of maps over all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, h, w]
+        return batch_norms([x], [self])[0]
+
+
+class RowBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over all ranks of rows whose number varies, without parameters."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, dim] -> [N, dim]
+        return batch_norms([x], [self])[0]
+
+
+def batch_norms(xs: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
+    """``[norm(x) for x, norm in zip(xs, norms)]`` with the statistics of each ``x`` over all ranks.
+
+    Running statistics are updated group by group, so a norm may occur several times. In training on many ranks forward
+    and backward each take one collective, in which a rank without values takes part. Gradients of weight and bias are
+    those of this rank's values, which data parallelism adds up.
+
+    Args:
+        xs: groups ``[N, C]`` or ``[N, C, h, w]``, floating point; N may differ between ranks and be 0.
+        norms: with running statistics and a number for momentum; all in training, or all in evaluation.
+    """
+    groups = list(zip(xs, norms, strict=True))
+    if world_size() == 1 or not any(norm.training for norm in norms):
+        return [_batch_norm(x, norm) for x, norm in groups]
+    return list(_BatchNormsOverRanks.apply(norms, *chain(*((x, norm.weight, norm.bias) for x, norm in groups))))
+
+
+def synced_moments(
+    means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Tensor | int]]:
+    """Moments of each group on this rank -> mean, biased variance and count over all ranks, with one collective.
+
+    Args:
+        means, variances: ``[C]`` per group, whose gradients take one collective for all groups.
+        counts: values per channel of each group on this rank; where 0, mean and variance must be finite all the same.
+
+    Returns:
+        ``(mean [C], variance [C], count)`` per group; the count is a 0-dim tensor on many ranks.
+    """
+    if world_size() == 1:
+        return list(zip(means, variances, counts, strict=True))
+    rows = [torch.full_like(mean, count) for mean, count in zip(means, counts, strict=True)]
+    merged = _MomentsOverRanks.apply(torch.stack([torch.cat(list(part)) for part in (means, variances, rows)]))
+    groups = merged.split([mean.numel() for mean in means], dim=1)
+    return [(mean, var, count[0]) for mean, var, count in groups]
+
+
+def normalising_moments(norm: Norm, mean: Tensor, var: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+    """``mean`` and ``var`` of ``count`` values per channel; with fewer than two, the running statistics in their place.
+
+    Args:
+        count: a number or a tensor, which the host does not look at.
+    """
+    running: Any = norm  # torch declares the running statistics optional
+    if isinstance(count, Tensor):
+        return torch.where(count > 1, mean, running.running_mean), torch.where(count > 1, var, running.running_var)
+    return (mean, var) if count > 1 else (running.running_mean.clone(), running.running_var.clone())
+
+
+@torch.no_grad()
+def update_running_stats(norm: Norm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+    """Move the running statistics of ``norm`` as it does itself; fewer than two values leave them.
+
+    Args:
+        mean, var: ``[C]``, the variance biased.
+        count: values per channel, a number or a 0-dim tensor, which the host does not look at.
+    """
+    running: Any = norm
+    if isinstance(count, int) and count < 2:
+        return
+    enough = count > 1
+    var = var * (count / (count - 1))
+    if isinstance(enough, Tensor):
+        mean = torch.where(enough, mean, running.running_mean)
+        var = torch.where(enough, var, running.running_var)
+    running.num_batches_tracked.add_(enough)
+    running.running_mean.lerp_(mean, running.momentum)
+    running.running_var.lerp_(var, running.momentum)
+
+
+def _batch_norm(x: Tensor, norm: Any) -> Tensor:
+    training = norm.training and x.numel() >= 2 * x.shape[1]
+    if training:
+        norm.num_batches_tracked.add_(1)
+    return F.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, norm.momentum, norm.eps
+    )
+
+
+class _MomentsOverRanks(torch.autograd.Function):
+    """Rows mean, variance and count ``[3, C]`` of this rank -> those of all ranks; the count carries no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, moments: Tensor) -> Tensor:
+        merged = _merge(gather_over_ranks(moments))
+        ctx.save_for_backward(moments, merged)
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        moments, (mean, _, count) = ctx.saved_tensors
+        grad_mean, grad_var, _ = sum_over_ranks(grad.clone())
+        share = moments[2] / count.clamp(min=1)
+        return torch.stack(
+            [share * (grad_mean + 2 * (moments[0] - mean) * grad_var), share * grad_var, torch.zeros_like(share)]
+        )
+
+
+class _Group(NamedTuple):
+    """What the backward of a group needs: its values, the gain, and per channel what normalised them."""
+
+    x: Tensor
+    weight: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    num_values: Tensor  # over all ranks
+
+
+class _BatchNormsOverRanks(torch.autograd.Function):
+    """Training of `batch_norms`; takes x, weight and bias of every group in turn, and so come their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, norms: Sequence[Norm], *tensors: Tensor) -> tuple[Tensor, ...]:
+        xs = [x.contiguous(memory_format=_memory_format(x)) for x in tensors[::3]]
+        local = torch.cat([_moments(x, norm.eps) for x, norm in zip(xs, norms, strict=True)], dim=1)
+        merged = _merge(gather_over_ranks(local)).split([x.shape[1] for x in xs], dim=1)
+        outputs, groups = [], []
+        for x, norm, (mean, var, count) in zip(xs, norms, merged, strict=True):
+            mean, var = normalising_moments(norm, mean, var, count)
+            outputs.append(F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps))
+            update_running_stats(norm, mean, var, count[0])
+            groups.append(_Group(x, norm.weight, mean, torch.rsqrt(var + norm.eps), count))
+        ctx.save_for_backward(*chain(*groups))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        groups = [_Group(*saved[place : place + 5]) for place in range(0, len(saved), 5)]
+        grads = tuple(
+            grad.contiguous(memory_format=_memory_format(group.x)) for grad, group in zip(grads, groups, strict=True)
+        )
+        sums = [_backward_sums(grad, group) for grad, group in zip(grads, groups, strict=True)]
+        x_grads: Sequence[Tensor | None] = [None] * len(groups)
+        if any(ctx.needs_input_grad[1::3]):
+            total = sum_over_ranks(torch.cat(sums, dim=1)).split([group.x.shape[1] for group in groups], dim=1)
+            x_grads = [_input_grad(*each) for each in zip(grads, groups, total, strict=True)]
+        result: list[Tensor | None] = [None]
+        for x_grad, group, (sum_dy, sum_dy_xmu) in zip(x_grads, groups, sums, strict=True):
+            affine = (None, None) if group.weight is None else (sum_dy_xmu * group.invstd, sum_dy)
+            result += [x_grad, *affine]
+        return tuple(result)
+
+
+# The sums over values and the passes over them, by torch's own kernels where it has them; these take no empty input.
+
+
+def _moments(x: Tensor, eps: float) -> Tensor:
+    """Mean, biased variance and count ``[3, C]`` of the values of this rank, float32 (float64 for float64)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.numel() == 0:
+        return x.new_zeros(3, x.shape[1], dtype=dtype)
+    if x.is_cuda:
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        var = (invstd.square().reciprocal() - eps).clamp(min=0)
+    else:
+        var, mean = torch.var_mean(x.to(dtype), dim=_all_but_channels(x), correction=0)
+    return torch.stack([mean, var, torch.full_like(mean, x.numel() // x.shape[1])])
+
+
+def _merge(moments: Tensor) -> Tensor:
+    """Mean, biased variance and count ``[ranks, 3, C]`` of each rank -> ``[3, C]`` of all their values."""
+    means, variances, counts = moments.unbind(1)
+    count = counts.sum(dim=0)
+    share = counts / count.clamp(min=1)
+    mean = means[0] + (share * (means - means[0])).sum(dim=0)  # the difference keeps its digits
+    var = (share * (variances + (means - mean).square())).sum(dim=0)
+    return torch.stack([mean, var, count])
+
+
+def _backward_sums(grad: Tensor, group: _Group) -> Tensor:
+    """Sums over the values of this rank of ``dy`` and of ``dy (x - mean)``, ``[2, C]`` in the dtype of the moments."""
+    x, _, mean, invstd, _ = group
+    if x.numel() == 0:
+        return mean.new_zeros(2, x.shape[1])
+    if x.is_cuda:
+        return torch.stack(torch.batch_norm_backward_reduce(grad, x, mean, invstd, None, True, False, False)[:2])
+    grad = grad.to(mean.dtype)
+    return torch.stack([part.sum(dim=_all_but_channels(x)) for part in (grad, grad * (x - _broadcast(mean, x)))])
+
+
+def _input_grad(grad: Tensor, group: _Group, sums: Tensor) -> Tensor:
+    """Gradient of the values of this rank, given the ``sums`` of `_backward_sums` over all ranks."""
+    x, weight, mean, invstd, num_values = group
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    sum_dy, sum_dy_xmu = torch.where(num_values > 1, sums, 0)  # the running statistics do not depend on x
+    weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    if x.is_cuda:
+        total = num_values[:1].to(torch.int32)
+        return torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, sum_dy, sum_dy_xmu, total)
+    slope = _broadcast(invstd.square() * sum_dy_xmu / num_values, x)
+    centred = grad - _broadcast(sum_dy / num_values, x) - (x - _broadcast(mean, x)) * slope
+    return (centred * _broadcast(invstd * weight, x)).to(x.dtype)
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
+    """``[C]`` in a shape that spreads over ``x``."""
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last where ``x`` is; else contiguous."""
+    last = torch.channels_last
+    return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
