@@ -80,6 +80,7 @@ class Views(_Movable):
     global_images: Tensor  # [G * B, 3, R, R] float32, normalised
     local_images: Tensor  # [L * B, 3, r, r] float32, normalised; L may be 0
     nuclei: PackedNuclei  # over (G + L) * B images, globals first
+    num_global_nuclei: int  # rows of `nuclei` in the globals; a number, so that nobody waits for a device to learn it
     mpp: Tensor  # [(G + L) * B] float32, um per pixel of every view
     roi_ids: Tensor  # [B] int64
     epochs: Tensor  # [B] int64; with the seed and the ROI id it fixes every random choice
@@ -95,3 +96,12 @@ class Views(_Movable):
     @property
     def num_locals(self) -> int:
         return self.local_images.shape[0] // self.num_rois
+
+    def groups(self) -> tuple[list[Tensor], list[PackedNuclei]]:
+        """Images of one resolution each, and the nuclei in them; without locals there is one group."""
+        nuclei, split, rows = self.nuclei, self.global_images.shape[0], self.num_global_nuclei
+        global_nuclei = PackedNuclei(nuclei.xy[:rows], nuclei.index[:rows], nuclei.offsets[: split + 1])
+        if not self.num_locals:
+            return [self.global_images], [global_nuclei]
+        local_nuclei = PackedNuclei(nuclei.xy[rows:], nuclei.index[rows:], nuclei.offsets[split:] - rows)
+        return [self.global_images, self.local_images], [global_nuclei, local_nuclei]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks
 
 if not torch.cuda.is_available():  # before any kernel is imported: Triton reads it when it decorates
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -30,6 +31,14 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes that run what a test gives them, as ranks 0 and 1."""
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")

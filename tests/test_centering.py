@@ -1,5 +1,6 @@
 import pytest
 import torch
+from ranks import NoHostWait, Ranks
 
 from muse_fast.ssl.centering import sinkhorn_center, update_center
 
@@ -31,16 +32,36 @@ def test_sinkhorn_does_not_overflow_and_takes_no_rows() -> None:
     assert torch.equal(sinkhorn_center(torch.empty(0, 6), 0.05), torch.zeros(6))
 
 
+@pytest.mark.parametrize("cut", [5, 0, 12])
+def test_sinkhorn_of_two_ranks_is_that_of_all_rows(two_ranks: Ranks, cut: int) -> None:
+    logits = torch.rand(12, 7, dtype=torch.float64) * 2 - 1
+    centers = two_ranks(sinkhorn_center, [(logits[:cut], 0.05), (logits[cut:], 0.05)])
+    assert torch.equal(*centers)
+    torch.testing.assert_close(centers[0], sinkhorn_center(logits, 0.05), rtol=1e-12, atol=1e-12)
+
+
+def test_sinkhorn_without_rows_on_any_rank(two_ranks: Ranks) -> None:
+    centers = two_ranks(sinkhorn_center, [(torch.empty(0, 6), 0.05)] * 2)
+    assert all(torch.equal(center, torch.zeros(6)) for center in centers)
+
+
+def test_sinkhorn_does_not_make_the_host_wait() -> None:
+    with NoHostWait():
+        sinkhorn_center(torch.randn(9, 6), 0.05)
+
+
 def test_ema_center_follows_the_mean_logit() -> None:
     torch.manual_seed(0)
     z, w = torch.randn(20, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     center = torch.randn(9)
     expected = 0.9 * center.double() + 0.1 * (z @ w.T).mean(dim=0)
-    update_center(center, z, w, 0.9)
+    update_center(center, z.sum(dim=0), torch.tensor(20), w.float(), 0.9, torch.tensor(1.0))
     torch.testing.assert_close(center.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_features_leave_the_center() -> None:
+@pytest.mark.parametrize(("rows", "go"), [(0, 1.0), (5, 0.0)], ids=["no rows", "no go"])
+def test_what_leaves_the_center(rows: int, go: float) -> None:
     center = torch.ones(4)
-    update_center(center, torch.empty(0, 3), torch.randn(4, 3), 0.9)
+    with NoHostWait():
+        update_center(center, torch.ones(3), torch.tensor(rows), torch.full((4, 3), torch.nan), 0.9, torch.tensor(go))
     assert torch.equal(center, torch.ones(4))

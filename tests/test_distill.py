@@ -46,7 +46,10 @@ def test_ema_against_the_formula_and_buffers_left() -> None:
         for p in student.parameters():
             p.add_(torch.randn_like(p))
     before = {k: v.double().clone() for k, v in teacher.state_dict().items()}
-    update_teacher(teacher, student, 0.9)
+    weights = list(teacher.parameters()), list(student.parameters())
+    update_teacher(*weights, 0.9, torch.tensor(0.0))
+    assert all(torch.equal(after, before[name].float()) for name, after in teacher.named_parameters())
+    update_teacher(*weights, 0.9, torch.tensor(1.0))
     parameters = dict(teacher.named_parameters())
     for name, after in teacher.state_dict().items():
         expected = before[name]
@@ -60,13 +63,13 @@ def test_batchnorm_statistics_are_per_resolution_group() -> None:
     torch.manual_seed(0)
     backbone = build_backbone("vit_tiny", image_size=64).train()
     big, small, other = torch.randn(4, 3, 64, 64), torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
-    nuclei = nuclei_for(8, 32)
-    rows_of_big = int(nuclei.offsets[4])
+    nuclei = [nuclei_for(4, 64), nuclei_for(4, 32)]
+    rows_of_big = len(nuclei[0].index)
     _, rows = encode(backbone, [big, small], nuclei)
     _, again = encode(backbone, [big, other], nuclei)
     assert torch.equal(rows[:rows_of_big], again[:rows_of_big])
     _, mixed = encode(backbone, [torch.cat([big[:2], big[:2]]), small], nuclei)
-    first = int(nuclei.offsets[2])
+    first = int(nuclei[0].offsets[2])
     assert not torch.allclose(rows[:first], mixed[:first])
 
 
@@ -74,7 +77,7 @@ def test_rows_come_from_their_own_image() -> None:
     torch.manual_seed(0)
     backbone = build_backbone("vit_tiny", image_size=64).eval()
     images, nuclei = torch.randn(5, 3, 64, 64), nuclei_for(5, 64)
-    cls, rows = encode(backbone, [images], nuclei)
+    cls, rows = encode(backbone, [images], [nuclei])
     assert cls.shape == (5, 192)
     for i in range(5):
         part = nuclei.images(i, i + 1)

@@ -42,8 +42,9 @@ def same(a: Views, b: Views) -> bool:
             (a.nuclei.offsets, b.nuclei.offsets),
             (a.mpp, b.mpp),
             (a.roi_ids, b.roi_ids),
+            (a.epochs, b.epochs),
         ]
-    )
+    ) and (a.num_global_nuclei == b.num_global_nuclei)
 
 
 def test_every_roi_once_per_epoch_in_a_new_order() -> None:
@@ -64,9 +65,27 @@ def test_ranks_share_a_step_and_resume_at_any_world_size(world: int, start: int)
         assert [s for part in parts for s in part[k]] == step
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_of_all_ranks_are_the_step(world: int, accumulate: int) -> None:
+    """One after the other they give each rank the samples that it would have in one piece."""
+    ids = np.arange(7)
+    for rank in range(world):
+        ranks = {"batch_size": 8, "start_step": 2, "rank": rank, "world_size": world}
+        whole, parts = list(sampler(ids, **ranks)), sampler(ids, **ranks, accumulate=accumulate)
+        micro_batches = list(parts)
+        assert len(parts) == len(micro_batches) == accumulate * len(whole)
+        joined = [[s for part in micro_batches[i : i + accumulate] for s in part]
+                  for i in range(0, len(micro_batches), accumulate)]  # fmt: skip
+        assert joined == whole
+        assert {len(part) for part in micro_batches} == {8 // world // accumulate}
+
+
 def test_batch_that_ranks_cannot_share_and_empty_set_are_refused() -> None:
-    with pytest.raises(UserError, match="multiple of the 3 ranks"):
+    with pytest.raises(UserError, match=r"batch_size=4: expected a multiple of 3 ranks"):
         sampler(np.arange(7), world_size=3)
+    with pytest.raises(UserError, match=r"2 ranks x 4 micro-batches \(optim\.accumulate\)"):
+        sampler(np.arange(7), world_size=2, accumulate=4)
     with pytest.raises(UserError, match=r"data\.split"):
         sampler(np.arange(0))
 
@@ -99,6 +118,12 @@ def test_view_major_order_after_collate(roiset: RoiSet) -> None:
             part, expected = batch.nuclei.images(view * 3 + b, view * 3 + b + 1), single.nuclei.images(view, view + 1)
             assert torch.equal(part.xy, expected.xy) and torch.equal(part.index, expected.index)
             assert batch.mpp[view * 3 + b] == single.mpp[view]
+    assert batch.num_global_nuclei == int(batch.nuclei.offsets[2 * 3])
+    groups, nuclei = batch.groups()
+    assert torch.equal(groups[0], batch.global_images) and torch.equal(groups[1], batch.local_images)
+    for part, expected in zip(nuclei, (batch.nuclei.images(0, 6), batch.nuclei.images(6, 15)), strict=True):
+        assert torch.equal(part.xy, expected.xy) and torch.equal(part.offsets, expected.offsets)
+        assert torch.equal(part.index, expected.index)
     counts = Counter(batch.nuclei.image_index().tolist())
     assert all(counts[i] == 0 for i in range(15) if i % 3 == 1)  # ROI 3 has no nuclei
 
@@ -121,6 +146,8 @@ def test_no_locals(roiset: RoiSet) -> None:
     config = ViewsConfig(global_size=64, local_size=32, num_locals=0)
     views = ViewDataset(roiset, config, seed=0)[[(0, 1), (0, 2)]]
     assert isinstance(views, Views) and views.local_images.shape == (0, 3, 32, 32) and views.num_locals == 0
+    (group,), (nuclei,) = views.groups()
+    assert torch.equal(group, views.global_images) and torch.equal(nuclei.offsets, views.nuclei.offsets)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,10 +1,25 @@
+import gc
 import json
 import os
 import signal
 import time
+import weakref
 from pathlib import Path
 
-from muse_fast.train.progress import MetricsLog, StopSignal, Stopwatch, TrainingProgress, read_metrics
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from muse_fast.train.progress import (
+    MetricsLog,
+    RunReport,
+    StopSignal,
+    Stopwatch,
+    TrainingProgress,
+    collected_between_steps,
+    read_back,
+    read_metrics,
+)
 
 
 def test_a_resumed_log_drops_later_rows_and_a_cut_line(tmp_path: Path) -> None:
@@ -60,3 +75,65 @@ def test_sigterm_is_a_request_and_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_numbers_are_read_back_in_one_copy_and_in_order() -> None:
+    values = {
+        "loss": torch.tensor(1.5),
+        "lr": 0.25,
+        "pairs": torch.tensor(7),
+        "exact": torch.tensor(1 / 3, dtype=torch.float64),
+    }
+    copies = []
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            copies.extend([func.__name__] if func.__name__ in ("tolist", "item", "cpu", "__float__") else [])
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        numbers = read_back(values)
+    assert list(numbers.items()) == [("loss", 1.5), ("lr", 0.25), ("pairs", 7.0), ("exact", 1 / 3)]
+    assert copies == ["tolist"]
+    assert read_back({"lr": 0.5}) == {"lr": 0.5}
+
+
+def test_mfu_is_shown_where_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"loss": 3.0, "loss_image": 1.0, "loss_nucleus": 2.0, "rois_per_second": 12.34, "data_wait": 0.25}
+    with TrainingProgress(0, 10) as progress:
+        progress.show(5, values)
+        assert "MFU" not in capsys.readouterr().out
+        progress.show(6, {**values, "mfu": 0.456})
+    assert "MFU 46 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_rank_reports(main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muse_fast.train.progress.is_main", lambda: main)
+    values = {"loss": 3.0, "loss_image": 1.0, "loss_nucleus": 2.0, "rois_per_second": 12.34, "data_wait": 0.25}
+    with RunReport(tmp_path, 0, 10) as report:
+        assert report.is_new == main
+        report.evaluation(0, {"retrieval_at_1": 0.5})
+        report.training(1, values)
+    rows = [{"step": 0, "retrieval_at_1": 0.5}, {"step": 1, **values}]
+    assert read_metrics(tmp_path / "metrics.jsonl") == (rows if main else [])
+    assert main or not list(tmp_path.iterdir())
+    with RunReport(tmp_path, 1, 10) as report:
+        assert not report.is_new
+
+
+def test_the_garbage_collector_comes_back_whatever_happens() -> None:
+    class Ring:
+        pass
+
+    with pytest.raises(ZeroDivisionError), collected_between_steps() as collect:  # noqa: PT012
+        assert not gc.isenabled()
+        ring = Ring()
+        ring.itself = ring  # type: ignore[attr-defined]
+        seen = weakref.ref(ring)
+        del ring
+        assert seen() is not None
+        collect()
+        assert seen() is None
+        1 / 0  # noqa: B018
+    assert gc.isenabled() and gc.get_freeze_count() == 0

@@ -40,7 +40,13 @@ def test_identical_views_are_found_and_the_network_is_left_alone() -> None:
         torch.arange(0, 25, 4, dtype=torch.int32),
     )
     views = Views(
-        torch.cat([images, images]), torch.empty(0, 3, 32, 32), nuclei, torch.ones(6), torch.arange(3), torch.zeros(3)
+        torch.cat([images, images]),
+        torch.empty(0, 3, 32, 32),
+        nuclei,
+        24,
+        torch.ones(6),
+        torch.arange(3),
+        torch.zeros(3),
     )
     found = nucleus_retrieval(backbone, [views, views])
     # The same batch twice: the twin in the other batch ties with the nucleus itself, the first one wins.

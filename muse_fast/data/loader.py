@@ -7,6 +7,7 @@ samples ``k * batch_size`` onwards. So a run resumes at any step, at any world s
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -28,7 +29,7 @@ Sample = tuple[int, int]  # (epoch, ROI id)
 
 
 class StepSampler(Sampler[list[Sample]]):
-    """The samples of this rank, step by step, from ``start_step`` to ``stop_step``."""
+    """The samples of this rank from ``start_step`` to ``stop_step``, in ``accumulate`` micro-batches per step."""
 
     def __init__(
         self,
@@ -38,26 +39,32 @@ class StepSampler(Sampler[list[Sample]]):
         batch_size: int,
         start_step: int,
         stop_step: int,
+        accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         if len(roi_ids) == 0:
             raise UserError("no ROI to train on: check data.roiset and data.split")
-        if batch_size % world_size:
-            raise UserError(f"optim.batch_size={batch_size}: expected a multiple of the {world_size} ranks")
+        if batch_size % (world_size * accumulate):
+            raise UserError(
+                f"optim.batch_size={batch_size}: expected a multiple of {world_size} ranks x "
+                f"{accumulate} micro-batches (optim.accumulate)"
+            )
         self.roi_ids, self.seed, self.batch_size = roi_ids, seed, batch_size
-        self.start_step, self.stop_step = start_step, stop_step
+        self.start_step, self.stop_step, self.accumulate = start_step, stop_step, accumulate
         self.rank, self.world_size = rank, world_size
         self._order: tuple[int, NDArray[np.int64]] | None = None  # the epoch at hand and its permutation
 
     def __len__(self) -> int:
-        return self.stop_step - self.start_step
+        return (self.stop_step - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Sample]]:
         share = self.batch_size // self.world_size
+        size = share // self.accumulate
         for step in range(self.start_step, self.stop_step):
-            first = step * self.batch_size + self.rank * share
-            yield [self._sample(position) for position in range(first, first + share)]
+            start = step * self.batch_size + self.rank * share
+            for first in range(start, start + share, size):
+                yield [self._sample(position) for position in range(first, first + size)]
 
     def _sample(self, position: int) -> Sample:
         epoch, within = divmod(position, len(self.roi_ids))
@@ -89,13 +96,15 @@ class ViewDataset(Dataset["Views | UserError"]):
 
         image = torch.from_numpy(roi.decode()).permute(2, 0, 1)
         pixels = [apply_colour(box.render(image), colour) for box, colour in zip(boxes, colours, strict=True)]
+        nuclei = _pack(boxes, roi.xy)
         num_globals, local_size = len(globals_), self.config.local_size
         return Views(
             global_images=normalise(torch.stack(pixels[:num_globals])),
             local_images=normalise(torch.stack(pixels[num_globals:]))
             if locals_
             else torch.empty(0, 3, local_size, local_size),
-            nuclei=_pack(boxes, roi.xy),
+            nuclei=nuclei,
+            num_global_nuclei=int(nuclei.offsets[num_globals]),
             mpp=torch.tensor([box.mpp(roi.mpp) for box in boxes]),
             roi_ids=torch.tensor([roi_id]),
             epochs=torch.tensor([epoch]),
@@ -126,6 +135,7 @@ def collate(samples: list[Views]) -> Views:
             index=torch.cat([n.index[a:b] for (n, _), (a, b) in zip(parts, bounds, strict=True)]),
             offsets=torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
         ),
+        num_global_nuclei=sum(s.num_global_nuclei for s in samples),
         mpp=torch.stack([s.mpp for s in samples], dim=1).flatten(),
         roi_ids=torch.cat([s.roi_ids for s in samples]),
         epochs=torch.cat([s.epochs for s in samples]),
@@ -150,11 +160,18 @@ def load_views(
         # A generator of its own: otherwise each new iterator draws a seed from the global stream, and a resumed run
         # would drop other paths than an unbroken one.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_leave_signals_to_the_run,
     )
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """torchrun and Ctrl-C signal workers too, which the step at hand still needs. They end with their process."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_roiset(roiset: RoiSet, roi_ids: NDArray[np.int64], config: ViewsConfig) -> None:

@@ -10,42 +10,49 @@ Both kinds come down to a vector ``c`` with targets ``softmax((t - c) / temp)``,
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from muse_fast.distributed import gather_over_ranks, sum_over_ranks
 
 SINKHORN_ITERATIONS = 3
 
 
 @torch.no_grad()
 def sinkhorn_center(logits: Tensor, temp: float, iterations: int = SINKHORN_ITERATIONS) -> Tensor:
-    """The centre ``[K]`` (float32) under which the rows of ``logits`` ``[N, K]`` use all prototypes evenly.
+    """The centre ``[K]`` under which the rows of ``logits`` ``[N, K]`` of all ranks use all prototypes evenly.
 
-    In the log domain throughout, hence free of overflow at any temperature. No rows give a centre of zeros.
+    In the log domain throughout, hence free of overflow at any temperature. N may differ between ranks; no rows at
+    all give a centre of zeros. float32 (float64 for float64); the same on every rank. Columns are summed over ranks
+    by gathering the logarithms of their sums, where an all-reduce would first need their maximum.
     """
-    rows, prototypes = logits.shape
-    if rows == 0:
-        return torch.zeros(prototypes, device=logits.device)
-    scores = logits.float() / temp
-    row_scale = torch.zeros(rows, 1, device=logits.device)
-    log_share = math.log(rows / prototypes)  # what each column sums to when the use is even
-    column_scale = torch.zeros(1, prototypes, device=logits.device)
+    prototypes = logits.shape[1]
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temp
+    rows = sum_over_ranks(scores.new_full((), logits.shape[0]))
+    log_share = torch.log(rows / prototypes)  # what each column sums to when the use is even
+    row_scale = scores.new_zeros(logits.shape[0], 1)
+    column_scale = scores.new_zeros(prototypes)
     for _ in range(iterations):
-        column_scale = log_share - torch.logsumexp(scores + row_scale, dim=0, keepdim=True)
+        column_sums = gather_over_ranks(torch.logsumexp(scores + row_scale, dim=0))
+        column_scale = log_share - torch.logsumexp(column_sums, dim=0)
         row_scale = -torch.logsumexp(scores + column_scale, dim=1, keepdim=True)
-    return (-temp * column_scale).squeeze(0)
+    return torch.where(rows > 0, -temp * column_scale, 0)
 
 
 @torch.no_grad()
-def update_center(center: Tensor, features: Tensor, prototypes: Tensor, momentum: float) -> None:
+def update_center(
+    center: Tensor, feature_sum: Tensor, count: Tensor, prototypes: Tensor, momentum: float, go: Tensor
+) -> None:
     """Move ``center`` ``[K]`` towards the mean teacher logit, in place.
 
-    The mean logit is the mean feature times the prototypes, one matrix-vector product.
+    The mean logit is the mean feature times the prototypes, one matrix-vector product; so ranks need to add up the
+    features alone.
 
     Args:
-        features: teacher bottleneck rows ``[N, d]``; N = 0 leaves the centre as it is.
+        feature_sum: ``[d]``, sum of the teacher's bottleneck rows over all ranks.
+        count: 0-dim, the number of rows; 0 leaves the centre as it is.
         prototypes: ``[K, d]``.
+        go: 0-dim; 0 leaves the centre as it is too.
     """
-    if features.shape[0]:
-        center.lerp_(prototypes.float() @ features.float().mean(dim=0), 1 - momentum)
+    target = prototypes @ (feature_sum / count.clamp(min=1)).to(prototypes.dtype)
+    center.copy_(torch.where((count > 0) & (go > 0), center.lerp(target, 1 - momentum), center))

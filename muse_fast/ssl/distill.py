@@ -3,79 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from muse_fast import ops
 from muse_fast.batch import PackedNuclei
-from muse_fast.config import HeadConfig, ModelConfig, PretrainConfig
-from muse_fast.models.backbone import build_backbone
-from muse_fast.models.heads import DINOHead
+from muse_fast.config import PretrainConfig
+from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.heads import DINOHead, HeadOutput
 
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """Bottleneck features (L2-normalised) and logits of the two heads."""
-
-    image_z: Tensor  # [images, d]
-    image_logits: Tensor  # [images, K]
-    nucleus_z: Tensor  # [N, d]
-    nucleus_logits: Tensor  # [N, K]
+Outputs = dict[str, HeadOutput]
+"""What the heads ``image`` (of every view) and ``nucleus`` (of every nucleus) give."""
 
 
 class Network(nn.Module):
     """Backbone and the two heads: one on CLS features, one on nucleus features."""
 
-    def __init__(self, model: ModelConfig, head: HeadConfig, *, image_size: int, drop_path: float) -> None:
+    def __init__(self, config: PretrainConfig, drop_path: float) -> None:
         super().__init__()
+        model, head = config.model, config.head
         # The backbone is built first: its initial weights then depend on the seed and the architecture alone, and
         # an untrained twin of a run is `torch.manual_seed(seed); build_backbone(arch)`.
-        self.backbone = build_backbone(model.arch, drop_path=drop_path, image_size=image_size)
+        self.backbone = build_backbone(
+            model.arch,
+            drop_path=drop_path,
+            image_size=config.views.global_size,
+            attention=model.attention,
+            recompute=model.recompute,
+        )
         widths = (head.hidden_dim, head.bottleneck_dim, head.prototypes)
         self.image_head = DINOHead(self.backbone.image_dim, *widths, input_norm=head.input_norm)
         self.nucleus_head = DINOHead(self.backbone.dense_dim, *widths, input_norm=head.input_norm)
 
-    def forward(self, groups: Sequence[Tensor], nuclei: PackedNuclei) -> Outputs:
+    def forward(
+        self, groups: Sequence[Tensor], nuclei: Sequence[PackedNuclei], scales: Tensor | None = None
+    ) -> Outputs:
         """Encode views and the nuclei in them.
 
         Args:
             groups: views of one resolution each, ``[images_i, 3, R_i, R_i]``. BatchNorm takes its statistics per
                 group, as multi-crop training does.
-            nuclei: of all images of all groups, in that order.
+            nuclei: in the views of each group.
+            scales: of the encoder's residual branches, ``[branches, images]``, or None to drop none.
         """
-        cls, rows = encode(self.backbone, groups, nuclei)
-        image_z, nucleus_z = self.image_head(cls), self.nucleus_head(rows)
-        return Outputs(image_z, self.image_head.logits(image_z), nucleus_z, self.nucleus_head.logits(nucleus_z))
+        cls, rows = encode(self.backbone, groups, nuclei, scales)
+        return {"image": self.image_head(cls), "nucleus": self.nucleus_head(rows)}
 
 
-def encode(backbone: nn.Module, groups: Sequence[Tensor], nuclei: PackedNuclei) -> tuple[Tensor, Tensor]:
-    """CLS features ``[images, C]`` and nucleus features ``[N, D]`` of several groups of views."""
-    cls, rows, first = [], [], 0
-    for images in groups:
-        features = backbone(images)
-        part = nuclei.images(first, first + len(images))
-        cls.append(features.cls)
-        rows.append(ops.sample_nuclei(features.levels, part.xy, part.image_index(), images.shape[-1]))
-        first += len(images)
-    return torch.cat(cls), torch.cat(rows)
+def encode(
+    backbone: Backbone, groups: Sequence[Tensor], nuclei: Sequence[PackedNuclei], scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """CLS features ``[images, C]`` and nucleus features ``[N, D]`` of groups of views, group after group."""
+    cls, encoded = backbone.encoder(groups, scales)
+    points = [(part.xy, part.image_index()) for part in nuclei]
+    return cls, backbone.decoder.nucleus_rows(encoded, points, [images.shape[-1] for images in groups])
 
 
 def build_student_and_teacher(config: PretrainConfig) -> tuple[Network, Network]:
     """A student and a teacher that starts as its copy. The teacher drops no paths and takes no gradient."""
     torch.manual_seed(config.seed)
-    size = config.views.global_size
-    student = Network(config.model, config.head, image_size=size, drop_path=config.model.drop_path)
-    teacher = Network(config.model, config.head, image_size=size, drop_path=0.0)
+    student = Network(config, config.model.drop_path)
+    teacher = Network(config, 0.0)
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """``teacher = momentum * teacher + (1 - momentum) * student``, parameters alone.
+def update_teacher(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, go: Tensor) -> None:
+    """``teacher = momentum * teacher + (1 - momentum) * student``, in place, over parameters alone.
 
     The teacher's BatchNorm keeps running statistics of its own, from its own forward passes.
+
+    Args:
+        go: 0-dim tensor on their device: 1 to update, 0 to leave the teacher as it is, which the host need not know.
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    weight = (1 - momentum) * go.to(teacher[0].dtype)
+    torch._foreach_lerp_(list(teacher), list(student), [weight] * len(teacher))

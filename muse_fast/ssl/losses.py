@@ -5,14 +5,28 @@ A loss is pure: it reads a centre and returns values. Where the centre comes fro
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from muse_fast import ops
 from muse_fast.batch import Pairs
+from muse_fast.models.heads import HeadOutput
+
+_ENTROPY_ROWS = 64  # logits of so many rows are stored at a time
 
 
-def image_pairs(num_rois: int, num_globals: int, num_views: int) -> Pairs:
+class Temperatures(NamedTuple):
+    student: float
+    teacher: float
+
+
+@lru_cache(maxsize=16)
+def image_pairs(num_rois: int, num_globals: int, num_views: int, device: torch.device) -> Pairs:
     """Rows of CLS features to compare: every teacher global g with every student view v != g of the same ROI.
 
     ``G * (V - 1) * B`` pairs, rows in view-major order.
@@ -24,44 +38,58 @@ def image_pairs(num_rois: int, num_globals: int, num_views: int) -> Pairs:
         indexing="ij",
     )
     other = teacher != student
-    return Pairs(
+    pairs = Pairs(
         teacher=teacher[other] * num_rois + roi[other],
         student=student[other] * num_rois + roi[other],
     )
+    return pairs.to(device)
 
 
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student: HeadOutput,
+    teacher: HeadOutput,
     center: Tensor,
     pairs: Pairs,
-    student_temp: float,
-    teacher_temp: float,
+    temps: Temperatures,
+    *,
+    logit_free: bool,
 ) -> Tensor:
-    """Mean over ``pairs`` of ``-sum_k softmax((t - c) / tt)_k log softmax(s / ts)_k``, a float32 scalar.
-
-    Without any pair it is a zero that still carries a (zero) gradient, so a batch without nuclei trains the rest.
+    """Sum over ``pairs`` of ``-sum_k softmax((t - c) / tt)_k log softmax(s / ts)_k`` of the logits t and s.
 
     Args:
-        student_logits: ``[Ns, K]``.
-        teacher_logits: ``[Nt, K]``, not differentiated.
-        center: ``[K]`` float32.
+        teacher: is not differentiated.
+        center: ``[K]``.
+        pairs: negative rows are padding.
+        logit_free: never store the logits, and compute them twice instead.
+
+    Returns:
+        a scalar in at least float32. Without any pair it is a zero that still carries a (zero) gradient, so a batch
+        without nuclei trains the rest.
     """
-    per_pair = ops.dino_loss(
-        student_logits, teacher_logits, center, pairs.teacher, pairs.student, student_temp, teacher_temp
-    )
-    return per_pair.sum() / max(1, per_pair.numel())
+    compared = (center, pairs.teacher, pairs.student, temps.student, temps.teacher)
+    if logit_free:
+        return ops.linear_dino_loss(student.z, student.prototypes, teacher.z, teacher.prototypes, *compared).sum()
+    with torch.no_grad():
+        teacher_logits = teacher.logits()
+    return ops.dino_loss(student.logits(), teacher_logits, *compared).sum()
 
 
 @torch.no_grad()
-def assignment_entropy(logits: Tensor, center: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-    """Entropy (nats) of the mean assignment, and mean entropy of a row's assignment.
+def assignment_entropy(output: HeadOutput, center: Tensor | None, temp: float) -> tuple[Tensor, Tensor]:
+    """Entropy of the mean assignment, and mean entropy of a row's assignment, both as shares of ln K.
 
-    A collapse to one prototype takes the first to 0; a collapse to the uniform answer takes the second to ln K.
+    A collapse to one prototype takes the first to 0; a collapse to the uniform answer takes the second to 1.
 
     Args:
-        logits: ``[N, K]``, N may be 0 (both are then nan).
-        center: ``[K]``, subtracted first; zeros for the student.
+        output: of a head, with at least one row.
+        center: ``[K]``, subtracted from the logits first; none for the student.
     """
-    p = torch.softmax((logits.float() - center) / temp, dim=1)
-    return torch.special.entr(p.mean(dim=0)).sum(), torch.special.entr(p).sum(dim=1).mean()
+    z, prototypes = output
+    sum_of_rows, sum_of_entropies = z.new_zeros(len(prototypes)), z.new_zeros(())
+    for rows in z.split(_ENTROPY_ROWS):
+        logits = F.linear(rows, prototypes)
+        p = torch.softmax((logits if center is None else logits - center) / temp, dim=1)
+        sum_of_rows += p.sum(dim=0)
+        sum_of_entropies += torch.special.entr(p).sum()
+    scale = math.log(len(prototypes))
+    return torch.special.entr(sum_of_rows / len(z)).sum() / scale, sum_of_entropies / (len(z) * scale)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from muse_fast.batch import Views
+from muse_fast.models.backbone import Backbone
 from muse_fast.ssl.distill import encode
 
 
@@ -26,7 +27,7 @@ class Retrieval:
 
 
 @torch.no_grad()
-def nucleus_retrieval(backbone: nn.Module, batches: Sequence[Views], device: torch.device | str = "cpu") -> Retrieval:
+def nucleus_retrieval(backbone: Backbone, batches: Sequence[Views], device: torch.device | str = "cpu") -> Retrieval:
     """Retrieval@1 between the two global views, in both directions, over all ROIs of ``batches`` at once.
 
     The features are those that training sees: BatchNorm takes the batch's statistics. The backbone is left as it is.
@@ -60,14 +61,15 @@ def retrieval_at_1(first: Tensor, first_keys: Tensor, second: Tensor, second_key
 
 @torch.no_grad()
 def global_features(
-    backbone: nn.Module, views: Views, device: torch.device | str
+    backbone: Backbone, views: Views, device: torch.device | str
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Nucleus features of the two global views, and their keys (ROI within the batch, nucleus index), on the CPU."""
     # A copy in training mode: batch statistics, without moving the running ones of the network under training.
     network = copy.deepcopy(backbone).to(device).train()
     num_rois = views.num_rois
-    nuclei = views.nuclei.images(0, 2 * num_rois)
-    rows = encode(network, [views.global_images.to(device)], nuclei.to(device))[1].float().cpu()
+    nuclei = views.groups()[1][0]
+    images = views.global_images.to(device, next(network.parameters()).dtype)
+    rows = encode(network, [images], [nuclei.to(device)])[1].float().cpu()
     image = nuclei.image_index()
     keys = torch.stack([image % num_rois, nuclei.index.long()], dim=1)
     split = int(nuclei.offsets[num_rois])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from muse_fast import atomic
+from muse_fast.distributed import is_main
 
 _T = TypeVar("_T")
 
@@ -46,6 +51,13 @@ class Stopwatch:
         reading = {"rois_per_second": self._steps * rois_per_step / elapsed, "data_wait": self._waited / elapsed}
         self._restart()
         return reading
+
+
+def read_back(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Numbers for 0-dim tensors, in one copy from the device, for which the host waits."""
+    tensors = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True))
+    return {name: numbers.get(name, value) for name, value in values.items()}
 
 
 class MetricsLog:
@@ -110,6 +122,7 @@ class TrainingProgress:
         text = (
             f"loss {values['loss']:.3f} (image {values['loss_image']:.3f}, nucleus {values['loss_nucleus']:.3f}) "
             f"{values['rois_per_second']:.1f} ROI/s, data wait {100 * values['data_wait']:.0f} %"
+            + (f", MFU {100 * values['mfu']:.0f} %" if "mfu" in values else "")
         )
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, text=text)
@@ -123,6 +136,52 @@ class TrainingProgress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.stop()
+
+
+class RunReport:
+    """The log and the progress of a run, kept by the main rank; on the others every call does nothing.
+
+    Attributes:
+        is_new: whether the run has logged nothing yet.
+    """
+
+    def __init__(self, run: Path, start_step: int, steps: int) -> None:
+        self._kept = (MetricsLog(run, start_step), TrainingProgress(start_step, steps)) if is_main() else None
+        self.is_new = self._kept is not None and self._kept[0].is_new
+
+    def training(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the row of a training step, and show it."""
+        if self._kept:
+            log, progress = self._kept
+            log.write(step, values)
+            progress.show(step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the row of an evaluation."""
+        if self._kept:
+            self._kept[0].write(step, values)
+
+    def __enter__(self) -> RunReport:
+        for part in self._kept or ():
+            part.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for part in reversed(self._kept or ()):
+            part.__exit__(*raised)
+
+
+@contextmanager
+def collected_between_steps() -> Iterator[Callable[[], int]]:
+    """Keep Python's garbage collector out of the steps; gives the function to call between some of them."""
+    gc.collect()
+    gc.freeze()  # modules and the like are not looked at again: that would take 0.2 s each time
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class StopSignal:
