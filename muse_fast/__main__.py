@@ -11,6 +11,7 @@ from muse_fast.errors import did_you_mean
 COMMANDS = {
     "prepare": "slides or labelled images to a ROI set",
     "pretrain": "self-supervised pretraining",
+    "slurm": "submit pretraining to Slurm, until it is done",
     "evaluate": "nucleus classification by KNN, linear probe or fine-tuning",
     "doctor": "what is installed and which backend each op would use",
 }

@@ -18,6 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from muse_fast.errors import UserError, did_you_mean, require
 
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet50")
+ATTENTION = ("sdpa", "xformers", "varlen")
+RECOMPUTE = ("none", "selective", "full")
+PRECISIONS = ("bf16", "fp32", "fp64")
+PARALLEL = ("ddp", "fsdp")
 
 
 def check_arch(arch: str) -> None:
@@ -94,9 +98,23 @@ class ModelConfig:
     """One of vit_tiny, vit_small, vit_base, resnet50."""
     drop_path: float = 0.1
     """Stochastic depth of the student's last block (linear over depth); the teacher has none."""
+    init: str = ""
+    """Run folder or checkpoint whose weights, teacher and centres a new run starts from, at any view size (as an LFoV
+    run starts from one at 224 px); empty starts at random."""
+    attention: str = "sdpa"
+    """Attention of a ViT: ``sdpa`` (torch, anywhere), ``xformers`` or ``varlen`` (torch's flash attention over packed
+    images), the last two on CUDA GPUs."""
+    recompute: str = "none"
+    """What the backward of a ViT layer computes again instead of storing it: ``none``, ``selective`` (all but matmuls
+    and attention) or ``full``."""
 
     def __post_init__(self) -> None:
         check_arch(self.arch)
+        require(self.attention in ATTENTION, "model.attention", self.attention, " or ".join(ATTENTION))
+        require(self.recompute in RECOMPUTE, "model.recompute", self.recompute, " or ".join(RECOMPUTE))
+        for key, default in (("attention", "sdpa"), ("recompute", "none")):
+            is_vit = self.arch != "resnet50"
+            require(is_vit or getattr(self, key) == default, f"model.{key}", getattr(self, key), f"{default} (no ViT)")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "0 to below 1")
 
 
@@ -126,6 +144,9 @@ class LossConfig:
     centering: str = "ema"
     """``ema`` (the paper's) or ``sinkhorn`` (three iterations; for small batches, where the EMA centre swings)."""
     center_momentum: float = 0.9
+    logit_free: bool = True
+    """Never store logits: two fifths of the step's memory at K = 65536, for computing them twice. Below some thousand
+    prototypes stored logits are faster."""
 
     def __post_init__(self) -> None:
         require(self.centering in ("ema", "sinkhorn"), "loss.centering", self.centering, "ema or sinkhorn")
@@ -142,6 +163,9 @@ class OptimConfig:
     steps: int = 132_000
     batch_size: int = 256
     """ROIs per step, over all ranks."""
+    accumulate: int = 1
+    """Micro-batches that a rank splits its share of the batch into, one after the other, where memory is short.
+    BatchNorm and Sinkhorn take their statistics over one micro-batch of all ranks."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-6
@@ -156,7 +180,7 @@ class OptimConfig:
     """Prototypes stay as they are for so many first steps (the recipe's first epoch)."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size"):
+        for key in ("steps", "batch_size", "accumulate"):
             require(getattr(self, key) >= 1, f"optim.{key}", getattr(self, key), "1 or more")
         require(0 <= self.warmup_steps < self.steps, "optim.warmup_steps", self.warmup_steps, "below optim.steps")
         require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"0 to optim.lr={self.lr}")
@@ -169,10 +193,14 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     precision: str = "bf16"
-    """``bf16`` autocast or ``fp32``; weights, losses and optimiser state are fp32 either way. On a CPU without bf16
-    instructions (AVX512-BF16 or AMX) bf16 is emulated and many times slower than fp32."""
+    """``bf16`` autocast or ``fp32``; weights, losses and optimiser state are fp32 either way. ``fp64`` is for checks.
+    On a CPU without bf16 instructions (AVX512-BF16 or AMX) bf16 is emulated and many times slower than fp32."""
     device: str = "auto"
-    """``auto`` takes a CUDA GPU where there is one."""
+    """``auto`` takes a CUDA GPU where there is one; under torchrun every rank takes its own."""
+    parallel: str = "ddp"
+    """On several ranks: ``ddp`` holds everything on each, ``fsdp`` shards weights and optimiser state (FSDP2)."""
+    compile: bool = False
+    """torch.compile of every ViT layer: fuses norms, GELU, casts and sums. The first step then takes minutes."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     checkpoint_every: int = 1_000
@@ -184,7 +212,8 @@ class TrainConfig:
     """ROIs in that evaluation."""
 
     def __post_init__(self) -> None:
-        require(self.precision in ("bf16", "fp32"), "train.precision", self.precision, "bf16 or fp32")
+        require(self.precision in PRECISIONS, "train.precision", self.precision, " or ".join(PRECISIONS))
+        require(self.parallel in PARALLEL, "train.parallel", self.parallel, " or ".join(PARALLEL))
         for key in ("log_every", "checkpoint_every", "eval_rois"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         for key in ("keep_every", "eval_every"):
@@ -204,6 +233,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        is_vit = self.model.arch != "resnet50"
+        require(is_vit or not self.train.compile, "train.compile", self.train.compile, "false (no ViT)")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> PretrainConfig:

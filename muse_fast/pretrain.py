@@ -7,7 +7,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,63 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from muse_fast import __version__, pictures
+from muse_fast import __version__, distributed, pictures
 from muse_fast.atomic import write_json
 from muse_fast.batch import Pairs, Views
 from muse_fast.config import PretrainConfig, flatten, load_config
 from muse_fast.data.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
 from muse_fast.data.roiset import RoiSet
-from muse_fast.device import pick_device
+from muse_fast.device import peak_flops, peak_memory, pick_device
 from muse_fast.errors import UserError
+from muse_fast.models.backbone import Backbone
 from muse_fast.ops import match_nuclei
 from muse_fast.ssl.retrieval import nucleus_retrieval
 from muse_fast.train import checkpoint
-from muse_fast.train.progress import MetricsLog, StopSignal, Stopwatch, TrainingProgress, read_metrics
-from muse_fast.train.trainer import NonFiniteError, Trainer
+from muse_fast.train.flops import step_flops
+from muse_fast.train.guard import NonFiniteError
+from muse_fast.train.progress import (
+    RunReport,
+    StopSignal,
+    Stopwatch,
+    collected_between_steps,
+    read_back,
+    read_metrics,
+)
+from muse_fast.train.trainer import Trainer
 
 EXIT_STOPPED = 75  # stopped on request, a checkpoint is written: start again to go on
 EXIT_NON_FINITE = 3
 CONTACT_SHEET = "contact_sheet.png"
 
 # Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
-_FREE_ON_RESUME = ("data.workers", "data.roiset", "train.log_every", "train.checkpoint_every", "train.keep_every")
+# Those of the second line only say how the same sums are computed.
+_FREE_ON_RESUME = (
+    *("data.workers", "data.roiset", "train.log_every", "train.checkpoint_every", "train.keep_every"),
+    *("model.attention", "model.recompute", "model.init", "train.parallel", "train.compile", "loss.logit_free"),
+)
+_MOST_DRAWN = 32  # ROIs in the last pictures
 _END_SHARE = 0.1  # of the logged rows, at either end, over which the summary takes means
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    args = argument_parser().parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    return pretrain(config, args.out, resume=args.resume)
+
+
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m muse_fast.pretrain", description="Pretrain a backbone by MUSE.")
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--out", required=True, type=Path, help="run folder")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example optim.steps=500")
-    args = parser.parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    return pretrain(config, args.out, resume=args.resume)
+    return parser
 
 
 def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     """Run or continue a pretraining; returns the exit code (0 done, 75 stopped on request, 3 not finite).
+
+    Under torchrun every rank calls it; they share the batch, and the main rank writes.
 
     Raises:
         UserError: settings, data or the state of ``out`` do not allow the run.
@@ -63,58 +84,114 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     roi_ids = roiset.select(config.data.split)
     check_roiset(roiset, roi_ids, config.views)
 
-    device = pick_device(config.train.device, "train.device")
-    start = _find_start(out, resume)
-    if start is not None:
-        _refuse_other_settings(start, config)
-    trainer = Trainer(config, device)
-    if start is not None:
-        trainer.load(start)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    checkpoint.remove_temporary(out)
-    _announce(config, out, roiset, len(roi_ids), trainer, start)
-    return _run(trainer, out, ViewDataset(roiset, config.views, config.seed), roi_ids)
+    device = pick_device(config.train.device, "train.device", distributed.local_rank())
+    with distributed.process_group(device):
+        trainer = Trainer(config, device)
+        start = _find_start(out, resume)
+        _refuse_unequal_starts(out, start, device)
+        if start is not None:
+            _refuse_other_settings(start, config)
+            trainer.load(start)
+        elif config.model.init:
+            trainer.start_from(_checkpoint_of(Path(config.model.init)))
+        dataset = ViewDataset(roiset, config.views, config.seed)
+        batches = _batches(trainer, dataset, roi_ids)
+        if distributed.is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            checkpoint.remove_temporary(out)
+            _announce(config, out, roiset, len(roi_ids), trainer, start)
+        distributed.wait_for_all()  # nobody looks for checkpoints any more
+        return _run(trainer, out, dataset, roi_ids, batches)
 
 
-def _run(trainer: Trainer, out: Path, dataset: ViewDataset, roi_ids: np.ndarray[Any, np.dtype[np.int64]]) -> int:
+def _run(
+    trainer: Trainer,
+    out: Path,
+    dataset: ViewDataset,
+    roi_ids: np.ndarray[Any, np.dtype[np.int64]],
+    batches: Iterator[tuple[Views, ...]],
+) -> int:
     config = trainer.config
     start_step, steps, train = trainer.step, config.optim.steps, config.train
-    batch_size = config.optim.batch_size
-    sampler = StepSampler(roi_ids, seed=config.seed, batch_size=batch_size, start_step=start_step, stop_step=steps)
-    probe = _probe(dataset, roi_ids, train.eval_rois, batch_size)
+    probe = _probe(dataset, roi_ids, train.eval_rois, config.optim.batch_size)
     began = time.time()
     stop, watch = StopSignal(), Stopwatch()
-    with stop, MetricsLog(out, start_step) as log, TrainingProgress(start_step, steps) as progress:
-        if log.is_new:
+    with stop, RunReport(out, start_step, steps) as report, collected_between_steps() as collect:
+        if report.is_new:
             _draw_contact_sheet(out / "pictures" / CONTACT_SHEET, probe[0])
-            log.write(start_step, _evaluate(trainer, probe))
-        batches = load_views(dataset, sampler, workers=config.data.workers, pin_memory=trainer.device.type == "cuda")
-        for views in watch.timed(batches):
+        if distributed.any_rank(report.is_new, trainer.device):
+            report.evaluation(start_step, _evaluate(trainer, probe))
+        for micro_batches in watch.timed(batches):
             step = trainer.step + 1
             log_it = step % train.log_every == 0 or step == steps
+            save_it = step % train.checkpoint_every == 0 or step == steps
+            values = trainer.train_step(*micro_batches, measure=log_it)
+            # From here on, at some steps, the host waits for the device and ranks for each other.
+            told_to_stop = False
             try:
-                values = trainer.train_step(views, measure=log_it)
+                if log_it:
+                    trainer.check()
+                    report.training(step, read_back(values) | _throughput(trainer, watch, micro_batches))
+                    collect()
+                if step == steps or (train.eval_every and step % train.eval_every == 0):
+                    report.evaluation(step, _evaluate(trainer, probe))
+                if log_it or distributed.world_size() == 1:
+                    told_to_stop = distributed.any_rank(stop.received is not None, trainer.device)
+                if save_it or told_to_stop:
+                    trainer.save(out)
             except NonFiniteError as error:
-                return _report_non_finite(out, trainer, views, error)
-            if log_it:
-                values |= watch.read(batch_size)
-                log.write(step, values)
-                progress.show(step, values)
-            if step == steps or (train.eval_every and step % train.eval_every == 0):
-                log.write(step, _evaluate(trainer, probe))
-            if step == steps or step % train.checkpoint_every == 0 or stop.received:
-                trainer.save(out)
-            if stop.received and step < steps:
-                write_json(out / "exit.json", {"code": EXIT_STOPPED, "reason": stop.received, "step": step})
-                print(f"{stop.received}: stopped after step {step}, checkpoint written; start again to go on")
-                return EXIT_STOPPED
-    (out / "exit.json").unlink(missing_ok=True)
-    # The last pictures show the views in their own colours.
-    plain = dataclasses.replace(dataset.config, jitter=0.0, grey=0.0, solarise=0.0, blur=False)
-    shown = _probe(ViewDataset(dataset.roiset, plain, config.seed), roi_ids, batch_size, batch_size)
-    _finish(trainer, out, _draw_results(trainer, out, shown[0]), time.time() - began)
+                return _report_non_finite(out, config.seed, error)
+            if told_to_stop and step < steps:
+                return _report_stopped(out, stop.received or "another rank was told to stop", step)
+    backbone = trainer.teacher_backbone()
+    if distributed.is_main():
+        (out / "exit.json").unlink(missing_ok=True)
+        # The last pictures show the views in their own colours.
+        plain = dataclasses.replace(dataset.config, jitter=0.0, grey=0.0, solarise=0.0, blur=False)
+        count = min(config.optim.batch_size, _MOST_DRAWN)
+        shown = _probe(ViewDataset(dataset.roiset, plain, config.seed), roi_ids, count, count)
+        _finish(trainer, out, _draw_results(backbone, trainer.device, out, shown[0]), time.time() - began)
+    distributed.wait_for_all()
     return 0
+
+
+def _batches(
+    trainer: Trainer, dataset: ViewDataset, roi_ids: np.ndarray[Any, np.dtype[np.int64]]
+) -> Iterator[tuple[Views, ...]]:
+    """This rank's micro-batches of every step that is left.
+
+    Raises:
+        UserError: at once, where the batch does not divide among ranks and micro-batches.
+    """
+    config = trainer.config
+    sampler = StepSampler(
+        roi_ids,
+        seed=config.seed,
+        batch_size=config.optim.batch_size,
+        start_step=trainer.step,
+        stop_step=config.optim.steps,
+        accumulate=config.optim.accumulate,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    views = load_views(dataset, sampler, workers=config.data.workers, pin_memory=trainer.device.type == "cuda")
+    return zip(*[views] * config.optim.accumulate, strict=True)
+
+
+def _throughput(trainer: Trainer, watch: Stopwatch, micro_batches: Sequence[Views]) -> dict[str, float]:
+    """ROIs per second over all ranks, share of the time spent waiting for data, memory, and MFU where it is known."""
+    config, ranks = trainer.config, distributed.world_size()
+    reading = watch.read(config.optim.batch_size)
+    reading["peak_memory_gib"] = peak_memory(trainer.device) / 2**30
+    peak = peak_flops(trainer.device)
+    if peak:
+        rois = config.optim.batch_size / ranks
+        rows = sum(len(views.nuclei.index) for views in micro_batches) / rois
+        global_rows = sum(views.num_global_nuclei for views in micro_batches) / rois
+        flops = step_flops(config, (rows, global_rows)) * reading["rois_per_second"]
+        reading["mfu"] = flops / (peak * ranks)
+    return reading
 
 
 def _find_start(out: Path, resume: str) -> Path | None:
@@ -127,10 +204,31 @@ def _find_start(out: Path, resume: str) -> Path | None:
         checkpoint.verify(Path(resume))
         return Path(resume)
     found, problems = checkpoint.latest(out)
-    for problem in problems:
+    for problem in problems if distributed.is_main() else ():
         print(f"passed over: {problem}")
     if problems and found is None:
         raise UserError(f"{out}: no checkpoint is sound; see above. --resume PATH takes one of another run")
+    return found
+
+
+def _refuse_unequal_starts(out: Path, start: Path | None, device: torch.device) -> None:
+    """Every rank looks for checkpoints by itself, and must have found the same."""
+    step = -1 if start is None else checkpoint.read_state(start)["step"]
+    steps = distributed.gather_over_ranks(torch.tensor(step, device=device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"{out}: ranks would start from checkpoints of different steps, {steps} (-1: none); "
+            "all of them must see the same folder"
+        )
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """The newest sound checkpoint of a run folder, or the checkpoint folder itself."""
+    if (path / checkpoint.MANIFEST).is_file():
+        return path
+    found, problems = checkpoint.latest(path)
+    if found is None:
+        raise UserError(f"model.init={path}: no run with a sound checkpoint there{'; '.join(['', *problems])}")
     return found
 
 
@@ -153,7 +251,12 @@ def _announce(
         f"  views  {views.num_globals} x {views.global_size} px at {views.global_mpp_min}-{views.global_mpp_max}, "
         f"{views.num_locals} x {views.local_size} px at {views.local_mpp_min}-{views.local_mpp_max} um/px"
     )
-    print(f"  run    {optim.steps} steps of {optim.batch_size} ROIs, K {config.head.prototypes}, to {out}")
+    ranks = distributed.world_size()
+    spread = f" over {ranks} ranks ({config.train.parallel})" if ranks > 1 else ""
+    spread += f" in {optim.accumulate} micro-batches" if optim.accumulate > 1 else ""
+    print(f"  run    {optim.steps} steps of {optim.batch_size} ROIs{spread}, K {config.head.prototypes}, to {out}")
+    if config.model.init and start is None:
+        print(f"  from   {config.model.init}")
     if start is not None:
         print(f"  resume {start}, step {trainer.step}")
     emulated = trainer.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
@@ -168,7 +271,8 @@ def _probe(dataset: ViewDataset, roi_ids: np.ndarray[Any, Any], count: int, batc
 
 
 def _evaluate(trainer: Trainer, probe: list[Views]) -> dict[str, float]:
-    found = nucleus_retrieval(trainer.teacher.backbone, probe, trainer.device)
+    """On every rank alike, as the statistics of BatchNorm are over all of them."""
+    found = nucleus_retrieval(trainer.teacher_backbone(), probe, trainer.device)
     return {"retrieval_at_1": found.top1, "retrieval_chance": found.chance, "retrieval_queries": found.queries}
 
 
@@ -177,28 +281,38 @@ def _draw_contact_sheet(path: Path, views: Views) -> None:
     pictures.contact_sheet(path, views, pairs)
 
 
-def _report_non_finite(out: Path, trainer: Trainer, views: Views, error: NonFiniteError) -> int:
-    path = out / f"non_finite_step_{trainer.step + 1}.json"
-    content = {"error": str(error), "roi_ids": views.roi_ids.tolist(), "epochs": views.epochs.tolist()}
-    write_json(path, {**content, "seed": trainer.config.seed})
-    write_json(out / "exit.json", {"code": EXIT_NON_FINITE, "reason": str(error), "step": trainer.step})
-    print(
-        f"{error}\nThe batch is named in {path}; the last checkpoint is untouched. Lower optim.lr, or look at the ROIs."
-    )
+def _report_non_finite(out: Path, seed: int, error: NonFiniteError) -> int:
+    if distributed.is_main():
+        path = out / f"non_finite_step_{error.step}.json"
+        content = {"error": str(error), "roi_ids": error.roi_ids, "epochs": error.epochs, "seed": seed}
+        write_json(path, content)
+        write_json(out / "exit.json", {"code": EXIT_NON_FINITE, "reason": str(error), "step": error.step - 1})
+        print(
+            f"{error}\nThe batch is named in {path}; the last checkpoint is untouched. Lower optim.lr, or look at it."
+        )
+    distributed.wait_for_all()
     return EXIT_NON_FINITE
 
 
+def _report_stopped(out: Path, reason: str, step: int) -> int:
+    if distributed.is_main():
+        write_json(out / "exit.json", {"code": EXIT_STOPPED, "reason": reason, "step": step})
+        print(f"{reason}: stopped after step {step}, checkpoint written; start again to go on")
+    distributed.wait_for_all()
+    return EXIT_STOPPED
+
+
 @torch.inference_mode()
-def _draw_results(trainer: Trainer, out: Path, views: Views) -> dict[str, str]:
+def _draw_results(backbone: Backbone, device: torch.device, out: Path, views: Views) -> dict[str, str]:
     """PCA of the dense map and retrieval of nuclei, from the teacher as it would be used."""
-    backbone = trainer.teacher.backbone.eval()
-    images = views.global_images.to(trainer.device)
-    nuclei = views.nuclei.images(0, len(images))
+    backbone = backbone.eval()
+    images = views.global_images.to(device, next(backbone.parameters()).dtype)
+    nuclei = views.groups()[1][0]
     folder = out / "pictures"
     paths = {"pca": folder / "pca.png", "retrieval": folder / "retrieval.png"}
     with torch.random.fork_rng():
         pictures.pca_picture(paths["pca"], images[:8].cpu(), backbone.dense_map(images[:8]).float().cpu())
-        points = nuclei.to(trainer.device)
+        points = nuclei.to(device)
         features = backbone.nucleus_features(images, points.xy, points.image_index()).float().cpu()
         roi_of_image = torch.arange(len(images)) % views.num_rois
         pictures.retrieval_sheet(paths["retrieval"], images.cpu(), nuclei, features, roi_of_image)
@@ -224,6 +338,8 @@ def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) 
         "seconds_of_last_start": round(seconds, 1),
         "rois_per_second": statistics.median(row["rois_per_second"] for row in training),
         "data_wait": statistics.median(row["data_wait"] for row in training),
+        "peak_memory_gib": max(row["peak_memory_gib"] for row in training),
+        **({"mfu": mfu} if (mfu := mean("mfu", training)) is not None else {}),
         "pairs_per_roi": mean("pairs_per_roi", training),
         "losses_finite": all(math.isfinite(row["loss"]) for row in training),
         "ln_k": log_k,
@@ -244,7 +360,8 @@ def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) 
         f"done: nucleus loss {summary['loss_nucleus']['start']:.3f} -> {summary['loss_nucleus']['end']:.3f} "
         f"(ln K = {log_k:.3f}), image loss {summary['loss_image']['start']:.3f} -> {summary['loss_image']['end']:.3f}, "
         f"retrieval@1 {summary['retrieval_at_1']['before']:.3f} -> {summary['retrieval_at_1']['after']:.3f} "
-        f"(chance {summary['retrieval_chance']:.3f}), {summary['rois_per_second']:.1f} ROI/s"
+        f"(chance {summary['retrieval_chance']:.3f}), {summary['rois_per_second']:.1f} ROI/s, "
+        f"peak memory {summary['peak_memory_gib']:.1f} GiB"
     )
     print(f"summary: {out / 'summary.json'}; pictures: {out / 'pictures'}")
 

@@ -58,6 +58,11 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
         ("loss.centering=none", "ema or sinkhorn"),
         ("optim.warmup_steps=132000", "below optim.steps"),
         ("loss.student_temp=0", "above 0"),
+        ("model.attention=flash", "sdpa or xformers or varlen"),
+        ("model.recompute=some", "none or selective or full"),
+        ("train.precision=fp16", "bf16 or fp32 or fp64"),
+        ("train.parallel=dp", "ddp or fsdp"),
+        ("optim.accumulate=0", "optim.accumulate"),
         ("optim.lr", "key=value"),
         ("optim=3", "no setting 'optim'"),
     ],
@@ -65,6 +70,13 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
 def test_bad_values_are_refused_by_key(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize("setting", ["model.attention=varlen", "model.recompute=full", "train.compile=true"])
+def test_settings_of_a_vit_are_refused_for_resnet50(setting: str) -> None:
+    load_config(None, [setting])
+    with pytest.raises(UserError, match=rf"{setting.split('=')[0]}.*no ViT"):
+        load_config(None, ["model.arch=resnet50", setting])
 
 
 def test_typo_in_file_names_the_file(tmp_path: Path) -> None:

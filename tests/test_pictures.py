@@ -42,7 +42,9 @@ def pack(rows: list[list[tuple[float, float, int]]]) -> PackedNuclei:
 
 def two_rois(nuclei: PackedNuclei) -> tuple[Views, Pairs]:
     """Two ROIs, two globals of 64 px and one local of 32 px."""
-    views = Views(grey(4, 64), grey(2, 32), nuclei, torch.full((6,), 0.3), torch.tensor([7, 9]), torch.zeros(2).long())
+    rows = int(nuclei.offsets[4])
+    roi_ids, epochs = torch.tensor([7, 9]), torch.zeros(2).long()
+    views = Views(grey(4, 64), grey(2, 32), nuclei, rows, torch.full((6,), 0.3), roi_ids, epochs)
     return views, Pairs(*match_nuclei(nuclei.index, nuclei.offsets, 2, 2))
 
 
@@ -85,7 +87,7 @@ def test_contact_sheet_gives_a_nucleus_one_colour_in_all_views(tmp_path: Path) -
 def test_contact_sheet_without_nuclei_or_locals(tmp_path: Path) -> None:
     nuclei = pack([[], [], [], []])
     views = Views(
-        grey(4, 64), torch.empty(0, 3, 32, 32), nuclei, torch.ones(4), torch.tensor([0, 1]), torch.zeros(2).long()
+        grey(4, 64), torch.empty(0, 3, 32, 32), nuclei, 0, torch.ones(4), torch.tensor([0, 1]), torch.zeros(2).long()
     )
     none = torch.empty(0, dtype=torch.int64)
     pictures.contact_sheet(tmp_path / "sheet.png", views, Pairs(none, none), rois_shown=1, cell=96)

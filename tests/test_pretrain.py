@@ -1,5 +1,6 @@
 """The command, run as users run it: killed, told to stop, given bad data, run twice."""
 
+import gc
 import json
 import os
 import random
@@ -12,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from muse_fast.batch import Views
 from muse_fast.cli import run as run_command
+from muse_fast.config import load_config
 from muse_fast.data.roiset import RoiSetWriter
 from muse_fast.data.synthetic import synthetic_image
+from muse_fast.errors import UserError
 from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED, main
 from muse_fast.train import checkpoint
+from muse_fast.train.flops import step_flops
 from muse_fast.train.progress import read_metrics
-from muse_fast.train.trainer import Trainer
+from muse_fast.train.trainer import Metrics, Trainer
 
 TOY = """
 views: {global_size: 64, local_size: 32, num_locals: 1}
@@ -69,10 +74,10 @@ def crash_at_step(step: int, argv: list[str], monkeypatch: pytest.MonkeyPatch) -
     """Run the command in this process until ``step`` begins, and leave it as a crash would."""
     train_step = Trainer.train_step
 
-    def crashing(trainer: Trainer, views, *, measure: bool):  # type: ignore[no-untyped-def]
+    def crashing(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
         if trainer.step == step:
             raise SystemExit("crash")
-        return train_step(trainer, views, measure=measure)
+        return train_step(trainer, *views, measure=measure)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", crashing)
@@ -171,10 +176,10 @@ def test_non_finite_stops_with_the_roi_ids_and_clean_checkpoints(
     out = workplace / "nan"
     step = Trainer.train_step
 
-    def poisoned(trainer: Trainer, views, *, measure: bool):  # type: ignore[no-untyped-def]
+    def poisoned(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
         if trainer.step == 4:
-            views.global_images[0] = float("nan")
-        return step(trainer, views, measure=measure)
+            views[0].global_images[0] = float("nan")
+        return step(trainer, *views, measure=measure)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)
     assert main(arguments(workplace, out)) == EXIT_NON_FINITE
@@ -229,3 +234,88 @@ def test_a_run_from_the_checkpoint_of_another_is_whole(workplace: Path, unbroken
     assert losses(out) == losses(unbroken)[10:]
     summary = json.loads((out / "summary.json").read_text())
     assert all(Path(picture).exists() for picture in summary["pictures"].values())
+
+
+def test_a_run_with_larger_views_starts_from_another(
+    workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a run folder or a checkpoint; killed and started again, it goes on from its own checkpoints."""
+    larger = ["views.global_size=96", "optim.steps=4", f"model.init={unbroken}"]
+    out, broken, other = workplace / "larger", workplace / "larger-broken", workplace / "larger-other"
+    assert main(arguments(workplace, out, *larger)) == 0
+    assert f"from   {unbroken}" in capsys.readouterr().out
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]
+
+    newest = checkpoint.folder_of(unbroken, 12)
+    crash_at_step(3, arguments(workplace, broken, *larger[:2], f"model.init={newest}"), monkeypatch)
+    assert main(arguments(workplace, broken, *larger)) == 0
+    assert losses(broken) == losses(out)
+    assert main(arguments(workplace, other, *larger[:2])) == 0
+    assert losses(other)[0] != losses(out)[0]
+
+
+def test_starts_that_are_refused(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = workplace / "refused"
+    for settings, said in (
+        ([f"model.init={workplace / 'nowhere'}"], f"model.init={workplace / 'nowhere'}: no run"),
+        ([f"model.init={unbroken}", "head.prototypes=32"], "head.prototypes=16 (here 32)"),
+        ([f"model.init={unbroken}", "model.arch=vit_small"], "model.arch=vit_tiny (here vit_small)"),
+    ):
+        expect_error(capsys, arguments(workplace, out, *settings), said)
+    assert not out.exists()
+
+
+def test_a_run_in_micro_batches(workplace: Path) -> None:
+    out = workplace / "micro"
+    assert main(arguments(workplace, out, "optim.accumulate=2", "optim.steps=3")) == 0
+    assert [step for step, _ in losses(out)] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"optim\.batch_size=2: expected a multiple of 1 ranks x 3 micro-batches"):
+        main(arguments(workplace, workplace / "uneven", "optim.accumulate=3", "optim.steps=3"))
+
+
+def test_every_row_tells_speed_waits_and_memory(unbroken: Path) -> None:
+    rows = [row for row in read_metrics(unbroken / "metrics.jsonl") if "loss" in row]
+    for row in rows:
+        assert row["rois_per_second"] > 0 and 0 <= row["data_wait"] <= 1 and row["peak_memory_gib"] > 0.05
+        assert "mfu" not in row  # the peak of a CPU is not known
+    assert json.loads((unbroken / "summary.json").read_text())["peak_memory_gib"] == max(
+        row["peak_memory_gib"] for row in rows
+    )
+
+
+def test_mfu_is_the_flops_of_the_rows_at_hand_over_the_peak(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a peak of 1 FLOP/s, it is the FLOPs per ROI times the ROIs per second."""
+    out, seen = workplace / "mfu", []
+    train_step = Trainer.train_step
+
+    def counting(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
+        offsets = views[0].nuclei.offsets
+        images = 2 * views[0].num_rois  # two globals per ROI
+        seen.append((int(offsets[-1]) / 2, int(offsets[images]) / 2))
+        return train_step(trainer, *views, measure=measure)
+
+    monkeypatch.setattr(Trainer, "train_step", counting)
+    monkeypatch.setattr("muse_fast.pretrain.peak_flops", lambda device: 1.0)
+    assert main(arguments(workplace, out, "optim.steps=3")) == 0
+    config = load_config(workplace / "toy.yaml")
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    for row, per_roi in zip(rows, seen, strict=True):
+        assert row["mfu"] == pytest.approx(step_flops(config, per_roi) * row["rois_per_second"])
+    assert json.loads((out / "summary.json").read_text())["mfu"] == pytest.approx(sum(r["mfu"] for r in rows) / 3)
+
+
+def test_the_garbage_collector_stays_out_of_the_steps(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled = []
+    train_step = Trainer.train_step
+
+    def watched(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
+        enabled.append(gc.isenabled())
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return train_step(trainer, *views, measure=measure)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(workplace, workplace / "collected"))
+    assert enabled == [False] * 3 and gc.isenabled() and gc.get_freeze_count() == 0

@@ -1,0 +1,193 @@
+"""``python -m muse_fast.slurm --out DIR ... -- --config FILE [key=value ...]``: pretrain under Slurm until it is done.
+
+One task per GPU. Shortly before its time is over, or when it is preempted, the run saves and the job queues again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from muse_fast import pretrain
+from muse_fast.config import PretrainConfig, load_config
+from muse_fast.data.roiset import RoiSet
+from muse_fast.errors import UserError, require
+
+WARNED_BEFORE = 180  # seconds from Slurm's warning to the end: for the steps to the next log line and the checkpoint
+_MAX_TIMEOUTS = 1_000  # a run is over when its steps are done, however often its time was up
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """One task of the job: a rank of the run. submitit pickles it and calls it on its node.
+
+    Attributes:
+        arguments: of ``python -m muse_fast.pretrain``.
+    """
+
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> int:
+        """Run until the end (0), or until saved (75) and, on rank 0, queued again.
+
+        Raises:
+            RuntimeError: the run stopped for another reason; the job has failed then.
+        """
+        from submitit.helpers import TorchDistributedEnvironment
+
+        # The engine picks its GPU by LOCAL_RANK, as under torchrun.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        warning = _SaveFirst()
+        code = pretrain.main(self.arguments)
+        if warning.received and code == pretrain.EXIT_STOPPED:
+            warning.requeue()  # the other ranks return: a task that fails could take rank 0 down before it has requeued
+        elif code != 0:
+            raise RuntimeError(f"pretraining ended with exit code {code}; its output says why")
+        return code
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again: the same, for a run goes on from its newest checkpoint by itself."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class _SaveFirst:
+    """Lets the run save before submitit queues the job again.
+
+    Slurm's warning (SIGUSR2) reaches every task. submitit's handler for it requeues and exits on the spot: in the
+    middle of a step, where nothing sound can be saved and the other ranks wait in a collective. Here the warning
+    becomes the SIGTERM that `muse_fast.pretrain` knows: the step ends, the checkpoint is written, all ranks return;
+    then submitit's handler has its turn. A SIGTERM from elsewhere (scancel) saves too, but queues nothing.
+    """
+
+    def __init__(self) -> None:
+        from submitit import JobEnvironment
+
+        self.received = False
+        self._process = os.getpid()
+        self._number = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
+        self._outside_training = signal.getsignal(signal.SIGTERM)
+        self._submitits: Any = signal.signal(self._number, self._handle)
+
+    def requeue(self) -> None:
+        """Queue the job again and exit, on rank 0; nothing on the others."""
+        self._submitits(self._number, None)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader's worker, which has inherited this handler
+        self.received = True
+        if signal.getsignal(signal.SIGTERM) == self._outside_training:
+            self.requeue()  # training has not begun or is over: there is nothing to save
+        else:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("submitit is not installed: pip install 'muse_fast[slurm]'") from None
+
+    tasks = options.tasks_per_node or max(1, options.gpus_per_node)
+    config = _check(options, ranks=options.nodes * tasks)
+    cluster, logs = "local" if options.local else "slurm", options.out / "slurm"
+    try:
+        executor = submitit.AutoExecutor(logs, cluster, **{f"{cluster}_max_num_timeout": _MAX_TIMEOUTS})
+        executor.update_parameters(
+            name=options.out.name,
+            nodes=options.nodes,
+            tasks_per_node=tasks,
+            gpus_per_node=options.gpus_per_node,
+            timeout_min=options.time,
+            stderr_to_stdout=True,
+            **({} if options.local else _slurm_parameters(options, config)),
+        )
+        job = executor.submit(PretrainJob(tuple(_pretrain_arguments(options))))
+    except (RuntimeError, ValueError) as error:  # no srun here, sbatch says no, more than one node with --local
+        raise UserError(str(error)) from None
+    print(f"job {job.job_id} of {options.nodes} x {tasks} tasks; output in {logs}/{job.job_id}_*_log.out")
+    return _wait_for(job) if options.local else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.slurm",
+        description="Submit pretraining to Slurm. The job is queued again until the run is done.",
+        usage="%(prog)s --out DIR --gpus-per-node G --time MINUTES [options] -- --config FILE [key=value ...]",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="run folder, where all nodes see it")
+    parser.add_argument("--gpus-per-node", required=True, type=int, help="0 runs on the CPU")
+    parser.add_argument("--time", required=True, type=int, metavar="MINUTES", help="until the job is queued again")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--tasks-per-node", type=int, help="ranks per node; one per GPU unless given")
+    parser.add_argument("--cpus-per-task", type=int, help="data.workers + 2 unless given")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--sbatch", action="append", default=[], type=_pair, metavar="KEY=VALUE", help="as for sbatch")
+    parser.add_argument("--local", action="store_true", help="run on this machine instead, and wait for the end")
+    parser.add_argument("pretrain", nargs="*", metavar="--config FILE ...", help="for python -m muse_fast.pretrain")
+    return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}': expected KEY=VALUE, for example qos=high")
+    return key, value
+
+
+def _check(options: argparse.Namespace, ranks: int) -> PretrainConfig:
+    """Refuse here what the job would refuse, perhaps hours later."""
+    arguments = pretrain.argument_parser().parse_args(_pretrain_arguments(options))
+    config = load_config(arguments.config, arguments.overrides)
+    RoiSet(Path(config.data.roiset))
+    batch, micro = config.optim.batch_size, config.optim.accumulate
+    fitting = f"a multiple of {ranks} tasks x {micro} micro-batches (optim.accumulate)"
+    require(batch % (ranks * micro) == 0, "optim.batch_size", batch, fitting)
+    if not options.local:
+        require(options.time * 60 > WARNED_BEFORE, "--time", options.time, f"more than {WARNED_BEFORE // 60} minutes")
+    return config
+
+
+def _pretrain_arguments(options: argparse.Namespace) -> list[str]:
+    return [*options.pretrain, "--out", str(options.out)]
+
+
+def _slurm_parameters(options: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]:
+    cpus = options.cpus_per_task or config.data.workers + 2
+    return {
+        "slurm_partition": options.partition,
+        "slurm_account": options.account,
+        "cpus_per_task": cpus,
+        "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # since Slurm 22.05 srun does not take it from sbatch
+        "slurm_signal_delay_s": WARNED_BEFORE,
+        "slurm_additional_parameters": {"requeue": True, **dict(options.sbatch)},
+    }
+
+
+def _wait_for(job: Any) -> int:
+    """The end of a job on this machine.
+
+    Raises:
+        UserError: it failed; with the traceback.
+    """
+    try:
+        job.results()
+    except RuntimeError as error:  # submitit's, of a job that failed or left no result
+        raise UserError(str(error)) from None
+    return 0
+
+
+if __name__ == "__main__":
+    from muse_fast import cli, slurm  # so that the pickled job is muse_fast.slurm's, not __main__'s
+
+    raise SystemExit(cli.run(slurm.main))

@@ -1,0 +1,234 @@
+"""Jobs as submitit runs them: on this machine, and as Slurm would, with stand-ins for its commands."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from muse_fast import pretrain, slurm
+from muse_fast.cli import run
+from muse_fast.data.roiset import RoiSetWriter
+from muse_fast.data.synthetic import synthetic_image
+from muse_fast.errors import UserError
+from muse_fast.train import checkpoint
+from muse_fast.train.progress import StopSignal, read_metrics
+
+pytest.importorskip("submitit")
+
+TOY = """
+views: {global_size: 64, local_size: 32, num_locals: 1}
+model: {arch: vit_tiny}
+head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
+loss: {centering: sinkhorn}
+optim: {steps: 16, batch_size: 4, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
+train: {precision: fp64, device: cpu, log_every: 1, checkpoint_every: 1000, eval_every: 0, eval_rois: 4}
+data: {workers: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slurm")
+    with RoiSetWriter(folder / "rois", provenance={}) as writer:
+        for seed in range(5):
+            image, xy, _ = synthetic_image(seed, 160, 0.25)
+            writer.add(image, mpp=0.25, xy=xy, slide=f"s{seed}")
+    (folder / "toy.yaml").write_text(TOY)
+    return folder
+
+
+def training(workplace: Path, *overrides: str) -> list[str]:
+    return ["--config", str(workplace / "toy.yaml"), f"data.roiset={workplace / 'rois'}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def unbroken(workplace: Path) -> list[float]:
+    out = workplace / "unbroken"
+    assert pretrain.main([*training(workplace), "--out", str(out)]) == 0
+    return losses(out)
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not true():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def trained(out: Path) -> Callable[[], bool]:
+    return lambda: len(losses(out)) >= 3
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_warned_it_saves_queues_again_and_ends_as_an_unbroken_run(
+    tasks: int, workplace: Path, unbroken: list[float]
+) -> None:
+    out = workplace / f"local_{tasks}"
+    options = ["--local", "--out", str(out), "--gpus-per-node", "0", "--tasks-per-node", str(tasks), "--time", "60"]
+    process = start(["-m", "muse_fast.slurm", *options, "--", *training(workplace)])
+    wait_until(trained(out), process)
+    (controller,) = children(process.pid)
+    for task in children(controller):
+        os.kill(task, signal.SIGUSR2)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    (log,) = (out / "slurm").glob("*_0_log.out")
+    assert "stopped after step" in log.read_text() and log.read_text().count("pretrain: vit_tiny") == 2
+    assert len(checkpoint.steps(out)) == 2  # one where it was warned, one at the end
+    assert losses(out) == pytest.approx(unbroken, rel=1e-10 if tasks > 1 else 0, abs=0)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of stand-ins for Slurm's commands; ``requeued`` appears in it, with what ``scontrol`` found saved."""
+    commands = {
+        "srun": "",
+        "sbatch": f"cp $1 {tmp_path}/batch.sh; echo Submitted batch job 42",
+        "scontrol": f"echo $*: $(ls $RUN/checkpoints) > {tmp_path}/requeued",
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_under_slurm_it_is_saved_before_it_is_requeued(
+    workplace: Path, unbroken: list[float], cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = workplace / "cluster"
+    options = ["--gpus-per-node", "0", "--time", "60", "--partition", "long", "--sbatch", "qos=high"]
+    assert slurm.main(["--out", str(out), *options, "--", *training(workplace)]) == 0
+    assert "job 42 of 1 x 1 tasks" in capsys.readouterr().out
+    batch = (cluster / "batch.sh").read_text().splitlines()
+    for line in ("partition=long", "qos=high", "requeue", "time=60", "signal=USR2@180", "cpus-per-task=2", "nodes=1"):
+        assert f"#SBATCH --{line}" in batch
+    (command,) = (line for line in batch if line.startswith("srun"))
+    assert "--cpus-per-task=2" in command and "submitit.core._submit" in command
+
+    task = ["-m", "submitit.core._submit", str(out / "slurm")]
+    slurms = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "42", "RUN": str(out)}
+    process = start(task, **slurms)
+    wait_until(trained(out), process)
+    process.send_signal(signal.SIGUSR2)
+    said, _ = process.communicate()
+    saved = checkpoint.steps(out)
+    assert saved and (cluster / "requeued").read_text() == f"requeue 42: step-{saved[0]:08d}\n", said
+
+    process = start(task, **slurms)  # what Slurm does then
+    assert process.wait() == 0
+    assert losses(out) == unbroken
+
+
+@pytest.fixture
+def submitits_handler() -> Iterator[list[int]]:
+    """Signals that reached the handler which submitit sets before a job begins."""
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> slurm.PretrainJob:
+    for name, value in {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that what the job sets is undone
+        monkeypatch.delenv(name)
+    return slurm.PretrainJob(())
+
+
+def test_a_warning_before_training_requeues_at_once(
+    job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned_while_loading(argv: object) -> int:
+        signal.raise_signal(signal.SIGUSR2)
+        assert submitits_handler == [signal.SIGUSR2]
+        return 0
+
+    monkeypatch.setattr(pretrain, "main", warned_while_loading)
+    assert job() == 0
+
+
+def test_a_warning_in_training_stops_it_first(
+    job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned_in_training(argv: object) -> int:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGUSR2)
+            assert stop.received == "SIGTERM" and not submitits_handler
+        return pretrain.EXIT_STOPPED
+
+    monkeypatch.setattr(pretrain, "main", warned_in_training)
+    assert job() == pretrain.EXIT_STOPPED
+    assert submitits_handler == [signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("code", [pretrain.EXIT_STOPPED, pretrain.EXIT_NON_FINITE])
+def test_a_run_that_stopped_unwarned_has_failed(
+    code: int, job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "main", lambda argv: code)
+    with pytest.raises(RuntimeError, match=f"exit code {code}"):
+        job()
+    assert not submitits_handler
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "said"),
+    [
+        ([], ["optim.lrr=1"], "did you mean 'optim.lr'?"),
+        ([], ["data.roiset=nowhere"], "nowhere is no ROI set"),
+        (["--tasks-per-node", "3"], [], "optim.batch_size=4: expected a multiple of 3 tasks"),
+        (["--time", "2"], [], "--time=2: expected more than 3 minutes"),
+        (["--local", "--nodes", "2"], [], "one node"),
+        ([], [], "srun"),
+    ],
+)
+def test_refusals(
+    options: list[str],
+    overrides: list[str],
+    said: str,
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fixed = ["--out", str(tmp_path / "out"), "--gpus-per-node", "0", "--time", "60"]
+    assert run(slurm.main, [*fixed, *options, "--", *training(workplace, *overrides)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_submitit_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"pip install 'muse_fast\[slurm\]'"):
+        slurm.main(["--out", "x", "--gpus-per-node", "0", "--time", "60", "--", *training(workplace)])
