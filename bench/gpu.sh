@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Build, test, sanitize and time the ops on a machine with a GPU; no network needed.
+# Build, test, sanitize and time the ops and the training step on a machine with a GPU; no network needed.
 #
-#   bench/gpu.sh [STAGE ...]      build test sanitize ops; all of them, in this order, when none is named
+#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov; all, in this order, when none is named
 #
 # Exit code 1 when a stage failed; the stages after it still run. Each stage ends within 8 minutes.
-# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, and ops.json.
+# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json
+# and step-*.json.
 #
 # Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu tries the script out),
 # COMMIT (what the JSON files name; by default git is asked).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-STAGES=(build test sanitize ops)
+STAGES=(build test sanitize ops step lfov)
 OUT=$(realpath -m "${OUT:-runs/gpu}")
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
@@ -57,6 +58,38 @@ stage_sanitize() {
 
 stage_ops() {
   timeout 470 "$PYTHON" -m bench ops --device "$DEVICE" --json "$OUT/ops.json"
+}
+
+# Whole steps at 224 px, at the batch of a GPU and at the one of the paper.
+stage_step() {
+  local failed=0
+  step vit_small 224 64 || failed=1
+  step vit_base 224 64 || failed=1
+  step vit_small 224 16 || failed=1
+  step vit_base 224 16 || failed=1
+  return $failed
+}
+
+# Large fields of view: whole steps at 512 px; forward and backward at 1024 px, as fine-tuning runs them.
+stage_lfov() {
+  local failed=0
+  step vit_small 512 16 || failed=1
+  step vit_base 512 16 || failed=1
+  if [[ $DEVICE == cuda ]]; then
+    timeout 115 "$PYTHON" -m bench step --device cuda --arch vit_base --lfov 1024 --json "$OUT/step-1024.json" || failed=1
+  else
+    timeout 115 "$PYTHON" -m bench step --device cpu --lfov 64 --json "$OUT/step-1024.json" || failed=1
+  fi
+  return $failed
+}
+
+# ARCH SIZE ROIS; on a CPU a small stand-in.
+step() {
+  local arguments=(--arch "$1" --size "$2" --batch "$3" --compile --seconds 4)
+  if [[ $DEVICE == cpu ]]; then
+    arguments=(--arch vit_tiny --batch 1 --seconds 0 views.global_size=64 views.local_size=32 head.prototypes=64)
+  fi
+  timeout 115 "$PYTHON" -m bench step --device "$DEVICE" --json "$OUT/step-$1-$2-$3.json" "${arguments[@]}"
 }
 
 # STAGE EXIT_CODE SECONDS, for every stage so far -> stages.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -89,6 +90,13 @@ def milliseconds(run: Callable[[], Any], device: str) -> float:
     return begin.elapsed_time(end)
 
 
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    """What a report says of milliseconds."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    p20, median, p80 = (deciles[place] for place in (1, 4, 7))
+    return {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "repeats": len(times)}
+
+
 def extra_memory(call: Call, arguments: Sequence[Any], device: str) -> int:
     """Peak of one warm run above what it leaves behind, in bytes: neither inputs nor results and gradients count.
 
@@ -110,6 +118,33 @@ def extra_memory(call: Call, arguments: Sequence[Any], device: str) -> int:
         extra = peak - held
     del results  # alive until here, so that they count among what is left behind
     return extra
+
+
+def held_and_peak(prepare: Callable[[], Any], run: Callable[[], Any], device: str) -> tuple[int, int]:
+    """Bytes that ``prepare()`` leaves behind, and the most that is held during ``run()`` after it, those included.
+
+    On the CPU every allocation of torch is seen, as by `extra_memory`.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        prepare()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return held - before, torch.cuda.max_memory_allocated() - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        prepare()
+        with torch.autograd.profiler.record_function("run"):
+            run()
+    start = next(event.start_ns() for event in profile.kineto_results.events() if event.name() == "run")
+    changes = sorted(allocations(profile))
+    held = peak = sum(change for when, change in changes if when < start)
+    total = held
+    for when, change in changes:
+        if when >= start:
+            total += change
+            peak = max(peak, total)
+    return held, peak
 
 
 def allocations(profile: torch.autograd.profiler.profile) -> list[tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from bench.baselines import EAGER, LITERAL
 from bench.cases import CASES, WORK, Case, Work
-from bench.measure import Rates, evaluate, extra_memory, interleaved, relative_error, tensors_of
+from bench.measure import Rates, evaluate, extra_memory, interleaved, quantiles, relative_error, tensors_of
 from muse_fast import ops
 from muse_fast.ops import backends
 
@@ -137,14 +136,9 @@ def check(version: Version, arguments: Sequence[Any], truth: Sequence[Tensor]) -
 
 def figures(times: list[float], extra: int, work: Work, rates: Rates) -> Row:
     """Quantiles, memory, and the least work there is over the median time: the rate at which it was done."""
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    p20, median, p80 = (deciles[place] for place in (1, 4, 7))
-    bytes_per_second, flops = work.bytes / median * 1e3, work.flops / median * 1e3
-    return {
-        "median_ms": median,
-        "p20_ms": p20,
-        "p80_ms": p80,
-        "repeats": len(times),
+    row = quantiles(times)
+    bytes_per_second, flops = work.bytes / row["median_ms"] * 1e3, work.flops / row["median_ms"] * 1e3
+    return row | {
         "extra_bytes": extra,
         "least_bytes": work.bytes,
         "least_flops": work.flops,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import __main__ as command
 from bench import ops as bench_ops
+from bench import ops_command
 from bench import tiny as bench_tiny
 from bench.cases import (
     CASES,
@@ -54,7 +55,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_ops, "CASES", TINY)
     monkeypatch.setattr("bench.measure.REPEATS", 4)
     monkeypatch.setattr(bench_ops, "LENGTHS_FROM_DATA", tuple(backends.HOMES))
-    monkeypatch.setattr(command, "machine_rates", lambda device: RATES)
+    monkeypatch.setattr(ops_command, "machine_rates", lambda device: RATES)
 
 
 def test_json_holds_numbers_and_environment(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""What the commands print alike."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.measure import Rates
+
+
+def console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+
+
+def print_machine(to: Console, environment: dict[str, Any], rates: Rates) -> None:
+    to.print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    to.print(f"copy {rates.copy / 1e9:.1f} GB/s, matrix product {rates.matmul / 1e12:.3g} TFLOP/s")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Names to the left, numbers to the right."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        out.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def print_verdicts(to: Console, rows: Sequence[dict[str, Any]], figures: dict[str, str]) -> None:
+    """Why a version has no times, and targets met or missed."""
+    for row in rows:
+        for verdict in ("wrong", "skipped"):
+            if verdict in row:
+                to.print(f"{row['version']} {verdict}: {escape(row[verdict])}")
+        for target in row.get("targets", []):
+            figure = figures[target["figure"]]
+            reached, wanted = (figure.format(number(target[key])) for key in ("reached", "at_least"))
+            to.print(f"{row['version']}: {reached}, target {wanted}: {'met' if target['met'] else 'missed'}")
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def number(value: float) -> str:
+    """Three digits; more where they stand before the point, and none of what is beyond reckoning."""
+    return ">99999" if value > 99999 else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
