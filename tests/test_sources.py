@@ -261,3 +261,9 @@ def test_synthetic_splits_and_repeats() -> None:
 def test_mistakes_in_source_and_options(spec: str, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_source(spec, **options)
+
+
+def test_slides_are_those_of_the_images(shared_data: Path) -> None:
+    source = open_source(f"brcam2c:{shared_data / 'brcam2c'}")
+    slides = list(source.slides())
+    assert len(slides) == 120 and slides == [(item.slide, item.split) for item in source]

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from muse_fast.batch import PackedNuclei, Views
 from muse_fast.config import ViewsConfig
-from muse_fast.data.augment import apply_colour, draw_colour, normalise
+from muse_fast.data.augment import apply_colour, normalise
+from muse_fast.data.plan import Plan, draw_plan
 from muse_fast.data.roiset import RoiSet
-from muse_fast.data.views import ViewBox, check_room, draw_boxes
+from muse_fast.data.views import check_room
 from muse_fast.errors import UserError
 
 _STALLED_AFTER = 300.0  # seconds without a batch before a worker is called stalled
@@ -87,37 +88,26 @@ class ViewDataset(Dataset["Views | UserError"]):
 
     def views(self, epoch: int, roi_id: int) -> Views:
         """The views of one ROI, a batch of one."""
-        roi = self.roiset[roi_id]
-        rng = np.random.default_rng([self.seed, epoch, roi_id])
-        globals_, locals_ = draw_boxes(rng, roi.width, roi.height, roi.mpp, self.config)
-        boxes = globals_ + locals_
-        roles = ["first", "second", *["local"] * len(locals_)]
-        colours = [draw_colour(rng, role, self.config) for role in roles]
-
-        image = torch.from_numpy(roi.decode()).permute(2, 0, 1)
-        pixels = [apply_colour(box.render(image), colour) for box, colour in zip(boxes, colours, strict=True)]
-        nuclei = _pack(boxes, roi.xy)
-        num_globals, local_size = len(globals_), self.config.local_size
-        return Views(
-            global_images=normalise(torch.stack(pixels[:num_globals])),
-            local_images=normalise(torch.stack(pixels[num_globals:]))
-            if locals_
-            else torch.empty(0, 3, local_size, local_size),
-            nuclei=nuclei,
-            num_global_nuclei=int(nuclei.offsets[num_globals]),
-            mpp=torch.tensor([box.mpp(roi.mpp) for box in boxes]),
-            roi_ids=torch.tensor([roi_id]),
-            epochs=torch.tensor([epoch]),
-        )
+        return render(draw_plan(self.roiset[roi_id], epoch, self.seed, self.config), self.config)
 
 
-def _pack(boxes: list[ViewBox], xy: NDArray[np.float32]) -> PackedNuclei:
-    seen = [box.nuclei(xy) for box in boxes]
-    offsets = np.cumsum([0, *(len(index) for _, index in seen)], dtype=np.int32)
-    return PackedNuclei(
-        xy=torch.from_numpy(np.concatenate([points for points, _ in seen])),
-        index=torch.from_numpy(np.concatenate([index for _, index in seen])),
-        offsets=torch.from_numpy(offsets),
+def render(plan: Plan, config: ViewsConfig) -> Views:
+    """Decode a ROI and make its views on the CPU: the reference for every other backend."""
+    image = torch.from_numpy(plan.roi.decode()).permute(2, 0, 1)
+    drawn = zip(plan.boxes, plan.colours, strict=True)
+    pixels = [apply_colour(box.render(image), colour) for box, colour in drawn]
+    globals_, locals_ = pixels[: plan.num_globals], pixels[plan.num_globals :]
+    nuclei = plan.nuclei()
+    return Views(
+        global_images=normalise(torch.stack(globals_)),
+        local_images=normalise(torch.stack(locals_))
+        if locals_
+        else torch.empty(0, 3, config.local_size, config.local_size),
+        nuclei=nuclei,
+        num_global_nuclei=int(nuclei.offsets[plan.num_globals]),
+        mpp=torch.tensor([box.mpp(plan.roi.mpp) for box in plan.boxes]),
+        roi_ids=torch.tensor([plan.roi.id]),
+        epochs=torch.tensor([plan.epoch]),
     )
 
 

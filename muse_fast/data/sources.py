@@ -49,6 +49,10 @@ class Source(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[SourceImage]: ...
 
+    def slides(self) -> Iterator[tuple[str, str]]:
+        """Slide and split of every image; sources that need not read images for it do not."""
+        yield from ((item.slide, item.split) for item in self)
+
 
 class BrcaM2C(Source):
     """BRCA-M2C: breast patches of TCGA at 0.5 um per pixel with three classes of nuclei.
@@ -78,11 +82,18 @@ class BrcaM2C(Source):
     def __len__(self) -> int:
         return len(self._split_of)
 
+    def slides(self) -> Iterator[tuple[str, str]]:
+        yield from ((self._parts(name)["slide"], split) for name, split in self._split_of.items())
+
+    def _parts(self, name: str) -> re.Match[str]:
+        parts = self._NAME.fullmatch(name)
+        if parts is None:
+            raise UserError(f"{self._folder / name}: expected a name like {{slide}}_x_y_w_h_{{4 * mpp}}.png")
+        return parts
+
     def __iter__(self) -> Iterator[SourceImage]:
         for name, split in self._split_of.items():
-            parts = self._NAME.fullmatch(name)
-            if parts is None:
-                raise UserError(f"{self._folder / name}: expected a name like {{slide}}_x_y_w_h_{{4 * mpp}}.png")
+            parts = self._parts(name)
             image = read_image(self._folder / "images" / name)
             xy, label = self._read_labels(Path(name).stem, image.shape)
             origin = int(parts["x"]), int(parts["y"])
