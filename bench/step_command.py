@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, metavar="ROIS", help=" or ".join(f"{n} on {d}" for d, n in BATCH.items()))
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on a CPU, bf16 on CUDA")
     parser.add_argument(
-        "--attention", choices=ATTENTION, nargs="+", default=["sdpa"], help="of the engine; a version for each"
+        "--attention", choices=ATTENTION, action="append", help="of the engine; may be given again, for a version each"
     )
     parser.add_argument("--compile", action="store_true", help="the engine with torch.compile too")
     parser.add_argument("--seconds", type=float, default=20, help="to time each version for; three repeats at least")
@@ -99,9 +99,10 @@ def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float 
 
 def versions(options: argparse.Namespace) -> list[step.Version]:
     fast = []
-    for attention, compiled in product(options.attention, (False, True) if options.compile else (False,)):
+    backends = options.attention or ["sdpa"]
+    for attention, compiled in product(backends, (False, True) if options.compile else (False,)):
         settings = (f"model.attention={attention}", f"train.compile={compiled}")
-        name = " ".join(["fast", *[attention] * (len(options.attention) > 1), *["compiled"] * compiled])
+        name = " ".join(["fast", *[attention] * (len(backends) > 1), *["compiled"] * compiled])
         fast.append(step.Version(name, "fast", settings))
     return [step.Version("literal", "literal"), step.Version("fair", "fair"), *fast]
 

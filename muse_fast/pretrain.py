@@ -7,7 +7,8 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,14 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
         elif config.model.init:
             trainer.start_from(_checkpoint_of(Path(config.model.init)))
         dataset = ViewDataset(roiset, config.views, config.seed)
-        batches = _batches(trainer, dataset, roi_ids)
+        sampler = _sampler(trainer, roi_ids)
         if distributed.is_main():
             out.mkdir(parents=True, exist_ok=True)
             (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
             checkpoint.remove_temporary(out)
             _announce(config, out, roiset, len(roi_ids), trainer, start)
         distributed.wait_for_all()  # nobody looks for checkpoints any more
-        return _run(trainer, out, dataset, roi_ids, batches)
+        return _run(trainer, out, dataset, roi_ids, sampler)
 
 
 def _run(
@@ -110,19 +111,25 @@ def _run(
     out: Path,
     dataset: ViewDataset,
     roi_ids: np.ndarray[Any, np.dtype[np.int64]],
-    batches: Iterator[tuple[Views, ...]],
+    sampler: StepSampler,
 ) -> int:
     config = trainer.config
     start_step, steps, train = trainer.step, config.optim.steps, config.train
     probe = _probe(dataset, roi_ids, train.eval_rois, config.optim.batch_size)
     began = time.time()
     stop, watch = StopSignal(), Stopwatch()
-    with stop, RunReport(out, start_step, steps) as report, collected_between_steps() as collect:
+    views = load_views(dataset, sampler, workers=config.data.workers, pin_memory=trainer.device.type == "cuda")
+    with (
+        closing(views),
+        stop,
+        RunReport(out, start_step, steps) as report,
+        collected_between_steps() as collect,
+    ):
         if report.is_new:
             _draw_contact_sheet(out / "pictures" / CONTACT_SHEET, probe[0])
         if distributed.any_rank(report.is_new, trainer.device):
             report.evaluation(start_step, _evaluate(trainer, probe))
-        for micro_batches in watch.timed(batches):
+        for micro_batches in watch.timed(zip(*[views] * config.optim.accumulate, strict=True)):
             step = trainer.step + 1
             log_it = step % train.log_every == 0 or step == steps
             save_it = step % train.checkpoint_every == 0 or step == steps
@@ -156,27 +163,22 @@ def _run(
     return 0
 
 
-def _batches(
-    trainer: Trainer, dataset: ViewDataset, roi_ids: np.ndarray[Any, np.dtype[np.int64]]
-) -> Iterator[tuple[Views, ...]]:
-    """This rank's micro-batches of every step that is left.
+def _sampler(trainer: Trainer, roi_ids: np.ndarray[Any, np.dtype[np.int64]]) -> StepSampler:
+    """What this rank's micro-batches of every step that is left consist of.
 
     Raises:
-        UserError: at once, where the batch does not divide among ranks and micro-batches.
+        UserError: the batch does not divide among ranks and micro-batches.
     """
-    config = trainer.config
-    sampler = StepSampler(
+    return StepSampler(
         roi_ids,
-        seed=config.seed,
-        batch_size=config.optim.batch_size,
+        seed=trainer.config.seed,
+        batch_size=trainer.config.optim.batch_size,
         start_step=trainer.step,
-        stop_step=config.optim.steps,
-        accumulate=config.optim.accumulate,
+        stop_step=trainer.config.optim.steps,
+        accumulate=trainer.config.optim.accumulate,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    views = load_views(dataset, sampler, workers=config.data.workers, pin_memory=trainer.device.type == "cuda")
-    return zip(*[views] * config.optim.accumulate, strict=True)
 
 
 def _throughput(trainer: Trainer, watch: Stopwatch, micro_batches: Sequence[Views]) -> dict[str, float]:

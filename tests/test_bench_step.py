@@ -108,8 +108,10 @@ def test_all_versions_train_alike(precision: str) -> None:
 def test_all_versions_of_a_resnet_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step: at sizes this small a ResNet blows rounding errors up in the next."""
     monkeypatch.setattr(step, "GATE_STEPS", 1)
-    rows = checked(*versions, settings=[*TINY, "model.arch=resnet50"])
-    assert all(row["relative_error"] < 1e-5 for row in rows.values()), rows
+    # Locals of 32 px would leave BatchNorm two values of each, whose difference may be nothing but rounding.
+    settings = ["model.arch=resnet50", "views.local_size=64", "optim.batch_size=4"]
+    rows = checked(*versions, settings=[*TINY, *settings])
+    assert not any("wrong" in row for row in rows.values()), rows
 
 
 @pytest.mark.parametrize("baseline", [step_literal.LiteralTrainer, step_fair.FairTrainer])
@@ -278,7 +280,7 @@ def test_a_wrong_engine_ends_with_code_1(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_attention_and_compile_make_versions_of_the_engine() -> None:
-    options = command.parse(["step", "--device", "cpu", "--attention", "sdpa", "varlen", "--compile"])
+    options = command.parse(["step", "--device", "cpu", "--attention", "sdpa", "--attention", "varlen", "--compile"])
     assert step_command.versions(options)[2:] == [
         Version("fast sdpa", "fast", ("model.attention=sdpa", "train.compile=False")),
         Version("fast sdpa compiled", "fast", ("model.attention=sdpa", "train.compile=True")),
@@ -295,11 +297,11 @@ def test_an_engine_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) 
 
 def test_large_images(tmp_path: Path) -> None:
     out = tmp_path / "lfov.json"
-    assert command.main(["step", "--device", "cpu", "--lfov", "64", "--batch", "2", "--json", str(out)]) == 0
+    assert command.main(["step", "--device", "cpu", "--lfov", "128", "--batch", "4", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]
     assert [row["version"] for row in rows] == ["recompute none", "recompute selective", "recompute full"]
     for row in rows:
-        assert row["img_per_s"] == pytest.approx(2e3 / row["median_ms"])
+        assert row["img_per_s"] == pytest.approx(4e3 / row["median_ms"])
         assert row["peak_bytes"] > row["held_bytes"] > 4 * 7_000_000  # float32 weights of a ViT-Ti
     assert rows[0]["step_bytes"] > rows[2]["step_bytes"]
 

@@ -26,7 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from muse_fast import cli, pretrain
 from muse_fast.config import load_config
-from muse_fast.data.loader import StepSampler, ViewDataset
+from muse_fast.data.loader import StepSampler, ViewDataset, load_views
 from muse_fast.data.roiset import RoiSet, RoiSetWriter
 from muse_fast.data.synthetic import synthetic_image
 from muse_fast.distributed import rank
@@ -247,7 +247,9 @@ def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
     config = load_config(path, overrides)
     roiset = RoiSet(Path(config.data.roiset))
     trainer = Trainer(config, torch.device("cpu"))
-    return trainer, pretrain._batches(trainer, ViewDataset(roiset, config.views, config.seed), roiset.select(""))
+    sampler = pretrain._sampler(trainer, roiset.select(""))
+    views = load_views(ViewDataset(roiset, config.views, config.seed), sampler, workers=0)
+    return trainer, zip(*[views] * config.optim.accumulate, strict=True)
 
 
 # Checkpoints.
@@ -364,7 +366,7 @@ def test_micro_batches(runs: Runs, tmp_path: Path, engine: str) -> None:
         ended = runs.end(out, each, *short, change=change)
         assert all(e.code == 0 for e in ended), ended
     assert_same_losses(two, one, 1e-12)
-    assert_same_weights(two, one, 1e-12)
+    assert_same_weights(two, one, 1e-11)  # a bias is little more than its few steps, which Adam divides by a gradient
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,5 +1,6 @@
 """The loader: every random choice from (seed, epoch, ROI id), every batch from the step."""
 
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 
@@ -169,3 +170,13 @@ def test_damaged_jpeg_stops_the_run_with_path_and_roi(tmp_path: Path, workers: i
 def test_rois_too_small_for_the_views_are_refused_by_id(roiset: RoiSet) -> None:
     with pytest.raises(UserError, match=r"ROI 0: a 200 x 200 px ROI"):
         check_roiset(roiset, np.arange(5), ViewsConfig())
+
+
+def test_closing_ends_the_workers(roiset: RoiSet) -> None:
+    """Which do not listen to signals: a program that ends by an error would wait for them."""
+    views = load_views(ViewDataset(roiset, VIEWS, seed=7), sampler(np.arange(5)), workers=2)
+    next(views)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    views.close()
+    assert not any(worker.is_alive() for worker in workers)

@@ -271,8 +271,8 @@ def test_opcheck(device: str) -> None:
 
 
 @every_device
-def test_compiles_without_a_graph_break(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._dynamo.config.capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiles_without_a_graph_break(device: str) -> None:
     compiled = torch.compile(
         lambda index, offsets: ops.match_nuclei(index, offsets, 2, 2), fullgraph=True, dynamic=True, backend="aot_eager"
     )

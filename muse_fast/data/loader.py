@@ -7,8 +7,10 @@ samples ``k * batch_size`` onwards. So a run resumes at any step, at any world s
 
 from __future__ import annotations
 
+import ctypes
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +27,7 @@ from muse_fast.data.views import check_room
 from muse_fast.errors import UserError
 
 _STALLED_AFTER = 300.0  # seconds without a batch before a worker is called stalled
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
 
 Sample = tuple[int, int]  # (epoch, ROI id)
 
@@ -134,8 +137,10 @@ def collate(samples: list[Views]) -> Views:
 
 def load_views(
     dataset: ViewDataset, sampler: StepSampler, *, workers: int, pin_memory: bool = False
-) -> Iterator[Views]:
+) -> Generator[Views]:
     """Batches of views in the sampler's order, made by ``workers`` processes (0: in this one).
+
+    To close the generator ends them. Left open when an error ends the program, they would keep it from exiting.
 
     Raises:
         UserError: damaged data, named by path and ROI id, in the step that would have used it.
@@ -150,7 +155,7 @@ def load_views(
         # A generator of its own: otherwise each new iterator draws a seed from the global stream, and a resumed run
         # would drop other paths than an unbroken one.
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_live_as_the_run_does,
     )
     for batch in loader:
         if isinstance(batch, UserError):
@@ -158,10 +163,16 @@ def load_views(
         yield batch
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """torchrun and Ctrl-C signal workers too, which the step at hand still needs. They end with their process."""
+def _live_as_the_run_does(worker: int) -> None:
+    """torchrun and Ctrl-C signal workers too, which the step at hand still needs: they end when told by their process.
+
+    Or with it: torch would let them notice after 5 s. Until then they hold the connections of a rank that was killed,
+    and the other ranks wait for it.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check_roiset(roiset: RoiSet, roi_ids: NDArray[np.int64], config: ViewsConfig) -> None:
