@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stderr_to_stdout=True,
             **({} if options.local else _slurm_parameters(options, config)),
         )
+        if options.local:  # the tasks share this machine's cores, where Slurm binds each to its own
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
         job = executor.submit(PretrainJob(tuple(_pretrain_arguments(options))))
     except (RuntimeError, ValueError) as error:  # no srun here, sbatch says no, more than one node with --local
         raise UserError(str(error)) from None
