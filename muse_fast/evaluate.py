@@ -2,7 +2,8 @@
 
 Nucleus classification with the published protocol: features of labelled nuclei, classified by their nearest
 neighbours, by a linear probe, or by the network fine-tuned. Several weights are compared in one table, and
-``--baseline-random`` sets the same architecture untrained beside each.
+``--baseline-random`` sets the same architecture untrained beside each. ``evaluate points`` scores files of detected
+points, see `muse_fast.ndc.score_files`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from muse_fast.data.sources import open_source
 from muse_fast.device import pick_device
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.ndc import score_files
 from muse_fast.ndc.benchmark import TASKS, Options, Row, Subject, parse_options
 from muse_fast.ndc.classification import majority
 from muse_fast.ndc.features import Progress, extract_features
@@ -40,6 +42,7 @@ from muse_fast.ndc.tiles import VALID, Tile, tiles_by_split
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("muse", "exact")
 PROTOCOL_HELP = "muse: the published rules, nuclei on whole pixels; exact: the same with fractions of pixels kept"
+EPILOG = "`muse-fast evaluate points --help`: detection and classification scores of files of points"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: settings, weights or data do not allow the evaluation.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["points"]:
+        return score_files.main(argv[1:], _progress)
     args = _parse(argv)
     _evaluate(args, parse_options(TASKS[args.task].options, args.options))
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("muse-fast evaluate", description="Nucleus classification benchmark.")
+    parser = argparse.ArgumentParser(
+        "muse-fast evaluate", description="Nucleus classification benchmark.", epilog=EPILOG
+    )
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--weights", nargs="+", required=True, help="run, checkpoint, export, .pth or random:ARCH")
     parser.add_argument("--data", required=True, help="labelled source with train, val and test, e.g. brcam2c:DIR")

@@ -52,11 +52,12 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def read_points(
-    path: Path, width: int, height: int, num_labels: int
+    path: Path, width: float, height: float, num_labels: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int16] | None, NDArray[np.float32] | None]:
     """Points of one image from a CSV with the header ``x,y[,label][,score]``; a byte-order mark and blank lines pass.
 
     Args:
+        width, height: of the image, pixels; infinite where they are not known.
         num_labels: labels are 0 to ``num_labels - 1``, or -1 for unknown; 0: any whole number from -1.
 
     Returns:

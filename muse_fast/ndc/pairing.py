@@ -1,0 +1,178 @@
+"""One-to-one pairs of predicted and true points, by the rules that published evaluations follow.
+
+The rules differ in who chooses first and what counts as best, so they find different numbers of pairs for the same
+points. All but `by_total_distance` look only at the candidates, which are the pairs within the radius.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.spatial import KDTree
+from scipy.spatial.distance import cdist
+
+from muse_fast.errors import UserError
+
+MAX_DISTANCES = (
+    100_000_000  # entries of the matrix in `by_total_distance`: 10,000 x 10,000 take 800 MB and half a minute
+)
+
+
+class TooManyPointsError(UserError):
+    """An image has more points than a rule can take."""
+
+
+Pairs = NDArray[np.int64]
+"""``[k, 2]``: row of the predictions, row of the truth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """The nuclei of one image, predicted or true."""
+
+    xy: NDArray[Any]  # [n, 2] float, pixels
+    label: NDArray[Any]  # [n] int, the class, from 0
+    score: NDArray[Any] | None = None  # [n] float, confidence; None: all alike, so that their order decides
+
+    def confidence(self) -> NDArray[Any]:
+        return np.zeros(len(self.xy)) if self.score is None else self.score
+
+    def unlabelled(self) -> Points:
+        """The same points, all of one class."""
+        return Points(self.xy, np.zeros(len(self.xy), np.int64), self.score)
+
+
+class Candidates(NamedTuple):
+    """Pairs of a predicted and a true point within the radius, in no particular order."""
+
+    prediction: NDArray[np.int64]  # [E] rows of the predictions
+    truth: NDArray[np.int64]  # [E] rows of the truth
+    distance: NDArray[np.float64]  # [E] pixels
+
+    def take(self, which: NDArray[Any]) -> Candidates:
+        return Candidates(self.prediction[which], self.truth[which], self.distance[which])
+
+
+Rule = Callable[[Candidates, Points, Points], Pairs]
+"""Candidates of one class, or of classes that cannot meet; all predictions; all true points."""
+
+
+def find_candidates(predictions: Points, truths: Points, radius: float, strict: bool) -> Candidates:
+    """The pairs at a distance of at most ``radius`` pixels, or below it where ``strict``; distances in float64."""
+    predicted, true = (np.asarray(points.xy, np.float64) for points in (predictions, truths))
+    if not len(predicted) or not len(true):
+        return Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    # The trees compare squares, which rounds differently on the border: they look a little further than need be.
+    found = KDTree(predicted).sparse_distance_matrix(KDTree(true), radius * (1 + 1e-9), output_type="ndarray")
+    prediction, truth = found["i"].astype(np.int64), found["j"].astype(np.int64)
+    distance = np.sqrt(((predicted[prediction] - true[truth]) ** 2).sum(axis=1))
+    near = Candidates(prediction, truth, distance)
+    return near.take(distance < radius if strict else distance <= radius)
+
+
+def by_confidence(near: Candidates, predictions: Points, truths: Points) -> Pairs:
+    """Predictions choose, the most confident first: each the nearest true point that is still free.
+
+    Ties: of equal confidence, the earlier prediction; of equal distance, the earlier true point.
+    """
+    first = -predictions.confidence()[near.prediction]
+    order = np.lexsort((near.truth, near.distance, near.prediction, first))
+    return _first_come(near.take(order))
+
+
+def by_raster(near: Candidates, predictions: Points, truths: Points, nearest: int = 50) -> Pairs:
+    """True points choose, row by row of the image: each the nearest prediction that is still free.
+
+    A true point looks at its ``nearest`` candidates alone, free or not. Ties: of equal place, the earlier true point;
+    of equal distance, the prediction that is first row by row.
+    """
+    truth = _raster_rank(truths.xy)[near.truth]
+    order = np.lexsort((_raster_rank(predictions.xy)[near.prediction], near.distance, truth))
+    near, truth = near.take(order), truth[order]
+    position = np.arange(len(truth)) - np.searchsorted(truth, truth)  # among the candidates of one true point
+    return _first_come(near.take(position < nearest))
+
+
+def by_truth(near: Candidates, predictions: Points, truths: Points) -> Pairs:
+    """True points choose, in their order: each the most confident prediction that is still free.
+
+    Ties: of equal confidence, the nearer prediction; of equal distance too, the earlier one. Where predictions of one
+    class lie at the same place, the earliest of them is used up whichever was chosen, as in PUMA's code.
+    """
+    order = np.lexsort((near.prediction, near.distance, -predictions.confidence()[near.prediction], near.truth))
+    places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for row, place in reversed(
+        list(enumerate(zip(*predictions.xy.T.tolist(), predictions.label.tolist(), strict=True)))
+    ):
+        places[place].append(row)
+    waiting = {row: rows for rows in places.values() for row in rows}  # the earliest stands last
+    pairs, taken = [], set()
+    for prediction, truth in zip(near.prediction[order].tolist(), near.truth[order].tolist(), strict=True):
+        rows = waiting[prediction]
+        if truth not in taken and rows and rows[-1] <= prediction:
+            pairs.append((rows.pop(), truth))
+            taken.add(truth)
+    return _as_pairs(pairs)
+
+
+def as_many_as_possible(near: Candidates, predictions: Points, truths: Points) -> Pairs:
+    """A maximum matching of the graph of candidates (Hopcroft and Karp, 1973): no rule finds more pairs.
+
+    Which pairs are taken is not unique, how many is.
+    """
+    edges = np.ones(len(near.truth), bool), (near.prediction, near.truth)
+    graph = csr_array(edges, shape=(len(predictions.xy), len(truths.xy)))
+    truth = maximum_bipartite_matching(graph, perm_type="column")  # per prediction, -1 for none
+    matched = np.flatnonzero(truth >= 0)
+    return np.stack([matched, truth[matched]], axis=1).astype(np.int64)
+
+
+def by_total_distance(predictions: Points, truths: Points, radius: float) -> Pairs:
+    """As many pairs as there are points, at the least total distance; those beyond ``radius`` are dropped afterwards.
+
+    Points without a partner nearby take part too, and can draw others away from theirs: near pairs are lost that every
+    other rule finds. So the solution depends on the whole matrix of distances, and candidates within any radius do not
+    give it. Ties: as `scipy.optimize.linear_sum_assignment` breaks them with one row per true point.
+
+    Raises:
+        TooManyPointsError: the matrix would have more than ``MAX_DISTANCES`` entries.
+    """
+    if len(predictions.xy) * len(truths.xy) > MAX_DISTANCES:
+        raise TooManyPointsError(
+            f"{len(predictions.xy)} predicted and {len(truths.xy)} true points in one image: the hovernet protocol "
+            f"assigns on all their distances, of which there may be {MAX_DISTANCES:,}; cut the image, or leave it out"
+        )
+    distance = cdist(np.asarray(truths.xy, np.float64), np.asarray(predictions.xy, np.float64))
+    truth, prediction = linear_sum_assignment(distance)
+    near = distance[truth, prediction] <= radius
+    return np.stack([prediction[near], truth[near]], axis=1)
+
+
+def _first_come(near: Candidates) -> Pairs:
+    """Take candidates in their order, those of which neither point is taken yet."""
+    predictions, truths, pairs = set(), set(), []
+    for prediction, truth in zip(near.prediction.tolist(), near.truth.tolist(), strict=True):
+        if prediction not in predictions and truth not in truths:
+            predictions.add(prediction)
+            truths.add(truth)
+            pairs.append((prediction, truth))
+    return _as_pairs(pairs)
+
+
+def _as_pairs(pairs: list[tuple[int, int]]) -> Pairs:
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _raster_rank(xy: NDArray[Any]) -> NDArray[np.int64]:
+    """Position of every point when they are read row by row."""
+    rank = np.empty(len(xy), np.int64)
+    rank[np.lexsort((xy[:, 0], xy[:, 1]))] = np.arange(len(xy))
+    return rank
