@@ -106,6 +106,9 @@ def test_of_predictions_at_one_place_puma_uses_up_the_first() -> None:
     assert hits(predictions, truths)["puma"] == 3
     apart = points((1, 0), (1.001, 0), (3, 0), scores=(0.1, 0.9, 0.5))
     assert hits(apart, truths)["puma"] == 2
+    # Of two classes, they are twins in detection alone.
+    mixed = points((1, 0, 0), (1, 0, 1), (3, 0, 0), scores=(0.1, 0.9, 0.5))
+    assert evaluate([mixed], [truths], 1.0, 2, "puma", radius_um=3.0).detection.tp == 3
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
