@@ -12,7 +12,8 @@ COMMANDS = {
     "prepare": "slides or labelled images to a ROI set",
     "pretrain": "self-supervised pretraining",
     "slurm": "submit pretraining to Slurm, until it is done",
-    "evaluate": "nucleus classification by KNN, linear probe or fine-tuning",
+    "evaluate": "nucleus classification by KNN, linear probe or fine-tuning; scores of detected points",
+    "export": "a trained network for use elsewhere: safetensors, timm or the published layout",
     "doctor": "what is installed and which backend each op would use",
 }
 

@@ -135,7 +135,7 @@ def test_a_512_file_keeps_its_table(tmp_path):
 def test_heads_are_left_out_and_named(tmp_path, caplog):
     write_official(tmp_path / "a.pth", build_backbone("vit_tiny"))
     with caplog.at_level(logging.INFO, logger="muse_fast"):
-        tensors = read_official(tmp_path / "a.pth")
+        tensors = read_official(tmp_path / "a.pth").tensors
     assert not any("head" in name for name in tensors)
     assert "module.nu_head.mlp.0.weight" in caplog.text
     assert "2 tensors" in caplog.text
@@ -145,7 +145,7 @@ def test_old_file_format_loads_too(tmp_path):
     model = build_backbone("vit_tiny")
     teacher = {f"module.backbone.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"teacher": teacher}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert len(read_official(tmp_path / "old.pth")) == 232
+    assert len(read_official(tmp_path / "old.pth").tensors) == 232
 
 
 class Malicious:

@@ -12,6 +12,7 @@ import math
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,26 +21,35 @@ from torch import Tensor
 from muse_fast.errors import UserError
 
 PREFIX = "module.backbone."
+EXACT = "exact_pos_embed"  # in our exports, beside "teacher"
 GIT_LFS_POINTER = b"version https://git-lfs"
 log = logging.getLogger(__name__)
 
 
-def read_official(path: Path) -> dict[str, Tensor]:
-    """The teacher's backbone tensors of an official ``.pth``, on the CPU, under our names.
+class Official(NamedTuple):
+    """What a ``.pth`` in the published layout holds."""
+
+    tensors: dict[str, Tensor]  # of the teacher's backbone, under our names, on the CPU
+    compat: str  # how its position embedding is meant: "exact" in our exports, "muse_official" in the authors' files
+
+
+def read_official(path: Path) -> Official:
+    """Read a ``.pth`` of the authors, or one in their layout.
 
     Tensors of other modules (the pretraining heads) are left out, and the log says which.
 
     Raises:
         UserError: the file is a git-LFS pointer, is damaged, asks to run code, or has no such tensors.
     """
-    teacher = _read_teacher(path)
+    content = _read(path)
+    teacher = content["teacher"]
     tensors = {name.removeprefix(PREFIX): value for name, value in teacher.items() if name.startswith(PREFIX)}
     if not tensors:
         raise UserError(f"{path}: no tensor under 'teacher' starts with {PREFIX!r}; it has {sorted(teacher)[:3]}, ...")
     ignored = sorted(name for name in teacher if not name.startswith(PREFIX))
     if ignored:
         log.info("%s: left out %d tensors outside the backbone: %s", path, len(ignored), ", ".join(ignored))
-    return tensors
+    return Official(tensors, "exact" if EXACT in content else "muse_official")
 
 
 def official_pos_embed(pos_embed: Tensor) -> Tensor:
@@ -57,7 +67,8 @@ def official_pos_embed(pos_embed: Tensor) -> Tensor:
     return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _read_teacher(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[str, Any]:
+    """A dict with a state dict under ``teacher``."""
     with path.open("rb") as file:
         start = file.read(len(GIT_LFS_POINTER))
     if start == GIT_LFS_POINTER:
@@ -78,7 +89,7 @@ def _read_teacher(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: expected a dict with a state dict under 'teacher', as the MUSE files have; got {found}"
         )
-    return teacher
+    return content
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from muse_fast.models.official import official_pos_embed, read_official
 from muse_fast.models.vit import PATCH
 
 COMPATS = ("exact", "muse_official")
-POS_EMBED = "encoder.encoder.pos_embed"
+ENCODER = "encoder.encoder."  # what follows are timm's names
+POS_EMBED = f"{ENCODER}pos_embed"
+TIMM_CONFIG, TIMM_WEIGHTS, TIMM_DECODER = "config.json", "model.safetensors", "decoder.safetensors"  # an export's files
 log = logging.getLogger(__name__)
 
 
@@ -26,11 +29,11 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
 
     Args:
         arch: ``vit_tiny``, ``vit_small``, ``vit_base`` or ``resnet50``; None reads it off the weights.
-        weights: a run folder (its newest checkpoint), one checkpoint folder, a ``.safetensors`` file, an official
-            ``.pth`` file, or ``"random:vit_small"``; None or ``"random"`` draws random weights for ``arch`` from
-            torch's global generator.
+        weights: a run folder (its newest checkpoint), one checkpoint folder, any export (``.safetensors``, ``.pth``
+            or timm folder), an official ``.pth`` file, or ``"random:vit_small"``; None or ``"random"`` draws random
+            weights for ``arch`` from torch's global generator.
         compat: ``"exact"`` uses the stored position embedding; ``"muse_official"`` resamples it at load as the
-            authors' code does. Default: the latter for a ``.pth``, the former for all else.
+            authors' code does. Default: the latter for a ``.pth`` that is none of our exports, the former for all else.
 
     Raises:
         UserError: unknown arch or compat, no such path, a file of another kind or damaged, weights of another arch,
@@ -44,8 +47,9 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
         return build_backbone(_random_arch(arch, str(weights or "random"))).eval()
 
     path = Path(weights)
-    tensors, recorded_arch = _read(path)
-    found_arch = recorded_arch or infer_arch(tensors)
+    found = _read(path)
+    tensors = found.tensors
+    found_arch = found.arch or infer_arch(tensors)
     if found_arch is None:
         raise UserError(f"{path}: not the weights of a MUSE backbone; its tensors are {_some(sorted(tensors))}")
     if arch not in (None, found_arch):
@@ -54,7 +58,7 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
         )
 
     if compat is None:
-        compat = "muse_official" if path.suffix == ".pth" else "exact"
+        compat = found.compat
     if compat == "muse_official" and POS_EMBED in tensors:
         tensors = {**tensors, POS_EMBED: official_pos_embed(tensors[POS_EMBED])}
     with torch.device("meta"):  # no memory and no random draws for values that the file replaces
@@ -103,22 +107,41 @@ def _random_arch(arch: str | None, weights: str) -> str:
     return named
 
 
-def _read(path: Path) -> tuple[Mapping[str, Tensor], str | None]:
-    """Backbone tensors under our names, and the arch where the source records one."""
+class _Found(NamedTuple):
+    """What stands at a path."""
+
+    tensors: Mapping[str, Tensor]  # of the backbone, under our names
+    arch: str | None = None  # where the source records one
+    compat: str = "exact"  # that the position embedding is made for
+
+
+def _read(path: Path) -> _Found:
     if not path.exists():
         raise UserError(f"weights {path} do not exist; give a run, a checkpoint, a .safetensors, a .pth or random:ARCH")
+    if is_timm_folder(path):
+        return _Found(_read_timm(path))
     if path.is_dir():
         return _read_checkpoint(path)
     if path.suffix == ".safetensors":
-        return _strip(_read_safetensors(path)), None
+        return _Found(_strip(_read_safetensors(path)))
     if path.suffix == ".pth":
-        return read_official(path), None
+        official = read_official(path)
+        return _Found(official.tensors, compat=official.compat)
     raise UserError(
         f"weights {path}: unknown kind {path.suffix!r}; expected a folder, a .safetensors or an official .pth"
     )
 
 
-def _read_checkpoint(folder: Path) -> tuple[Mapping[str, Tensor], str]:
+def _read_checkpoint(folder: Path) -> _Found:
+    from muse_fast.train import checkpoint
+
+    folder = find_checkpoint(folder)
+    arch = checkpoint.read_state(folder)["config"]["model"]["arch"]
+    return _Found(_strip(checkpoint.read_tensors(folder, "teacher")), arch)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest sound checkpoint of a run, or the checkpoint that ``folder`` is; UserError where it is neither."""
     from muse_fast.train import checkpoint
 
     if (folder / "checkpoints").is_dir():
@@ -127,10 +150,22 @@ def _read_checkpoint(folder: Path) -> tuple[Mapping[str, Tensor], str]:
             log.warning("%s", problem)
         if newest is None:
             raise UserError(f"{folder}: no sound checkpoint in this run. {_some(problems)}")
-        folder = newest
-    elif not (folder / checkpoint.MANIFEST).exists():
+        return newest
+    if not (folder / checkpoint.MANIFEST).exists():
         raise UserError(f"{folder}: neither a run (no checkpoints/) nor a checkpoint (no {checkpoint.MANIFEST})")
-    return _strip(checkpoint.read_tensors(folder, "teacher")), checkpoint.read_state(folder)["config"]["model"]["arch"]
+    return folder
+
+
+def is_timm_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder that timm loads a model from."""
+    return (path / TIMM_CONFIG).is_file() and (path / TIMM_WEIGHTS).is_file()
+
+
+def _read_timm(folder: Path) -> dict[str, Tensor]:
+    if not (folder / TIMM_DECODER).is_file():
+        raise UserError(f"{folder}: {TIMM_DECODER} is missing; a timm model alone has no decoder to read nuclei with")
+    encoder = {f"{ENCODER}{name}": tensor for name, tensor in _read_safetensors(folder / TIMM_WEIGHTS).items()}
+    return encoder | _read_safetensors(folder / TIMM_DECODER)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,228 @@
+"""``python -m muse_fast.export RUN_OR_CHECKPOINT OUT --format safetensors|timm|muse-official [--which student]``
+
+safetensors    a file: backbone, both heads and both centres, under the names that a checkpoint has
+timm           a folder: config.json and model.safetensors, the encoder as timm loads it, and decoder.safetensors
+muse-official  a .pth in the layout of the published files: {"teacher": {"module.backbone.NAME": tensor}}
+
+`load_backbone` takes each of them back with the same numbers. An export is read back before it gets its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from muse_fast import __version__, atomic
+from muse_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from muse_fast.errors import UserError
+from muse_fast.models.backbone import VIT_DIMS_AND_HEADS
+from muse_fast.models.official import EXACT, PREFIX
+from muse_fast.models.resnet import WIDTHS
+from muse_fast.models.vit import PATCH
+from muse_fast.models.weights import (
+    ENCODER,
+    POS_EMBED,
+    TIMM_CONFIG,
+    TIMM_DECODER,
+    TIMM_WEIGHTS,
+    find_checkpoint,
+    is_timm_folder,
+    load_backbone,
+)
+from muse_fast.train import checkpoint
+
+WHICH = ("teacher", "student")
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What is exported."""
+
+    arch: str
+    tensors: dict[str, Tensor]  # backbone.*, and of a checkpoint image_head.*, nucleus_head.*, center.{image,nucleus}
+    record: dict[str, str]  # where it comes from and what it was trained for
+
+    def told(self) -> str:
+        """The record in a line."""
+        return ", ".join(f"{key} {value}" for key, value in self.record.items() if key != "config")
+
+    def metadata(self) -> dict[str, str]:
+        return {"arch": self.arch, **self.record, "muse_fast": __version__, "torch": torch.__version__}
+
+    def backbone(self) -> dict[str, Tensor]:
+        """The backbone's tensors, under the names of its state dict."""
+        prefix = "backbone."
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("muse-fast export", description="Write a trained network for use elsewhere.")
+    parser.add_argument("source", help="run folder, checkpoint, or anything else that load_backbone takes")
+    parser.add_argument("out", type=Path, help="file, or folder for timm; must not exist")
+    parser.add_argument(
+        "--format", choices=FORMATS, required=True, help="one file; a folder for timm; a .pth as the authors publish"
+    )
+    parser.add_argument("--which", choices=WHICH, default="teacher", help="network of the checkpoint (teacher)")
+    args = parser.parse_args(argv)
+    export(args.source, args.out, args.format, which=args.which)
+    return 0
+
+
+def export(source: str, out: Path, kind: str, *, which: str = "teacher") -> None:
+    """Write the network of ``source`` to ``out`` in one of `FORMATS`, and print what was done.
+
+    Raises:
+        UserError: ``out`` exists or has another ending than its format, the source cannot be read or has no student, or
+            there is no room; nothing half-written remains.
+    """
+    form = FORMATS[kind]
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it or choose another place")
+    if form.suffix and out.suffix != form.suffix:
+        raise UserError(f"{out}: --format {kind} writes one file; give it a name that ends in {form.suffix}")
+    network = read_network(source, which)
+    print(f"export {source} ({network.arch}, {network.told()}) -> {out}, {kind}")
+    try:
+        with atomic.replacing(out) if form.suffix else _new_folder(out) as temporary:
+            form.write(network, temporary)
+            _check(network, temporary)
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, above all
+        raise UserError(f"{out} was not written: {error}") from error
+    size = sum(path.stat().st_size for path in ([out] if form.suffix else out.iterdir()))
+    print(f"{size / 1e6:.1f} MB, read back and equal. Use: {form.use.format(out)}")
+
+
+def read_network(source: str, which: str) -> Network:
+    """The network ``which`` of a run or checkpoint with its heads and centres; of other weights, the backbone alone."""
+    path = Path(source)
+    if path.is_dir() and not is_timm_folder(path):
+        folder = find_checkpoint(path)
+        state = checkpoint.read_state(folder)
+        views = state["config"]["views"]
+        centers = checkpoint.read_tensors(folder, "state")
+        return Network(
+            arch=state["config"]["model"]["arch"],
+            tensors=checkpoint.read_tensors(folder, which)
+            | {name.replace("/", "."): value for name, value in centers.items() if name.startswith("center/")},
+            record={
+                "network": which,
+                "step": str(state["step"]),
+                "image_size": str(views["global_size"]),
+                "mpp": f"{views['global_mpp_min']}-{views['global_mpp_max']}",
+                "config": json.dumps(state["config"]),
+            },
+        )
+    if which != "teacher":
+        raise UserError(f"{source}: --which {which} needs a run or a checkpoint; other weights hold one network")
+    backbone = load_backbone(None, source)
+    return Network(
+        arch=backbone.arch,
+        tensors={f"backbone.{name}": value for name, value in backbone.state_dict().items()},
+        record={"source": Path(source).name},
+    )
+
+
+def write_safetensors(network: Network, path: Path) -> None:
+    _save(network.tensors, path, network.metadata())
+
+
+def write_timm(network: Network, folder: Path) -> None:
+    backbone = network.backbone()
+    encoder = {name.removeprefix(ENCODER): t for name, t in backbone.items() if name.startswith(ENCODER)}
+    decoder = {name: t for name, t in backbone.items() if not name.startswith(ENCODER)}
+    _save(encoder, folder / TIMM_WEIGHTS, network.metadata())
+    _save(decoder, folder / TIMM_DECODER, network.metadata())
+    atomic.write_json(folder / TIMM_CONFIG, _timm_config(network.arch, backbone))
+
+
+def write_official(network: Network, path: Path) -> None:
+    # Cloned, as torch.save writes the whole storage of a tensor, which may be that of all others too.
+    teacher = {f"{PREFIX}{name}": tensor.clone() for name, tensor in network.backbone().items()}
+    torch.save({"teacher": teacher, EXACT: torch.tensor(True)}, path)
+
+
+class Format(NamedTuple):
+    suffix: str  # of a file; nothing for a folder
+    write: Callable[[Network, Path], None]
+    use: str
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", write_safetensors, 'muse_fast.load_backbone(None, "{}")'),
+    "timm": Format("", write_timm, 'timm.create_model("local-dir:{}", pretrained=True), or load_backbone'),
+    "muse-official": Format(
+        ".pth",
+        write_official,
+        'torch.load("{}", weights_only=True)["teacher"], or load_backbone. The authors\' code resamples the position '
+        "embedding of whatever it loads, load_backbone that of their files alone",
+    ),
+}
+
+
+def _timm_config(arch: str, backbone: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What timm makes the encoder from; its models end in a pooled image feature, as there are no classes."""
+    is_vit = POS_EMBED in backbone
+    side = PATCH * math.isqrt(backbone[POS_EMBED].shape[1] - 1) if is_vit else 224
+    return {
+        "architecture": f"{arch}_patch{PATCH}_224" if is_vit else arch,
+        "num_classes": 0,
+        "num_features": VIT_DIMS_AND_HEADS[arch][0] if is_vit else WIDTHS[-1],
+        "model_args": {"img_size": side} if is_vit else {},
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "fixed_input_size": is_vit,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj" if is_vit else "conv1",
+            "classifier": "head" if is_vit else "fc",
+        },
+    }
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors would keep the file to its owner
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **metadata})
+    path.chmod(mode)
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``out`` when the block ends without an error."""
+    folder = atomic.begin(out)
+    try:
+        yield folder
+        atomic.commit(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(network: Network, written: Path) -> None:
+    """Read back what was written; UserError unless it is the same."""
+    found = load_backbone(network.arch, written).state_dict()
+    wrong = [
+        name for name, tensor in network.backbone().items() if not torch.equal(found[name], tensor.to(found[name]))
+    ]
+    if wrong:
+        raise UserError(f"{written}: reading it back gave other numbers for {wrong[0]}; is the disk sound?")
+
+
+if __name__ == "__main__":
+    from muse_fast.cli import run
+
+    raise SystemExit(run(main))

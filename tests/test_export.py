@@ -1,0 +1,259 @@
+"""Every export loads back to the same numbers: through load_backbone, through timm, and as a plain dict of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from muse_fast import load_backbone
+from muse_fast.config import PretrainConfig, load_config
+from muse_fast.data.augment import normalise
+from muse_fast.data.sources import open_source
+from muse_fast.errors import UserError
+from muse_fast.export import FORMATS, export, main
+from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.official import official_pos_embed
+from muse_fast.models.weights import POS_EMBED
+from muse_fast.ssl.distill import Network
+from muse_fast.train import checkpoint
+
+NAMES = {"safetensors": "x.safetensors", "timm": "x", "muse-official": "x.pth"}
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder with one checkpoint."""
+
+    folder: Path
+    config: PretrainConfig
+    teacher: Network
+    state: dict[str, dict[str, Tensor]]
+
+
+def saved_run(folder: Path, arch: str, size: int = 224) -> Run:
+    """Student and teacher differ in every tensor, and no tensor has its start value."""
+    small = ["head.hidden_dim=8", "head.bottleneck_dim=4", "head.prototypes=16"]
+    config = load_config(None, [f"model.arch={arch}", f"views.global_size={size}", "views.global_mpp_max=0.6", *small])
+    with torch.device("meta"):
+        teacher = Network(config, 0.0)
+    teacher = teacher.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, value in teacher.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            value.fill_(12)
+        elif value.ndim == 1:
+            value.uniform_(0.5, 1.0, generator=generator)
+        else:
+            value.uniform_(-0.05, 0.05, generator=generator)
+    state = {
+        "teacher": teacher.state_dict(),
+        "student": {name: value + 1 for name, value in teacher.state_dict().items()} if arch == "vit_tiny" else {},
+        "state": {"center/image": torch.rand(16), "center/nucleus": torch.rand(16)},
+    }
+    checkpoint.save(folder, 7, state, {"step": 7, "config": dataclasses.asdict(config)}, keep_every=0)
+    return Run(folder, config, teacher, state)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return saved_run(tmp_path_factory.mktemp("run"), "vit_tiny")
+
+
+@pytest.fixture(scope="module")
+def tiles(shared_data: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Two real tiles of 224 px and the nuclei in them, as `nucleus_features` takes them."""
+    pixels, points = [], []
+    for image in open_source(f"brcam2c:{shared_data / 'brcam2c'}"):
+        pixels.append(image.image[:224, :224])
+        points.append(torch.from_numpy(image.xy[(image.xy < 224).all(axis=1)]))
+        if len(pixels) == 2:
+            break
+    counts = torch.tensor([len(one) for one in points])
+    assert counts.min() > 5
+    images = normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)).contiguous()
+    return images, torch.cat(points), torch.repeat_interleave(torch.arange(2), counts)
+
+
+@torch.inference_mode()
+def features(backbone: Backbone, tiles: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    return backbone.nucleus_features(*tiles)
+
+
+ARCHS = [
+    "vit_tiny",
+    *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("vit_small", "vit_base", "resnet50")),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_format_gives_the_same_nucleus_features(
+    arch: str, tiles: tuple[Tensor, Tensor, Tensor], tmp_path: Path
+) -> None:
+    trained = saved_run(tmp_path / "run", arch)
+    expected = features(trained.teacher.backbone, tiles)
+    assert expected.std(dim=0).min() > 0
+    for kind, name in NAMES.items():
+        export(str(trained.folder), tmp_path / name, kind)
+        loaded = load_backbone(None, tmp_path / name)
+        assert loaded.arch == arch
+        assert torch.equal(features(loaded, tiles), expected), kind
+    encoder = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).eval()
+    with torch.inference_mode():
+        ours, timms = trained.teacher.backbone.cls(tiles[0]), encoder(tiles[0])
+    torch.testing.assert_close(timms, ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
+    assert (timms - ours).norm() < 1e-5 * ours.norm()
+    shutil.rmtree(tmp_path)  # gigabytes that pytest would keep
+
+
+def test_timm_gets_every_tensor_and_the_position_embedding(run: Run, tmp_path: Path) -> None:
+    export(str(run.folder), tmp_path / "x", "timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True)
+    encoder = run.teacher.backbone.encoder.encoder.state_dict()
+    assert model.state_dict().keys() == encoder.keys()
+    assert all(torch.equal(value, encoder[name]) for name, value in model.state_dict().items())
+    assert model.pos_embed.shape == (1, 197, 192)
+    with_classes = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True, num_classes=3)
+    assert with_classes.head.out_features == 3
+    assert torch.equal(with_classes.blocks[5].mlp.fc1.weight, encoder["blocks.5.mlp.fc1.weight"])
+
+
+def test_a_run_at_another_size_keeps_its_position_embedding(tmp_path: Path) -> None:
+    small = saved_run(tmp_path / "run", "vit_tiny", size=96)
+    images = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        expected = small.teacher.backbone.cls(images)
+        for kind, name in NAMES.items():
+            export(str(small.folder), tmp_path / name, kind)
+            assert torch.equal(load_backbone("vit_tiny", tmp_path / name).cls(images), expected), kind
+        model = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).eval()
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_safetensors_hold_heads_centres_and_where_they_come_from(run: Run, tmp_path: Path, which: str) -> None:
+    out = tmp_path / "x.safetensors"
+    assert main([str(run.folder), str(out), "--format", "safetensors", "--which", which]) == 0
+    network = run.state[which]
+    with safe_open(out, "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    centers = {name: found.pop(name) for name in ("center.image", "center.nucleus")}
+    assert found.keys() == network.keys()
+    assert all(torch.equal(found[name], value) for name, value in network.items())
+    assert all(torch.equal(value, run.state["state"][name.replace(".", "/")]) for name, value in centers.items())
+    assert metadata["network"] == which
+    assert (metadata["arch"], metadata["step"], metadata["image_size"]) == ("vit_tiny", "7", "224")
+    assert metadata["mpp"] == "0.25-0.6"
+    assert json.loads(metadata["config"]) == json.loads(json.dumps(dataclasses.asdict(run.config)))
+    assert metadata["torch"] == torch.__version__ and metadata["muse_fast"]
+
+
+def test_the_published_layout(run: Run, tmp_path: Path) -> None:
+    """What the authors' code does with a file, and that nothing but tensors in dicts is in ours."""
+    export(str(run.folder), tmp_path / "x.pth", "muse-official")
+    content = torch.load(tmp_path / "x.pth", weights_only=True)
+    state = {
+        name.replace("module.backbone.", ""): value
+        for name, value in content["teacher"].items()
+        if name.startswith("module.backbone.")
+    }
+    assert len(state) == len(content["teacher"]) == 232
+    assert all(torch.equal(state[name], value) for name, value in run.teacher.backbone.state_dict().items())
+    assert all(isinstance(value, (Tensor, dict)) for value in content.values())
+    # The file holds the backbone alone, not the storage of the whole checkpoint.
+    size = sum(value.numel() * value.element_size() for value in state.values())
+    assert (tmp_path / "x.pth").stat().st_size < 1.01 * size
+    # As the authors' loader moves what it loads, that remains to be had.
+    moved = load_backbone(None, tmp_path / "x.pth", compat="muse_official").state_dict()[POS_EMBED]
+    assert torch.equal(moved, official_pos_embed(state[POS_EMBED]))
+
+
+def test_other_weights_than_checkpoints_are_converted(run: Run, tmp_path: Path) -> None:
+    """A published file becomes what load_backbone makes of it, its position embedding included."""
+    backbone = build_backbone("vit_tiny")
+    torch.save({"teacher": {f"module.backbone.{n}": t for n, t in backbone.state_dict().items()}}, tmp_path / "a.pth")
+    expected = load_backbone(None, tmp_path / "a.pth").state_dict()
+    assert not torch.equal(expected[POS_EMBED], backbone.state_dict()[POS_EMBED])
+    last = tmp_path / "a.pth"
+    for kind, name in NAMES.items():
+        export(str(last), tmp_path / name, kind)
+        found = load_backbone(None, tmp_path / name).state_dict()
+        assert all(torch.equal(found[tensor], value) for tensor, value in expected.items()), kind
+        last = tmp_path / name
+
+
+def test_mistakes_are_named_and_leave_nothing(run: Run, tmp_path: Path) -> None:
+    source = str(run.folder)
+    (tmp_path / "there.pth").write_text("mine")
+    export(source, tmp_path / "ours.pth", "muse-official")
+    before = sorted(tmp_path.iterdir())
+    for arguments, message in [
+        ((source, "there.pth", "muse-official"), r"there\.pth exists already"),
+        ((source, "x.pt", "muse-official"), r"x\.pt: --format muse-official writes one file; .* ends in \.pth"),
+        ((source, "x.pth", "safetensors"), r"x\.pth: .* ends in \.safetensors"),
+        ((str(tmp_path), "x", "timm"), "neither a run.*nor a checkpoint"),
+        ((str(tmp_path / "nowhere"), "x", "timm"), "nowhere do not exist"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            export(arguments[0], tmp_path / arguments[1], arguments[2])
+    with pytest.raises(UserError, match="--which student needs a run or a checkpoint"):
+        export(str(tmp_path / "ours.pth"), tmp_path / "x", "timm", which="student")
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "there.pth").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_failed_write_leaves_nothing(kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("muse_fast.export.save_file", full)
+        patch.setattr("torch.save", full)
+        with pytest.raises(UserError, match=r"x.* was not written: .*No space left"):
+            export(str(run.folder), tmp_path / NAMES[kind], kind)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_export_that_reads_back_otherwise_is_refused(
+    kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def altered(*args: object) -> Backbone:
+        backbone = load_backbone(*args)  # type: ignore[arg-type]
+        backbone.decoder.decoder1.first_block.layer[0].weight.data[0, 0, 0, 0] += 1e-6
+        return backbone
+
+    monkeypatch.setattr("muse_fast.export.load_backbone", altered)
+    with pytest.raises(UserError, match=r"reading it back gave other numbers for decoder\.decoder1\.first_block"):
+        export(str(run.folder), tmp_path / NAMES[kind], kind)
+    assert not list(tmp_path.iterdir())
+
+
+def test_others_may_read_an_export(run: Run, tmp_path: Path) -> None:
+    """As the umask says, where safetensors alone would keep it to its owner."""
+    mask = os.umask(0o022)
+    try:
+        for kind, name in NAMES.items():
+            export(str(run.folder), tmp_path / name, kind)
+    finally:
+        os.umask(mask)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+def test_a_timm_folder_without_our_decoder_is_named(run: Run, tmp_path: Path) -> None:
+    export(str(run.folder), tmp_path / "x", "timm")
+    (tmp_path / "x" / "decoder.safetensors").unlink()
+    with pytest.raises(UserError, match=r"x: decoder\.safetensors is missing; a timm model alone has no decoder"):
+        load_backbone(None, tmp_path / "x")
