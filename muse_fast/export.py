@@ -47,16 +47,16 @@ WHICH = ("teacher", "student")
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
-    """What is exported."""
+class Trained:
+    """A network to export."""
 
     arch: str
     tensors: dict[str, Tensor]  # backbone.*, and of a checkpoint image_head.*, nucleus_head.*, center.{image,nucleus}
-    record: dict[str, str]  # where it comes from and what it was trained for
+    record: dict[str, str]  # where it comes from, and what it was trained with
 
     def told(self) -> str:
         """The record in a line."""
-        return ", ".join(f"{key} {value}" for key, value in self.record.items() if key != "config")
+        return ", ".join(f"{key} {value}" for key, value in self.record.items() if key != "head")
 
     def metadata(self) -> dict[str, str]:
         return {"arch": self.arch, **self.record, "muse_fast": __version__, "torch": torch.__version__}
@@ -101,10 +101,10 @@ def export(source: str, out: Path, kind: str, *, which: str = "teacher") -> None
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, above all
         raise UserError(f"{out} was not written: {error}") from error
     size = sum(path.stat().st_size for path in ([out] if form.suffix else out.iterdir()))
-    print(f"{size / 1e6:.1f} MB, read back and equal. Use: {form.use.format(out)}")
+    print(f"{size / 1e6:.1f} MB, read back: equal. Use: {form.use.format(out)}")
 
 
-def read_network(source: str, which: str) -> Network:
+def read_network(source: str, which: str) -> Trained:
     """The network ``which`` of a run or checkpoint with its heads and centres; of other weights, the backbone alone."""
     path = Path(source)
     if path.is_dir() and not is_timm_folder(path):
@@ -112,7 +112,7 @@ def read_network(source: str, which: str) -> Network:
         state = checkpoint.read_state(folder)
         views = state["config"]["views"]
         centers = checkpoint.read_tensors(folder, "state")
-        return Network(
+        return Trained(
             arch=state["config"]["model"]["arch"],
             tensors=checkpoint.read_tensors(folder, which)
             | {name.replace("/", "."): value for name, value in centers.items() if name.startswith("center/")},
@@ -121,24 +121,24 @@ def read_network(source: str, which: str) -> Network:
                 "step": str(state["step"]),
                 "image_size": str(views["global_size"]),
                 "mpp": f"{views['global_mpp_min']}-{views['global_mpp_max']}",
-                "config": json.dumps(state["config"]),
+                "head": json.dumps(state["config"]["head"]),
             },
         )
     if which != "teacher":
         raise UserError(f"{source}: --which {which} needs a run or a checkpoint; other weights hold one network")
     backbone = load_backbone(None, source)
-    return Network(
+    return Trained(
         arch=backbone.arch,
         tensors={f"backbone.{name}": value for name, value in backbone.state_dict().items()},
         record={"source": Path(source).name},
     )
 
 
-def write_safetensors(network: Network, path: Path) -> None:
+def write_safetensors(network: Trained, path: Path) -> None:
     _save(network.tensors, path, network.metadata())
 
 
-def write_timm(network: Network, folder: Path) -> None:
+def write_timm(network: Trained, folder: Path) -> None:
     backbone = network.backbone()
     encoder = {name.removeprefix(ENCODER): t for name, t in backbone.items() if name.startswith(ENCODER)}
     decoder = {name: t for name, t in backbone.items() if not name.startswith(ENCODER)}
@@ -147,7 +147,7 @@ def write_timm(network: Network, folder: Path) -> None:
     atomic.write_json(folder / TIMM_CONFIG, _timm_config(network.arch, backbone))
 
 
-def write_official(network: Network, path: Path) -> None:
+def write_official(network: Trained, path: Path) -> None:
     # Cloned, as torch.save writes the whole storage of a tensor, which may be that of all others too.
     teacher = {f"{PREFIX}{name}": tensor.clone() for name, tensor in network.backbone().items()}
     torch.save({"teacher": teacher, EXACT: torch.tensor(True)}, path)
@@ -155,7 +155,7 @@ def write_official(network: Network, path: Path) -> None:
 
 class Format(NamedTuple):
     suffix: str  # of a file; nothing for a folder
-    write: Callable[[Network, Path], None]
+    write: Callable[[Trained, Path], None]
     use: str
 
 
@@ -212,7 +212,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check(network: Network, written: Path) -> None:
+def _check(network: Trained, written: Path) -> None:
     """Read back what was written; UserError unless it is the same."""
     found = load_backbone(network.arch, written).state_dict()
     wrong = [

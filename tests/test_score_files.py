@@ -85,15 +85,23 @@ def test_points_without_classes(tmp_path: Path, ignored: bool, capsys: pytest.Ca
     assert "mean" not in shown
 
 
+def test_files_without_points_need_no_label_column(tmp_path: Path) -> None:
+    """A detector that found nothing at all scores 0, not an error."""
+    out = tmp_path / "scores.json"
+    assert main([*folders(tmp_path, dict.fromkeys(TRUTH, "x,y\n")), "--json", str(out)]) == 0
+    scores = json.loads(out.read_text())["protocols"]["promptnucseg"]
+    assert [(one["tp"], one["fp"], one["fn"]) for one in scores["classes"]] == [(0, 0, 1), (0, 0, 2)]
+
+
 @pytest.mark.parametrize(
     ("found", "truth", "more", "message"),
     [
         ({"a.csv": FOUND["a.csv"]}, TRUTH, [], "found lacks b.csv, c.csv, which .*truth has"),
         (FOUND, {"a.csv": TRUTH["a.csv"]}, [], "truth lacks b.csv, c.csv, which .*found has"),
         ({}, {}, [], "truth holds no .csv"),
-        ({**FOUND, "b.csv": "x,y\n5,5\n"}, TRUTH, [], "found/b.csv: some points have no label"),
-        ({**FOUND, "b.csv": "x,y,label\n5,5,-1\n"}, TRUTH, [], "found/b.csv: some points have no label"),
-        (dict.fromkeys(TRUTH, "x,y\n1,1\n"), TRUTH, [], "truth has labels and .*found has none.*--ignore-labels"),
+        ({**FOUND, "b.csv": "x,y\n5,5\n"}, TRUTH, [], "found/b.csv: points without a label"),
+        ({**FOUND, "b.csv": "x,y,label\n5,5,-1\n"}, TRUTH, [], "found/b.csv: points without a label"),
+        (dict.fromkeys(TRUTH, "x,y\n1,1\n"), TRUTH, [], "found/a.csv: points without a label, .*--ignore-labels"),
         ({**FOUND, "a.csv": "x,y,label,score\n1,1,0,nan\n"}, TRUTH, [], "a.csv, row 2: score is 'nan'"),
         ({**FOUND, "a.csv": "x,y,label,score\n1,-1,0,1\n"}, TRUTH, [], "a.csv, row 2: y is '-1', expected a number, 0"),
         ({**FOUND, "a.csv": "x,y,class\n"}, TRUTH, [], r"a.csv, row 1: the header is 'x,y,class'"),

@@ -100,27 +100,23 @@ def _read(args: argparse.Namespace) -> tuple[list[Points], list[Points], list[st
     """Points per image, and the names of the classes; none where only detection can be scored."""
     names = _matching_names(args.predictions, args.truth)
     classes = [name for name in args.classes.split(",") if name]
-    sides = [{name: read_points(folder / name, math.inf, math.inf, len(classes)) for name in names}
-             for folder in (args.predictions, args.truth)]  # fmt: skip
-    labelled = [any(label is not None for _, label, _ in side.values()) for side in sides]
-    if args.ignore_labels:
-        labelled = [False, False]
-    if labelled[0] != labelled[1]:
-        with_labels, without = (args.predictions, args.truth) if labelled[0] else (args.truth, args.predictions)
-        raise UserError(f"{with_labels} has labels and {without} has none; add them, or give --ignore-labels")
-    read: list[list[Points]] = []
-    for folder, side in zip((args.predictions, args.truth), sides, strict=True):
-        read.append([])
-        for name, (xy, label, score) in side.items():
-            if not labelled[0]:
-                label = np.zeros(len(xy), np.int64)
-            elif len(xy) and (label is None or label.min() < 0):
-                raise UserError(f"{folder / name}: some points have no label; add it, or give --ignore-labels")
-            read[-1].append(Points(xy, np.zeros(0, np.int64) if label is None else label, score))
-    if labelled[0] and not classes:
-        highest = max(int(points.label.max(initial=0)) for side in read for points in side)
+    tables = [
+        (folder / name, *read_points(folder / name, math.inf, math.inf, len(classes)))
+        for folder in (args.predictions, args.truth)
+        for name in names
+    ]
+    labelled = not args.ignore_labels and any(label is not None for _, _, label, _ in tables)
+    points = []
+    for path, xy, label, score in tables:
+        if not labelled or not len(xy):
+            label = np.zeros(len(xy), np.int16)
+        elif label is None or label.min() < 0:
+            raise UserError(f"{path}: points without a label, where others have one; add it, or give --ignore-labels")
+        points.append(Points(xy, label, score))
+    if labelled and not classes:
+        highest = max(int(one.label.max(initial=0)) for one in points)
         classes = [str(label) for label in range(highest + 1)]
-    return read[0], read[1], classes if labelled[0] else []
+    return points[: len(names)], points[len(names) :], classes if labelled else []
 
 
 def _matching_names(predictions: Path, truth: Path) -> list[str]:

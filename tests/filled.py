@@ -1,0 +1,20 @@
+"""Networks whose every tensor differs from its start value, so that one left out would show."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def fill(network: nn.Module) -> nn.Module:
+    """Give every tensor of ``network``, which may stand on the meta device, new values; evaluation mode, on the CPU."""
+    network = network.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            tensor.fill_(12)
+        elif tensor.ndim == 1:
+            tensor.uniform_(0.5, 1.0, generator=generator)
+        else:
+            tensor.uniform_(-0.05, 0.05, generator=generator)
+    return network
