@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: settings, weights or data do not allow the evaluation.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["points"]:
         return score_files.main(argv[1:], _progress)
     args = _parse(argv)

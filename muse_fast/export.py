@@ -148,8 +148,7 @@ def write_timm(network: Trained, folder: Path) -> None:
 
 
 def write_official(network: Trained, path: Path) -> None:
-    # Cloned, as torch.save writes the whole storage of a tensor, which may be that of all others too.
-    teacher = {f"{PREFIX}{name}": tensor.clone() for name, tensor in network.backbone().items()}
+    teacher = {f"{PREFIX}{name}": tensor for name, tensor in network.backbone().items()}
     torch.save({"teacher": teacher, EXACT: torch.tensor(True)}, path)
 
 
