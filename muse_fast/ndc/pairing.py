@@ -6,7 +6,6 @@ points. All but `by_total_distance` look only at the candidates, which are the p
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -108,17 +107,16 @@ def by_truth(near: Candidates, predictions: Points, truths: Points) -> Pairs:
     class lie at the same place, the earliest of them is used up whichever was chosen, as in PUMA's code.
     """
     order = np.lexsort((near.prediction, near.distance, -predictions.confidence()[near.prediction], near.truth))
-    places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for row, place in reversed(
-        list(enumerate(zip(*predictions.xy.T.tolist(), predictions.label.tolist(), strict=True)))
-    ):
-        places[place].append(row)
-    waiting = {row: rows for rows in places.values() for row in rows}  # the earliest stands last
+    rows = np.column_stack([predictions.xy, predictions.label])
+    place = np.unique(rows, axis=0, return_inverse=True)[1].ravel().tolist()  # a number for place and class
+    waiting: list[list[int]] = [[] for _ in place]  # by place; the earliest row stands last
+    for row in reversed(range(len(place))):
+        waiting[place[row]].append(row)
     pairs, taken = [], set()
     for prediction, truth in zip(near.prediction[order].tolist(), near.truth[order].tolist(), strict=True):
-        rows = waiting[prediction]
-        if truth not in taken and rows and rows[-1] <= prediction:
-            pairs.append((rows.pop(), truth))
+        there = waiting[place[prediction]]
+        if truth not in taken and there and there[-1] <= prediction:
+            pairs.append((there.pop(), truth))
             taken.add(truth)
     return _as_pairs(pairs)
 
