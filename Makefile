@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-SANITIZED_TESTS := tests/test_match_nuclei.py tests/test_sample_nuclei.py tests/test_dino_loss.py
+SANITIZED_TESTS := tests/test_match_nuclei.py tests/test_sample_nuclei.py tests/test_dino_loss.py tests/test_jpeg.py
 BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .PHONY: demo test test-fast lint format type-check sanitize bench-ops clean
@@ -36,7 +36,7 @@ format: .venv/.test
 type-check: .venv/.test
 	$(BIN)/mypy
 
-# AddressSanitizer and UndefinedBehaviorSanitizer over the tests of the C++ ops; for CUDA see bench/gpu.sh.
+# AddressSanitizer and UndefinedBehaviorSanitizer over the tests of the C++ ops and of what cuts JPEGs; for CUDA see bench/gpu.sh.
 SANITIZED := build/sanitize/muse_fast/_C.so
 sanitize: .venv/.test
 	CMAKE_ARGS="-DMUSE_FAST_SANITIZE=ON -DMUSE_FAST_CUDA=OFF" MUSE_FAST_BUILD=require \
@@ -49,7 +49,7 @@ bench-ops: .venv/.test
 	$(BIN)/python -m bench ops --device cpu
 
 clean:
-	rm -rf .venv build runs *.egg-info muse_fast/_C.so
+	rm -rf .venv build runs *.egg-info muse_fast/_C.so muse_fast/_jpeg.*.so
 
 .venv/.run: requirements.lock $(BUILT_FROM)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \

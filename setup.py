@@ -1,8 +1,9 @@
-"""Builds the C++ library through CMake; metadata is in pyproject.toml, flags and sources are in CMakeLists.txt.
+"""Builds the C++ libraries through CMake; metadata is in pyproject.toml, flags and sources are in CMakeLists.txt.
 
 Without a compiler, without torch in the build environment, or where the build fails, the installation goes on in pure
 Python and says so; ``python -m muse_fast.doctor`` tells it again. ``MUSE_FAST_BUILD=require`` makes a failure fatal,
-``MUSE_FAST_BUILD=0`` skips the build. ``CMAKE_ARGS`` goes to CMake as it is.
+``MUSE_FAST_BUILD=0`` skips the build. ``CMAKE_ARGS`` goes to CMake as it is. Where Python's headers or pybind11 are
+missing, ``muse_fast/_jpeg`` alone is left out.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ if (
     raise SystemExit(f"muse_fast builds with setuptools>=77, found {setuptools.__version__}; pip install -U setuptools")
 
 ROOT = Path(__file__).parent
-LIBRARY = "_C.so"
+LIBRARY = "muse_fast._C"  # loaded by torch
+MODULE = "muse_fast._jpeg"  # imported by Python
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and puts ``muse_fast/_C.so`` where setuptools expects the extension."""
+    """Runs CMake and puts what it builds where setuptools expects the extensions."""
 
     def run(self) -> None:
         mode = os.environ.get("MUSE_FAST_BUILD", "auto")
         if mode not in ("auto", "require", "0"):
             raise SystemExit(f"MUSE_FAST_BUILD={mode}: expected auto, require or 0")
-        filename = self.get_ext_filename("muse_fast._C")
         for folder in [self.build_lib, *([ROOT] if self.inplace else [])]:
-            Path(folder, filename).unlink(missing_ok=True)  # an older build must not pass for this one
+            for name in (LIBRARY, MODULE):  # an older build must not pass for this one
+                Path(folder, self.get_ext_filename(name)).unlink(missing_ok=True)
         if mode == "0":
             announce("skipped (MUSE_FAST_BUILD=0)")
             return
@@ -49,34 +51,58 @@ class CMakeBuild(build_ext):
                 raise
             announce(f"not built ({error}; MUSE_FAST_BUILD=require shows more)")
 
-    def build_extension(self, ext: Extension) -> None:
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = ROOT / "build" / "cmake"
-        # The cmake and ninja of pip stand beside this Python, whose folder need not be on PATH.
-        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-        cmake = shutil.which("cmake", path=path)
-        if cmake is None:
-            raise FileNotFoundError("cmake not found; pip install cmake ninja")
-        settings = {
-            "CMAKE_BUILD_TYPE": "Release",
-            "TORCH_INCLUDE_DIRS": ";".join(include_paths()),
-            "TORCH_LIBRARY_DIRS": ";".join(library_paths()),
-        }
-        generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
-        defines = [f"-D{name}={value}" for name, value in settings.items()]
-        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        environment = os.environ | {"PATH": path}
-        shutil.rmtree(build, ignore_errors=True)  # a cache from another environment names folders that may be gone
-        for step in (["-S", str(ROOT), "-B", str(build), *generator, *defines], ["--build", str(build), "--parallel"]):
-            if subprocess.run([cmake, *step], env=environment).returncode:
-                raise OSError(f"cmake {step[0]} failed")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / LIBRARY, target)
+    def build_extensions(self) -> None:
+        build = run_cmake()
+        for ext in self.extensions:
+            target = Path(self.get_ext_fullpath(ext.name)).resolve()
+            built = build / target.name
+            if ext.name == MODULE and not built.exists():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(built, target)
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split(".")[:-1], LIBRARY))  # loaded by torch, not imported: no Python ABI in the name
+        if fullname.endswith("_C"):  # with or without its package; not imported, so no Python ABI in the name
+            return str(Path(*fullname.split(".")).with_suffix(".so"))
+        return super().get_ext_filename(fullname)
+
+
+def run_cmake() -> Path:
+    """Build all targets; the folder that holds them."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    build = ROOT / "build" / "cmake"
+    # The cmake and ninja of pip stand beside this Python, whose folder need not be on PATH.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None:
+        raise FileNotFoundError("cmake not found; pip install cmake ninja")
+    settings = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "TORCH_INCLUDE_DIRS": ";".join(include_paths()),
+        "TORCH_LIBRARY_DIRS": ";".join(library_paths()),
+        "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
+        "PYTHON_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+        "PYBIND11_INCLUDE_DIR": pybind11_folder(),
+    }
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
+    defines = [f"-D{name}={value}" for name, value in settings.items()]
+    defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    environment = os.environ | {"PATH": path}
+    shutil.rmtree(build, ignore_errors=True)  # a cache from another environment names folders that may be gone
+    for step in (["-S", str(ROOT), "-B", str(build), *generator, *defines], ["--build", str(build), "--parallel"]):
+        if subprocess.run([cmake, *step], env=environment).returncode:
+            raise OSError(f"cmake {step[0]} failed")
+    return build
+
+
+def pybind11_folder() -> str:
+    """Of its headers; empty where it is not installed."""
+    try:
+        import pybind11
+    except ImportError:
+        return ""
+    return pybind11.get_include()
 
 
 def announce(message: str) -> None:
@@ -92,6 +118,6 @@ setup(
     # it becomes once installed is muse_fast.kernels, for PyPI has another called "kernels".
     packages=[*find_packages(include=["muse_fast", "muse_fast.*"]), "muse_fast.kernels", "muse_fast.kernels.blocked"],
     package_dir={"muse_fast.kernels": "kernels"},
-    ext_modules=[Extension("muse_fast._C", sources=[], optional=True)],
+    ext_modules=[Extension(name, sources=[], optional=True) for name in (LIBRARY, MODULE)],
     cmdclass={"build_ext": CMakeBuild},
 )

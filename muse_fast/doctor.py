@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from muse_fast.cli import run
+from muse_fast.data import jpeg, jpeg_rows
 from muse_fast.data.roiset import RoiSet
 from muse_fast.ops import backends
 
@@ -78,6 +79,8 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "CUDA devices", ", ".join(cuda_devices()) or "none"
     yield "CPU threads", f"{len(os.sched_getaffinity(0))} usable, torch uses {torch.get_num_threads()}"
     yield "C++ library", backends.library_error() or f"loaded from {backends.LIBRARY}"
+    compiled = jpeg.cutter is not jpeg_rows
+    yield "JPEG rows", f"cut by {jpeg.cutter.__file__}" if compiled else "cut in Python; muse_fast/_jpeg was not built"
     yield "Triton kernels", backends.triton_error() or "importable"
     if forced := os.environ.get(backends.ENVIRONMENT):
         yield backends.ENVIRONMENT, forced

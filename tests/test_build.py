@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from muse_fast.ops import backends
 
 ROOT = Path(__file__).parents[1]
+MODULE = f"muse_fast/_jpeg{sysconfig.get_config_var('EXT_SUFFIX')}"
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "csrc", "kernels", "muse_fast"]
 
 
@@ -55,7 +57,7 @@ def test_wheel_holds_the_library_and_the_kernels(checkout: Path) -> None:
     finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     contents = wheel_contents(checkout)
-    assert {"muse_fast/_C.so", "muse_fast/kernels/__init__.py", "muse_fast/ops/reference.py"} <= contents
+    assert {"muse_fast/_C.so", MODULE, "muse_fast/kernels/__init__.py", "muse_fast/ops/reference.py"} <= contents
     assert not {name.split("/")[0] for name in contents} & {"kernels", "bench", "tests", "csrc"}
 
 
@@ -64,7 +66,7 @@ def test_without_a_compiler_the_installation_goes_on_and_says_so(checkout: Path)
     finished = pip(checkout, "wheel", ".", CXX="/no/such/compiler")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "C++ library not built" in finished.stdout + finished.stderr
-    assert "muse_fast/_C.so" not in wheel_contents(checkout)
+    assert not {"muse_fast/_C.so", MODULE} & wheel_contents(checkout)
     finished = pip(checkout, "wheel", ".", CXX="/no/such/compiler", MUSE_FAST_BUILD="require")
     assert finished.returncode != 0
     assert "/no/such/compiler" in finished.stdout + finished.stderr
@@ -83,13 +85,24 @@ def test_without_nvcc_the_library_leaves_cuda_out(checkout: Path) -> None:
     assert b"libtorch_cuda" not in library
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_without_python_headers_only_the_module_is_left_out(checkout: Path) -> None:
+    arguments = "-DPYTHON_INCLUDE_DIR=/no/such/folder -DMUSE_FAST_CUDA=OFF"
+    finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require", CMAKE_ARGS=arguments)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "_jpeg: left out, no Python.h in '/no/such/folder'" in finished.stdout + finished.stderr
+    assert wheel_contents(checkout) & {"muse_fast/_C.so", MODULE} == {"muse_fast/_C.so"}
+
+
 def test_editable_installation_finds_the_kernels(checkout: Path, tmp_path: Path) -> None:
     """``muse_fast.kernels`` lies outside ``muse_fast/``; an older library must not survive a skipped build."""
-    (checkout / "muse_fast" / "_C.so").write_bytes(b"stale")
+    for name in ("muse_fast/_C.so", MODULE):
+        (checkout / name).write_bytes(b"stale")
     target = tmp_path / "site"
     finished = pip(checkout, "install", "--target", str(target), "-e", ".", MUSE_FAST_BUILD="0")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert not (checkout / "muse_fast" / "_C.so").exists()
+    assert not (checkout / "muse_fast" / "_C.so").exists() and not (checkout / MODULE).exists()
     code = f"import site; site.addsitedir({str(target)!r}); "
     code += "from importlib.util import find_spec; print(find_spec('muse_fast.kernels').origin)"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -12,7 +12,9 @@ from muse_fast.batch import Views
 from muse_fast.config import ViewsConfig
 from muse_fast.data.loader import StepSampler, ViewDataset, as_batches, check_roiset, collate, load_views
 from muse_fast.data.roiset import RoiSet, RoiSetWriter
+from muse_fast.data.roiset_format import Roi
 from muse_fast.data.synthetic import synthetic_image
+from muse_fast.data.tables import read_image
 from muse_fast.errors import UserError
 
 VIEWS = ViewsConfig(global_size=64, local_size=32, num_locals=3)
@@ -149,6 +151,32 @@ def test_no_locals(roiset: RoiSet) -> None:
     assert isinstance(views, Views) and views.local_images.shape == (0, 3, 32, 32) and views.num_locals == 0
     (group,), (nuclei,) = views.groups()
     assert torch.equal(group, views.global_images) and torch.equal(nuclei.offsets, views.nuclei.offsets)
+
+
+@pytest.mark.parametrize(("folder", "mpp"), [("mitos12", 0.25), ("brcam2c/images", 0.5)])
+def test_views_from_some_rows_equal_those_from_the_whole_roi(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, mpp: float
+) -> None:
+    """Bit for bit, on real images, and from fewer rows than there are."""
+    with RoiSetWriter(tmp_path / "set", provenance={}) as writer:
+        for path in sorted((shared_data / folder).iterdir())[:3]:
+            image = read_image(path)
+            xy = np.random.default_rng(0).uniform(0, min(image.shape[:2]), (200, 2))
+            writer.add(image, mpp=mpp, xy=xy, slide=path.stem)
+    config = ViewsConfig(global_mpp_min=mpp, global_mpp_max=mpp, local_mpp_min=mpp, local_mpp_max=mpp)
+    dataset, decode_rows, shares = ViewDataset(RoiSet(tmp_path / "set"), config, seed=3), Roi.decode_rows, []
+
+    def counted(roi: Roi, top: int, bottom: int) -> tuple[np.ndarray, int]:
+        pixels, first = decode_rows(roi, top, bottom)
+        shares.append(len(pixels) / roi.height)
+        return pixels, first
+
+    monkeypatch.setattr(Roi, "decode_rows", counted)
+    of_rows = [dataset.views(epoch, roi) for epoch in range(3) for roi in range(3)]
+    monkeypatch.setattr(Roi, "decode_rows", lambda roi, top, bottom: (roi.decode(), 0))
+    of_all = [dataset.views(epoch, roi) for epoch in range(3) for roi in range(3)]
+    assert all(same(a, b) for a, b in zip(of_rows, of_all, strict=True))
+    assert len(shares) == 9 and max(shares) < 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

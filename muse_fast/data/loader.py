@@ -11,6 +11,7 @@ import ctypes
 import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -95,10 +96,12 @@ class ViewDataset(Dataset["Views | UserError"]):
 
 
 def render(plan: Plan, config: ViewsConfig) -> Views:
-    """Decode a ROI and make its views on the CPU: the reference for every other backend."""
-    image = torch.from_numpy(plan.roi.decode()).permute(2, 0, 1)
-    drawn = zip(plan.boxes, plan.colours, strict=True)
-    pixels = [apply_colour(box.render(image), colour) for box, colour in drawn]
+    """Decode what the views of a ROI see of it and make them on the CPU: the reference for every other backend."""
+    _, top, _, height = plan.window()
+    rows, first_row = plan.roi.decode_rows(top, top + height)
+    image = torch.from_numpy(rows).permute(2, 0, 1)
+    boxes = [replace(box, y=box.y - first_row) for box in plan.boxes]
+    pixels = [apply_colour(box.render(image), colour) for box, colour in zip(boxes, plan.colours, strict=True)]
     globals_, locals_ = pixels[: plan.num_globals], pixels[plan.num_globals :]
     nuclei = plan.nuclei()
     return Views(

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from muse_fast.data import jpeg
+from muse_fast.data.jpeg import MAX_SIDE, REMEDY
 from muse_fast.errors import UserError
 
 FORMAT = "muse_fast.roiset"
 VERSION = 1
-REMEDY = "the set is damaged, copy it again or prepare it anew"
 SHARD_BYTES = 1 << 30
-MAX_SIDE = 16384  # bounds what one ROI can cost to decode (0.8 GB)
 
 INDEX = np.dtype(
     [
@@ -58,21 +57,12 @@ class Roi:
     path: Path  # the set it came from
 
     def decode(self) -> NDArray[np.uint8]:
-        """The pixels, ``[height, width, 3]`` uint8 RGB.
+        """The pixels, ``[height, width, 3]`` uint8 RGB; see :func:`muse_fast.data.jpeg.decode`."""
+        return jpeg.decode(self)
 
-        The size in the JPEG's header is compared with the index before memory is allocated for the pixels.
-
-        Raises:
-            UserError: the bytes are no JPEG of that size; names the set and the ROI.
-        """
-        try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(self.jpeg)
-            if (width, height) == (self.width, self.height):
-                return simplejpeg.decode_jpeg(self.jpeg, colorspace="RGB", strict=True)
-            reason = f"the header says {width} x {height}, the index {self.width} x {self.height}"
-        except ValueError as error:
-            reason = str(error)
-        raise UserError(f"{self.path}, ROI {self.id}: the JPEG cannot be decoded ({reason}); {REMEDY}")
+    def decode_rows(self, top: int, bottom: int) -> tuple[NDArray[np.uint8], int]:
+        """Those of some rows, and the first of them; see :func:`muse_fast.data.jpeg.decode_rows`."""
+        return jpeg.decode_rows(self, top, bottom)
 
 
 def encode_jpeg(image: NDArray[np.uint8], quality: int = 95) -> bytes:
@@ -132,7 +122,10 @@ def nucleus_records(
 
 
 def _numbers(values: ArrayLike, name: str, kinds: str) -> NDArray[Any]:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise UserError(f"{name} has rows of different lengths") from None
     if array.size and array.dtype.kind not in kinds:
         expected = "integers" if kinds == "iu" else "numbers"
         raise UserError(f"{name} holds {array.dtype}, expected {expected}")

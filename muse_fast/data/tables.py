@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.data.roiset_format import MAX_SIDE
+from muse_fast.data import jpeg
+from muse_fast.data.jpeg import MAX_SIDE
 from muse_fast.errors import UserError
 
 # Wide enough for every microscope, narrow enough to catch a magnification (20, 40) or nanometres given as um.
@@ -43,7 +43,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
                 found = f"{image.mode}, {image.width} x {image.height} px"
                 raise UserError(f"{path}: {found}; expected 8-bit RGB, at most {MAX_SIDE} a side")
             if image.format == "JPEG":
-                return simplejpeg.decode_jpeg(path.read_bytes(), colorspace="RGB", strict=True)
+                return jpeg.read(path.read_bytes(), image.width, image.height)
             return np.array(image.convert("RGB"))
     except UserError:
         raise
@@ -123,9 +123,9 @@ def check_mpp(text: str, where: str) -> float:
 
 
 def _number(text: str) -> float:
-    """NaN for what is no number."""
+    """NaN for what is no number. ``1_0``, which Python takes for ten, is none either."""
     try:
-        return float(text)
+        return math.nan if "_" in text else float(text)
     except ValueError:
         return math.nan
 
@@ -144,10 +144,13 @@ def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, str]]
     """Line number in the file (the header is row 1) and the values by column."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.reader(file)
-        next(reader)
-        for row in reader:
-            if not any(value.strip() for value in row):
-                continue
-            if len(row) != len(columns):
-                raise UserError(f"{path}, row {reader.line_num}: {len(row)} values, expected {','.join(columns)}")
-            yield reader.line_num, dict(zip(columns, (value.strip() for value in row), strict=True))
+        try:
+            next(reader)
+            for row in reader:
+                if not any(value.strip() for value in row):
+                    continue
+                if len(row) != len(columns):
+                    raise UserError(f"{path}, row {reader.line_num}: {len(row)} values, expected {','.join(columns)}")
+                yield reader.line_num, dict(zip(columns, (value.strip() for value in row), strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}, row {reader.line_num}: no CSV ({error})") from None

@@ -1,0 +1,300 @@
+"""Reading JPEGs: bands of rows equal the whole, bad files are refused by name and cheaply, whatever cuts the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jpeg_corpus as corpus
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muse_fast.data import jpeg, jpeg_rows
+from muse_fast.data.roiset import RoiSet, RoiSetWriter
+from muse_fast.data.roiset_format import Roi
+from muse_fast.errors import UserError
+
+VALID, BAD = corpus.valid(), corpus.bad()
+NAMED = r"the set, ROI 7: the JPEG cannot be decoded \(.+\)"  # what every refusal must say
+REQUIRED = jpeg.cutter is not jpeg_rows or "MUSE_FAST_LIBRARY" in os.environ
+CUTTERS = [pytest.param(jpeg_rows, id="python"), pytest.param(jpeg.cutter, id="cpp")]
+needs_cpp = pytest.mark.skipif(not REQUIRED, reason="muse_fast/_jpeg was not built")
+
+
+@pytest.fixture(params=CUTTERS)
+def cutter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What cuts the rows, put in place."""
+    if "cpp" in request.node.name and not REQUIRED:
+        pytest.skip("muse_fast/_jpeg was not built")
+    monkeypatch.setattr(jpeg, "cutter", request.param)
+    return request.param
+
+
+def roi_of(data: bytes, width: int = corpus.WIDTH, height: int = corpus.HEIGHT) -> Roi:
+    xy, label, score = np.zeros((0, 2), np.float32), np.zeros(0, np.int16), np.zeros(0, np.float32)
+    return Roi(7, data, width, height, 0.5, "s", "", (0, 0), xy, label, score, Path("the set"))
+
+
+def test_the_built_module_is_the_one_tested() -> None:
+    assert jpeg.cutter is jpeg_rows or jpeg.cutter.cut_rows.__doc__.startswith("cut_rows(jpeg: bytes")
+
+
+# ------------------------------------------------------------------------------------------------------------ bands
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_every_band_equals_the_whole(name: str, cutter: ModuleType) -> None:
+    data = VALID[name]
+    roi = roi_of(data, *corpus.size_of(data))
+    whole = roi.decode()
+    starts = sorted({0, 1, 7, 8, 15, 16, 17, 40, 63, 64, 100, roi.height - 9, roi.height - 1} & set(range(roi.height)))
+    for top in starts:
+        for bottom in sorted({top + 1, min(top + 17, roi.height), roi.height}):
+            pixels, first = roi.decode_rows(top, bottom)
+            np.testing.assert_array_equal(pixels[top - first : bottom - first], whole[top:bottom])
+            if name.startswith("cut"):
+                assert cutter.cut_rows(data, top, bottom) is not None
+
+
+def test_a_band_is_no_larger_than_it_must_be(cutter: ModuleType) -> None:
+    """4:4:4 needs no rows beside; where chroma is subsampled vertically, one row of MCUs above and below."""
+    for name, top, bottom, first, rows in (
+        ("cut 4:4:4", 64, 72, 64, 8),
+        ("cut 4:4:4", 63, 73, 56, 24),
+        ("cut 4:2:2", 64, 72, 64, 8),
+        ("cut grey with factors of 2 x 2", 64, 72, 64, 8),
+        ("cut 4:2:0", 64, 80, 48, 48),
+        ("cut 4:2:0", 0, 16, 0, 32),
+        ("cut 4:2:0", 144, 152, 128, 24),
+        ("cut every 2 rows", 72, 80, 64, 16),
+        ("cut every 7 MCUs, no whole row", 80, 81, 56, 56),
+        ("cut every MCU", 80, 81, 80, 8),
+    ):
+        roi = roi_of(VALID[name])
+        pixels, found = roi.decode_rows(top, bottom)
+        assert (found, pixels.shape) == (first, (rows, corpus.WIDTH, 3)), name
+        cut = cutter.cut_rows(roi.jpeg, top, bottom)[0]
+        assert len(cut) < len(roi.jpeg) * (rows + 40) / corpus.HEIGHT
+
+
+def test_rows_that_are_not_there(cutter: ModuleType) -> None:
+    data = VALID["cut 4:4:4"]
+    for top, bottom in ((-1, 8), (8, 8), (9, 8), (0, corpus.HEIGHT + 1), (2**40, 2**41)):
+        assert cutter.cut_rows(data, top, bottom) is None
+
+
+@pytest.mark.parametrize("name", [name for name in VALID if name.startswith(("no restart", "progressive", "restart"))])
+def test_what_cannot_be_cut_is_decoded_whole(name: str, cutter: ModuleType) -> None:
+    roi = roi_of(VALID[name])
+    assert cutter.cut_rows(roi.jpeg, 40, 50) is None
+    pixels, first = roi.decode_rows(40, 50)
+    assert first == 0 and pixels.shape == (corpus.HEIGHT, corpus.WIDTH, 3)
+
+
+@pytest.mark.parametrize(("quality", "subsampling"), [(95, 0), (80, 2)])
+def test_bands_of_a_real_image(shared_data: Path, cutter: ModuleType, quality: int, subsampling: int) -> None:
+    image = corpus.read(next((shared_data / "mitos12").glob("*.jpg")))
+    data = corpus.encode(image, quality=quality, subsampling=subsampling, **corpus.ROWS)
+    height, width, _ = image.shape
+    roi = roi_of(data, width, height)
+    whole = roi.decode()
+    for top, bottom in ((0, 300), (777, 1290), (height - 400, height)):
+        pixels, first = roi.decode_rows(top, bottom)
+        np.testing.assert_array_equal(pixels[top - first : bottom - first], whole[top:bottom])
+        assert len(pixels) <= bottom - top + 4 * 16
+
+
+# ---------------------------------------------------------------------------------------------------- Python and C++
+
+
+@needs_cpp
+@settings(max_examples=600, deadline=None)
+@given(
+    st.sampled_from(sorted(VALID)), st.integers(0, 2**32), st.integers(-9, 160), st.integers(-9, 160), st.integers(0, 3)
+)
+def test_cpp_cuts_mutants_like_python(name: str, seed: int, top: int, bottom: int, times: int) -> None:
+    rng, data = np.random.default_rng(seed), VALID[name]
+    for _ in range(times):
+        data = corpus.mutant(rng, data)
+    assert jpeg.cutter.cut_rows(data, top, bottom) == jpeg_rows.cut_rows(data, top, bottom)
+    assert jpeg.cutter.count_scans(data) == jpeg_rows.count_scans(data)
+
+
+PIECES = [
+    *(bytes([0xFF, marker]) for marker in range(0xBF, 0x100)),
+    *(corpus.segment(0xC0, bytes([8, 0, height, 0, 9, 1, 1, 0x11, 0])) for height in (0, 1, 40)),
+    *(corpus.segment(0xDD, bytes([0, interval])) for interval in (0, 1, 2, 3)),
+    corpus.segment(0xDA, bytes([1, 1, 0, 0, 63, 0])),
+    *(b"\0", b"\xff", b"data", b"\xff\0"),
+]
+
+
+@needs_cpp
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=9), max_size=30), st.integers(0, 41), st.integers(0, 41))
+def test_cpp_cuts_anything_like_python(pieces: list[bytes], top: int, bottom: int) -> None:
+    """Bytes of a size that malloc gives: a read beyond their end is one beyond an allocation."""
+    for data in (b"".join(pieces), b"".join([b"\xff\xd8", *PIECES[66:67], *PIECES[69:70], *PIECES[72:73], *pieces])):
+        assert jpeg.cutter.cut_rows(data, top, bottom) == jpeg_rows.cut_rows(data, top, bottom)
+        assert jpeg.cutter.count_scans(data) == jpeg_rows.count_scans(data)
+
+
+@needs_cpp
+def test_cpp_cuts_every_prefix_like_python() -> None:
+    for data in (VALID["cut one MCU"], VALID["cut thumbnail"][:900], BAD["restart marker twice"][:1500]):
+        for end in range(len(data)):
+            assert jpeg.cutter.cut_rows(data[:end], 0, 5) == jpeg_rows.cut_rows(data[:end], 0, 5)
+
+
+def test_without_the_module_rows_are_cut_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSE_FAST_LIBRARY", str(tmp_path / "_C.so"))
+    assert jpeg._load_cutter() is jpeg_rows
+    name = "_jpeg" + jpeg.importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / name).write_bytes(b"\x7fELF of another machine")
+    assert jpeg._load_cutter() is jpeg_rows
+
+
+# -------------------------------------------------------------------------------------------------------- bad files
+
+
+def test_the_corpus_is_large_enough() -> None:
+    assert len(BAD) >= 60
+    assert len(VALID) >= 12
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_by_name(name: str, cutter: ModuleType) -> None:
+    roi = roi_of(BAD[name])
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=NAMED):
+        roi.decode()
+    with pytest.raises(UserError, match=NAMED):
+        roi.decode_rows(0, corpus.HEIGHT)
+    for top in range(0, corpus.HEIGHT - 24, 24):  # a band away from the damage may well be sound
+        attempt(roi.decode_rows, top, top + 24)
+    assert time.perf_counter() - begin < 2
+
+
+def attempt(read: Callable[..., Any], *arguments: int) -> Any:
+    """What it returns, or None where it refuses and names the ROI; any other error passes."""
+    try:
+        return read(*arguments)
+    except UserError as error:
+        if re.search(NAMED, str(error)) is None:
+            raise
+        return None
+
+
+def test_mutants_decode_or_are_refused_by_name(cutter: ModuleType) -> None:
+    """500 files with random changes: no crash, no other error, and nothing takes long."""
+    rng, names, refused = np.random.default_rng(1), sorted(VALID), 0
+    for i in range(500):
+        base = VALID[names[i % len(names)]]
+        roi = roi_of(corpus.mutant(rng, base), *corpus.size_of(base))
+        top = int(rng.integers(roi.height))
+        begin = time.perf_counter()
+        whole, band = attempt(roi.decode), attempt(roi.decode_rows, top, roi.height)
+        assert time.perf_counter() - begin < 2
+        refused += whole is None
+        assert whole is None or whole.shape == (roi.height, roi.width, 3)
+        assert band is None or band[0].shape[1:] == (roi.width, 3) and band[1] + len(band[0]) == roi.height
+    assert 250 < refused < 500  # most are damaged, and not all
+
+
+def test_damage_in_the_scan(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    """Eight bytes overwritten: the set's hash finds them all. Strict decoding alone finds fewer than in files without
+    restart markers, behind which the decoder is in step again."""
+    image = corpus.picture()
+    with RoiSetWriter(tmp_path / "set", provenance={}) as writer:
+        writer.add(image, mpp=0.5, xy=[], slide="s")
+    rois, shard = RoiSet(tmp_path / "set"), tmp_path / "set" / "shard-00000.bin"
+    sound, rng = shard.read_bytes(), np.random.default_rng(0)
+    by_hash = by_decoding = 0
+    for _ in range(300):
+        damaged = sound
+        while damaged == sound:
+            damaged = corpus.replaced(sound, int(rng.integers(corpus.scan(sound) + 14, len(sound) - 10)), rng.bytes(8))
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"shard-00000.bin, ROI 0: the bytes differ"):
+            rois[0]
+        by_hash += 1
+        try:
+            roi_of(damaged).decode()
+        except UserError:
+            by_decoding += 1
+    record_property("detected by strict decoding alone", by_decoding / 300)
+    assert by_hash == 300
+    assert by_decoding >= 0.8 * 300
+
+
+# ----------------------------------------------------------------------------------------------------------- bombs
+
+MEMORY = """
+import sys
+import simplejpeg
+from muse_fast.data.jpeg import read
+sys.path.insert(0, "tests")
+import jpeg_corpus as corpus
+
+def claiming(width, height):
+    data = corpus.save(**corpus.ROWS)
+    size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return corpus.replaced(data, corpus.frame(data) + 5, size)
+
+def peak():
+    status = open("/proc/self/status").read()  # getrusage still knows the peak of the process that started this one
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+read(corpus.save(), corpus.WIDTH, corpus.HEIGHT)
+before = peak()
+for size, index in [((65000, 65000), (200, 152)), ((65000, 65000), (65000, 65000)), ((16384, 16384), (16384, 16384))]:
+    try:
+        read(claiming(*size), *index)
+    except ValueError as error:
+        print(error)
+print(peak() - before)
+try:
+    simplejpeg.decode_jpeg(claiming(6000, 6000), "RGB", strict=False)
+except ValueError:
+    pass
+print(peak() - before)
+"""
+
+
+def test_header_bombs_are_refused_before_memory_is_taken() -> None:
+    command = [sys.executable, "-c", MEMORY]
+    printed = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    *reasons, growth, without_checks = printed.splitlines()
+    assert [reason.split(" ", 1)[1] for reason in reasons] == [
+        "header says 65000 x 65000, the index 200 x 152",
+        "x 65000 px, expected at most 16384 a side",
+        "bytes are too few for 16384 x 16384 px",
+    ]
+    assert float(growth) < 64  # MiB
+    assert float(without_checks) > 64  # the measurement would have shown it
+
+
+@pytest.mark.parametrize("name", ["500 scans, progressive", "500 scans, baseline"])
+def test_scan_bombs_are_refused_at_once(name: str, cutter: ModuleType) -> None:
+    roi = roi_of(BAD[name])
+    for read in (roi.decode, lambda: roi.decode_rows(0, corpus.HEIGHT)):
+        begin = time.process_time()
+        with pytest.raises(UserError, match=r"the set, ROI 7: .* scans, expected at most 32"):
+            read()
+        assert time.process_time() - begin < 0.2
+
+
+def test_another_size_is_refused_by_bands_too(cutter: ModuleType) -> None:
+    roi = dataclasses.replace(roi_of(VALID["cut 4:4:4"]), height=corpus.HEIGHT + 1)
+    with pytest.raises(UserError, match=r"the header says 200 x 152, the index 200 x 153"):
+        roi.decode_rows(0, 8)
