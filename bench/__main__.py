@@ -1,4 +1,4 @@
-"""``python -m bench {ops|step} --help``"""
+"""``python -m bench {ops|step|data} --help``"""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from bench import ops_command, step_command
+from bench import data_command, ops_command, step_command
 
-COMMANDS = {"ops": ops_command, "step": step_command}
+COMMANDS = {"ops": ops_command, "step": step_command, "data": data_command}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Time the ops and the training step.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Time the ops, the training step and the data path."
+    )
     what = parser.add_subparsers(dest="what", required=True)
     for name, command in COMMANDS.items():
         arguments = what.add_parser(name, description=command.__doc__)

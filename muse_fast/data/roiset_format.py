@@ -65,10 +65,14 @@ class Roi:
         return jpeg.decode_rows(self, top, bottom)
 
 
-def encode_jpeg(image: NDArray[np.uint8], quality: int = 95) -> bytes:
-    """Baseline 4:4:4 JPEG of ``[H, W, 3]`` uint8 RGB with one restart marker per row of MCUs."""
+def encode_jpeg(image: NDArray[np.uint8], quality: int = 95, subsampling: str = "4:4:4") -> bytes:
+    """Baseline JPEG of ``[H, W, 3]`` uint8 RGB with one restart marker per row of MCUs.
+
+    Args:
+        subsampling: of chroma, ``4:4:4``, ``4:2:2`` or ``4:2:0``.
+    """
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0, restart_marker_rows=1)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=subsampling, restart_marker_rows=1)
     return buffer.getvalue()
 
 
