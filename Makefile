@@ -42,7 +42,7 @@ sanitize: .venv/.test
 	CMAKE_ARGS="-DMUSE_FAST_SANITIZE=ON -DMUSE_FAST_CUDA=OFF" MUSE_FAST_BUILD=require \
 		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUSE_FAST_LIBRARY=$(SANITIZED) \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUSE_FAST_LIBRARY=$(SANITIZED) PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest -k cpp $(SANITIZED_TESTS)
 
 bench-ops: .venv/.test

@@ -146,7 +146,7 @@ PIECES = [
 @settings(max_examples=600, deadline=None)
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=9), max_size=30), st.integers(0, 41), st.integers(0, 41))
 def test_cpp_cuts_anything_like_python(pieces: list[bytes], top: int, bottom: int) -> None:
-    """Bytes of a size that malloc gives: a read beyond their end is one beyond an allocation."""
+    """Under ``make sanitize`` bytes come from malloc, so that reads far beyond their end are seen."""
     for data in (b"".join(pieces), b"".join([b"\xff\xd8", *PIECES[66:67], *PIECES[69:70], *PIECES[72:73], *pieces])):
         assert jpeg.cutter.cut_rows(data, top, bottom) == jpeg_rows.cut_rows(data, top, bottom)
         assert jpeg.cutter.count_scans(data) == jpeg_rows.count_scans(data)
