@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muse_fast.data.augment import Colour, apply_colour, normalise
+from muse_fast.data.views import ViewBox
 from muse_fast.ops import reference
 
 
@@ -168,11 +170,30 @@ def literal_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (y - mean[:, None, None]).square().mean((0, 2, 3))
 
 
+def literal_views(pixels: Tensor, images: Tensor, boxes: Tensor, colours: Tensor, size: int) -> Tensor:
+    """One view after the other, each step by torchvision on uint8, as data loaders do."""
+    views = []
+    for box, colour in zip(boxes.tolist(), colours.tolist(), strict=True):
+        number, x, y, side, flip, turns = box
+        start, height, width = images[number].tolist()
+        roi = pixels[start : start + 3 * height * width].view(3, height, width)
+        view = ViewBox(x, y, side, size, bool(flip), turns).render(roi)
+        views.append(normalise(apply_colour(view, colour_of(colour))))
+    return torch.stack(views)
+
+
+def colour_of(row: Sequence[float]) -> Colour:
+    brightness, contrast, saturation, hue, *order, grey, sigma, solarise = row
+    steps = tuple(int(step) for step in order)
+    return Colour(brightness, contrast, saturation, hue or None, steps, bool(grey), sigma or None, bool(solarise))
+
+
 LITERAL: dict[str, Callable[..., Any]] = {
     "match_nuclei": literal_match,
     "sample_nuclei": literal_sample,
     "nulo_rows": match_then_sample(literal_sample, literal_match),
     "projection_stats": literal_stats,
+    "augment_views": literal_views,
     "dino_loss": literal_loss,
     "linear_dino_loss": of_logits(literal_loss),
 }
@@ -184,6 +205,7 @@ EAGER: dict[str, dict[str, Callable[..., Any]]] = {
         "matmul": match_then_sample(sample_by_matmul, reference.match_nuclei),
     },
     "projection_stats": {"": reference.projection_stats},
+    "augment_views": {"": reference.augment_views},
     "dino_loss": {"gather": reference.dino_loss, "all pairs": all_pairs_loss},
     "linear_dino_loss": {"gather": reference.linear_dino_loss, "all pairs": of_logits(all_pairs_loss)},
 }

@@ -108,6 +108,38 @@ def stats_inputs(images: int, channels: int, side: int, outputs: int) -> Build:
     return build
 
 
+def view_inputs(rois: int, views: int, roi_side: int, size: int) -> Build:
+    """Views anywhere in ROIs of ``roi_side`` pixels, 1 to 2 times as coarse, with about the colours of DINO's globals.
+
+    8 of 10 are jittered, 2 of 10 grey, every other is blurred, 1 of 10 solarised.
+    """
+
+    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        def draw(low: float = 0.0, high: float = 1.0) -> Tensor:
+            return low + (high - low) * torch.rand(rois * views, generator=random)
+
+        coarse = torch.rand(rois, 3, roi_side // 8, roi_side // 8, generator=random)
+        tissue = F.interpolate(coarse, (roi_side, roi_side), mode="bilinear") * 255
+        table = torch.arange(rois).unsqueeze(1) * tissue[0].numel() * torch.tensor([1, 0, 0])
+        table += torch.tensor([0, roi_side, roi_side])
+        side = (draw(1, 2) * size).int().clamp(max=roi_side)
+        place = [(draw() * (roi_side - side)).int() for _ in "xy"]
+        turn = [(draw() < 0.5).int(), (draw() * 4).int()]
+        boxes = torch.stack([torch.arange(rois).repeat(views).int(), *place, side, *turn], dim=1)
+        jittered, sigma = draw() < 0.8, draw(0.1, 2.0)
+        strengths = [draw(1 - s, 1 + s) for s in (0.4, 0.4, 0.2, 0.1)]
+        jitter = [
+            torch.where(jittered, strength, 1.0) - shift
+            for strength, shift in zip(strengths, (0, 0, 0, 1), strict=True)
+        ]
+        order = torch.stack([torch.randperm(4, generator=random) for _ in range(rois * views)], dim=1)
+        others = [draw() < 0.2, torch.where(draw() < 0.5, sigma, 0.0), draw() < 0.1]
+        colours = torch.stack([column.float() for column in (*jitter, *order, *others)], dim=1)
+        return tissue.to(torch.uint8).flatten(), table, boxes, colours, size
+
+    return build
+
+
 def loss_inputs(students: int, teachers: int, prototypes: int, pairs: int, width: int = 0) -> Build:
     """Logits of unit rows and prototypes, or with a ``width`` those themselves.
 
@@ -188,6 +220,16 @@ def stats_work(_: list[Tensor], x: Tensor, weight: Tensor) -> Work:
     return Work(3 * arguments + 2 * statistics, 3 * 2 * x.numel() * outputs)
 
 
+def view_work(results: list[Tensor], pixels: Tensor, images: Tensor, boxes: Tensor, colours: Tensor, _: int) -> Work:
+    """Every box's pixels are read once, or all pixels where boxes overlap more than that; every view is written once.
+
+    No operation is a matrix product that could not be done otherwise, so none are counted.
+    """
+    cut = min(3 * int(boxes[:, 3].long().square().sum()), pixels.numel())
+    numbers = sum(tensor.numel() * tensor.element_size() for tensor in (images, boxes, colours))
+    return Work(cut + numbers + sum(view.numel() * view.element_size() for view in results), 0)
+
+
 def loss_work(results: list[Tensor], student: Tensor, teacher: Tensor, *_: Any) -> Work:
     """Per prototype: of a row 5 operations for the log-sum-exp and 3 for the softmax that the backward computes again,
     of a student row 2 more for its gradient, of a pair 2 for the dot product and 2 for the sum of its targets."""
@@ -215,6 +257,7 @@ WORK: dict[str, Callable[..., Work]] = {
     "sample_nuclei": sample_work,
     "nulo_rows": nulo_work,
     "projection_stats": stats_work,
+    "augment_views": view_work,
     "dino_loss": loss_work,
     "linear_dino_loss": linear_loss_work,
 }
@@ -275,6 +318,10 @@ CASES = [
         inputs=stats_inputs(16, 192, 128, 192),
         devices=CUDA,
     ),
+    Case(op="augment_views", name="4 ROIs x 2 x 224 px", inputs=view_inputs(4, 2, 1024, 224)),
+    Case(op="augment_views", name="16 ROIs x 2 x 224 px", inputs=view_inputs(16, 2, 1024, 224), devices=CUDA),
+    Case(op="augment_views", name="16 ROIs x 8 x 96 px", inputs=view_inputs(16, 8, 1024, 96), devices=CUDA),
+    Case(op="augment_views", name="16 ROIs x 2 x 512 px", inputs=view_inputs(16, 2, 2048, 512), devices=CUDA),
     Case(op="dino_loss", name="160 images, K 65536", inputs=loss_inputs(160, 32, 65536, 288)),
     Case(op="dino_loss", name="500 rows, K 4096", inputs=loss_inputs(500, 250, 4096, 750)),
     Case(

@@ -21,7 +21,8 @@ from muse_fast import ops
 from muse_fast.ops import backends
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative L2 against float64; an error of 1 % is refused
-LENGTHS_FROM_DATA = ("match_nuclei", "nulo_rows")  # torch.compile leaves most of them to eager
+LEVELS = {"augment_views": 0.02}  # values are whole grey levels: at a tie two versions are one of 256 apart
+LENGTHS_FROM_DATA = ("match_nuclei", "nulo_rows", "augment_views")  # torch.compile leaves most of them to eager
 BASELINES = ("literal", "eager", "compile")
 
 Row = dict[str, Any]
@@ -51,7 +52,7 @@ def run_case(case: Case, device: str, rates: Rates) -> list[Row]:
     truth = expected(case, arguments)
     work = WORK[case.op](truth, *arguments)
     versions = {version.name: version for version in versions_of(case.op, device)}
-    rows = {name: check(version, arguments, truth) for name, version in versions.items()}
+    rows = {name: check(case.op, version, arguments, truth) for name, version in versions.items()}
     sound = {name: versions[name].call for name, row in rows.items() if row.keys() == {"relative_error"}}
     for name, times in interleaved(sound, arguments, device).items():
         rows[name] |= figures(times, extra_memory(sound[name], arguments, device), work, rates)
@@ -111,12 +112,12 @@ def left_out(op: str, device: str) -> list[Row]:
     reasons = {backend: backends.why_not(op, backend, device) for backend in backends.HOMES[op]}
     rows = [{"version": backend, "kind": "fast", "skipped": reason} for backend, reason in reasons.items() if reason]
     if op in LENGTHS_FROM_DATA:
-        reason = "the lengths of its results depend on the data, so that it would run in eager mode"
+        reason = "lengths in it depend on the data, so that it would run in eager mode"
         rows.append({"version": "compile", "kind": "compile", "skipped": reason})
     return rows
 
 
-def check(version: Version, arguments: Sequence[Any], truth: Sequence[Tensor]) -> Row:
+def check(op: str, version: Version, arguments: Sequence[Any], truth: Sequence[Tensor]) -> Row:
     """The error of the results and gradients of a version, with ``wrong`` where it is too large or there are none.
 
     That torch.compile cannot compile a form is no error of ours: ``skipped``.
@@ -126,7 +127,7 @@ def check(version: Version, arguments: Sequence[Any], truth: Sequence[Tensor]) -
     except Exception as exception:  # whatever it is, the report names it
         reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
         return {"skipped" if version.kind == "compile" else "wrong": reason}
-    tolerance = max(TOLERANCE.get(tensor.dtype, 0.0) for tensor in tensors_of(arguments))
+    tolerance = LEVELS.get(op, max(TOLERANCE.get(tensor.dtype, 0.0) for tensor in tensors_of(arguments)))
     if version.kind in BASELINES:
         tolerance *= 2  # PyTorch adds up in bfloat16 here and there
     if error <= tolerance:

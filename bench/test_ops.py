@@ -39,7 +39,7 @@ def arguments_and_truth(case: Case) -> tuple[tuple[Any, ...], list[Tensor]]:
 @pytest.mark.parametrize(("case", "version"), VERSIONS)
 def test_op(case: Case, version: ops.Version, benchmark: BenchmarkFixture) -> None:
     arguments, truth = arguments_and_truth(case)
-    verdict = ops.check(version, arguments, truth)
+    verdict = ops.check(case.op, version, arguments, truth)
     if "skipped" in verdict:
         pytest.skip(verdict["skipped"])
     assert "wrong" not in verdict, verdict["wrong"]

@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from bench.cases import Case, loss_inputs, match_inputs, nulo_inputs, sample_inputs, stats_inputs
+from bench.cases import Case, loss_inputs, match_inputs, nulo_inputs, sample_inputs, stats_inputs, view_inputs
 from bench.measure import evaluate
 from bench.ops import arguments_of, versions_of
 
@@ -23,6 +23,7 @@ CASES = [
     Case(op="sample_nuclei", name="no nuclei", inputs=sample_inputs(2, 96, 19, 0)),
     Case(op="nulo_rows", name="2 ROIs", inputs=nulo_inputs(2, 2, (96, 64), 19, (7, 3))),
     Case(op="projection_stats", name="2 images", inputs=stats_inputs(2, 35, 9, 19)),
+    Case(op="augment_views", name="2 ROIs", inputs=view_inputs(2, 3, 77, 37)),
     Case(op="dino_loss", name="7 rows", inputs=loss_inputs(7, 5, 2501, 11)),
     Case(op="linear_dino_loss", name="7 rows", inputs=loss_inputs(7, 5, 261, 11, width=32)),
 ]

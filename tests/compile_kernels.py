@@ -23,6 +23,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from muse_fast import kernels
 
 # Some of the package's functions have the names of these files, and hide them.
+augment_views = importlib.import_module("muse_fast.kernels.augment_views")
 dino_loss = importlib.import_module("muse_fast.kernels.dino_loss")
 linear_dino_loss = importlib.import_module("muse_fast.kernels.linear_dino_loss")
 sample_nuclei = importlib.import_module("muse_fast.kernels.sample_nuclei")
@@ -155,6 +156,22 @@ def projection_stats_launches(dtype: torch.dtype, channels_last: bool) -> list[L
 
 LAUNCHES = [
     *sample_nuclei_launches(),
+    Launch(
+        augment_views.resize_kernel,
+        {"*u8": "pixels views", "*i64": "images", "*i32": "boxes", "*fp32": "colours greys", "i32:16": "size"},
+        {"TILE": augment_views.TILE, "CHUNK": augment_views.CHUNK},
+        dtypes=("u8",),
+    ),
+    Launch(
+        augment_views.colour_kernel,
+        {"*u8": "views", "*fp32": "colours greys", "*T": "out", "i32:16": "area", "i32": "num_tiles"},
+        {"BLOCK": augment_views.BLOCK, "LANES": 64},
+    ),
+    Launch(
+        augment_views.blur_kernel,
+        {"*u8": "views", "*fp32": "colours", "*T": "out", "i32:16": "size"},
+        {"TILE": augment_views.TILE, "CHUNK": augment_views.CHUNK},
+    ),
     Launch(
         dino_loss.block_sums_kernel,
         {

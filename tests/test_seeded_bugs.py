@@ -39,6 +39,7 @@ EXACT = ("test_dino_loss.py", "exact_as_eager or padding")
 SAMPLED = ("test_sample_nuclei.py", "equals_grid_sample and not reference")
 CHECKED = ("test_sample_nuclei.py", "opcheck and cpp")
 MATCHED = ("test_match_nuclei.py", "set_intersection and cpp")
+RESIZED = ("test_augment_views.py", "pillows and triton or torchvisions and triton")
 LINEAR = ("test_linear_dino_loss.py", "exact_as_eager or padding")
 
 BUGS = {
@@ -74,6 +75,15 @@ BUGS = {
     ),
     "triton_logit_free_gradient_1_percent": Bug(
         "kernels/linear_dino_loss.py", "total *= tl.load(unit)", "total *= tl.load(unit) * 1.01", *LINEAR
+    ),
+    "triton_shifted_by_half_a_pixel": Bug(
+        "kernels/augment_views.py", "(0.5 - rest)) / stretch", "(0.0 - rest)) / stretch", *RESIZED
+    ),
+    "triton_contrast_about_the_wrong_grey": Bug(
+        "kernels/augment_views.py",
+        "lane < num_tiles, other=0.0), 0) / area",
+        "lane < num_tiles, other=0.0), 0) / (1.01 * area)",
+        *RESIZED,
     ),
     "triton_dropped_pair": Bug("kernels/dino_loss.py", "while position < last:", "while position < last - 1:", *EXACT),
 }

@@ -36,6 +36,11 @@ class Colour:
     blur_sigma: float | None = None  # pixels
     solarise: bool = False
 
+    def row(self) -> list[float]:
+        """As ``ops.augment_views`` takes it."""
+        factors = [1.0 if f is None else f for f in (self.brightness, self.contrast, self.saturation)]
+        return [*factors, self.hue or 0.0, *self.order, self.grey, self.blur_sigma or 0.0, self.solarise]
+
 
 def draw_colour(rng: np.random.Generator, role: str, config: ViewsConfig) -> Colour:
     """Draw the colours of a view whose ``role`` is ``first``, ``second`` (the globals) or ``local``.
@@ -75,12 +80,16 @@ def apply_colour(view: Tensor, colour: Colour) -> Tensor:
     if colour.grey:
         view = TF.rgb_to_grayscale(view, num_output_channels=3)
     if colour.blur_sigma is not None:
-        radius = max(1, round(3 * colour.blur_sigma))
-        radius = min(radius, view.shape[-1] // 2 - 1)
+        radius = blur_radius(colour.blur_sigma, view.shape[-1])
         view = TF.gaussian_blur(view, [2 * radius + 1] * 2, [colour.blur_sigma] * 2)
     if colour.solarise:
         view = TF.solarize(view, _SOLARISE_THRESHOLD)
     return view
+
+
+def blur_radius(sigma: float, size: int) -> int:
+    """Pixels that the blur of a view of ``size`` pixels reaches."""
+    return min(max(1, round(3 * sigma)), size // 2 - 1)
 
 
 def normalise(views: Tensor) -> Tensor:

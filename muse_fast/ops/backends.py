@@ -35,6 +35,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "projection_stats": ("triton", "blocked"),
     "dino_loss": ("cpp", "triton"),
     "linear_dino_loss": ("triton", "blocked"),
+    "augment_views": ("triton",),
 }
 SINGLE_PRECISION = {("dino_loss", "cpp"), ("nulo_rows", "cuda")}  # besides all that is Triton
 TRITON_BACKWARD = {"nulo_rows"}  # written in CUDA

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from muse_fast.kernels.reference import dino_loss, linear_dino_loss
 
-__all__ = ["dino_loss", "linear_dino_loss", "match_nuclei", "nulo_rows", "projection_stats", "sample_nuclei"]
+__all__ = [
+    "augment_views",
+    "dino_loss",
+    "linear_dino_loss",
+    "match_nuclei",
+    "nulo_rows",
+    "projection_stats",
+    "sample_nuclei",
+]
 
 
 def match_nuclei(
@@ -126,3 +134,73 @@ def projection_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.einsum("ichw,oc->iohw", x, weight)
     var, mean = torch.var_mean(y.to(torch.promote_types(y.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
     return mean, var
+
+
+def augment_views(
+    pixels: Tensor,
+    images: Tensor,
+    boxes: Tensor,
+    colours: Tensor,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One view after the other, in float32; values between steps are whole levels of 0..255."""
+    mean = torch.tensor([0.485, 0.456, 0.406], device=pixels.device).view(3, 1, 1)
+    deviation = torch.tensor([0.229, 0.224, 0.225], device=pixels.device).view(3, 1, 1)
+    out = torch.empty(len(boxes), 3, size, size, dtype=dtype, device=pixels.device)
+    for row, (box, colour) in enumerate(zip(boxes.tolist(), colours.tolist(), strict=True)):
+        image, x, y, side, flip, turns = box
+        start, height, width = images[image].tolist()
+        roi = pixels[start : start + 3 * height * width].view(3, height, width)
+        view = roi[:, y : y + side, x : x + side].float()
+        view = F.interpolate(view[None], (size, size), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
+        view = torch.rot90(view.flip(-1) if flip else view, turns, (-2, -1))
+        view = _coloured(view, colour)
+        out[row] = (view / 255 - mean) / deviation
+    return out
+
+
+def _coloured(view: Tensor, colour: list[float]) -> Tensor:
+    """Jitter in its order, grey, blur, solarise; levels ``[3, R, R]`` in and out."""
+    *strengths, first, second, third, fourth, grey, sigma, solarise = colour
+    for step in (int(first), int(second), int(third), int(fourth)):
+        strength = strengths[step]
+        if step == 3:
+            view = _hue_shifted(view, strength) if strength else view
+        else:
+            centre = (torch.zeros(()), _grey(view).mean(), _grey(view))[step]
+            view = (view * strength + centre * (1 - strength)).clamp(0, 255).floor()
+    if grey:
+        view = _grey(view).expand_as(view)
+    if sigma > 0:
+        view = _blurred(view, sigma)
+    return torch.where(view >= 128, 255 - view, view) if solarise else view
+
+
+def _grey(view: Tensor) -> Tensor:
+    return (0.2989 * view[0] + 0.587 * view[1] + 0.114 * view[2]).floor()
+
+
+def _hue_shifted(view: Tensor, shift: float) -> Tensor:
+    """To hue, saturation and value, around the circle of hues, and back, sextant by sextant."""
+    red, green, blue = view / 255
+    value, chroma = view.amax(0) / 255, (view.amax(0) - view.amin(0)) / 255
+    safe = chroma.where(chroma > 0, 1)
+    by_largest = [(green - blue) / safe, (blue - red) / safe + 2, (red - green) / safe + 4]
+    hue = torch.stack(by_largest).gather(0, view.argmax(0, keepdim=True))[0]
+    hue = (hue / 6 + shift).remainder(1) * 6
+    sextant, rest = hue.long() % 6, hue.frac()
+    low, falling, rising = value - chroma, value - chroma * rest, value - chroma * (1 - rest)
+    red = torch.stack([value, falling, low, low, rising, value]).gather(0, sextant[None])
+    green = torch.stack([rising, value, value, falling, low, low]).gather(0, sextant[None])
+    blue = torch.stack([low, low, rising, value, value, falling]).gather(0, sextant[None])
+    return (torch.cat([red, green, blue]) * 255.999).floor()
+
+
+def _blurred(view: Tensor, sigma: float) -> Tensor:
+    radius = min(max(1, round(3 * sigma)), view.shape[-1] // 2 - 1)
+    away = torch.arange(-radius, radius + 1, device=view.device)
+    weight = torch.softmax(-(away**2) / (2 * sigma**2), 0)
+    padded = F.pad(view[:, None], [radius] * 4, mode="reflect")
+    across = F.conv2d(padded, weight.view(1, 1, 1, -1))
+    return F.conv2d(across, weight.view(1, 1, -1, 1))[:, 0].round()
