@@ -48,7 +48,11 @@ ALL, SEEN = "decode all", "decode rows seen"
 TARGETS = {224: 3.0}  # times the rate of decoding all
 
 # Whole loaders by name: batches of views on the device that they are for. Those of a GPU are timed by the clock.
-LOADERS: dict[str, Loader] = {"cpu": partial(load_views, workers=0)}
+# Not DALI: it builds its pipeline once per run, which would be most of the time of a batch.
+LOADERS: dict[str, Loader] = {
+    "cpu": partial(load_views, workers=0),
+    "cuda": partial(load_views, workers=0, pin_memory=True, device="cuda", backend="cuda"),
+}
 
 
 # --- ROIs
@@ -129,6 +133,8 @@ def run_case(roiset: RoiSet, config: ViewsConfig, rounds: int, device: str) -> d
     for epoch in epochs:
         calls = [(stage, call, False) for stage, call in stages(roiset, epoch, config).items()]
         for name, loader in LOADERS.items():
+            if name == "cuda" and device != "cuda":
+                continue
             call = partial(one_batch, loader, ViewDataset(roiset, config, SEED), epoch)
             calls.append((f"loader {name}", call, name != "cpu"))
         if device == "cuda":

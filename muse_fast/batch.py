@@ -105,3 +105,41 @@ class Views(_Movable):
             return [self.global_images], [global_nuclei]
         local_nuclei = PackedNuclei(nuclei.xy[rows:], nuclei.index[rows:], nuclei.offsets[split:] - rows)
         return [self.global_images, self.local_images], [global_nuclei, local_nuclei]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedViews(_Movable):
+    """A batch of views before anything is decoded: what a renderer makes :class:`Views` of."""
+
+    jpegs: Tensor  # [bytes] uint8: JPEGs of the rows that the views see, of the B ROIs one after the other
+    jpeg_bounds: Tensor  # [B + 1] int64; the JPEG of ROI b is jpegs[jpeg_bounds[b] : jpeg_bounds[b + 1]]
+    shapes: Tensor  # [B, 2] int64, height and width of each
+    boxes: Tensor  # [V * B, 6] int32, see ops.augment_views, in these rows; the image is the ROI's place in the batch
+    colours: Tensor  # [V * B, 11] float32, see ops.augment_views
+    num_globals: int
+    nuclei: PackedNuclei
+    num_global_nuclei: int
+    mpp: Tensor  # these four as in Views
+    roi_ids: Tensor
+    epochs: Tensor
+    path: str  # of the ROI set, for messages
+
+    @property
+    def num_rois(self) -> int:
+        return self.roi_ids.numel()
+
+    def jpeg(self, roi: int) -> Tensor:
+        """The JPEG of the ROI at place ``roi`` of the batch, ``[bytes]`` uint8."""
+        return self.jpegs[self.jpeg_bounds[roi] : self.jpeg_bounds[roi + 1]]
+
+    def rendered(self, global_images: Tensor, local_images: Tensor) -> Views:
+        """With pixels in the order of ``boxes``: the batch that the trainer takes."""
+        return Views(
+            global_images=global_images,
+            local_images=local_images,
+            nuclei=self.nuclei,
+            num_global_nuclei=self.num_global_nuclei,
+            mpp=self.mpp,
+            roi_ids=self.roi_ids,
+            epochs=self.epochs,
+        )

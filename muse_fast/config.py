@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from muse_fast.errors import UserError, did_you_mean, require
 
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet50")
+DATA_BACKENDS = ("cpu", "dali", "cuda")
 ATTENTION = ("sdpa", "xformers", "varlen")
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp32", "fp64")
@@ -42,8 +43,13 @@ class DataConfig:
     """Train on the ROIs of this split alone; empty takes all."""
     workers: int = 2
     """Loader processes. The run is the same with any number of them; 0 loads in the training process."""
+    backend: str = "cpu"
+    """Who decodes and renders views: ``cpu`` (the loader processes), ``dali`` (NVIDIA DALI, on the GPU or, in runs on a
+    CPU, there) or ``cuda`` (nvJPEG and the op augment_views, on a GPU). Boxes, colours and nuclei are the same; pixels
+    differ by a fifth of a grey level on average. With the last two, loader processes only read and plan."""
 
     def __post_init__(self) -> None:
+        require(self.backend in DATA_BACKENDS, "data.backend", self.backend, " or ".join(DATA_BACKENDS))
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 

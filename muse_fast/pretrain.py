@@ -20,6 +20,7 @@ from muse_fast import __version__, distributed, pictures
 from muse_fast.atomic import write_json
 from muse_fast.batch import Pairs, Views
 from muse_fast.config import PretrainConfig, flatten, load_config
+from muse_fast.data import renderers
 from muse_fast.data.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
 from muse_fast.data.roiset import RoiSet
 from muse_fast.device import peak_flops, peak_memory, pick_device
@@ -47,7 +48,7 @@ CONTACT_SHEET = "contact_sheet.png"
 # Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
 # Those of the second line only say how the same sums are computed.
 _FREE_ON_RESUME = (
-    *("data.workers", "data.roiset", "train.log_every", "train.checkpoint_every", "train.keep_every"),
+    *("data.workers", "data.backend", "data.roiset", "train.log_every", "train.checkpoint_every", "train.keep_every"),
     *("model.attention", "model.recompute", "model.init", "train.parallel", "train.compile", "loss.logit_free"),
 )
 _MOST_DRAWN = 32  # ROIs in the last pictures
@@ -86,6 +87,8 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     check_roiset(roiset, roi_ids, config.views)
 
     device = pick_device(config.train.device, "train.device", distributed.local_rank())
+    if (reason := renderers.why_not(config.data.backend, device)) is not None:
+        raise UserError(f"data.backend={config.data.backend}: {reason}")
     with distributed.process_group(device):
         trainer = Trainer(config, device)
         start = _find_start(out, resume)
@@ -118,7 +121,14 @@ def _run(
     probe = _probe(dataset, roi_ids, train.eval_rois, config.optim.batch_size)
     began = time.time()
     stop, watch = StopSignal(), Stopwatch()
-    views = load_views(dataset, sampler, workers=config.data.workers, pin_memory=trainer.device.type == "cuda")
+    views = load_views(
+        dataset,
+        sampler,
+        workers=config.data.workers,
+        pin_memory=trainer.device.type == "cuda",
+        device=trainer.device,
+        backend=config.data.backend,
+    )
     with (
         closing(views),
         stop,
@@ -248,7 +258,7 @@ def _announce(
     views, optim = config.views, config.optim
     split = f"split {config.data.split}" if config.data.split else "all splits"
     print(f"muse_fast {__version__} pretrain: {config.model.arch} on {trainer.device}, {config.train.precision}")
-    print(f"  data   {roiset.path} ({num_rois} ROIs, {split}), {config.data.workers} workers")
+    print(f"  data   {roiset.path} ({num_rois} ROIs, {split}), {config.data.workers} workers, by {config.data.backend}")
     print(
         f"  views  {views.num_globals} x {views.global_size} px at {views.global_mpp_min}-{views.global_mpp_max}, "
         f"{views.num_locals} x {views.local_size} px at {views.local_mpp_min}-{views.local_mpp_max} um/px"

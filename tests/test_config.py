@@ -58,6 +58,7 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
         ("loss.centering=none", "ema or sinkhorn"),
         ("optim.warmup_steps=132000", "below optim.steps"),
         ("loss.student_temp=0", "above 0"),
+        ("data.backend=gpu", "cpu or dali or cuda"),
         ("model.attention=flash", "sdpa or xformers or varlen"),
         ("model.recompute=some", "none or selective or full"),
         ("train.precision=fp16", "bf16 or fp32 or fp64"),

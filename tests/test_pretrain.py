@@ -142,6 +142,16 @@ def test_workers_do_not_change_the_numbers(workplace: Path, unbroken: Path) -> N
     assert losses(out) == losses(unbroken)
 
 
+def test_views_by_dali_have_the_same_pairs_and_nearly_the_same_loss(workplace: Path, unbroken: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    out = workplace / "dali"
+    assert main(arguments(workplace, out, "data.backend=dali", "optim.steps=3")) == 0
+    dali, cpu = ([row for row in read_metrics(f / "metrics.jsonl") if "loss" in row][:3] for f in (out, unbroken))
+    assert [row["pairs_per_roi"] for row in dali] == [row["pairs_per_roi"] for row in cpu]
+    assert dali[0]["loss"] != cpu[0]["loss"]
+    assert dali[0]["loss"] == pytest.approx(cpu[0]["loss"], rel=0.01)
+
+
 def test_sigterm_saves_and_exits_with_a_known_code(workplace: Path, unbroken: Path) -> None:
     out = workplace / "terminated"
     process = start(workplace, out, "train.checkpoint_every=1000")
@@ -203,6 +213,8 @@ def test_refusals(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture
     expect_error(capsys, arguments(workplace, tmp_path / "a", "views.global_size=512"), "too small")
     expect_error(capsys, ["--config", str(workplace / "toy.yaml"), "--out", str(tmp_path / "a")], "data.roiset")
     expect_error(capsys, arguments(workplace, tmp_path / "a", f"data.roiset={tmp_path / 'none'}"), "none")
+    said = "data.backend=cuda: it runs on CUDA GPUs alone, and the run is on cpu"
+    expect_error(capsys, arguments(workplace, tmp_path / "a", "data.backend=cuda", "train.device=cpu"), said)
     assert not (tmp_path / "a").exists()
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dots import assert_dots_at, draw_dots, scattered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -14,34 +15,16 @@ from muse_fast.errors import UserError
 SMALL = ViewsConfig(global_size=96, local_size=64, num_locals=6)
 
 
-def draw_dots(size: int, xy: np.ndarray, sigma: float) -> torch.Tensor:
-    """White Gaussian dots on black, uint8 [3, size, size]; continuous pixel coordinates, pixel i covers [i, i + 1)."""
-    y, x = np.mgrid[:size, :size] + 0.5
-    image = np.zeros((size, size))
-    for px, py in xy:
-        image = np.maximum(image, np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * sigma**2)))
-    return torch.from_numpy((255 * image).astype(np.uint8)).expand(3, -1, -1)
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_dots_are_found_again_in_every_view_to_half_a_pixel(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(np.arange(20, 300, 40), np.arange(20, 300, 40)), -1).reshape(-1, 2)
-    xy = (grid + rng.uniform(-6, 6, grid.shape)).astype(np.float32)
+    xy = scattered(rng, 310)
     image = draw_dots(310, xy, sigma=2.5)
-    boxes = [box for boxes in draw_boxes(rng, 310, 310, 0.3, SMALL) for box in boxes]
     found = 0
-    for box in boxes:
-        view = box.render(image)[0].double().numpy()
+    for box in [box for boxes in draw_boxes(rng, 310, 310, 0.3, SMALL) for box in boxes]:
         points, index = box.nuclei(xy)
         assert (np.diff(index) > 0).all()
-        margin = 10
-        for x, y in points[((points > margin) & (points < box.size - margin)).all(1)]:
-            window = view[int(y) - 8 : int(y) + 9, int(x) - 8 : int(x) + 9]
-            cy, cx = ndimage.center_of_mass(np.where(window > 60, window, 0))
-            assert abs(cx + 0.5 + int(x) - 8 - x) < 0.5
-            assert abs(cy + 0.5 + int(y) - 8 - y) < 0.5
-            found += 1
+        found += assert_dots_at(box.render(image)[0], points)
     assert found > 10
 
 

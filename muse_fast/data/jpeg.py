@@ -59,13 +59,26 @@ def decode_rows(roi: Roi, top: int, bottom: int) -> tuple[NDArray[np.uint8], int
         UserError: as :func:`decode`, for what is wrong in these rows.
     """
     assert 0 <= top < bottom <= roi.height
+    jpeg, first_row = cut(roi, top, bottom)
+    with _naming(roi):
+        return _decode_strictly(jpeg), first_row
+
+
+def cut(roi: Roi, top: int, bottom: int) -> tuple[bytes, int]:
+    """A JPEG of at least the rows ``top:bottom``, and the row of the ROI that is its first: what a GPU is to decode.
+
+    A JPEG that cannot be cut stays whole. Header, size and scans are checked, the pixels not.
+
+    Raises:
+        UserError: the header is none of a JPEG of the ROI's size, or goes beyond the limits; names the set and the ROI.
+    """
     with _naming(roi):
         _check_header(roi.jpeg, roi.width, roi.height)
         band = cutter.cut_rows(roi.jpeg, top, bottom)
         if band is None:
-            return read(roi.jpeg, roi.width, roi.height), 0
-        jpeg, first_row = band
-        return _decode_strictly(jpeg), first_row
+            _check_scans(roi.jpeg)
+            return roi.jpeg, 0
+        return band
 
 
 def read(jpeg: bytes, width: int, height: int) -> NDArray[np.uint8]:
@@ -75,9 +88,13 @@ def read(jpeg: bytes, width: int, height: int) -> NDArray[np.uint8]:
         ValueError: it is damaged, has another size, or goes beyond the limits.
     """
     _check_header(jpeg, width, height)
+    _check_scans(jpeg)
+    return _decode_strictly(jpeg)
+
+
+def _check_scans(jpeg: bytes) -> None:
     if (scans := cutter.count_scans(jpeg)) > MAX_SCANS:
         raise ValueError(f"{scans} scans, expected at most {MAX_SCANS}")
-    return _decode_strictly(jpeg)
 
 
 def _check_header(jpeg: bytes, width: int, height: int) -> None:

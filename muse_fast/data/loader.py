@@ -11,6 +11,7 @@ import ctypes
 import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from muse_fast.batch import PackedNuclei, Views
+from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
 from muse_fast.data.augment import apply_colour, normalise
-from muse_fast.data.plan import Plan, draw_plan
+from muse_fast.data.plan import Plan, draw_plan, pack, view_major
+from muse_fast.data.renderers import UntilError, rendered
 from muse_fast.data.roiset import RoiSet
 from muse_fast.data.views import check_room
 from muse_fast.errors import UserError
@@ -78,21 +80,27 @@ class StepSampler(Sampler[list[Sample]]):
         return epoch, int(self._order[1][within])
 
 
-class ViewDataset(Dataset["Views | UserError"]):
-    """``dataset[samples]`` is the batch of views of ``samples``."""
+class ViewDataset(Dataset["Views | PlannedViews | UserError"]):
+    """``dataset[samples]`` is the batch of views of ``samples``, or with ``planned`` what the device makes them of."""
 
-    def __init__(self, roiset: RoiSet, config: ViewsConfig, seed: int) -> None:
-        self.roiset, self.config, self.seed = roiset, config, seed
+    def __init__(self, roiset: RoiSet, config: ViewsConfig, seed: int, *, planned: bool = False) -> None:
+        self.roiset, self.config, self.seed, self.planned = roiset, config, seed, planned
 
-    def __getitem__(self, samples: Sequence[Sample]) -> Views | UserError:
+    def __getitem__(self, samples: Sequence[Sample]) -> Views | PlannedViews | UserError:
         try:
-            return collate([self.views(epoch, roi_id) for epoch, roi_id in samples])
+            if self.planned:
+                return pack([self.plan(*sample) for sample in samples])
+            return collate([self.views(*sample) for sample in samples])
         except UserError as error:
             return error  # as a value: raised in a worker, it would arrive wrapped in a foreign traceback
 
+    def plan(self, epoch: int, roi_id: int) -> Plan:
+        """Where the views of one ROI lie and how they look."""
+        return draw_plan(self.roiset[roi_id], epoch, self.seed, self.config)
+
     def views(self, epoch: int, roi_id: int) -> Views:
-        """The views of one ROI, a batch of one."""
-        return render(draw_plan(self.roiset[roi_id], epoch, self.seed, self.config), self.config)
+        """The views of one ROI, a batch of one, rendered on the CPU."""
+        return render(self.plan(epoch, roi_id), self.config)
 
 
 def render(plan: Plan, config: ViewsConfig) -> Views:
@@ -119,18 +127,10 @@ def render(plan: Plan, config: ViewsConfig) -> Views:
 
 def collate(samples: list[Views]) -> Views:
     """Join batches of one ROI each into one batch, from ROI-major to view-major order."""
-    num_views = samples[0].num_globals + samples[0].num_locals
-    parts = [(sample.nuclei, view) for view in range(num_views) for sample in samples]
-    bounds = [(int(n.offsets[view]), int(n.offsets[view + 1])) for n, view in parts]
-    counts = [stop - start for start, stop in bounds]
     return Views(
         global_images=torch.stack([s.global_images for s in samples], dim=1).flatten(0, 1),
         local_images=torch.stack([s.local_images for s in samples], dim=1).flatten(0, 1),
-        nuclei=PackedNuclei(
-            xy=torch.cat([n.xy[a:b] for (n, _), (a, b) in zip(parts, bounds, strict=True)]),
-            index=torch.cat([n.index[a:b] for (n, _), (a, b) in zip(parts, bounds, strict=True)]),
-            offsets=torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
-        ),
+        nuclei=view_major([s.nuclei for s in samples]),
         num_global_nuclei=sum(s.num_global_nuclei for s in samples),
         mpp=torch.stack([s.mpp for s in samples], dim=1).flatten(),
         roi_ids=torch.cat([s.roi_ids for s in samples]),
@@ -139,17 +139,29 @@ def collate(samples: list[Views]) -> Views:
 
 
 def load_views(
-    dataset: ViewDataset, sampler: StepSampler, *, workers: int, pin_memory: bool = False
+    dataset: ViewDataset,
+    sampler: StepSampler,
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    device: torch.device | str = "cpu",
+    backend: str = "cpu",
 ) -> Generator[Views]:
-    """Batches of views in the sampler's order, made by ``workers`` processes (0: in this one).
+    """Batches of views in the sampler's order.
 
-    To close the generator ends them. Left open when an error ends the program, they would keep it from exiting.
+    To close the generator ends its processes. Left open when an error ends the program, they would keep it from
+    exiting.
+
+    Args:
+        workers: processes that read and, with the ``cpu`` backend, render (0: this one does).
+        device: where the other backends render.
+        backend: one of ``config.DATA_BACKENDS``, of which `renderers.why_not` gives no reason against it.
 
     Raises:
         UserError: damaged data, named by path and ROI id, in the step that would have used it.
     """
-    loader: DataLoader[Views | UserError] = DataLoader(
-        dataset,
+    loader: DataLoader[Views | PlannedViews | UserError] = DataLoader(
+        ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu"),
         batch_size=None,  # the sampler gives whole batches
         sampler=sampler,
         num_workers=workers,
@@ -160,10 +172,14 @@ def load_views(
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_live_as_the_run_does,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    batches = UntilError(loader)
+    with closing(iter(batches)) as loaded:
+        if backend == "cpu":
+            yield from loaded
+        else:
+            yield from rendered(loaded, backend, dataset.config, torch.device(device), workers)
+    if batches.error is not None:
+        raise batches.error
 
 
 def _live_as_the_run_does(worker: int) -> None:
