@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from muse_fast import pretrain
+from muse_fast import cluster, pretrain
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.data.roiset import RoiSet
-from muse_fast.errors import UserError, require
+from muse_fast.errors import require
 
 WARNED_BEFORE = 180  # seconds from Slurm's warning to the end: for the steps to the next log line and the checkpoint
 _MAX_TIMEOUTS = 1_000  # a run is over when its steps are done, however often its time was up
@@ -92,16 +92,11 @@ class _SaveFirst:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    try:
-        import submitit
-    except ImportError:
-        raise UserError("submitit is not installed: pip install 'muse_fast[slurm]'") from None
-
+    logs = options.out / "slurm"
     tasks = options.tasks_per_node or max(1, options.gpus_per_node)
-    config = _check(options, ranks=options.nodes * tasks)
-    cluster, logs = "local" if options.local else "slurm", options.out / "slurm"
-    try:
-        executor = submitit.AutoExecutor(logs, cluster, **{f"{cluster}_max_num_timeout": _MAX_TIMEOUTS})
+    with cluster.submitting():
+        config = _check(options, ranks=options.nodes * tasks)
+        executor = cluster.executor(logs, options.local, _MAX_TIMEOUTS)
         executor.update_parameters(
             name=options.out.name,
             nodes=options.nodes,
@@ -114,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.local:  # the tasks share this machine's cores, where Slurm binds each to its own
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
         job = executor.submit(PretrainJob(tuple(_pretrain_arguments(options))))
-    except (RuntimeError, ValueError) as error:  # no srun here, sbatch says no, more than one node with --local
-        raise UserError(str(error)) from None
     print(f"job {job.job_id} of {options.nodes} x {tasks} tasks; output in {logs}/{job.job_id}_*_log.out")
-    return _wait_for(job) if options.local else 0
+    if options.local:
+        cluster.wait_for([job])
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,19 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--tasks-per-node", type=int, help="ranks per node; one per GPU unless given")
     parser.add_argument("--cpus-per-task", type=int, help="data.workers + 2 unless given")
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--sbatch", action="append", default=[], type=_pair, metavar="KEY=VALUE", help="as for sbatch")
-    parser.add_argument("--local", action="store_true", help="run on this machine instead, and wait for the end")
+    cluster.add_arguments(parser)
     parser.add_argument("pretrain", nargs="*", metavar="--config FILE ...", help="for python -m muse_fast.pretrain")
     return parser
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"'{text}': expected KEY=VALUE, for example qos=high")
-    return key, value
 
 
 def _check(options: argparse.Namespace, ranks: int) -> PretrainConfig:
@@ -166,27 +151,7 @@ def _pretrain_arguments(options: argparse.Namespace) -> list[str]:
 
 def _slurm_parameters(options: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]:
     cpus = options.cpus_per_task or config.data.workers + 2
-    return {
-        "slurm_partition": options.partition,
-        "slurm_account": options.account,
-        "cpus_per_task": cpus,
-        "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # since Slurm 22.05 srun does not take it from sbatch
-        "slurm_signal_delay_s": WARNED_BEFORE,
-        "slurm_additional_parameters": {"requeue": True, **dict(options.sbatch)},
-    }
-
-
-def _wait_for(job: Any) -> int:
-    """The end of a job on this machine.
-
-    Raises:
-        UserError: it failed; with the traceback.
-    """
-    try:
-        job.results()
-    except RuntimeError as error:  # submitit's, of a job that failed or left no result
-        raise UserError(str(error)) from None
-    return 0
+    return {**cluster.slurm_parameters(options, cpus), "slurm_signal_delay_s": WARNED_BEFORE}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_slides import damage, page_with_tissue, write_slide
 
 from muse_fast.data.roiset import RoiSet
 from muse_fast.data.synthetic import synthetic_image
@@ -99,7 +101,7 @@ def test_slide_without_mpp(tmp_path: Path, shared_data: Path, capsys: pytest.Cap
 
 def test_real_slide(tmp_path: Path, shared_data: Path) -> None:
     slide = shared_data / "wsi" / "cmu-1-small-region.svs"
-    assert main([f"wsi:{slide}", str(tmp_path / "out"), "roi_um=256"]) == 0
+    assert main([f"wsi:{slide}", str(tmp_path / "out"), "roi_um=256", "workers=1"]) == 0
     rois = RoiSet(tmp_path / "out")
     assert rois.verify() == []
     assert set(rois.width.tolist()) == {513}  # 256 um at 0.499
@@ -109,6 +111,102 @@ def test_real_slide(tmp_path: Path, shared_data: Path) -> None:
     assert np.abs(rois[0].decode().astype(int) - np.asarray(page)).mean() < 3
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rois"] + sum(summary["dropped"].values()) == 4 * 5
+
+
+def test_a_folder_with_one_good_and_one_bad_slide(
+    tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real slides: one tells its um per pixel, the other does not."""
+    out, folder = tmp_path / "out", shared_data / "wsi"
+    bad, why = "tcga-cr-7395-01a-01-ts1", "the header does not tell um per pixel; give mpp=NUMBER"
+    assert main([f"wsi:{folder}", str(out), "workers=1"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"{bad}.svs: {why}") == 2 and "1 of 2 slides cannot be used" in said  # before and after the work
+    assert RoiSet(out).slides == ["cmu-1-small-region"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["skipped"]) == [str(folder / f"{bad}.svs")] and why in summary["skipped"][f"{folder}/{bad}.svs"]
+    good_row, bad_row = report(out)
+    assert (good_row["slide"], good_row["status"], good_row["mpp"], good_row["mpp_from"]) == (
+        "cmu-1-small-region",
+        "used",
+        "0.499",
+        "header",
+    )
+    assert (good_row["rois"], int(good_row["nuclei"])) == ("1", int(RoiSet(out).num_nuclei.sum()))
+    assert 0.5 < float(good_row["tissue_mm2"]) < 0.8
+    assert (bad_row["slide"], bad_row["status"], bad_row["rois"]) == (bad, "skipped", "0") and why in bad_row["reason"]
+    page = (out / "report.html").read_text()
+    assert why in page and 'src="report/cmu-1-small-region.jpg"' in page
+    with Image.open(out / "report" / "cmu-1-small-region.jpg") as picture:
+        assert max(picture.size) == 1024
+
+    both = tmp_path / "both"
+    assert main([f"wsi:{folder}", str(both), "mpp=0.5", "workers=1"]) == 0
+    assert RoiSet(both).slides == ["cmu-1-small-region", bad]
+    assert {row["mpp_from"] for row in report(both)} == {"option mpp"}
+
+
+def report(out: Path) -> list[dict[str, str]]:
+    with open(out / "report.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tissue_goes_to_qupath_and_back(tmp_path: Path, shared_data: Path) -> None:
+    slide = shared_data / "wsi" / "cmu-1-small-region.svs"
+    settings = [f"wsi:{slide}", "roi_um=128", "per_slide=8", "workers=1"]
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert main([*settings, str(first)]) == 0
+    assert main([*settings, str(second), f"tissue={first / 'tissue'}"]) == 0
+    for name in ("index.bin", "nuclei.bin", "shard-00000.bin", "tissue/cmu-1-small-region.geojson"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert report(second)[0]["tissue_from"] == "cmu-1-small-region.geojson"
+
+    left = {"type": "Polygon", "coordinates": [[[600, 0], [1200, 0], [1200, 2967], [600, 2967]]]}  # drawn anew
+    path = tmp_path / "edited" / "cmu-1-small-region.geojson"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"type": "Feature", "properties": {"objectType": "annotation"}, "geometry": left}))
+    assert main([*settings, str(third), f"tissue={path.parent}", "min_tissue=0.9"]) == 0
+    x = RoiSet(third).origin[:, 0]
+    assert (x >= 590).all() and (x + 257 <= 1210).all()
+
+
+def test_slides_and_groups_are_balanced(tmp_path: Path) -> None:
+    """Groups of one and of two slides, one of which is excluded by its patient."""
+    folder, table = tmp_path / "in", tmp_path / "groups.csv"
+    names = ["TCGA-AA-0001-01Z", "TCGA-AA-0002-01Z", "TCGA-AA-0003-01Z", "case"]
+    for seed, name in enumerate(names):
+        write_slide(folder / f"{name}.tif", page_with_tissue(seed, 600, 700, 512))
+    table.write_text("slide,group\n" + "".join(f"{name},{'A' if name == 'case' else 'B'}\n" for name in names))
+    (tmp_path / "tested.txt").write_text("TCGA-AA-0002-02A-TS1\n")
+    options = ["roi_um=32", "min_nuclei=1", f"groups={table}", f"exclude={tmp_path / 'tested.txt'}", "workers=1"]
+    assert main([f"wsi:{folder}", str(tmp_path / "out"), *options, "max_rois=41"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["rois"] == 40 and summary["rois_per_group"] == {"A": 20, "B": 20}
+    assert list(summary["excluded"].values()) == [f"patient TCGA-AA-0002 stands in {tmp_path / 'tested.txt'}"]
+    rows = {row["slide"]: row for row in report(tmp_path / "out")}
+    assert [rows[name]["status"] for name in names] == ["used", "excluded", "used", "used"]
+    assert int(rows[names[0]]["rois"]) + int(rows[names[2]]["rois"]) == 20
+    assert sum(int(row["not_sampled"]) for row in rows.values()) == summary["dropped"]["not sampled"] > 50
+    assert main(["audit", str(tmp_path / "out"), str(tmp_path / "tested.txt")]) == 0
+
+
+def test_no_slide_is_left_over_its_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_slide(tmp_path / "in" / "bad.tif", page_with_tissue(0, 600, 700, 512), compression="zlib")
+    damage(path, 4)
+    assert main([f"wsi:{path}", str(tmp_path / "out"), "roi_um=64", "max_unreadable=0"]) == 2
+    assert f"no slide can be used\n  {path}: unreadable at" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_parts_of_other_settings_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_slide(tmp_path / "in" / "a.tif", page_with_tissue(0, 600, 700, 512))
+    settings = [f"wsi:{path}", str(tmp_path / "out"), "roi_um=64", "min_nuclei=1", "workers=1"]
+    assert main([*settings, "--task", "0/1"]) == 0
+    assert main([*settings, "threshold=0.05"]) == 2
+    assert "holds parts made with other settings (threshold=" in capsys.readouterr().err
+    assert (tmp_path / "out.parts" / "a" / "part.json").is_file()
+    assert main(settings) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 @pytest.mark.parametrize(

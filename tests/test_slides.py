@@ -1,4 +1,4 @@
-"""Whole slides: um per pixel, tissue, the grid, and nuclei that do not depend on the grid."""
+"""The source ``wsi:``: which slides are used, what goes with each, the grid, and nuclei that do not depend on it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from small_slides import damage, page_with_tissue, write_slide
 
-from muse_fast.data import slides
+from muse_fast.data.cut import Cut, CutSettings, SlideFile, survey
 from muse_fast.data.detect_nuclei import detect_nuclei
-from muse_fast.data.slides import MASK_UM, Slide, tissue_mask
-from muse_fast.data.sources import open_source
-from muse_fast.data.synthetic import synthetic_image
+from muse_fast.data.slides import Slides, usable_cpus
+from muse_fast.data.sources import SourceImage, open_source
 from muse_fast.errors import UserError
 
-pytest.importorskip("openslide")
-tifffile = pytest.importorskip("tifffile")
+EVERYTHING = {"roi_um": 100, "min_tissue": 0, "min_nuclei": 0}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tissue() -> np.ndarray:
-    """1500 x 1100 px at 0.5 um: glass with a piece of synthetic tissue of 1024 px at x 300, y 40."""
-    page = np.full((1100, 1500, 3), 245, np.uint8)
-    page[40:1064, 300:1324] = synthetic_image(0, 1024, 0.5)[0]
-    return page
-
-
-def write_slide(path: Path, image: np.ndarray, mpp: float | tuple[float, float] | None = 0.5) -> Path:
-    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
-    tags = {} if x is None or y is None else {"resolution": (1e4 / x, 1e4 / y), "resolutionunit": "CENTIMETER"}
-    tifffile.imwrite(path, image, tile=(256, 256), photometric="rgb", **tags)
-    return path
+    return page_with_tissue()
 
 
 @pytest.fixture
@@ -39,108 +27,162 @@ def slide(tmp_path: Path, tissue: np.ndarray) -> Path:
     return write_slide(tmp_path / "slide.tif", tissue)
 
 
+def opened(path: Path, **options: object) -> Slides:
+    source = open_source(f"wsi:{path}", **options)
+    assert isinstance(source, Slides)
+    return source
+
+
 # --------------------------------------------------------------------------------------------------- um per pixel
 
 
-def test_mpp_comes_from_option_then_table_then_header(slide: Path) -> None:
-    def mpp(**options: float) -> float:
-        return next(iter(open_source(f"wsi:{slide}", roi_um=128, **options))).mpp
+def test_mpp_comes_from_table_then_option_then_header(slide: Path, tmp_path: Path) -> None:
+    def first(**options: object) -> SourceImage:
+        return next(iter(opened(slide.parent, roi_um=128, **options)))
 
-    assert mpp() == 0.5
-    (slide.parent / "mpp.csv").write_text("image,mpp,slide,split\nslide.tif,0.55,S1,val\n")
-    assert mpp() == 0.55
-    first = next(iter(open_source(f"wsi:{slide}", roi_um=128)))
-    assert (first.slide, first.split) == ("S1", "val")
-    assert mpp(mpp=0.45) == 0.45
-
-
-@pytest.mark.parametrize(
-    ("mpp", "message"),
-    [
-        (None, r"does not tell um per pixel; give mpp=NUMBER or list the slide in mpp.csv"),
-        (352.8, r"openslide.mpp in the header is '352.*', expected um per pixel, 0.05 to 5"),  # 72 dpi
-        ((0.5, 0.6), r"pixels are 0.5 x 0.6 um, expected squares"),
-    ],
-)
-def test_a_header_without_a_usable_mpp_is_refused(
-    tmp_path: Path, tissue: np.ndarray, mpp: object, message: str
-) -> None:
-    write_slide(tmp_path / "bad.tif", tissue[:300, :300], mpp)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=rf"bad\.tif: .*{message}"):
-        open_source(f"wsi:{tmp_path}")
+    assert first().mpp == 0.5
+    assert first(mpp=0.45).mpp == 0.45
+    table = slide.parent / "mpp.csv"
+    for name in ("slide.tif", "slide"):
+        table.write_text(f"image,mpp,slide,split\n{name},0.55,S1,val\n")
+        item = first(mpp=0.45)
+        assert (item.mpp, item.slide, item.split) == (0.55, "S1", "val")
+    other = tmp_path / "other.csv"
+    other.write_text("image,mpp\nslide.tif,0.6\nabsent.tif,0.3\n")
+    assert first(mpp_csv=str(other)).mpp == 0.6
+    table.write_text("image,mpp\nabsent.tif,0.3\n")
+    assert first(mpp=0.45).mpp == 0.45
 
 
-def test_all_bad_slides_are_told_at_once(slide: Path, tissue: np.ndarray) -> None:
-    write_slide(slide.parent / "nothing.tif", tissue[:300, :300], None)
-    (slide.parent / "broken.svs").write_bytes(b"no slide")
+def test_rows_of_folders_within(tmp_path: Path, tissue: np.ndarray) -> None:
+    write_slide(tmp_path / "one" / "a.tif", tissue[:300, :300], None)
+    write_slide(tmp_path / "two" / "b.tif", tissue[:300, :300], None)
+    (tmp_path / "mpp.csv").write_text("image,mpp\none/a.tif,0.4\nb.tif,0.3\n")
+    assert [(file.mpp, file.mpp_from) for file in opened(tmp_path).files] == [(0.4, "mpp.csv"), (0.3, "mpp.csv")]
+
+
+# ------------------------------------------------------------------------------------- slides that cannot be used
+
+
+def test_bad_slides_do_not_stop_the_others(slide: Path, tissue: np.ndarray) -> None:
+    folder = slide.parent
+    write_slide(folder / "nothing.tif", tissue[:300, :300], None)
+    (folder / "broken.svs").write_bytes(b"no slide")
+    write_slide(folder / "within" / "slide.tif", tissue[:300, :300])
+    source = opened(folder, roi_um=100)
+    assert {item.slide for item in source} == {"slide"}
+    told = {path.relative_to(folder).as_posix(): reason for path, reason in source.refused.items()}
+    assert set(told) == {"nothing.tif", "broken.svs", "within/slide.tif"}
+    assert told["broken.svs"].startswith("OpenSlide cannot read it")
+    assert told["nothing.tif"].startswith("the header does not tell um per pixel; give mpp=NUMBER")
+    assert "slide.tif has the same name" in told["within/slide.tif"]
+
+
+def test_when_none_can_be_used_all_are_told(tmp_path: Path, tissue: np.ndarray) -> None:
+    write_slide(tmp_path / "nothing.tif", tissue[:300, :300], None)
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
     with pytest.raises(UserError) as caught:
-        open_source(f"wsi:{slide.parent}")
+        list(opened(tmp_path))
     lines = str(caught.value).splitlines()
-    assert len(lines) == 2
-    assert "broken.svs: OpenSlide cannot read it" in lines[0]
-    assert "nothing.tif: the header does not tell" in lines[1]
-
-
-def test_real_slides(shared_data: Path) -> None:
-    assert Slide(shared_data / "wsi" / "cmu-1-small-region.svs").mpp == 0.499
-    without = shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs"
-    with pytest.raises(UserError, match=r"tcga-cr-7395-01a-01-ts1\.svs: the header does not tell um per pixel"):
-        open_source(f"wsi:{without}")
-    first = next(iter(open_source(f"wsi:{without}", mpp="1.0", roi_um="256")))
-    assert first.mpp == 1.0
-    assert first.image.shape == (256, 256, 3)
+    assert lines[0] == "no slide can be used"
+    assert lines[1].startswith(f"  {tmp_path / 'broken.svs'}: OpenSlide cannot read it")
+    assert lines[2].startswith(f"  {tmp_path / 'nothing.tif'}: the header does not tell")
 
 
 def test_a_roi_too_large_to_hold_is_refused(slide: Path) -> None:
     with pytest.raises(UserError, match=r"slide.tif: roi_um=4096 is 40960 px, expected 16384 at most"):
-        open_source(f"wsi:{slide}", mpp=0.1, roi_um=4096)
+        list(opened(slide, mpp=0.1, roi_um=4096))
 
 
-def test_no_slide(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file or folder"):
-        open_source(f"wsi:{tmp_path / 'absent'}")
-    with pytest.raises(UserError, match="holds no slide"):
-        open_source(f"wsi:{tmp_path}")
+def test_excluded_slides(tmp_path: Path, tissue: np.ndarray) -> None:
+    for name in ("TCGA-AA-0001-01Z-00-DX1.8F3A.tif", "TCGA-AA-0002-01Z-00-DX1.tif", "case.tif", "other.tif"):
+        write_slide(tmp_path / "in" / name, tissue[:300, :300])
+    (tmp_path / "names.txt").write_text("TCGA-AA-0001-01A-01-TS1\nTCGA-AA-0002-01Z-00-DX1\n")
+    (tmp_path / "more.csv").write_text("slide\ncase.svs\n")
+    source = opened(tmp_path / "in", exclude=f"{tmp_path / 'names.txt'},{tmp_path / 'more.csv'}")
+    assert [slide for slide, _ in source.slides()] == ["other"]
+    reasons = [reason.split(" stands in ")[0] for reason in source.excluded.values()]
+    assert reasons == ["patient TCGA-AA-0001", "slide TCGA-AA-0002-01Z-00-DX1", "slide case"]
+    (tmp_path / "more.csv").write_text("slide\ncase\nother\n")
+    with pytest.raises(UserError, match=r"no slide can be used\n(.*\n)+.*other.tif: slide other stands in"):
+        opened(tmp_path / "in", exclude=f"{tmp_path / 'names.txt'},{tmp_path / 'more.csv'}")
 
 
-# ---------------------------------------------------------------------------------------------------------- tissue
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_group": 3}, "per_group=3: expected groups=FILE"),
+        ({"groups": "absent.csv"}, "absent.csv: no such file"),
+        ({"tissue": "absent"}, "tissue=absent: expected a folder"),
+        ({"exclude": "absent"}, "absent: expected the folder of a ROI set"),
+        ({"mpp_csv": "absent.csv"}, "absent.csv: no such file"),
+        ({"per_slide": 0}, "per_slide=0, expected a whole number from 1"),
+    ],
+)
+def test_options_that_are_refused(slide: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        opened(slide, **options)
 
 
-def test_tissue_mask_finds_the_tissue(slide: Path) -> None:
-    mask = tissue_mask(Slide(slide).thumbnail(MASK_UM), MASK_UM)
-    assert mask.shape == (69, 94)  # ceil(1100 / 16), ceil(1500 / 16)
-    true = np.zeros(mask.shape, bool)
-    true[3:66, 19:83] = True
-    assert (mask != true).mean() < 0.06  # the rim of one mask pixel is 4 %
+def test_groups(tmp_path: Path, tissue: np.ndarray) -> None:
+    for name in ("a", "b", "c"):
+        write_slide(tmp_path / f"{name}.tif", tissue[:300, :300])
+    table = tmp_path / "groups.csv"
+    table.write_text("slide,group\na,BRCA\nb.tif,LUAD\n")
+    source = opened(tmp_path, groups=str(table))
+    assert [(file.name, file.group) for file in source.files] == [("a", "BRCA"), ("b", "LUAD")]
+    assert list(source.refused.values()) == [f"it has no row in groups={table}"]
+    table.write_text("slide,group\na,BRCA\na,LUAD\n")
+    with pytest.raises(UserError, match=r"groups.csv, row 3: a stands in the group BRCA too"):
+        opened(tmp_path, groups=str(table))
 
 
-def test_tissue_mask_at_the_extremes(tissue: np.ndarray) -> None:
-    noise = np.random.default_rng(0).integers(-2, 3, (60, 60, 3))
-    assert not tissue_mask((243 + noise).astype(np.uint8), 8.0).any()  # all glass
-    assert not tissue_mask(np.full((60, 60, 3), 255, np.uint8), 8.0).any()
-    assert not tissue_mask((4 + noise).astype(np.uint8), 8.0).any()  # black pen
-    full = np.asarray(Image.fromarray(tissue[40:1064, 300:1324]).resize((64, 64), Image.Resampling.BOX))
-    assert tissue_mask(full, 8.0).mean() > 0.95  # all tissue
-    speck = np.full((60, 60, 3), 250, np.uint8)
-    speck[10:13, 10:13] = (200, 90, 150)
-    assert not tissue_mask(speck, 8.0).any()
+# ------------------------------------------------------------------------------------------ the user's own files
 
 
-def test_a_thumbnail_in_bands_is_the_thumbnail(
-    slide: Path, tissue: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = Slide(slide).thumbnail(MASK_UM)
-    monkeypatch.setattr(slides, "_BAND_PIXELS", 100_000)
-    np.testing.assert_array_equal(Slide(slide).thumbnail(MASK_UM), whole)
-    mean = tissue[16:32, 320:336].reshape(-1, 3).mean(0)  # the 16 x 16 px under mask pixel (20, 1)
-    np.testing.assert_allclose(whole[1, 20], mean, atol=1)
+def test_own_nuclei_take_the_place_of_the_detector(slide: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    points = rng.uniform((300, 40), (1300, 1000), (400, 2)).round(1)
+    (folder / "slide.csv").write_text("x,y,label\n" + "".join(f"{x},{y},1\n" for x, y in points))
+    items = list(opened(slide, **EVERYTHING, nuclei=str(folder), labels="a,b"))
+    together = np.concatenate([item.xy + item.origin for item in items])
+    inside = points[(points < [1400, 1000]).all(axis=1)].astype(np.float32)
+    np.testing.assert_allclose(np.sort(together[:, 0]), np.sort(inside[:, 0]), atol=1e-3)
+    assert all(item.label is not None and (item.label == 1).all() for item in items)
+    few = opened(slide, roi_um=100, min_tissue=0, nuclei=str(folder))
+    assert all(len(item.xy) >= 20 for item in few) and few.dropped["too few nuclei"] > 10
+
+    write_slide(slide.parent / "without.tif", page_with_tissue(1)[:300, :300])
+    source = opened(slide.parent, nuclei=str(folder))
+    assert [file.name for file in source.files] == ["slide"]
+    assert "holds no without with .csv" in source.refused[slide.parent / "without.tif"]
+    (folder / "slide.csv").write_text("x,y\n2000,3\n")
+    source = opened(slide, nuclei=str(folder))
+    assert list(source) == []
+    assert "slide.csv, row 2: x is '2000'" in source.refused[slide]
+
+
+def test_own_tissue(slide: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    with pytest.raises(UserError, match="nothing in it has the name of a slide"):
+        opened(slide, tissue=str(folder))
+    mask = np.zeros((11, 15), np.uint8)
+    mask[2:4, 4:8] = 1  # of 100 px each
+    Image.fromarray(mask).save(folder / "slide.png")
+    items = list(opened(slide, roi_um=100, min_tissue=0.9, min_nuclei=0, tissue=str(folder)))
+    assert [item.origin for item in items] == [(400, 200), (600, 200)]
 
 
 # ------------------------------------------------------------------------------------------------------------ ROIs
 
 
 def test_rois_are_pixels_of_the_slide(slide: Path, tissue: np.ndarray) -> None:
-    source = open_source(f"wsi:{slide}", roi_um="100")
+    source = opened(slide, roi_um="100")
     items = list(source)
     assert len(items) > 10
     for item in items:
@@ -157,68 +199,64 @@ def test_rois_are_pixels_of_the_slide(slide: Path, tissue: np.ndarray) -> None:
 
 def test_nuclei_do_not_depend_on_the_grid(slide: Path, tissue: np.ndarray) -> None:
     """Those of all ROIs together are those of one detection on the whole, at ROI borders too."""
-    source = open_source(f"wsi:{slide}", roi_um="100", min_tissue="0", min_nuclei="0")
-    together = np.concatenate([item.xy + item.origin for item in source])
+    together = np.concatenate([item.xy + item.origin for item in opened(slide, **EVERYTHING)])
     whole, _ = detect_nuclei(tissue, 0.5)
     whole = whole[(whole < [1400, 1000]).all(axis=1)]
     assert len(whole) > 500
     assert {tuple(p) for p in together.tolist()} == {tuple(p) for p in whole.tolist()}
 
 
-def test_workers_change_nothing(slide: Path) -> None:
-    alone = list(open_source(f"wsi:{slide}", roi_um=200))
-    shared = list(open_source(f"wsi:{slide}", roi_um=200, workers=2))
-    assert [item.name for item in alone] == [item.name for item in shared]
-    for one, other in zip(alone, shared, strict=True):
-        np.testing.assert_array_equal(one.image, other.image)
-        np.testing.assert_array_equal(one.xy, other.xy)
-
-
 def test_limits_drop_and_count(slide: Path) -> None:
-    source = open_source(f"wsi:{slide}", roi_um=100, min_tissue=0.99, min_nuclei=10**6)
+    source = opened(slide, roi_um=100, min_tissue=0.99, min_nuclei=10**6)
     assert list(source) == []
     assert set(source.dropped) == {"too little tissue", "too few nuclei"}
     assert source.dropped.total() == 35
+    assert list(opened(slide, roi_um=2048)) == []  # the slide is smaller
 
 
-def test_a_slide_smaller_than_a_roi_gives_none(slide: Path) -> None:
-    assert list(open_source(f"wsi:{slide}", roi_um=2048)) == []
+def test_few_of_each_slide_are_drawn_at_random(slide: Path) -> None:
+    everything = {item.origin for item in opened(slide, roi_um=100)}
+    draws = []
+    for seed in (0, 0, 1):
+        source = opened(slide, roi_um=100, per_slide=5, seed=seed)
+        draws.append([item.origin for item in source])
+        assert len(draws[-1]) == 5 and set(draws[-1]) <= everything
+        assert source.dropped["beyond per_slide"] > 0
+        assert 5 + source.dropped.total() == 35
+    assert draws[0] == draws[1] != draws[2]
+    assert {item.origin for item in opened(slide, roi_um=100, per_slide=100)} == everything
 
 
-def test_unreadable_tiles_are_counted_and_bounded(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, calls = Slide.read, []
-
-    def failing(self: Slide, x: int, y: int, *size: int) -> np.ndarray:
-        calls.append((x, y))
-        if len(calls) in (3, 4):  # the first call is the thumbnail
-            raise UserError("broken tile")
-        return read(self, x, y, *size)
-
-    everything = {"roi_um": 100, "min_tissue": 0, "min_nuclei": 0}
-    monkeypatch.setattr(Slide, "read", failing)
-    source = open_source(f"wsi:{slide}", **everything)
-    assert len(list(source)) == 33
-    assert source.dropped == {"unreadable": 2}
-    calls.clear()
-    monkeypatch.setattr(slides, "_MAX_UNREADABLE", 1)
-    with pytest.raises(UserError, match=r"broken tile; 2 ROIs of it cannot be read"):
-        list(open_source(f"wsi:{slide}", **everything))
+# ---------------------------------------------------------------------------------------------------------- damage
 
 
-def test_a_damaged_slide_keeps_its_good_rois(tmp_path: Path, tissue: np.ndarray) -> None:
-    """OpenSlide bars a handle after an error; the slide is opened anew and the rest is read."""
-    path = tmp_path / "slide.tif"
-    tifffile.imwrite(
-        path, tissue, tile=(256, 256), photometric="rgb", compression="zlib", resolution=(2e4, 2e4), resolutionunit=3
-    )
-    with tifffile.TiffFile(path) as file:
-        offset = file.pages[0].dataoffsets[-2]
-    data = bytearray(path.read_bytes())
-    data[offset : offset + 40] = bytes(40)
-    path.write_bytes(data)
-    slide = Slide(path)
-    with pytest.raises(UserError, match=r"slide.tif: unreadable at 1100, 1050, level 0 \("):
-        slide.read(1100, 1050, 20, 20)
-    np.testing.assert_array_equal(slide.read(300, 300, 50, 50), tissue[300:350, 300:350])
-    with pytest.raises(UserError, match=r"slide.tif: unreadable at 0, \d+"):  # what the mask is made of
-        list(open_source(f"wsi:{path}"))
+def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarray) -> None:
+    path = write_slide(tmp_path / "slide.tif", tissue, compression="zlib")
+    damage(path, 9)  # of 6 columns: x 768 to 1023, y 256 to 511, in which lie parts of 3 x 2 squares and of 2 margins
+    source = opened(path, **EVERYTHING)
+    images = {item.origin: item.image for item in source}
+    lost = source.dropped["unreadable"]
+    assert 6 <= lost <= 20 and len(images) == 35 - lost and source.refused == {}
+    for (x, y), image in images.items():
+        np.testing.assert_array_equal(image, tissue[y : y + 200, x : x + 200])
+
+    settings = CutSettings(100, 0, 0, max_unreadable=lost)
+    surveyed = survey(SlideFile(path, "slide", "slide"), settings)
+    assert not isinstance(surveyed, UserError)
+    assert len(list(Cut(surveyed, settings).rois())) == 35 - lost
+    source = opened(path, **EVERYTHING, max_unreadable=lost - 1)
+    assert len(list(source)) < 35 - lost
+    assert f"{lost} ROIs of it cannot be read, copy the slide anew" in source.refused[path]
+    source = opened(path, **EVERYTHING, max_unreadable=0)
+    assert list(source) == []
+    assert source.refused[path].startswith("unreadable at")  # already for the overview
+
+
+def test_cpus(monkeypatch: pytest.MonkeyPatch, slide: Path) -> None:
+    import os
+
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert opened(slide).workers == usable_cpus() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert opened(slide).workers == 3
+    assert opened(slide, workers=1).workers == 1

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, final
 
 import numpy as np
+import simplejpeg
 from numpy.typing import ArrayLike, NDArray
 
 from muse_fast import atomic
@@ -134,6 +135,11 @@ class RoiSet:
         """Number of nuclei of every ROI."""
         return self._index["nuclei"][:, 1] - self._index["nuclei"][:, 0]
 
+    @property
+    def origin(self) -> NDArray[np.int64]:
+        """``[n, 2]`` x, y of every ROI's top-left corner in level-0 pixels of its slide."""
+        return self._index["origin"]
+
     def select(self, split: str) -> NDArray[np.int64]:
         """Ids of the ROIs of one split, ascending; of all ROIs where ``split`` is empty.
 
@@ -145,6 +151,10 @@ class RoiSet:
         if split not in self.splits:
             raise UserError(f"{self.path}: no split {split!r}; the set has {self.splits}")
         return np.flatnonzero(self._index["split"] == self.splits.index(split))
+
+    def slides_of(self, split: str) -> list[str]:
+        """Names of the slides of one split; of all where ``split`` is empty. Errors as of ``select``."""
+        return [self.slides[i] for i in np.unique(self._index["slide"][self.select(split)])]
 
     def verify(self) -> list[str]:
         """Read and check every byte of the set; returns what is wrong, one line each."""
@@ -223,13 +233,31 @@ class RoiSetWriter:
             score: ``[n]`` confidence, NaN unknown; None: all unknown.
             origin: x, y of the top-left corner in level-0 pixels of the slide.
         """
-        roi = self._index.size // INDEX.itemsize
-        name = f"ROI {roi} of slide {slide!r}"
-        height, width = check_image(image, name)
+        check_image(image, self._name(slide))
+        jpeg = encode_jpeg(image, self._quality, self._subsampling)
+        return self.add_jpeg(jpeg, mpp=mpp, xy=xy, label=label, score=score, slide=slide, split=split, origin=origin)
+
+    def _name(self, slide: str) -> str:
+        return f"ROI {self._index.size // INDEX.itemsize} of slide {slide!r}"
+
+    def add_jpeg(
+        self,
+        jpeg: bytes,
+        *,
+        mpp: float,
+        xy: ArrayLike,
+        label: ArrayLike | None = None,
+        score: ArrayLike | None = None,
+        slide: str,
+        split: str = "",
+        origin: tuple[int, int] = (0, 0),
+    ) -> int:
+        """``add`` for an image that ``encode_jpeg`` has made, whose bytes are stored as they are."""
+        roi, name = self._index.size // INDEX.itemsize, self._name(slide)
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
         if not (math.isfinite(mpp) and mpp > 0):
             raise UserError(f"{name}: mpp is {mpp}, expected um per pixel, a number above 0")
         nuclei = nucleus_records(xy, label, score, width, height, self.label_names, name)
-        jpeg = encode_jpeg(image, self._quality, self._subsampling)
         shard, offset = self._append(jpeg)
 
         start = self._nuclei.size // NUCLEUS.itemsize

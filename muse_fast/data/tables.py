@@ -95,23 +95,49 @@ def read_points(
 
 
 def read_mpp_table(folder: Path) -> dict[str, MppRow]:
-    """``mpp.csv`` of a folder (``image,mpp[,slide][,split]``) by file name; empty where there is none.
+    """``mpp.csv`` of a folder by file name; empty where there is none.
 
     Raises:
-        UserError: a column or value that cannot be used, or a file listed twice; names file and row.
+        UserError: as ``read_mpp_file``, and where the folder lacks a file that is listed.
     """
     path = folder / "mpp.csv"
     if not path.is_file():
         return {}
+    table = read_mpp_file(path)
+    for name in table:
+        if not (folder / name).is_file():
+            raise UserError(f"{path}: there is no file {name!r} in {folder}")
+    return table
+
+
+def read_mpp_file(path: Path) -> dict[str, MppRow]:
+    """A table ``image,mpp[,slide][,split]`` by the name of the image.
+
+    Raises:
+        UserError: a column or value that cannot be used, or a file listed twice; names file and row.
+    """
     table: dict[str, MppRow] = {}
     for number, row in _rows(path, _header(path, ("image", "mpp"), ("slide", "split"))):
         if row["image"] in table:
             raise UserError(f"{path}, row {number}: {row['image']} is listed twice")
-        if not (folder / row["image"]).is_file():
-            raise UserError(f"{path}, row {number}: there is no file {row['image']!r} in {folder}")
         mpp = check_mpp(row["mpp"], f"{path}, row {number}: mpp")
         table[row["image"]] = MppRow(mpp, row.get("slide", ""), row.get("split", ""))
     return table
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """A table ``slide,group`` by the name of the slide.
+
+    Raises:
+        UserError: a column is missing or a value empty, or a slide stands in two groups; names file and row.
+    """
+    groups: dict[str, str] = {}
+    for number, row in _rows(path, _header(path, ("slide", "group"), ())):
+        if not row["slide"] or not row["group"]:
+            raise UserError(f"{path}, row {number}: expected the names of a slide and of its group")
+        if groups.setdefault(row["slide"], row["group"]) != row["group"]:
+            raise UserError(f"{path}, row {number}: {row['slide']} stands in the group {groups[row['slide']]} too")
+    return groups
 
 
 def check_mpp(text: str, where: str) -> float:
@@ -131,6 +157,8 @@ def _number(text: str) -> float:
 
 
 def _header(path: Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         columns = [name.strip() for name in next(csv.reader(file), [])]
     legal = set(columns) <= {*needed, *optional} and set(needed) <= set(columns) and len(set(columns)) == len(columns)

@@ -1,0 +1,75 @@
+"""What commands that submit to Slurm share: their options, and submitit's errors as a user's."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from muse_fast.errors import UserError
+
+
+def add_arguments(parser: Any) -> None:
+    """The options of a job, for a parser or a group of one."""
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--sbatch", action="append", default=[], type=_pair, metavar="KEY=VALUE", help="as for sbatch")
+    parser.add_argument("--local", action="store_true", help="run on this machine instead, and wait for the end")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}': expected KEY=VALUE, for example qos=high")
+    return key, value
+
+
+def executor(logs: Path, local: bool, max_timeouts: int) -> Any:
+    """submitit's executor.
+
+    Raises:
+        UserError: submitit is not installed.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("submitit is not installed: pip install 'muse_fast[slurm]'") from None
+    cluster = "local" if local else "slurm"
+    return submitit.AutoExecutor(logs, cluster, **{f"{cluster}_max_num_timeout": max_timeouts})
+
+
+def slurm_parameters(options: argparse.Namespace, cpus: int, **additional: Any) -> dict[str, Any]:
+    """What ``sbatch`` is told besides nodes, tasks and time; ``additional`` gives way to the user's --sbatch."""
+    return {
+        "slurm_partition": options.partition,
+        "slurm_account": options.account,
+        "cpus_per_task": cpus,
+        "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # since Slurm 22.05 srun does not take it from sbatch
+        "slurm_additional_parameters": {"requeue": True, **additional, **dict(options.sbatch)},
+    }
+
+
+@contextmanager
+def submitting() -> Iterator[None]:
+    """Errors of submitit (no srun here, sbatch says no, more than one node with --local) as UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def wait_for(jobs: Sequence[Any]) -> None:
+    """The end of jobs on this machine.
+
+    Raises:
+        UserError: one failed; with the traceback.
+    """
+    for job in jobs:
+        try:
+            job.results()
+        except RuntimeError as error:  # submitit's, of a job that failed or left no result
+            raise UserError(str(error)) from None
