@@ -153,10 +153,10 @@ def report(out: Path) -> list[dict[str, str]]:
 
 def test_tissue_goes_to_qupath_and_back(tmp_path: Path, shared_data: Path) -> None:
     slide = shared_data / "wsi" / "cmu-1-small-region.svs"
-    settings = [f"wsi:{slide}", "roi_um=128", "per_slide=8", "workers=1"]
+    settings = ["roi_um=128", "per_slide=8", "workers=1"]
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    assert main([*settings, str(first)]) == 0
-    assert main([*settings, str(second), f"tissue={first / 'tissue'}"]) == 0
+    assert main([f"wsi:{slide}", str(first), *settings]) == 0
+    assert main([f"wsi:{slide}", str(second), *settings, f"tissue={first / 'tissue'}"]) == 0
     for name in ("index.bin", "nuclei.bin", "shard-00000.bin", "tissue/cmu-1-small-region.geojson"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert report(second)[0]["tissue_from"] == "cmu-1-small-region.geojson"
@@ -165,7 +165,7 @@ def test_tissue_goes_to_qupath_and_back(tmp_path: Path, shared_data: Path) -> No
     path = tmp_path / "edited" / "cmu-1-small-region.geojson"
     path.parent.mkdir()
     path.write_text(json.dumps({"type": "Feature", "properties": {"objectType": "annotation"}, "geometry": left}))
-    assert main([*settings, str(third), f"tissue={path.parent}", "min_tissue=0.9"]) == 0
+    assert main([f"wsi:{slide}", str(third), *settings, f"tissue={path.parent}", "min_tissue=0.9"]) == 0
     x = RoiSet(third).origin[:, 0]
     assert (x >= 590).all() and (x + 257 <= 1210).all()
 
