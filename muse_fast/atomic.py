@@ -37,7 +37,7 @@ def begin(out: Path) -> Path:
 
 def commit(folder: Path, out: Path) -> None:
     """Give the finished temporary ``folder`` its name; durable against loss of power when this returns."""
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         _fsync(path)
     _fsync(folder)
     try:
