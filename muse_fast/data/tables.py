@@ -95,31 +95,24 @@ def read_points(
 
 
 def read_mpp_table(folder: Path) -> dict[str, MppRow]:
-    """``mpp.csv`` of a folder by file name; empty where there is none.
-
-    Raises:
-        UserError: as ``read_mpp_file``, and where the folder lacks a file that is listed.
-    """
+    """``mpp.csv`` of a folder by file name; empty where there is none. Errors as of ``read_mpp_file``."""
     path = folder / "mpp.csv"
-    if not path.is_file():
-        return {}
-    table = read_mpp_file(path)
-    for name in table:
-        if not (folder / name).is_file():
-            raise UserError(f"{path}: there is no file {name!r} in {folder}")
-    return table
+    return read_mpp_file(path, folder) if path.is_file() else {}
 
 
-def read_mpp_file(path: Path) -> dict[str, MppRow]:
+def read_mpp_file(path: Path, folder: Path | None = None) -> dict[str, MppRow]:
     """A table ``image,mpp[,slide][,split]`` by the name of the image.
 
     Raises:
-        UserError: a column or value that cannot be used, or a file listed twice; names file and row.
+        UserError: a column or value that cannot be used, a file listed twice, or one that is not in ``folder``, where
+            that is given; names file and row.
     """
     table: dict[str, MppRow] = {}
     for number, row in _rows(path, _header(path, ("image", "mpp"), ("slide", "split"))):
         if row["image"] in table:
             raise UserError(f"{path}, row {number}: {row['image']} is listed twice")
+        if folder is not None and not (folder / row["image"]).is_file():
+            raise UserError(f"{path}, row {number}: there is no file {row['image']!r} in {folder}")
         mpp = check_mpp(row["mpp"], f"{path}, row {number}: mpp")
         table[row["image"]] = MppRow(mpp, row.get("slide", ""), row.get("split", ""))
     return table
