@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -126,8 +127,6 @@ def _line(row: Row) -> str:
 
 
 def _url(row: Row) -> str:
-    from urllib.parse import quote
-
     return quote(row.picture)
 
 
