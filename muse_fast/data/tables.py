@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,21 +30,24 @@ class MppRow:
     split: str
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+def read_image(path: Path, data: bytes | None = None) -> NDArray[np.uint8]:
     """``[H, W, 3]`` uint8 RGB of an image file.
 
     JPEGs are decoded strictly: damaged pixels raise, where Pillow would return them grey.
+
+    Args:
+        data: the bytes of the image, where it lies within the file.
 
     Raises:
         UserError: no RGB image of at most ``MAX_SIDE`` a side, or damaged; names the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             if image.mode not in ("RGB", "RGBA") or max(image.size) > MAX_SIDE:
                 found = f"{image.mode}, {image.width} x {image.height} px"
                 raise UserError(f"{path}: {found}; expected 8-bit RGB, at most {MAX_SIDE} a side")
             if image.format == "JPEG":
-                return jpeg.read(path.read_bytes(), image.width, image.height)
+                return jpeg.read(path.read_bytes() if data is None else data, image.width, image.height)
             return np.array(image.convert("RGB"))
     except UserError:
         raise
@@ -67,14 +71,50 @@ def read_points(
         UserError: a column is missing or unknown, or a value is none that can be used; names file and row.
     """
     columns = _header(path, ("x", "y"), ("label", "score"))
+    highest = num_labels - 1 if num_labels else np.iinfo(np.int16).max
+    table = _point_table(path, columns, _rows(path, columns), (width, height), (-1, highest))
+    label = table["label"].astype(np.int16) if "label" in table else None
+    score = table["score"].astype(np.float32) if "score" in table else None
+    return _points_inside(table, width, height), label, score
+
+
+def read_bare_points(
+    path: Path, width: float, height: float, labels: range
+) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """Points of one image from a CSV with rows ``x,y,label`` and no header (one that says just that passes).
+
+    Args:
+        labels: those that the file may hold; they come out counted from 0.
+
+    Returns:
+        xy ``[n, 2]`` float32 and label ``[n]`` int16; an empty file is an image without nuclei.
+
+    Raises:
+        UserError: a value is none that can be used; names file and row.
+    """
+    columns = ["x", "y", "label"]
+    rows = _rows(path, columns, header=False)
+    table = _point_table(path, columns, rows, (width, height), (labels[0], labels[-1]))
+    return _points_inside(table, width, height), (table["label"] - labels[0]).astype(np.int16)
+
+
+def _point_table(
+    path: Path,
+    columns: list[str],
+    rows: Iterator[tuple[int, dict[str, str]]],
+    size: tuple[float, float],
+    labels: tuple[int, int],
+) -> dict[str, NDArray[np.float64]]:
+    """The checked values ``[n]`` of every column."""
+    width, height = size
     limits = {
         "x": (0.0, float(np.nextafter(width, 0))),
         "y": (0.0, float(np.nextafter(height, 0))),
-        "label": (-1, num_labels - 1 if num_labels else np.iinfo(np.int16).max),
+        "label": labels,
         "score": (-1e30, 1e30),
     }
-    rows = []
-    for number, row in _rows(path, columns):
+    table = []
+    for number, row in rows:
         values = []
         for name, text in row.items():
             value = _number(text)
@@ -84,14 +124,14 @@ def read_points(
                 whole = "a whole number, " if name == "label" else "a number, "
                 raise UserError(f"{path}, row {number}: {name} is {text!r}, expected {whole}{expected}")
             values.append(value)
-        rows.append(values)
-    table = dict(zip(columns, np.array(rows, np.float64).reshape(-1, len(columns)).T, strict=True))
-    # Rounding to float32 may push a point onto the border, where it would be outside.
+        table.append(values)
+    return dict(zip(columns, np.array(table, np.float64).reshape(-1, len(columns)).T, strict=True))
+
+
+def _points_inside(table: dict[str, NDArray[np.float64]], width: float, height: float) -> NDArray[np.float32]:
+    """``[n, 2]`` float32; rounding may push a point onto the border, where it would be outside."""
     edge = np.nextafter(np.array([width, height], np.float32), np.float32(0))
-    xy = np.minimum(np.stack([table["x"], table["y"]], axis=1).astype(np.float32), edge)
-    label = table["label"].astype(np.int16) if "label" in table else None
-    score = table["score"].astype(np.float32) if "score" in table else None
-    return xy, label, score
+    return np.minimum(np.stack([table["x"], table["y"]], axis=1).astype(np.float32), edge)
 
 
 def read_mpp_table(folder: Path) -> dict[str, MppRow]:
@@ -118,6 +158,27 @@ def read_mpp_file(path: Path, folder: Path | None = None) -> dict[str, MppRow]:
     return table
 
 
+def read_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and the values of the columns ``needed`` of a CSV with a header; other columns may stand beside.
+
+    Raises:
+        UserError: a column or a value is missing; names file and row.
+    """
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.DictReader(file)
+        try:
+            if not set(needed) <= set(reader.fieldnames or ()):
+                found = ",".join(reader.fieldnames or ())
+                raise UserError(f"{path}, row 1: the header is {found!r}, expected {','.join(needed)}")
+            for row in reader:
+                values = {name: (row[name] or "").strip() for name in needed}
+                if not all(values.values()):
+                    raise UserError(f"{path}, row {reader.line_num}: a value is missing, expected {','.join(needed)}")
+                yield reader.line_num, values
+        except csv.Error as error:
+            raise UserError(f"{path}, row {reader.line_num}: no CSV ({error})") from None
+
+
 def read_groups(path: Path) -> dict[str, str]:
     """A table ``slide,group`` by the name of the slide.
 
@@ -141,6 +202,27 @@ def check_mpp(text: str, where: str) -> float:
     return mpp
 
 
+def tiff_mpp(path: Path) -> float | None:
+    """um per pixel by the resolution of a TIFF; None where it tells none that a microscope could have.
+
+    Many programs write 72 dpi or 1 per cm into pictures whose scale they do not know.
+
+    Raises:
+        UserError: no readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            tags = getattr(image, "tag_v2", {})
+            per_unit = [float(tags.get(tag, 0)) for tag in (282, 283)]  # XResolution, YResolution
+            um = {2: 25_400.0, 3: 10_000.0}.get(tags.get(296, 2))  # an inch, the default, or a centimetre
+    except (OSError, ValueError, SyntaxError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from error
+    if um is None or not all(per_unit):
+        return None
+    x, y = (um / one for one in per_unit)
+    return (x + y) / 2 if MPP_RANGE[0] <= x <= MPP_RANGE[1] and abs(x - y) < 0.01 * x else None
+
+
 def _number(text: str) -> float:
     """NaN for what is no number. ``1_0``, which Python takes for ten, is none either."""
     try:
@@ -161,17 +243,19 @@ def _header(path: Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> l
     return columns
 
 
-def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number in the file (the header is row 1) and the values by column."""
+def _rows(path: Path, columns: list[str], header: bool = True) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number in the file (a header is row 1) and the values by column."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.reader(file)
         try:
-            next(reader)
+            if header:
+                next(reader)
             for row in reader:
-                if not any(value.strip() for value in row):
+                stripped = [value.strip() for value in row]
+                if not any(stripped) or (not header and reader.line_num == 1 and stripped == columns):
                     continue
                 if len(row) != len(columns):
                     raise UserError(f"{path}, row {reader.line_num}: {len(row)} values, expected {','.join(columns)}")
-                yield reader.line_num, dict(zip(columns, (value.strip() for value in row), strict=True))
+                yield reader.line_num, dict(zip(columns, stripped, strict=True))
         except csv.Error as error:
             raise UserError(f"{path}, row {reader.line_num}: no CSV ({error})") from None
