@@ -19,6 +19,8 @@ from torch import Tensor
 from muse_fast.atomic import replacing
 from muse_fast.batch import PackedNuclei, Pairs, Views
 from muse_fast.data.augment import denormalise
+from muse_fast.data.roiset_format import Roi
+from muse_fast.data.sources.base import SourceImage
 
 # Bright on the pinks and purples of H&E; drawn with a black rim, so that they show on white tissue gaps too.
 PALETTE = (
@@ -138,6 +140,42 @@ def retrieval_sheet(
             picture = _patch(rgb[image_of[row]], nuclei.xy[row], patch, cell)
             left = _GAP + step_x * (1 + place) + _GAP
             sheet.cell(left, top, picture, MATCH_COLOUR if same else MISS_COLOUR, f"{value:.3f}")
+    sheet.save(path)
+
+
+def roi_sheet(
+    path: str | Path,
+    rois: Sequence[SourceImage | Roi],
+    label_names: Sequence[str],
+    cell: int = 480,
+    radius: float = 3.0,
+) -> None:
+    """ROIs with a dot on every nucleus, three a row, and the colour of each class.
+
+    Args:
+        cell: pixels of the longer side of a ROI.
+        radius: of the dots, pixels of the sheet.
+    """
+    columns, step = min(3, len(rois)), cell + _GAP
+    font = ImageFont.load_default(14)
+    key_width = _GAP + sum(36 + int(font.getlength(name)) for name in label_names)
+    height = _CAPTION + -(-len(rois) // columns) * (step + _CAPTION) + _GAP
+    sheet = _Sheet(max(columns * step + _GAP, key_width), height)
+    left = _GAP
+    for label, name in enumerate(label_names):
+        sheet.draw.ellipse((left, 6, left + 12, 18), fill=PALETTE[label % len(PALETTE)], outline=INK)
+        sheet.text(left + 18, 3, name)
+        left += 36 + int(font.getlength(name))
+    for i, roi in enumerate(rois):
+        picture = Image.fromarray(roi.decode() if isinstance(roi, Roi) else roi.image)
+        scale = cell / max(picture.size)
+        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+        classes = None if roi.label is None or (roi.label < 0).all() else roi.label
+        picture = overlay(np.asarray(picture), roi.xy * scale, classes, radius)
+        x, y = _GAP + i % columns * step, _CAPTION + _GAP + i // columns * (step + _CAPTION)
+        sheet.cell(x, y, picture)
+        text = f"{roi.slide} {roi.split}  {roi.mpp:.3g} um/px  {len(roi.xy)} nuclei"
+        sheet.text(x, y + cell + 2, text)
     sheet.save(path)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from muse_fast import __version__, prepare_slurm
-from muse_fast.cli import run
+from muse_fast.cli import key_values, run
 from muse_fast.data import audit
 from muse_fast.data.build import build_set, counted, print_summary
 from muse_fast.data.roiset import RoiSetWriter
 from muse_fast.data.slides import Slides
-from muse_fast.data.sources import Source, SourceImage, open_source
+from muse_fast.data.sources import Source, SourceImage, open_source, source_kinds
 from muse_fast.errors import UserError
 from muse_fast.prepare_slides import prepare_slides
 from muse_fast.ticker import ticked
@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["audit"]:
         return audit.main(arguments[1:])
+    if arguments[:1] == ["inspect"]:
+        from muse_fast.inspection import main as inspect
+
+        return inspect(arguments[1:])
     args = argument_parser().parse_intermixed_args(arguments)  # options may stand before or after key=value
 
     def command(_: Sequence[str] | None) -> int:
@@ -39,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m muse_fast.prepare",
-        description="Write a ROI set. `audit SET OTHER ...` instead tells which slides and patients two sets share.",
+        description="Write a ROI set. `inspect DIR` instead tells what a folder is and how to prepare it, and "
+        "`audit SET OTHER ...` which slides and patients two sets share.",
     )
-    parser.add_argument("source", help="wsi:PATH, brcam2c:DIR, points:DIR or synthetic:N")
+    parser.add_argument("source", help=f"KIND:PATH with KIND one of {', '.join(source_kinds())}")
     parser.add_argument("out", type=Path, help="folder of the ROI set; must not exist")
     parser.add_argument(
         "--quality", type=int, default=95, choices=range(50, 101), metavar="50..100", help="of the JPEGs"
@@ -69,7 +74,7 @@ def prepare(args: argparse.Namespace) -> int:
     Raises:
         UserError: the source cannot be used, holds no ROI, or the set exists; nothing half-written remains.
     """
-    options = _parse(args.options)
+    options = key_values(args.options)
     source = open_source(args.source, **options)
     told = ", ".join(f"{key}={value}" for key, value in options.items()) or "default settings"
     print(f"prepare {args.source} -> {args.out}  ({told})", flush=True)
@@ -113,13 +118,6 @@ def _some(source: Source, spec: str) -> Iterator[SourceImage]:
         yield image
     if none:
         raise UserError(f"{spec} gave no ROI; left out: {counted(source.dropped)}")
-
-
-def _parse(options: list[str]) -> dict[str, str]:
-    for option in options:
-        if not all(option.partition("=")):
-            raise UserError(f"{option!r}: expected key=value")
-    return dict(option.split("=", 1) for option in options)
 
 
 if __name__ == "__main__":

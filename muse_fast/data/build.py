@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from muse_fast.data.roiset import Roi, RoiSetWriter
 from muse_fast.data.sources import SourceImage
 
 _SHOWN = 6
-_CELL = 480
 
 # What a source yields, or a ROI that is encoded already.
 Item: TypeAlias = SourceImage | Roi
@@ -33,13 +31,15 @@ def build_set(
         items: one at least; an error while they come leaves no set.
         finish: writes what else belongs into the set's folder, and returns what else belongs into the summary.
     """
-    tally, sheet = Tally(writer.label_names), ContactSheet(writer.label_names)
+    from muse_fast.pictures import roi_sheet  # imports torch, which takes seconds: in every worker of `prepare wsi:`
+
+    tally, shown = Tally(writer.label_names), Sample(_SHOWN)
     with writer:
         for item in items:
             _add(writer, item)
             tally.count(item)
-            sheet.offer(item)
-        sheet.save(writer.folder / "contact.png")
+            shown.offer(item)
+        roi_sheet(writer.folder / "contact.png", shown.items, writer.label_names)
         summary = tally.summary() | {"bytes": writer.num_bytes} | finish(writer.folder)
         (writer.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
@@ -109,51 +109,17 @@ class Tally:
         return self._label_names[label] if self._label_names else str(label)
 
 
-class ContactSheet:
-    """A few ROIs with their nuclei, each ROI of the source as likely as any other."""
+class Sample:
+    """A few of many images, each as likely as any other, by reservoir sampling."""
 
-    def __init__(self, label_names: tuple[str, ...]) -> None:
-        self._label_names = label_names
-        self._shown: list[Item] = []
-        self._offered = 0
+    def __init__(self, count: int) -> None:
+        self.items: list[Item] = []
+        self._count, self._offered = count, 0
         self._rng = np.random.default_rng(0)
 
     def offer(self, item: Item) -> None:
-        """Reservoir sampling: holds six ROIs however many come."""
         self._offered += 1
-        if len(self._shown) < _SHOWN:
-            self._shown.append(item)
-        elif (place := int(self._rng.integers(self._offered))) < _SHOWN:
-            self._shown[place] = item
-
-    def save(self, path: Path) -> None:
-        from muse_fast.pictures import PALETTE  # imports torch, which takes seconds: in every worker of `prepare wsi:`
-
-        columns = min(3, len(self._shown))
-        rows = -(-len(self._shown) // columns)
-        line, gap = 22, 8
-        width, height = columns * (_CELL + gap) + gap, line + rows * (_CELL + line + gap) + gap
-        canvas = Image.new("RGB", (width, height), (255, 255, 255))
-        draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-        left = gap
-        for label, name in enumerate(self._label_names):
-            draw.ellipse((left, 6, left + 12, 18), fill=PALETTE[label % len(PALETTE)], outline=(40, 40, 40))
-            draw.text((left + 18, 3), name, (40, 40, 40), font)
-            left += 36 + int(draw.textlength(name, font))
-        for i, item in enumerate(self._shown):
-            x, y = gap + i % columns * (_CELL + gap), line + gap + i // columns * (_CELL + line + gap)
-            canvas.paste(_drawn(item), (x, y))
-            text = f"{item.slide} {item.split}  {item.mpp:.3g} um/px  {len(item.xy)} nuclei"
-            draw.text((x, y + _CELL + 2), text, (40, 40, 40), font)
-        canvas.save(path)
-
-
-def _drawn(item: Item) -> Image.Image:
-    """One ROI with its nuclei, at most ``_CELL`` a side."""
-    from muse_fast.pictures import overlay
-
-    picture = Image.fromarray(item.decode() if isinstance(item, Roi) else item.image)
-    scale = _CELL / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    labels = None if item.label is None or (item.label < 0).all() else item.label
-    return overlay(np.asarray(picture), item.xy * scale, labels, radius=3.0)
+        if len(self.items) < self._count:
+            self.items.append(item)
+        elif (place := int(self._rng.integers(self._offered))) < self._count:
+            self.items[place] = item

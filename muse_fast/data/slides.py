@@ -14,7 +14,7 @@ from muse_fast.data.cut import Cut, CutSettings, SlideFile, close_slides, survey
 from muse_fast.data.detect_nuclei import THRESHOLD
 from muse_fast.data.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
 from muse_fast.data.roiset_format import MAX_SIDE
-from muse_fast.data.slide import Slide, find_slides
+from muse_fast.data.slide import SUFFIXES, Slide, find_slides
 from muse_fast.data.sources import Source, SourceImage
 from muse_fast.data.tables import MPP_RANGE, MppRow, read_groups, read_mpp_file
 from muse_fast.data.tissue import SUFFIXES as TISSUE_SUFFIXES
@@ -54,6 +54,8 @@ class Slides(Source):
     """
 
     kind = "wsi"
+    title = "whole slides"
+    layouts = tuple((f"*{suffix}",) for suffix in SUFFIXES)
     options: ClassVar[dict[str, tuple[type, float, float]]] = {
         "mpp": (float, *MPP_RANGE),
         "mpp_csv": (str, 0, 0),
