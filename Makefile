@@ -5,7 +5,7 @@ DEMO := runs/demo
 SANITIZED_TESTS := tests/test_match_nuclei.py tests/test_sample_nuclei.py tests/test_dino_loss.py tests/test_jpeg.py
 BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-fast lint format type-check sanitize bench-ops clean
+.PHONY: demo test test-fast lint format type-check sanitize bench-ops detector clean
 
 demo: .venv/.run $(DEMO)/rois/roiset.json
 	@test -e $(DEMO)/summary.json || \
@@ -47,6 +47,11 @@ sanitize: .venv/.test
 
 bench-ops: .venv/.test
 	$(BIN)/python -m bench ops --device cpu
+
+# The weights in muse_fast/data/weights, from a folder of BRCA-M2C: 15 minutes on one core.
+BRCAM2C ?= ../shared/data/brcam2c
+detector: .venv/.run
+	$(BIN)/python -m muse_fast.train_detector --data brcam2c:$(BRCAM2C) --out runs/detector
 
 clean:
 	rm -rf .venv build runs *.egg-info muse_fast/_C.so muse_fast/_jpeg.*.so

@@ -14,6 +14,7 @@ COMMANDS = {
     "slurm": "submit pretraining to Slurm, until it is done",
     "evaluate": "nucleus classification by KNN, linear probe or fine-tuning; scores of detected points",
     "export": "a trained network for use elsewhere: safetensors, timm or the published layout",
+    "train_detector": "a nucleus detector from annotated nuclei",
     "doctor": "what is installed and which backend each op would use",
 }
 
@@ -25,7 +26,7 @@ def main() -> int:
         return run(importlib.import_module(f"muse_fast.{name}").main, rest)
     print("usage: muse-fast COMMAND ...\n")
     for command, text in COMMANDS.items():
-        print(f"  {command:10} {text}")
+        print(f"  {command:14} {text}")
     if name in ("-h", "--help"):
         return 0
     print(f"\nerror: no command '{name}'{did_you_mean(name, COMMANDS)}", file=sys.stderr)

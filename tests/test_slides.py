@@ -199,7 +199,7 @@ def test_rois_are_pixels_of_the_slide(slide: Path, tissue: np.ndarray) -> None:
 
 def test_nuclei_do_not_depend_on_the_grid(slide: Path, tissue: np.ndarray) -> None:
     """Those of all ROIs together are those of one detection on the whole, at ROI borders too."""
-    together = np.concatenate([item.xy + item.origin for item in opened(slide, **EVERYTHING)])
+    together = np.concatenate([item.xy + item.origin for item in opened(slide, **EVERYTHING, detector="classical")])
     whole, _ = detect_nuclei(tissue, 0.5)
     whole = whole[(whole < [1400, 1000]).all(axis=1)]
     assert len(whole) > 500

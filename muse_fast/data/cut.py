@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.data.detect_nuclei import REACH_UM, THRESHOLD, detect_nuclei
+from muse_fast.data.detector import load_detector
 from muse_fast.data.nuclei_files import Nuclei, read_nuclei
 from muse_fast.data.roiset_format import encode_jpeg
 from muse_fast.data.slide import Slide
@@ -36,11 +36,12 @@ class CutSettings:
     roi_um: float = 512.0
     min_tissue: float = 0.5
     min_nuclei: int = 20
-    threshold: float = THRESHOLD
+    threshold: float | None = None  # of the detector; None: its own
     per_slide: int | None = None
     seed: int = 0
     max_unreadable: int = 20
     label_names: tuple[str, ...] = ()
+    detector: str = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,8 @@ def close_slides() -> None:
 def examine(square: Square, settings: CutSettings) -> Found | UserError:
     """Pixels and nuclei of a square; the error where it cannot be read."""
     side = square.side
-    margin = 0 if square.nuclei is not None else math.ceil(REACH_UM / square.mpp)  # a nucleus at the border sees both
+    reach_um = 0.0 if square.nuclei is not None else load_detector(settings.detector).reach_um
+    margin = math.ceil(reach_um / square.mpp)  # a nucleus at the border sees both
     try:
         slide = _opened(square.path, square.mpp)
         block = slide.read(square.x - margin, square.y - margin, side + 2 * margin, side + 2 * margin)
@@ -206,7 +208,7 @@ def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> 
     """Nuclei of the pixels of a square and its margin."""
     if square.nuclei is not None:
         return square.nuclei
-    xy, score = detect_nuclei(block, square.mpp, threshold=settings.threshold)
+    xy, score = load_detector(settings.detector)(block, square.mpp, threshold=settings.threshold)
     return Nuclei(xy, score=score)
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 
 from muse_fast.data.audit import read_names
 from muse_fast.data.cut import Cut, CutSettings, SlideFile, close_slides, survey
-from muse_fast.data.detect_nuclei import THRESHOLD
+from muse_fast.data.detector import load_detector
 from muse_fast.data.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
 from muse_fast.data.roiset_format import MAX_SIDE
 from muse_fast.data.slide import SUFFIXES, Slide, find_slides
@@ -64,7 +64,8 @@ class Slides(Source):
         "min_tissue": (float, 0, 1),  # lowest share of tissue in a ROI
         "nuclei": (str, 0, 0),  # folder of CSV, GeoJSON or HDF5, named as the slides; else they are detected
         "labels": (str, 0, 0),  # names of the classes of the user's nuclei
-        "threshold": (float, 0, 1),  # of the nucleus detector
+        "detector": (str, 0, 0),  # of nuclei: default, classical, resnet18 or a .safetensors file
+        "threshold": (float, 0, 1),  # of the detector, in place of its own
         "min_nuclei": (int, 0, 1_000_000),
         "max_unreadable": (int, 0, 1_000_000),  # ROIs of a slide; with more, the slide is left out
         "per_slide": (int, 1, 1_000_000),  # most ROIs of a slide, drawn at random
@@ -86,7 +87,8 @@ class Slides(Source):
         min_tissue: float = 0.5,
         nuclei: str = "",
         labels: str = "",
-        threshold: float = THRESHOLD,
+        detector: str = "default",
+        threshold: float | None = None,
         min_nuclei: int = 20,
         max_unreadable: int = 20,
         per_slide: int | None = None,
@@ -102,8 +104,9 @@ class Slides(Source):
         self.label_names = tuple(filter(None, labels.split(",")))
         self.workers = usable_cpus() if workers is None else workers
         self.settings = CutSettings(
-            roi_um, min_tissue, min_nuclei, threshold, per_slide, seed, max_unreadable, self.label_names
+            roi_um, min_tissue, min_nuclei, threshold, per_slide, seed, max_unreadable, self.label_names, detector
         )
+        load_detector(detector)  # a mistake in it is told before hours of work
         self.sampling = Sampling(per_group, max_rois, seed)
         self.refused: dict[Path, str] = {}
         self.excluded: dict[Path, str] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from muse_fast.config import check_arch
 from muse_fast.errors import UserError
@@ -68,13 +68,13 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     return backbone.eval()
 
 
-def load_strictly(backbone: Backbone, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy ``tensors`` into ``backbone``; every tensor must find its place and every place its tensor.
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Copy ``tensors`` into ``model`` (with an ``arch``); every tensor must find its place and every place its tensor.
 
     Raises:
         UserError: names missing, left over, or of another shape; the message begins with ``origin`` and lists them.
     """
-    expected = backbone.state_dict()
+    expected = model.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
     reshaped = [
@@ -85,8 +85,8 @@ def load_strictly(backbone: Backbone, tensors: Mapping[str, Tensor], origin: str
     groups = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     problems = [f"{len(names)} {what}: {_some(names)}" for what, names in groups.items() if names]
     if problems:
-        raise UserError(f"{origin}: does not fit {backbone.arch}. {'; '.join(problems)}")
-    backbone.load_state_dict(dict(tensors))
+        raise UserError(f"{origin}: does not fit {model.arch}. {'; '.join(problems)}")
+    model.load_state_dict(dict(tensors))
 
 
 def infer_arch(tensors: Mapping[str, Tensor]) -> str | None:

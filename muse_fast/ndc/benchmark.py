@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +15,9 @@ from muse_fast.ndc.classification import KNN_NEIGHBOURS, Scores, knn, linear_pro
 from muse_fast.ndc.features import NucleusSet, Progress
 from muse_fast.ndc.tiles import Tile
 from muse_fast.ndc.tuning import finetune
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,7 @@ class FinetuneOptions(Options):
     """Flips and quarter turns of the train tiles; the published protocol has none."""
 
 
-_O = TypeVar("_O", bound=Options)
+_O = TypeVar("_O", bound="DataclassInstance")
 
 
 def parse_options(kind: type[_O], items: Sequence[str]) -> _O:

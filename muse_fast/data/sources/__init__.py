@@ -21,6 +21,7 @@ def source_kinds() -> dict[str, type[Source]]:
     from muse_fast.data.sources.brcam2c import BrcaM2C
     from muse_fast.data.sources.cellvit import CellViT
     from muse_fast.data.sources.consep import CoNSeP
+    from muse_fast.data.sources.images import Images
     from muse_fast.data.sources.lizard import Lizard
     from muse_fast.data.sources.muse import Muse
     from muse_fast.data.sources.ocelot import Ocelot
@@ -29,7 +30,7 @@ def source_kinds() -> dict[str, type[Source]]:
     from muse_fast.data.sources.synthetic import Synthetic
 
     datasets = (BrcaM2C, Ocelot, Puma, CoNSeP, PanNuke, Lizard, CellViT, Muse, QuPath, Points)
-    return {source.kind: source for source in (*datasets, Slides, Synthetic)}
+    return {source.kind: source for source in (*datasets, Slides, Images, Synthetic)}
 
 
 def open_source(spec: str, **options: Any) -> Source:

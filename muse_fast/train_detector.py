@@ -1,0 +1,299 @@
+"""``python -m muse_fast.train_detector --data SOURCE --out DIR [key=value ...]``: a nucleus detector from points.
+
+Trains :class:`NucleusNet` on the train split of a source with annotated nuclei, chooses threshold and least distance
+on val, and scores it on val and test beside the classical detector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from muse_fast import __version__, atomic
+from muse_fast.cli import run
+from muse_fast.data.detector import (
+    ClassicalDetector,
+    Detector,
+    LearnedDetector,
+    resampled,
+    write_detector,
+)
+from muse_fast.data.sources import Source, open_source
+from muse_fast.errors import UserError, require
+from muse_fast.models.nucleus_net import MULTIPLE, NucleusNet
+from muse_fast.ndc.benchmark import parse_options
+from muse_fast.ndc.metrics import Points, Score, evaluate
+from muse_fast.train.nucleus_crops import Annotated, Crops, draw_crops
+from muse_fast.train.progress import MetricsLog
+from muse_fast.train.schedules import warmup_cosine
+
+SPLITS = ("train", "val", "test")
+WEIGHTS = "detector.safetensors"
+PROTOCOL = "max-matching"  # of muse_fast.ndc.protocols: 3 um, as many pairs as possible
+DRAWS = 2000
+DISTANCES_UM = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+THRESHOLDS = np.arange(0.1, 0.701, 0.02).tolist()
+CLASSICAL_THRESHOLDS = np.arange(0.01, 0.081, 0.0025).tolist()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectorOptions:
+    """Settings, given as ``key=value``. The defaults are what the weights in the package were trained with."""
+
+    seed: int = 0
+    steps: int = 1500
+    batch_size: int = 8
+    """Crops per step."""
+    crop: int = 256
+    """Side of a crop, pixels."""
+    mpp: float = 0.5
+    """um per pixel of the crops, before they are zoomed."""
+    sigma_um: float = 1.5
+    """Standard deviation of the Gaussian that stands for a nucleus in the heatmap."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW; a twentieth of the steps to get there, then a cosine to 0."""
+    weight_decay: float = 0.05
+    precision: str = "bf16"
+    """``bf16`` autocast or ``fp32``. On a CPU without bf16 instructions (AVX512-BF16 or AMX) fp32 is faster."""
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        for key in ("steps", "batch_size", "log_every"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.crop >= 32 and self.crop % MULTIPLE == 0, "crop", self.crop, f"a multiple of {MULTIPLE} from 32")
+        for key in ("mpp", "sigma_um", "lr"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(self.precision in ("bf16", "fp32"), "precision", self.precision, "bf16 or fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One image as the source has it, and its nuclei."""
+
+    image: NDArray[np.uint8]  # [H, W, 3]
+    mpp: float
+    xy: NDArray[np.float32]  # [n, 2] pixels
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def train(
+    images: Sequence[Labelled], options: DetectorOptions, report: Callable[[int, Mapping[str, float]], None]
+) -> LearnedDetector:
+    """Train a network; the same images and options give the same weights on the same machine.
+
+    Args:
+        report: is given the step (from 1) and what happened since the last call, every ``log_every`` steps.
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    torch.manual_seed(options.seed)
+    network = NucleusNet().train()
+    optimiser = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    annotated = [_annotated(item, options.mpp) for item in images]
+    losses = []
+    for step in range(options.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = warmup_cosine(options.lr, 0.0, step, options.steps, options.steps // 20)
+        crops = draw_crops(
+            annotated,
+            np.random.default_rng((options.seed, step)),
+            batch_size=options.batch_size,
+            size=options.crop,
+            sigma=options.sigma_um / options.mpp,
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+            logits = network(crops.density)
+        loss = heatmap_loss(logits, crops)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+        if not np.isfinite(losses[-1]):
+            raise UserError(f"the loss is {losses[-1]} at step {step + 1}; try a smaller lr than {options.lr:g}")
+        if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
+            report(step + 1, {"loss": float(np.mean(losses)), "lr": optimiser.param_groups[0]["lr"]})
+            losses.clear()
+    # What is scored from here on is what the file will hold.
+    network.half().float()
+    return LearnedDetector(network.eval(), options.mpp, threshold=THRESHOLDS[0], min_distance_um=DISTANCES_UM[0])
+
+
+def heatmap_loss(logits: Tensor, crops: Crops) -> Tensor:
+    """Quality focal loss (Li et al., 2020) with exponent 2, over the weighted cells, per 1 of target.
+
+    ``|t - p|^2 * BCE(p, t)``: it has its minimum at ``p = t`` as cross-entropy has, and the many easy cells between
+    nuclei count next to nothing.
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, crops.target, reduction="none")
+    gap = (crops.target - logits.sigmoid()).detach().square()
+    return (crops.weight * gap * entropy).sum() / (crops.weight * crops.target).sum().clamp(min=1)
+
+
+def _annotated(item: Labelled, mpp: float) -> Annotated:
+    image = resampled(item.image, item.mpp / mpp)
+    ratio = np.array(image.shape[1::-1]) / item.image.shape[1::-1]
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return Annotated(pixels, torch.from_numpy((item.xy * ratio).astype(np.float32)))
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+
+def scores_at(
+    detector: Detector, images: Sequence[Labelled], thresholds: Sequence[float], draws: int = 0
+) -> list[Score]:
+    """Detection by the protocol ``PROTOCOL`` at each of the thresholds, which rise.
+
+    A detector's points at a threshold are those of a lower one with scores from it on, so it runs once per image.
+
+    Args:
+        draws: bootstrap samples of the images for the intervals of F1; 0 makes none.
+    """
+    found = [detector(item.image, item.mpp, threshold=thresholds[0]) for item in images]
+    truths = [_points(item.xy) for item in images]
+    scales = [item.mpp for item in images]
+    return [
+        evaluate(
+            [_points(xy[score >= threshold]) for xy, score in found], truths, scales, 1, PROTOCOL, draws=draws
+        ).detection
+        for threshold in thresholds
+    ]
+
+
+def scored(detector: Detector, images: Sequence[Labelled], draws: int = 0) -> Score:
+    """The scores at the detector's own threshold."""
+    return scores_at(detector, images, [detector.threshold], draws)[0]
+
+
+def _points(xy: NDArray[np.float32]) -> Points:
+    return Points(xy, np.zeros(len(xy), np.int64))
+
+
+def choose_settings(detector: LearnedDetector, val: Sequence[Labelled]) -> None:
+    """Give ``detector`` the least distance and the threshold with the best F1 on ``val``, in place."""
+    chosen = []
+    for distance in DISTANCES_UM:
+        detector.min_distance_um = distance
+        f1, threshold = best_threshold(detector, val, THRESHOLDS)
+        chosen.append((f1, threshold, distance))
+    _, detector.threshold, detector.min_distance_um = max(chosen)
+
+
+def best_threshold(detector: Detector, val: Sequence[Labelled], thresholds: Sequence[float]) -> tuple[float, float]:
+    """The best F1 on ``val``, and the threshold that gives it."""
+    f1 = [score.f1 for score in scores_at(detector, val, thresholds)]
+    return max(f1), thresholds[f1.index(max(f1))]
+
+
+# -------------------------------------------------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m muse_fast.train_detector", description="Train a nucleus detector.")
+    parser.add_argument("--data", required=True, help="source with train, val and test, e.g. brcam2c:DIR")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the run; must not hold a finished one")
+    parser.add_argument("options", nargs="*", metavar="key=value", help=", ".join(DetectorOptions.__annotations__))
+    args = parser.parse_intermixed_args(argv)
+    return run(lambda _: train_detector(args.data, args.out, parse_options(DetectorOptions, args.options)))
+
+
+def train_detector(data: str, out: Path, options: DetectorOptions) -> int:
+    """Train, choose on val, score on val and test; leaves detector.safetensors, summary.json, metrics.jsonl in ``out``.
+
+    Raises:
+        UserError: the source lacks a split or nuclei, ``out`` holds a finished run, or training diverges.
+    """
+    if (out / "summary.json").exists():
+        raise UserError(f"{out} holds a finished run; remove it or choose another --out")
+    images = read_splits(open_source(data), data)
+    counts = {split: (len(found), sum(len(item.xy) for item in found)) for split, found in images.items()}
+    told = ", ".join(f"{split} {n} images with {nuclei} nuclei" for split, (n, nuclei) in counts.items())
+    print(f"train_detector {data} -> {out}\n{told}\n{options}", flush=True)
+
+    started, used = time.monotonic(), time.process_time()
+    out.mkdir(parents=True, exist_ok=True)
+    with MetricsLog(out, start_step=0) as log:
+
+        def report(step: int, values: Mapping[str, float]) -> None:
+            log.write(step, values)
+            left = (options.steps - step) * (time.monotonic() - started) / step
+            print(f"step {step}/{options.steps}  loss {values['loss']:.4f}, ETA {left:.0f} s", flush=True)
+
+        detector = train(images["train"], options, report)
+    seconds = {"wall": round(time.monotonic() - started), "cpu": round(time.process_time() - used)}
+    choose_settings(detector, images["val"])
+    classical = ClassicalDetector()
+    tuned = ClassicalDetector(best_threshold(classical, images["val"], CLASSICAL_THRESHOLDS)[1])
+    rows = [
+        _row(name, one, images)
+        for name, one in (("resnet18", detector), ("classical", classical), ("classical", tuned))
+    ]
+    summary = {
+        "data": data,
+        "images_and_nuclei": counts,
+        "options": asdict(options),
+        "min_distance_um": detector.min_distance_um,
+        "protocol": f"{PROTOCOL}, class-agnostic",
+        "detectors": rows,
+        "training_seconds": seconds,
+        "torch": torch.__version__,
+        "program": f"muse_fast {__version__}",
+    }
+    about = {key: summary[key] for key in ("options", "protocol", "torch", "program")}
+    write_detector(out / WEIGHTS, detector, {"training_data": data.partition(":")[0], "test": rows[0]["test"], **about})
+    atomic.write_json(out / "summary.json", summary)
+    _print_rows(rows)
+    print(f"trained in {seconds['wall']} s, {seconds['cpu']} s of CPU time; {out / WEIGHTS}, {out / 'summary.json'}")
+    return 0
+
+
+def read_splits(source: Source, name: str) -> dict[str, list[Labelled]]:
+    """The images of every split; two or three hundred fields of BRCA-M2C's size take a few hundred MB.
+
+    Raises:
+        UserError: a split has no nuclei.
+    """
+    images: dict[str, list[Labelled]] = {split: [] for split in SPLITS}
+    for item in source:
+        if item.split in images:
+            images[item.split].append(Labelled(item.image, item.mpp, item.xy))
+    for split, found in images.items():
+        if not any(len(item.xy) for item in found):
+            raise UserError(f"{name}: no nuclei in split {split}; training needs {', '.join(SPLITS)}")
+    return images
+
+
+def _row(name: str, detector: Detector, images: Mapping[str, Sequence[Labelled]]) -> dict[str, Any]:
+    scores = {split: asdict(scored(detector, images[split], DRAWS)) for split in ("val", "test")}
+    return {"detector": name, "threshold": detector.threshold, **scores}
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    print(f"{'detector':10} {'threshold':>9}  {'val F1':>6}  {'test F1':>7} {'95 % interval':>14}  precision  recall")
+    for row in rows:
+        val, test = row["val"], row["test"]
+        low, high = test["f1_ci95"]
+        print(
+            f"{row['detector']:10} {row['threshold']:9.4f}  {val['f1']:6.4f}  {test['f1']:7.4f} "
+            f"{low:6.4f}..{high:6.4f}  {test['precision']:9.4f}  {test['recall']:6.4f}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
