@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bench import data, data_command
 from bench.__main__ import main
 from muse_fast.data.plan import draw_plan
+from muse_fast.data.renderers import why_not
 from muse_fast.data.roiset import RoiSet
 from muse_fast.data.roiset_format import Roi
 from muse_fast.data.synthetic import synthetic_image
@@ -35,7 +37,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["rois"] == {"side": 640, "source": "images"}
     for case in report["results"]:
         rows = {row["version"]: row for row in case["results"]}
-        assert {"read, check hash", data.ALL, data.SEEN, "crop and resize", "colours", "loader cpu"} <= rows.keys()
+        assert {"read, check hash", data.ALL, data.SEEN, "crop and resize", "colours"} <= rows.keys()
+        assert {f"loader {name}" for name in data.loaders("cpu")} <= rows.keys()
         assert all(row["roi_per_s"] == pytest.approx(1e3 / row["median_ms"]) for row in rows.values())
         seen = rows[data.SEEN]
         assert seen["speedup_all"] == pytest.approx(rows[data.ALL]["median_ms"] / seen["median_ms"])
@@ -44,6 +47,18 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert case["anchored"]["pairs"] > case["uniform"]["pairs"]
     shown = capsys.readouterr().out
     assert "pairs per ROI" in shown and "nvJPEG" not in shown
+
+
+def test_a_loader_is_timed_without_what_it_does_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "milliseconds", lambda call, on_gpu: call())
+    assert data.batch_milliseconds("dali", lambda count: 1000 + 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
+    assert data.batch_milliseconds("cpu", lambda count: 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
+
+
+def test_loaders_are_those_that_run_here() -> None:
+    found = data.loaders("cpu")
+    assert "cpu" in found and "cuda" not in found
+    assert ("dali" in found) == (why_not("dali", torch.device("cpu")) is None)
 
 
 def test_without_real_images_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

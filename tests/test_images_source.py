@@ -68,8 +68,8 @@ def test_mistakes(folders: tuple[Path, Path], tmp_path: Path) -> None:
         open_source(f"images:{second}", detektor="classical")
     with pytest.raises(UserError, match=r"detector=clasical: .*did you mean 'classical'"):
         open_source(f"images:{second}", detector="clasical")
-    with pytest.raises(UserError, match=r"field2.png: 2 um/px is too coarse"):
-        list(open_source(f"images:{second}", mpp=2))
+    with pytest.raises(UserError, match=r"field0.png: 2 um/px is too coarse"):
+        list(open_source(f"images:{first}", mpp=2))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no image"):
         open_source(f"images:{tmp_path / 'empty'}")

@@ -166,8 +166,8 @@ def test_mpp_of_points(points: Path) -> None:
     (points / "mpp.csv").write_text("image,mpp,slide,split\na.png,0.4,S1,val\n")
     (item,) = open_source(f"points:{points}")
     assert (item.mpp, item.slide, item.split) == (0.4, "S1", "val")
-    (item,) = open_source(f"points:{points}", mpp=0.3)
-    assert item.mpp == 0.3
+    (item,) = open_source(f"points:{points}", mpp=0.3)  # what is said of one image goes before what is said of all
+    assert item.mpp == 0.4
     for text, message in (
         ("image,mpp\na.png,40\n", "row 2: mpp is '40', expected um per pixel, 0.05 to 5"),
         ("image,mpp\na.png,\n", "row 2: mpp is ''"),

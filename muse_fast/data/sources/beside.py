@@ -18,7 +18,7 @@ from muse_fast.errors import UserError, did_you_mean
 class Beside(Dataset):
     """What such folders share.
 
-    The um per pixel comes from the option ``mpp`` or from ``mpp.csv`` (``image,mpp[,slide][,split]``). The option
+    The um per pixel comes from ``mpp.csv`` (``image,mpp[,slide][,split]``), else from the option ``mpp``. The option
     ``labels`` names the classes, for example ``labels=lymphocyte,tumour,stromal``.
     """
 
@@ -38,7 +38,7 @@ class Beside(Dataset):
                 file = path.stem + self.suffixes[0]
                 raise UserError(f"{path}: another image has the same stem, so {file} could belong to either")
             beside, row = self._beside(path), table.get(path.name)
-            known = mpp if mpp is not None or row is None else row.mpp
+            known = row.mpp if row else mpp
             if known is None:
                 raise UserError(
                     f"{path}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv (image,mpp)"

@@ -15,7 +15,7 @@ from muse_fast.errors import UserError
 class Images(Source):
     """Every image (png, jpg, tif) of the folders is a ROI and, unless ``mpp.csv`` says otherwise, a slide of its own.
 
-    The um per pixel comes from the option ``mpp`` or from ``mpp.csv`` of the folder (``image,mpp[,slide][,split]``).
+    The um per pixel comes from ``mpp.csv`` of the folder (``image,mpp[,slide][,split]``), else from the option ``mpp``.
     """
 
     kind = "images"
@@ -49,7 +49,7 @@ class Images(Source):
             if path.stem in self._images:
                 raise UserError(f"{path}: {self._images[path.stem][0]} has the same stem, which names the ROI")
             row = table.get(path.name)
-            known = mpp if mpp is not None else row.mpp if row else None
+            known = row.mpp if row else mpp
             if known is None:
                 raise UserError(
                     f"{path}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv beside it (image,mpp)"
