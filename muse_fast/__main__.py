@@ -13,6 +13,7 @@ COMMANDS = {
     "pretrain": "self-supervised pretraining",
     "slurm": "submit pretraining to Slurm, until it is done",
     "evaluate": "nucleus classification by KNN, linear probe or fine-tuning; scores of detected points",
+    "predict": "the nuclei of slides and images, as GeoJSON, CSV and a picture",
     "export": "a trained network for use elsewhere: safetensors, timm or the published layout",
     "train_detector": "a nucleus detector from annotated nuclei",
     "doctor": "what is installed and which backend each op would use",

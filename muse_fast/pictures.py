@@ -184,14 +184,14 @@ def overlay(
 ) -> Image.Image:
     """``image`` ``[H, W, 3]`` with a dot on every nucleus, coloured by class where ``label`` ``[n]`` is given.
 
-    A nucleus of unknown class (-1) is drawn grey.
+    A nucleus of unknown class (-1) is drawn grey. Dots too small for a black rim have none.
     """
     picture = Image.fromarray(image).convert("RGB")
     draw = ImageDraw.Draw(picture)
     labels = np.zeros(len(xy), dtype=int) if label is None else label
     for (x, y), kind in zip(xy.tolist(), labels.tolist(), strict=True):
         fill = PALETTE[kind % len(PALETTE)] if kind >= 0 else (150, 150, 150)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=INK)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=INK if radius > 2 else None)
     return picture
 
 

@@ -39,9 +39,9 @@ class Ticker:
         )
         self._task = self._bar.add_task(unit, total=total)
 
-    def done(self, text: str) -> None:
-        """One more is done."""
-        self._done += 1
+    def done(self, text: str, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
         self.show(text)
 
     def show(self, text: str) -> None:

@@ -1,0 +1,268 @@
+"""``python -m muse_fast.predict --weights W --out DIR IMAGE_OR_SLIDE ... [key=value ...]``: the nuclei of slides.
+
+Every slide or image gets a folder in DIR, which appears whole: cells for QuPath (GeoJSON) and for tables (CSV), a
+picture, and numbers. A command that was interrupted goes on when it is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muse_fast import __version__, atomic
+from muse_fast.cli import run
+from muse_fast.data.slides import listed, reason_of, usable_cpus
+from muse_fast.data.tables import MPP_RANGE
+from muse_fast.device import peak_memory, pick_device
+from muse_fast.errors import UserError, require
+from muse_fast.ndc.benchmark import parse_options
+from muse_fast.ticker import Ticker
+from muse_fast.wsi.detectors import NUCLEI, TileDetector, open_detector
+from muse_fast.wsi.files import CellFiles
+from muse_fast.wsi.pages import PageFile, find_pages
+from muse_fast.wsi.pipeline import Prediction
+
+_SUMMARY = "summary.json"
+_RECORD = "predict.json"  # what all folders of DIR were made with
+_WITHOUT_EFFECT = ("batch", "readers", "device")  # settings that may change when a command is repeated
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What may be set as ``key=value``."""
+
+    mpp: float | None = None
+    """um per pixel of what mpp.csv does not list; None: by its header."""
+    tissue: bool = True
+    """Look for nuclei only where there is tissue."""
+    tile: int | None = None
+    """Side of a tile in pixels; None: what suits the detector."""
+    batch: int = 4
+    """Tiles that the detector sees at a time."""
+    readers: int | None = None
+    """Threads that read tiles; None: as many as there are cores, 8 at most."""
+    device: str = "auto"
+    gzip: bool = False
+    """Write cells.geojson.gz."""
+    max_unreadable: int = 20
+    """Tiles of a slide that may be damaged; with more the slide is given up."""
+
+    def __post_init__(self) -> None:
+        low, high = MPP_RANGE
+        require(self.mpp is None or low <= self.mpp <= high, "mpp", self.mpp, f"um per pixel, {low} to {high}")
+        require(self.tile is None or 64 <= self.tile <= 8192, "tile", self.tile, "64 to 8192")
+        require(1 <= self.batch <= 1024, "batch", self.batch, "1 to 1024")
+        require(self.readers is None or 1 <= self.readers <= 256, "readers", self.readers, "1 to 256")
+        require(self.max_unreadable >= 0, "max_unreadable", self.max_unreadable, "0 or more")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.predict", description="Find the nuclei of slides and images."
+    )
+    parser.add_argument("--weights", required=True, help=f"a fine-tuned run, or `{NUCLEI}` for nuclei of one class")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets a folder for every slide")
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_SLIDE", help="files, or folders of them; key=value")
+    args = parser.parse_intermixed_args(argv)
+    given = [item for item in args.inputs if re.match(r"[a-z_]+=", item) and not Path(item).exists()]
+    settings = parse_options(Settings, given)
+    inputs = [Path(item) for item in args.inputs if item not in given]
+    try:
+        predict(args.weights, args.out, inputs, settings)
+    except OSError as error:  # a full disk, above all
+        raise UserError(f"{args.out} was not written: {error}") from error
+    return 0
+
+
+def predict(weights: str, out: Path, inputs: Sequence[Path], settings: Settings) -> None:
+    """Write the nuclei of ``inputs`` to folders in ``out``, and a summary of them all.
+
+    Raises:
+        UserError: the inputs, weights or settings cannot be used, or ``out`` holds other predictions. Also where some
+            of the inputs could not be used; the others are done then.
+    """
+    started = time.monotonic()
+    pages = [page for page in find_pages(inputs, settings.mpp) if out not in page.path.parents]
+    device = pick_device(settings.device, "device")
+    detector = open_detector(weights, device)
+    made_with = {
+        "program": f"muse_fast {__version__}",
+        "weights": weights,
+        "weights_sha256": _fingerprint(weights),
+        "class_names": list(detector.class_names),
+        "detector_mpp": detector.mpp,
+        "settings": {key: value for key, value in asdict(settings).items() if key not in _WITHOUT_EFFECT},
+    }
+    left, refused = _left_to_do(out, pages, made_with)
+    print(f"predict {len(left)} of {len(pages)} inputs with {weights} on {device} -> {out}", flush=True)
+    for number, page in enumerate(left, start=1):
+        try:
+            summary = _predict_page(page, out / page.name, detector, settings, device, made_with)
+        except UserError as error:
+            refused[page.path] = reason_of(error, page.path)
+            print(f"{number}/{len(left)} {page.path.name}: {refused[page.path]}", flush=True)
+            continue
+        print(f"{number}/{len(left)} {page.path.name}: {_in_words(summary)}", flush=True)
+    done = [json.loads((out / page.name / _SUMMARY).read_text()) for page in pages if page.path not in refused]
+    total = _total(done) | {"refused": {path.name: reason for path, reason in refused.items()}}
+    atomic.write_json(out / _SUMMARY, total | made_with)
+    print(f"{out}: {total['nuclei']:,} nuclei of {len(done)} inputs in {time.monotonic() - started:.0f} s")
+    if refused:
+        raise UserError(f"{len(refused)} of {len(pages)} inputs could not be used\n{listed(refused)}")
+
+
+def _left_to_do(
+    out: Path, pages: Sequence[PageFile], made_with: dict[str, Any]
+) -> tuple[list[PageFile], dict[Path, str]]:
+    """The pages that are not done yet, and those that cannot be used for their names.
+
+    Raises:
+        UserError: all are done, or ``out`` was made with something else.
+    """
+    record = out / _RECORD
+    if record.is_file() and (before := json.loads(record.read_text())) != made_with:
+        changed = next(key for key in made_with if before.get(key) != made_with[key])
+        raise UserError(
+            f"{out} holds predictions made with {changed} {before.get(changed)}, not {made_with[changed]}; "
+            "choose another --out"
+        )
+    left, refused, names = [], {}, dict[str, Path]()
+    for page in pages:
+        if (first := names.setdefault(page.name, page.path)) != page.path:
+            refused[page.path] = f"{first} has the same name; inputs need names of their own"
+        elif not (out / page.name).exists():
+            left.append(page)
+        elif not _is_of(out / page.name, page):
+            refused[page.path] = (
+                f"{out / page.name} exists already and is not of this file; remove it or choose another --out"
+            )
+    if not left and not refused:
+        raise UserError(f"{out} holds all of it already; remove it or choose another --out")
+    atomic.write_json(record, made_with)
+    return left, refused
+
+
+def _is_of(folder: Path, page: PageFile) -> bool:
+    """Whether a finished folder is of this page."""
+    if not (folder / _SUMMARY).is_file():
+        return False
+    summary = json.loads((folder / _SUMMARY).read_text())
+    same_scale = page.mpp is None or page.mpp == summary.get("mpp")
+    return summary.get("file") == page.path.name and summary.get("bytes") == page.path.stat().st_size and same_scale
+
+
+def _predict_page(
+    file: PageFile,
+    out: Path,
+    detector: TileDetector,
+    settings: Settings,
+    device: torch.device,
+    made_with: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the folder of one page; returns its summary."""
+    started = time.perf_counter()
+    found = Prediction(
+        file, detector, everywhere=not settings.tissue, tile=settings.tile, max_unreadable=settings.max_unreadable
+    )
+    with found, _folder(out) as folder:
+        page = found.page
+        files = CellFiles(folder, page, file.name, detector.class_names, settings.gzip, found.max_unreadable_pixels)
+        readers = settings.readers or min(8, usable_cpus())
+        with closing(files), Ticker(len(found.tiles), "tiles") as ticker:
+            tally = found.run(
+                files,
+                batch=settings.batch,
+                readers=readers,
+                done=lambda count: ticker.done(f"{file.name}: {files.counts.sum():,} nuclei", count),
+            )
+            files.finish()
+        nuclei, area = int(files.counts.sum()), found.tissue.area_mm2
+        seconds = time.perf_counter() - started
+        summary = {
+            "file": file.path.name,
+            "bytes": file.path.stat().st_size,
+            "width": page.width,
+            "height": page.height,
+            "mpp": page.mpp,
+            "nuclei": nuclei,
+            "nuclei_per_class": dict(zip(detector.class_names, files.counts.tolist(), strict=True)),
+            "area": "tissue" if settings.tissue else "all",
+            "area_mm2": round(area, 6),
+            "nuclei_per_mm2": round(nuclei / area, 2) if area else 0.0,
+            "tiles": tally.tiles,
+            "unreadable_tiles": tally.unreadable,
+            "seconds": round(seconds, 3),
+            "nuclei_per_second": round(nuclei / seconds, 1),
+            "mm2_per_second": round(area / seconds, 4),
+            "detector_busy": round(tally.detecting / tally.seconds, 3),
+            "peak_memory_mb": round(peak_memory(device) / 1e6),
+            **made_with,
+        }
+        atomic.write_json(folder / _SUMMARY, summary)
+    return summary
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``out`` when the block ends without an error."""
+    folder = atomic.begin(out)
+    try:
+        yield folder
+        atomic.commit(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fingerprint(weights: str) -> str:
+    """Tells weights apart; "" where they are none of the user's."""
+    path = Path(weights)
+    if path.is_file():
+        return atomic.file_sha256(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")):
+        digest.update(f"{file.relative_to(path)} {atomic.file_sha256(file)}\n".encode())
+    return digest.hexdigest() if path.is_dir() else ""
+
+
+def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of all pages together."""
+    nuclei, area, seconds = (sum(one[key] for one in summaries) for key in ("nuclei", "area_mm2", "seconds"))
+    names = summaries[0]["class_names"] if summaries else []
+    return {
+        "inputs": len(summaries),
+        "nuclei": nuclei,
+        "nuclei_per_class": {name: sum(one["nuclei_per_class"][name] for one in summaries) for name in names},
+        "area_mm2": round(area, 6),
+        "seconds": round(seconds, 3),
+        "nuclei_per_second": round(nuclei / seconds, 1) if seconds else 0.0,
+        "mm2_per_second": round(area / seconds, 4) if seconds else 0.0,
+    }
+
+
+def _in_words(summary: dict[str, Any]) -> str:
+    return (
+        f"{summary['nuclei']:,} nuclei, {summary['nuclei_per_mm2']:,.0f} a mm2 of {summary['area_mm2']:.2f}, "
+        f"{summary['seconds']:.1f} s, {summary['nuclei_per_second']:,.0f} nuclei/s, "
+        f"detector busy {100 * summary['detector_busy']:.0f} %"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

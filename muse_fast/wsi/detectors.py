@@ -1,0 +1,100 @@
+"""What finds nuclei in tiles: the detector that needs no training of one's own, or a fine-tuned network."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from muse_fast.data import detect_nuclei as classical
+from muse_fast.data.slides import usable_cpus
+from muse_fast.ndc.pairing import Points
+
+NUCLEI = "nuclei"
+
+
+class TileDetector(Protocol):
+    """Finds nuclei in tiles of one scale."""
+
+    @property
+    def mpp(self) -> float:
+        """um per pixel of the tiles."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels 0, 1, ..."""
+        ...
+
+    @property
+    def tile_size(self) -> int:
+        """Side in pixels of the tiles that suit it; smaller ones do too."""
+        ...
+
+    @property
+    def reach_um(self) -> float:
+        """Pixels farther away than this have no influence on a detection, or little."""
+        ...
+
+    @property
+    def min_distance_um(self) -> float:
+        """No two nuclei of a tile are nearer to each other than this."""
+        ...
+
+    def detect(self, images: Tensor) -> list[Points]:
+        """Nuclei of tiles ``[B, 3, H, W]`` uint8 RGB, in pixels of each, with scores."""
+        ...
+
+
+class NucleusDetector:
+    """The project's own nucleus detector, which `prepare` uses too: all nuclei are of one class.
+
+    The tiles of a batch share the cores.
+    """
+
+    mpp = classical.WORKING_MPP
+    class_names = ("nucleus",)
+    tile_size = 1024
+    reach_um = classical.REACH_UM
+    min_distance_um = classical.MIN_DISTANCE_UM
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(usable_cpus())
+
+    def detect(self, images: Tensor) -> list[Points]:
+        """As `TileDetector`."""
+        return list(self._threads.map(self._detect, images.permute(0, 2, 3, 1).numpy()))
+
+    def _detect(self, image: NDArray[np.uint8]) -> Points:
+        xy, score = classical.detect_nuclei(image, self.mpp)
+        return Points(xy, np.zeros(len(xy), np.int64), score)
+
+
+class FineTunedDetector:
+    """A network of ``muse_fast.finetune``, on a GPU in bf16."""
+
+    def __init__(self, weights: str, device: torch.device) -> None:
+        from muse_fast.ndc.detector import load_detector
+
+        self._network, self._device = load_detector(weights, device), device
+        self.mpp, self.class_names = self._network.mpp, self._network.class_names
+        self.tile_size, self.reach_um = self._network.tile_size, self._network.reach_um
+        self.min_distance_um = self._network.settings.nms_um
+
+    def detect(self, images: Tensor) -> list[Points]:
+        """As `TileDetector`."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            return self._network.detect(images)
+
+
+def open_detector(weights: str, device: torch.device) -> TileDetector:
+    """``nuclei``, or the detector of a fine-tuned run.
+
+    Raises:
+        UserError: the weights cannot be used.
+    """
+    return NucleusDetector() if weights == NUCLEI else FineTunedDetector(weights, device)
