@@ -165,7 +165,14 @@ def _is_of(folder: Path, page: PageFile) -> bool:
         return False
     summary = json.loads((folder / _SUMMARY).read_text())
     same_scale = page.mpp is None or page.mpp == summary.get("mpp")
-    return summary.get("file") == page.path.name and summary.get("bytes") == page.path.stat().st_size and same_scale
+    return same_scale and all(summary.get(key) == value for key, value in _identity(page.path).items())
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What tells a file from others without reading all of it."""
+    with open(path, "rb") as file:
+        head = hashlib.sha256(file.read(1 << 20)).hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256_of_first_mib": head}
 
 
 def _predict_page(
@@ -196,8 +203,7 @@ def _predict_page(
         nuclei, area = int(files.counts.sum()), found.tissue.area_mm2
         seconds = time.perf_counter() - started
         summary = {
-            "file": file.path.name,
-            "bytes": file.path.stat().st_size,
+            **_identity(file.path),
             "width": page.width,
             "height": page.height,
             "mpp": page.mpp,

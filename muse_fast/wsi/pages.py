@@ -201,16 +201,20 @@ class Scale:
         top, first_y, rows = self._span(y, height, self._shrink[1], self._level.height)
         block = page.read(first_x, first_y, columns, rows, self._number)
         box = (left, top, left + width * self._shrink[0], top + height * self._shrink[1])
-        if box == (0, 0, width, height) == (0, 0, columns, rows):
+        if box == (0, 0, columns, rows) == (0, 0, width, height):
             return block
         return np.asarray(Image.fromarray(block).resize((width, height), Image.Resampling.BICUBIC, box))
 
     def _span(self, start: int, length: int, shrink: float, side: int) -> tuple[float, int, int]:
         """What to read along one axis: where the piece begins in what is read, first level-0 pixel, level pixels."""
-        beside = 0 if shrink == 1 else math.ceil(2 * max(1.0, shrink)) + 1  # that the filter looks at
+        downsample = self._level.downsample
+        exact = shrink == 1 and downsample == round(downsample)
+        beside = 0 if exact else math.ceil(2 * max(1.0, shrink)) + 1  # that the filter looks at
         first = max(0, math.floor(start * shrink) - beside)
         last = min(side, math.ceil((start + length) * shrink) + beside)
-        return start * shrink - first, round(first * self._level.downsample), last - first
+        # Places are asked for in whole level-0 pixels, which may lie between two pixels of the level.
+        location = math.ceil(first * downsample - 1e-6)
+        return start * shrink - location / downsample, location, last - first
 
 
 def _ratios(page: Page, level: Level) -> tuple[float, float]:

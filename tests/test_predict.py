@@ -1,0 +1,306 @@
+"""The predict command: where the nuclei lie, seams, memory, kills, and slides that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
+from PIL import Image
+from small_slides import damage, page_with_tissue, write_slide
+
+from muse_fast import predict as command
+from muse_fast.data.detect_nuclei import detect_nuclei
+from muse_fast.ndc.pairing import Points
+from muse_fast.predict import main
+
+
+def positions(folder: Path) -> np.ndarray:
+    """What the table and the GeoJSON of a finished folder both say, ``[n, 2]``."""
+    rows = [line.split(",") for line in (folder / "cells.csv").read_text().splitlines()[1:]]
+    xy = np.array([(float(row[0]), float(row[1])) for row in rows]).reshape(-1, 2)
+    features = json.loads((folder / "cells.geojson").read_text())["features"]
+    assert [feature["geometry"]["coordinates"] for feature in features] == xy.tolist()
+    return xy
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def as_set(xy: np.ndarray) -> set[tuple[float, float]]:
+    return {tuple(p) for p in xy.tolist()}
+
+
+def nuclei(*words: object) -> int:
+    return main(["--weights", "nuclei", *map(str, words)])
+
+
+@pytest.fixture
+def dots(monkeypatch: pytest.MonkeyPatch) -> dict[str, DotDetector]:
+    """Weights ``dots:MPP`` stand for a detector of dots; those that were opened."""
+    opened: dict[str, DotDetector] = {}
+
+    def open_dots(weights: str, device: object) -> DotDetector:
+        return opened.setdefault(weights, DotDetector(float(weights.removeprefix("dots:"))))
+
+    monkeypatch.setattr(command, "open_detector", open_dots)
+    return opened
+
+
+# ------------------------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize(
+    ("mpp", "factors", "detector_mpp"),
+    [(0.25, (4,), 0.25), (0.25, (2, 4), 0.5), (0.25, (4,), 0.6), (0.5, (), 0.3), (0.2, (4,), 1.0)],
+)
+def test_dots_are_found_in_level_0_pixels(
+    tmp_path: Path, dots: dict, mpp: float, factors: tuple[int, ...], detector_mpp: float
+) -> None:
+    width, height = 1403, 1001
+    planted = scattered(width, height, 15 / mpp)
+    slide = write_pyramid(tmp_path / "s.tif", page_of_dots(width, height, planted, 1.2 / mpp), mpp, factors)
+    out = tmp_path / "out"
+    assert main(["--weights", f"dots:{detector_mpp}", "--out", str(out), str(slide), "tissue=false", "tile=192"]) == 0
+    assert_same_places(positions(out / "s"), planted, 0.5)
+    told = summary(out / "s")
+    assert told["nuclei"] == len(planted) == sum(told["nuclei_per_class"].values())
+    assert told["area_mm2"] == pytest.approx(width * height * mpp**2 / 1e6, rel=1e-4)
+    assert told["nuclei_per_mm2"] == pytest.approx(told["nuclei"] / told["area_mm2"], rel=1e-3)
+    assert 0 < told["detector_busy"] <= 1
+    shapes = {shape[1:] for shape in dots[f"dots:{detector_mpp}"].shapes}
+    assert len(shapes) == 1 and told["tiles"] >= 4
+
+
+def test_images_with_a_table(tmp_path: Path, dots: dict) -> None:
+    planted = scattered(300, 200, 30)
+    for name in ("a.png", "b.tif"):
+        Image.fromarray(page_of_dots(300, 200, planted, 2.5)).save(tmp_path / name)
+    (tmp_path / "mpp.csv").write_text("image,mpp\na.png,0.5\n")
+    out = tmp_path / "out"
+    assert main(["--weights", "dots:0.5", "--out", str(out), str(tmp_path), "tissue=false"]) == 2  # b has no mpp
+    assert_same_places(positions(out / "a"), planted, 0.1)
+    assert list(summary(out)["refused"]) == ["b.tif"]
+    assert "um per pixel unknown" in summary(out)["refused"]["b.tif"]
+    assert not (out / "b").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- seams
+
+
+def test_seams_do_not_show(tmp_path: Path) -> None:
+    """The nuclei of any tiles are those of one detection on the whole page."""
+    image = page_with_tissue()[:600, 200:1000]
+    slide = write_slide(tmp_path / "s.tif", image)
+    whole, _ = detect_nuclei(image, 0.5)
+    assert len(whole) > 300
+    for tile, extra in ((160, "batch=3"), (256, "readers=1"), (500, "readers=3"), (1024, "batch=1")):
+        out = tmp_path / str(tile)
+        assert nuclei("--out", out, slide, f"tile={tile}", "tissue=false", extra) == 0
+        assert as_set(positions(out / "s")) == as_set(whole.round(2).astype(float))
+
+
+def test_tissue_spares_tiles_and_gives_the_same(tmp_path: Path) -> None:
+    image = np.full((700, 1600, 3), 245, np.uint8)
+    image[:, 400:1200] = page_with_tissue(side=512, height=700, width=800)
+    slide = write_slide(tmp_path / "s.tif", image)
+    results = {}
+    for tile in (160, 512):
+        assert nuclei("--out", tmp_path / str(tile), slide, f"tile={tile}") == 0
+        results[tile] = as_set(positions(tmp_path / str(tile) / "s"))
+    assert results[160] == results[512] and len(results[160]) > 200
+    told = summary(tmp_path / "160" / "s")
+    assert told["tiles"] < 0.5 * 19 * 8  # a pace of 160 px less two margins of 40
+    assert told["area_mm2"] == pytest.approx((512 * 0.5e-3) ** 2, rel=0.15)
+
+
+# ------------------------------------------------------------------------------------------- what cannot be used
+
+
+@pytest.mark.parametrize("extra", ["tissue=true", "tissue=false"])
+def test_an_empty_slide_has_no_nuclei(tmp_path: Path, extra: str) -> None:
+    slide = write_slide(tmp_path / "s.tif", np.full((600, 700, 3), 245, np.uint8))
+    assert nuclei("--out", tmp_path / "out", slide, extra) == 0
+    assert len(positions(tmp_path / "out" / "s")) == 0
+    told = summary(tmp_path / "out" / "s")
+    assert told["nuclei"] == told["nuclei_per_mm2"] == 0
+    assert (told["tiles"] == 0) == (extra == "tissue=true")
+
+
+def test_one_nucleus(tmp_path: Path, dots: dict) -> None:
+    image = page_of_dots(500, 400, np.array([[250.3, 99.9]]), 3.0)
+    slide = write_slide(tmp_path / "s.tif", image)
+    assert main(["--weights", "dots:0.5", "--out", str(tmp_path / "out"), str(slide), "tissue=false"]) == 0
+    assert np.abs(positions(tmp_path / "out" / "s") - [[250.3, 99.9]]).max() < 0.1
+
+
+def test_bad_slides_are_named_and_the_others_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [
+        write_slide(tmp_path / "in" / f"{name}.tif", page_with_tissue(seed)[:300, :500])
+        for seed, name in ((0, "a"), (1, "z"))
+    ]
+    (tmp_path / "in" / "broken.svs").write_bytes(b"no slide")
+    write_slide(tmp_path / "in" / "scaleless.tif", page_with_tissue()[:300, :300], None)
+    write_slide(tmp_path / "in" / "more" / "a.tif", page_with_tissue()[:300, :300])
+    damaged = write_slide(tmp_path / "in" / "damaged.tif", page_with_tissue(), compression="zlib")
+    damage(damaged, 7, 8, 9)
+    out = tmp_path / "out"
+    assert nuclei("--out", out, tmp_path / "in", "tissue=false", "tile=256", "max_unreadable=1") == 2
+    refused = summary(out)["refused"]
+    assert list(refused) == ["a.tif", "broken.svs", "damaged.tif", "scaleless.tif"]
+    assert "has the same name" in refused["a.tif"]
+    assert "OpenSlide cannot read it" in refused["broken.svs"]
+    assert "2 tiles of it cannot be read" in refused["damaged.tif"] or "unreadable at" in refused["damaged.tif"]
+    assert "header does not tell um per pixel" in refused["scaleless.tif"]
+    assert {path.name for path in out.iterdir()} == {"a", "z", "summary.json", "predict.json"}
+    assert all(len(positions(out / path.stem)) for path in good)
+    error = capsys.readouterr().err
+    assert "4 of 6 inputs could not be used" in error and "broken.svs" in error
+
+
+def test_damaged_tiles_within_the_limit_are_counted(tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "s.tif", page_with_tissue(), compression="zlib")
+    damage(slide, 8)  # of 256 px, at 512, 256
+    assert nuclei("--out", tmp_path / "out", slide, "tile=256") == 0
+    told = summary(tmp_path / "out" / "s")
+    assert 1 <= told["unreadable_tiles"] <= 9
+    assert told["nuclei"] > 300
+
+
+@pytest.mark.parametrize("field", ["score", "xy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_refused(
+    tmp_path: Path,
+    dots: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    field: str,
+    value: float,
+) -> None:
+    detect = DotDetector._detect
+
+    def broken(self: DotDetector, dark: np.ndarray) -> Points:
+        points = detect(self, dark)
+        getattr(points, field)[-1:] = value
+        return points
+
+    monkeypatch.setattr(DotDetector, "_detect", broken)
+    slide = write_slide(tmp_path / "s.tif", page_of_dots(300, 300, scattered(300, 300, 30), 3.0))
+    assert main(["--weights", "dots:0.5", "--out", str(tmp_path / "out"), str(slide), "tissue=false"]) == 2
+    assert "positions or scores that are no numbers" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.json", "predict.json"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tile=60"], "tile=60: expected 64 to 8192"),
+        (["tile=64"], "tile=64: expected more than twice the"),
+        (["batches=2"], "no setting 'batches' here; did you mean 'batch'?"),
+        (["mpp=40"], "mpp=40.0: expected um per pixel, 0.05 to 5.0"),
+        (["mpp=1.5"], "1.5 um/px is too coarse for a detector that works at 0.5, expected 1 at most"),
+        (["absent.svs"], "absent.svs: no such file or folder"),
+    ],
+)
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    slide = write_slide(tmp_path / "s.tif", page_with_tissue()[:200, :200])
+    assert nuclei("--out", tmp_path / "out", slide, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- again and again
+
+
+def test_what_is_done_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (
+        write_slide(tmp_path / f"{name}.tif", page_with_tissue(i)[:300, :500]) for i, name in enumerate("ab")
+    )
+    out = tmp_path / "out"
+    assert nuclei("--out", out, first) == 0
+    stamp = (out / "a" / "cells.csv").stat().st_mtime_ns
+    assert nuclei("--out", out, first) == 2
+    assert "holds all of it already" in capsys.readouterr().err
+    assert nuclei("--out", out, first, second, "tissue=false") == 2
+    assert "made with settings" in capsys.readouterr().err
+    assert nuclei("--out", out, first, second, "batch=1") == 0  # changes nothing about the nuclei
+    assert (out / "a" / "cells.csv").stat().st_mtime_ns == stamp
+    assert summary(out)["inputs"] == 2
+    assert summary(out)["nuclei"] == len(positions(out / "a")) + len(positions(out / "b"))
+    (tmp_path / "other").mkdir()
+    other = write_slide(tmp_path / "other" / "a.tif", page_with_tissue()[:400, :500])
+    assert nuclei("--out", out, other) == 2
+    assert "exists already and is not of this file" in capsys.readouterr().err
+
+
+def test_a_kill_leaves_no_half_folder_and_the_command_goes_on(tmp_path: Path) -> None:
+    small = write_slide(tmp_path / "in" / "a.tif", page_with_tissue()[:300, :500])
+    large = write_slide(tmp_path / "in" / "b.tif", np.tile(page_with_tissue(), (2, 2, 1)))
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "muse_fast.predict", "--weights", "nuclei", "--out", str(out), str(tmp_path / "in")]
+    process = subprocess.Popen([*words, "tile=512", "batch=1"], start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(
+        path.stat().st_size > 20_000 for path in out.glob(".tmp-b-*/cells.geojson")
+    ):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (out / "a").is_dir() and not (out / "b").exists()
+    stamp = (out / "a" / "summary.json").stat().st_mtime_ns
+    assert nuclei("--out", out, tmp_path / "in", "tile=512") == 0
+    assert (out / "a" / "summary.json").stat().st_mtime_ns == stamp
+    assert {path.name for path in out.iterdir()} == {"a", "b", "summary.json", "predict.json"}
+    assert small.stem in {path.name for path in out.iterdir()}
+    fresh = tmp_path / "fresh"
+    assert nuclei("--out", fresh, large, "tile=1024") == 0
+    assert as_set(positions(fresh / "b")) == as_set(positions(out / "b"))
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+_PEAK = """
+import sys
+from muse_fast.predict import main
+import resource
+code = main(["--weights", "nuclei", "--out", *sys.argv[1:], "tile=256", "readers=2", "batch=2", "tissue=false"])
+print("PEAK", code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_memory(out: Path, slide: Path) -> int:
+    """kB of a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(out), str(slide)], capture_output=True, text=True, check=True
+    )
+    code, peak = done.stdout.split("PEAK ")[1].split()
+    assert code == "0", done.stdout
+    return int(peak)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
+    tile = page_with_tissue()[40:552, 300:812]
+    small = write_slide(tmp_path / "small.tif", np.tile(tile, (2, 2, 1)), compression="zlib")
+    large = write_slide(tmp_path / "large.tif", np.tile(tile, (8, 8, 1)), compression="zlib")
+    peaks = [peak_memory(tmp_path / slide.stem / "out", slide) for slide in (small, large)]
+    assert peaks[1] < 1.2 * peaks[0], peaks
+
+
+# -------------------------------------------------------------------------------------------------------- real data
+
+
+def test_a_real_slide(shared_data: Path, tmp_path: Path) -> None:
+    slide = shared_data / "wsi" / "cmu-1-small-region.svs"
+    assert nuclei("--out", tmp_path, slide, "gzip=true", "tile=512", "batch=2") == 0
+    told = summary(tmp_path / slide.stem)
+    assert 1500 < told["nuclei"] < 5000
+    assert 0.5 < told["area_mm2"] < 0.8
+    assert (tmp_path / slide.stem / "cells.geojson.gz").stat().st_size > 10_000

@@ -1,0 +1,48 @@
+"""Tiles: every pixel in one core, every core with its margin; tissue."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from muse_fast.errors import UserError
+from muse_fast.wsi.tiles import Grid, Tissue
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (63, 64), (65, 97), (96, 500), (1000, 101), (333, 262)])
+def test_cores_cover_the_page_once(width: int, height: int) -> None:
+    tile, margin = 64, 9
+    grid = Grid(SimpleNamespace(width=width, height=height), tile, margin)
+    owners = np.zeros((height, width), int)
+    for number, one in enumerate(grid.tiles()):
+        assert one.number == number
+        owners[one.y.core : one.y.end, one.x.core : one.x.end] += 1
+        for span, side, length in ((one.x, grid.width, width), (one.y, grid.height, height)):
+            stop = span.start + side
+            assert 0 <= span.start <= stop <= length
+            assert span.start == 0 or span.core - span.start >= margin
+            assert stop == length or stop - span.end >= margin
+    assert (owners == 1).all()
+    assert (grid.width, grid.height) == (min(tile, width), min(tile, height))
+
+
+def test_a_tile_without_a_core_is_refused() -> None:
+    with pytest.raises(UserError, match=r"tile=64: expected more than twice the 32 px"):
+        Grid(SimpleNamespace(width=100, height=100), 64, 32)
+
+
+def test_tissue() -> None:
+    thumbnail = np.full((50, 60, 3), 245, np.uint8)
+    thumbnail[10:30, 20:50] = (200, 90, 150)
+    page = SimpleNamespace(width=960, height=800, mpp=0.5, thumbnail=lambda um, unreadable: thumbnail)
+    tissue = Tissue(page, everywhere=False, max_unreadable=0)
+    assert tissue.area_mm2 == pytest.approx(20 * 30 * 64e-6)
+    xy = np.array([[320, 160], [799.9, 479.9], [288, 200], [287.9, 200], [500, 511.9], [500, 512], [959.9, 799.9]])
+    assert tissue.holds(xy).tolist() == [True, True, True, False, True, False, False]  # a rim of 2 mask pixels
+    assert tissue.meets(0, 0, 289, 200)
+    assert not tissue.meets(0, 0, 288, 800)
+    everywhere = Tissue(page, everywhere=True, max_unreadable=0)
+    assert everywhere.area_mm2 == pytest.approx(0.48 * 0.4)
+    assert everywhere.holds(xy).all() and everywhere.meets(0, 0, 1, 1)
