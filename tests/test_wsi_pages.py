@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 from PIL import Image
+from planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 
 from muse_fast.errors import UserError
 from muse_fast.wsi.pages import ImagePage, PageFile, Scale, find_pages

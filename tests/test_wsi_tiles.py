@@ -8,28 +8,26 @@ import numpy as np
 import pytest
 
 from muse_fast.errors import UserError
-from muse_fast.wsi.tiles import Grid, Tissue
+from muse_fast.wsi.tiles import ALIGNMENT, Grid, Tissue
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (63, 64), (65, 97), (96, 500), (1000, 101), (333, 262)])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (95, 96), (97, 140), (128, 500), (1000, 129), (333, 262)])
 def test_cores_cover_the_page_once(width: int, height: int) -> None:
-    tile, margin = 64, 9
-    grid = Grid(SimpleNamespace(width=width, height=height), tile, margin)
+    tile, margin = 96, 19
     owners = np.zeros((height, width), int)
-    for number, one in enumerate(grid.tiles()):
+    for number, one in enumerate(Grid(SimpleNamespace(width=width, height=height), tile, margin).tiles()):
         assert one.number == number
         owners[one.y.core : one.y.end, one.x.core : one.x.end] += 1
-        for span, side, length in ((one.x, grid.width, width), (one.y, grid.height, height)):
-            stop = span.start + side
-            assert 0 <= span.start <= stop <= length
+        for span, side in ((one.x, width), (one.y, height)):
+            assert 0 <= span.start <= span.core < span.end <= span.stop <= side
+            assert span.start % ALIGNMENT == 0 and span.length == min(tile, side - span.start)
             assert span.start == 0 or span.core - span.start >= margin
-            assert stop == length or stop - span.end >= margin
+            assert span.stop == side or span.stop - span.end >= margin
     assert (owners == 1).all()
-    assert (grid.width, grid.height) == (min(tile, width), min(tile, height))
 
 
 def test_a_tile_without_a_core_is_refused() -> None:
-    with pytest.raises(UserError, match=r"tile=64: expected more than twice the 32 px"):
+    with pytest.raises(UserError, match=r"tile=64: expected 96 or more, for 32 px around a nucleus matter"):
         Grid(SimpleNamespace(width=100, height=100), 64, 32)
 
 

@@ -130,9 +130,11 @@ class LearnedDetector:
         from muse_fast.models.nucleus_net import MULTIPLE, optical_density
 
         fill = [-side % MULTIPLE for side in block.shape[:0:-1]]
-        density = F.pad(optical_density(block)[None], (0, fill[0], 0, fill[1]))
+        density = F.pad(
+            optical_density(block.to(next(self.network.parameters()).device))[None], (0, fill[0], 0, fill[1])
+        )
         logits: Tensor = self.network(density)
-        return logits[0].numpy()
+        return logits[0].cpu().numpy()
 
 
 def resampled(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from muse_fast.data import detect_nuclei as classical
-from muse_fast.data.slides import usable_cpus
+from muse_fast.data.detector import LearnedDetector, load_detector
 from muse_fast.ndc.pairing import Points
 
 NUCLEI = "nuclei"
+_AT_A_TIME = 2  # tiles: while nuclei are picked out of the one, the other is computed
 
 
 class TileDetector(Protocol):
@@ -51,26 +52,26 @@ class TileDetector(Protocol):
 
 
 class NucleusDetector:
-    """The project's own nucleus detector, which `prepare` uses too: all nuclei are of one class.
+    """A nucleus detector of `muse_fast.data.detector`, as `prepare` uses it: all nuclei are of one class."""
 
-    The tiles of a batch share the cores.
-    """
-
-    mpp = classical.WORKING_MPP
     class_names = ("nucleus",)
-    tile_size = 1024
-    reach_um = classical.REACH_UM
-    min_distance_um = classical.MIN_DISTANCE_UM
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(usable_cpus())
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._detector = load_detector(name)
+        self.reach_um = self._detector.reach_um
+        if isinstance(self._detector, LearnedDetector):
+            self._detector.network.to(device)
+            self.mpp, self.min_distance_um, self.tile_size = self._detector.mpp, self._detector.min_distance_um, 1536
+        else:
+            self.mpp, self.min_distance_um, self.tile_size = classical.WORKING_MPP, classical.MIN_DISTANCE_UM, 1024
+        self._threads = ThreadPoolExecutor(_AT_A_TIME)
 
     def detect(self, images: Tensor) -> list[Points]:
         """As `TileDetector`."""
         return list(self._threads.map(self._detect, images.permute(0, 2, 3, 1).numpy()))
 
     def _detect(self, image: NDArray[np.uint8]) -> Points:
-        xy, score = classical.detect_nuclei(image, self.mpp)
+        xy, score = self._detector(image, self.mpp)
         return Points(xy, np.zeros(len(xy), np.int64), score)
 
 
@@ -92,9 +93,17 @@ class FineTunedDetector:
 
 
 def open_detector(weights: str, device: torch.device) -> TileDetector:
-    """``nuclei``, or the detector of a fine-tuned run.
+    """The detector that ``weights`` names.
+
+    Args:
+        weights: ``nuclei``: the project's own nucleus detector; ``classical``, or the ``.safetensors`` of
+            ``train_detector``: another one; else a fine-tuned run.
 
     Raises:
         UserError: the weights cannot be used.
     """
-    return NucleusDetector() if weights == NUCLEI else FineTunedDetector(weights, device)
+    if weights == NUCLEI:
+        return NucleusDetector("default", device)
+    if weights == "classical" or weights.endswith(".safetensors"):
+        return NucleusDetector(weights, device)
+    return FineTunedDetector(weights, device)

@@ -17,11 +17,10 @@ from PIL import Image
 
 from muse_fast.data.slide import SUFFIXES as SLIDE_SUFFIXES
 from muse_fast.data.slide import Slide
-from muse_fast.data.sources import Points
-from muse_fast.data.tables import read_image, read_mpp_file
+from muse_fast.data.sources.base import IMAGE_SUFFIXES
+from muse_fast.data.tables import read_image, read_mpp_file, tiff_mpp
 from muse_fast.errors import UserError
 
-IMAGE_SUFFIXES = Points.SUFFIXES
 SAME_SCALE = 0.02  # um per pixel that differ by less are taken for equal, and pixels as they are
 OVERLAY = "overlay.png"  # what predictions leave beside slides is no slide
 MOST_ENLARGED = 2.0  # in coarser slides a detector would look at blur
@@ -109,9 +108,10 @@ class PageFile(NamedTuple):
         """
         if _is_slide(self.path):
             return SlidePage(self.path, self.mpp)
-        if self.mpp is None:
+        mpp = tiff_mpp(self.path) if self.mpp is None else self.mpp
+        if mpp is None:
             raise UserError(f"{self.path}: um per pixel unknown; give mpp=NUMBER or list it in mpp.csv (image,mpp)")
-        return ImagePage(self.path, self.mpp)
+        return ImagePage(self.path, mpp)
 
 
 def find_pages(inputs: Sequence[Path], mpp: float | None) -> list[PageFile]:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,12 +76,12 @@ class Prediction:
         self._scale = Scale(page, detector.mpp)
         self._radius = detector.min_distance_um / self._scale.mpp
         margin = math.ceil(detector.reach_um / self._scale.mpp + self._radius)
-        self._grid = Grid(self._scale, tile or detector.tile_size, margin)
+        side = tile or detector.tile_size
+        grid = Grid(self._scale, side, margin)
         self._max_unreadable = max_unreadable
-        tile_pixels = self._grid.width * self._grid.height * math.prod(self._scale.step)
-        self.max_unreadable_pixels = max_unreadable * tile_pixels
+        self.max_unreadable_pixels = max_unreadable * side**2 * math.prod(self._scale.step)
         self.tissue = Tissue(page, everywhere, self.max_unreadable_pixels)
-        self.tiles = [tile for tile in self._grid.tiles() if self._wanted(tile)]
+        self.tiles = [tile for tile in grid.tiles() if self._wanted(tile)]
         self._local, self._pages, self._lock = threading.local(), [page], threading.Lock()
 
     def _wanted(self, tile: Tile) -> bool:
@@ -114,9 +113,7 @@ class Prediction:
     def _read(self, tile: Tile) -> tuple[Tile, _Pixels | UserError]:
         """Pixels ``[H, W, 3]`` of a tile; the error where they are damaged."""
         try:
-            return tile, self._scale.read(
-                self._own_page(), tile.x.start, tile.y.start, self._grid.width, self._grid.height
-            )
+            return tile, self._scale.read(self._own_page(), tile.x.start, tile.y.start, tile.x.length, tile.y.length)
         except UserError as error:
             return tile, error
 
@@ -231,7 +228,13 @@ def _ahead(
         yield waiting.popleft().result()
 
 
-def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+def _batches(items: Iterable[tuple[Tile, _Pixels]], size: int) -> Iterator[list[tuple[Tile, _Pixels]]]:
+    """At most ``size`` tiles, all of one shape, in their order."""
+    batch: list[tuple[Tile, _Pixels]] = []
+    for item in items:
+        if batch and (len(batch) == size or item[1].shape != batch[0][1].shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
         yield batch

@@ -13,15 +13,21 @@ from muse_fast.data.tissue import MASK_UM, tissue_mask
 from muse_fast.errors import require
 from muse_fast.wsi.pages import Page, Scale
 
+ALIGNMENT = 32  # pixels: the coarsest stride of the networks
 _RIM = 2  # pixels of the mask around tissue that count as tissue too: a nucleus at its edge
 
 
 class Span(NamedTuple):
-    """One axis of a tile, in pixels."""
+    """One axis of a tile, in pixels of the scale."""
 
     start: int  # of the tile
     core: int  # from where on nuclei belong to the tile
     end: int  # from where on they do not
+    stop: int  # of the tile
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
 
 
 class Tile(NamedTuple):
@@ -34,17 +40,20 @@ class Tile(NamedTuple):
 
 
 class Grid:
-    """Tiles of ``width`` x ``height`` pixels that lie on the page; their cores cover it without overlap.
+    """Tiles of ``tile`` x ``tile`` pixels, smaller at the far sides; their cores cover the page without overlap.
 
-    Around its core a tile shows ``margin`` pixels, less only where the page ends, so that every nucleus of the core is
-    seen as it would be on the whole page. A page smaller than a tile is one tile of its own size.
+    Around its core a tile shows ``margin`` pixels or more, less only where the page ends, so that every nucleus of the
+    core is seen as it would be on the whole page. Tiles begin at multiples of ``ALIGNMENT``, so that the cells of a
+    network fall on the same pixels in all of them.
+
+    Raises:
+        UserError: ``tile`` leaves no room for a core.
     """
 
     def __init__(self, scale: Scale, tile: int, margin: int) -> None:
-        require(tile > 2 * margin, "tile", tile, f"more than twice the {margin} px that matter around a nucleus")
-        self.width, self.height = min(tile, scale.width), min(tile, scale.height)
-        self._columns = _spans(scale.width, tile, margin)
-        self._rows = _spans(scale.height, tile, margin)
+        least = 2 * margin + ALIGNMENT
+        require(tile >= least, "tile", tile, f"{least} or more, for {margin} px around a nucleus matter on each side")
+        self._columns, self._rows = (_spans(side, tile, margin) for side in (scale.width, scale.height))
 
     def tiles(self) -> Iterator[Tile]:
         """All tiles, row by row."""
@@ -54,10 +63,10 @@ class Grid:
 
 
 def _spans(side: int, tile: int, margin: int) -> list[Span]:
-    pace = tile - 2 * margin
-    count = max(1, math.ceil((side - 2 * margin) / pace))
+    pace = (tile - 2 * margin) // ALIGNMENT * ALIGNMENT
+    count = 1 + max(0, math.ceil((side - tile) / pace))
     cuts = [0, *(i * pace + margin for i in range(1, count)), side]
-    return [Span(max(0, min(i * pace, side - tile)), cuts[i], cuts[i + 1]) for i in range(count)]
+    return [Span(i * pace, cuts[i], cuts[i + 1], min(i * pace + tile, side)) for i in range(count)]
 
 
 class Tissue:
