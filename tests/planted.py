@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +82,18 @@ class DotDetector:
         mass = np.bincount(parts.ravel(), dark.ravel(), count + 1)[1:]
         score = (mass / 1e6).astype(np.float32)
         return Points(centres[:, ::-1] + np.float32(0.5), np.arange(count) % 2, score)
+
+
+def main(pause: float) -> int:
+    """The command, in a process of its own: weights ``dots:MPP`` find dots, ``pause`` seconds after every batch."""
+    from muse_fast import predict
+    from muse_fast.data import slide
+
+    slide._BAND_PIXELS = 1_000_000  # thumbnails are read in bands, which small slides fill too then
+    class SlowDotDetector(DotDetector):
+        def detect(self, images: Tensor) -> list[Points]:
+            time.sleep(pause)
+            return super().detect(images)
+
+    predict.open_detector = lambda weights, _: SlowDotDetector(float(weights.removeprefix("dots:")))
+    return predict.main(sys.argv[1:])

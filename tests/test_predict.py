@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
-from small_slides import damage, page_with_tissue, write_slide
+from small_slides import damage, page_with_tissue, tifffile, write_slide
 
 from muse_fast import predict as command
 from muse_fast.data.detect_nuclei import detect_nuclei
@@ -240,67 +240,65 @@ def test_what_is_done_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "exists already and is not of this file" in capsys.readouterr().err
 
 
-def test_a_kill_leaves_no_half_folder_and_the_command_goes_on(tmp_path: Path) -> None:
-    small = write_slide(tmp_path / "in" / "a.tif", page_with_tissue()[:300, :500])
-    large = write_slide(tmp_path / "in" / "b.tif", np.tile(page_with_tissue(), (2, 2, 1)))
+def in_a_child(pause: float, *words: object, then: str = "") -> list[str]:
+    """A command line that predicts with `planted.main`, and then runs ``then``."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import planted; code = planted.main({pause})"
+    )
+    return [sys.executable, "-c", f"{code}; {then}", *map(str, words), "tissue=false"]
+
+
+def test_a_kill_leaves_no_half_folder_and_the_command_goes_on(tmp_path: Path, dots: dict) -> None:
+    planted = scattered(1500, 1200, 30)
+    write_slide(tmp_path / "in" / "a.tif", page_of_dots(200, 200, planted[(planted < 180).all(axis=1)], 3.0))
+    write_slide(tmp_path / "in" / "b.tif", page_of_dots(1500, 1200, planted, 3.0))
     out = tmp_path / "out"
-    words = [
-        sys.executable,
-        "-m",
-        "muse_fast.predict",
-        "--weights",
-        "classical",
-        "--out",
-        str(out),
-        str(tmp_path / "in"),
-    ]
-    process = subprocess.Popen([*words, "tile=512", "batch=1"], start_new_session=True, stdout=subprocess.DEVNULL)
+    words = in_a_child(0.3, "--weights", "dots:0.5", "--out", out, tmp_path / "in", "batch=1", "tile=256")
+    process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any(
-        path.stat().st_size > 20_000 for path in out.glob(".tmp-b-*/cells.geojson")
+        path.stat().st_size > 1000 for path in out.glob(".tmp-b-*/cells.geojson")
     ):
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert (out / "a").is_dir() and not (out / "b").exists()
+    assert any(out.glob(".tmp-b-*"))
     stamp = (out / "a" / "summary.json").stat().st_mtime_ns
-    assert classical("--out", out, tmp_path / "in", "tile=512") == 0
+    assert main(["--weights", "dots:0.5", "--out", str(out), str(tmp_path / "in"), "tissue=false", "tile=256"]) == 0
     assert (out / "a" / "summary.json").stat().st_mtime_ns == stamp
     assert {path.name for path in out.iterdir()} == {"a", "b", "summary.json", "predict.json"}
-    assert small.stem in {path.name for path in out.iterdir()}
-    fresh = tmp_path / "fresh"
-    assert classical("--out", fresh, large, "tile=1024") == 0
-    assert as_set(positions(fresh / "b")) == as_set(positions(out / "b"))
+    assert_same_places(positions(out / "b"), planted, 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
 
-_PEAK = """
-import sys
-from muse_fast.predict import main
-import resource
-code = main(["--weights", "classical", "--out", *sys.argv[1:], "tile=256", "readers=2", "batch=2", "tissue=false"])
-print("PEAK", code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
 
-
-def peak_memory(out: Path, slide: Path) -> int:
-    """kB of a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(out), str(slide)], capture_output=True, text=True, check=True
-    )
+def peak_memory(out: Path, slide: Path) -> tuple[int, int]:
+    """kB of a process of its own, and the number of dots that it found."""
+    then = "import resource; print('PEAK', code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    words = in_a_child(0.0, "--weights", "dots:1.0", "--out", out, slide, "readers=2", "batch=2", "tile=512", then=then)
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     code, peak = done.stdout.split("PEAK ")[1].split()
     assert code == "0", done.stdout
-    return int(peak)
+    return int(peak), summary(out / slide.stem)["nuclei"]
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
-    tile = page_with_tissue()[40:552, 300:812]
-    small = write_slide(tmp_path / "small.tif", np.tile(tile, (2, 2, 1)), compression="zlib")
-    large = write_slide(tmp_path / "large.tif", np.tile(tile, (8, 8, 1)), compression="zlib")
-    peaks = [peak_memory(tmp_path / slide.stem / "out", slide) for slide in (small, large)]
-    assert peaks[1] < 1.2 * peaks[0], peaks
+    """Four times the side: the pixels of the larger slide alone would be 200 MB."""
+    tile = page_of_dots(256, 256, scattered(256, 256, 60), 4.0)
+    peaks, dots = {}, {}
+    for side in (8, 32):
+        slide = tmp_path / f"{side}.tif"
+        encoded = zlib.compress(tile.tobytes())
+        tifffile.imwrite(
+            slide, iter([encoded] * side**2), shape=(256 * side, 256 * side, 3), dtype="uint8", tile=(256, 256),
+            photometric="rgb", compression="zlib", resolution=(2e4, 2e4), resolutionunit="CENTIMETER",
+        )  # fmt: skip
+        peaks[side], dots[side] = peak_memory(tmp_path / "out" / str(side), slide)
+    assert dots[32] == 16 * dots[8] > 3000
+    assert peaks[32] < 1.1 * peaks[8], peaks
 
 
 # -------------------------------------------------------------------------------------------------------- real data

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shapely.geometry
 from PIL import Image
 
 from muse_fast.pictures import PALETTE
@@ -50,7 +51,6 @@ def strict(text: str) -> dict:
 
 
 def test_a_thousand_cells(tmp_path: Path) -> None:
-    shapely = pytest.importorskip("shapely")
     xy, label, score = cells(1000)
     edge = np.array([[0.0, 0.0], [WIDTH - 1e-9, HEIGHT - 1e-9]])
     xy[:2] = edge
