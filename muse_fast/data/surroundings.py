@@ -1,0 +1,34 @@
+"""Squares cut from an image that may reach beyond it: what lies there is mirrored tissue, or glass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SURROUNDINGS = ("reflect", "mask")
+GLASS = 255
+
+
+def cut_square(image: Tensor, left: int, top: int, size: int, surroundings: str) -> Tensor:
+    """``[..., H, W]`` uint8 -> the square ``[..., size, size]`` whose top-left corner is pixel (left, top).
+
+    Beyond the image stands the image mirrored at its border, as often as need be (``reflect``), or white (``mask``).
+    """
+    y = torch.arange(top, top + size, device=image.device)
+    x = torch.arange(left, left + size, device=image.device)
+    height, width = image.shape[-2:]
+    square = image[..., _mirrored(y, height)[:, None], _mirrored(x, width)]
+    if surroundings == "mask":
+        square = square.masked_fill(~inside(left, top, size, width, height).to(image.device), GLASS)
+    return square
+
+
+def inside(left: int, top: int, size: int, width: int, height: int) -> Tensor:
+    """``[size, size]`` bool: which pixels of the square lie in an image of ``width`` x ``height``."""
+    y, x = torch.arange(top, top + size), torch.arange(left, left + size)
+    return ((y >= 0) & (y < height))[:, None] & (x >= 0) & (x < width)
+
+
+def _mirrored(position: Tensor, length: int) -> Tensor:
+    folded = position % (2 * length)
+    return torch.minimum(folded, 2 * length - 1 - folded)
