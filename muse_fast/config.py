@@ -1,4 +1,6 @@
-"""Settings of a pretraining run: frozen dataclasses, filled from YAML and ``key=value`` by OmegaConf.
+"""Settings of a pretraining run, and the strict loader of every command's settings.
+
+They are frozen dataclasses, filled from YAML and ``key=value`` by OmegaConf.
 
 Precedence: defaults below < the YAML file < ``key=value`` on the command line. A key that does not exist, a value of
 the wrong type or out of range is refused with the key to change.
@@ -10,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -243,13 +245,22 @@ class PretrainConfig:
         require(is_vit or not self.train.compile, "train.compile", self.train.compile, "false (no ViT)")
 
 
+_Config = TypeVar("_Config")
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read ``path`` (YAML, may be None) and ``overrides`` (``a.b=value``) into a checked config.
+    """Settings of a pretraining run, see `load_as`."""
+    return load_as(PretrainConfig, path, overrides)
+
+
+def load_as(kind: type[_Config], path: str | Path | None, overrides: Sequence[str] = ()) -> _Config:
+    """Read ``path`` (YAML, may be None) and ``overrides`` (``a.b=value``) into a checked config of that kind.
 
     Raises:
         UserError: no such file, bad YAML, unknown key (with the nearest known one), wrong type, out of range.
     """
-    schema = OmegaConf.structured(PretrainConfig())
+    known = known_keys(kind)
+    schema = OmegaConf.structured(kind())
     OmegaConf.set_readonly(schema, False)
     layers: list[tuple[str, DictConfig]] = []
     if path is not None:
@@ -260,14 +271,14 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Pretr
         layers.append((f"'{override}'", OmegaConf.from_dotlist([override])))
     merged = schema
     for origin, layer in layers:
-        _refuse_unknown_keys(layer, origin)
+        _refuse_unknown_keys(layer, origin, known)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             key = error.full_key or "?"
             raise UserError(f"{origin}: {key}: {str(error).splitlines()[0]}") from None
     config = OmegaConf.to_object(merged)
-    assert isinstance(config, PretrainConfig)
+    assert isinstance(config, kind)
     return config
 
 
@@ -283,9 +294,9 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def known_keys() -> list[str]:
+def known_keys(kind: type[Any] = PretrainConfig) -> list[str]:
     """Every setting as a dotted key."""
-    return [key for key, _ in flatten(dataclasses.asdict(PretrainConfig()))]
+    return [key for key, _ in flatten(dataclasses.asdict(kind()))]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -297,8 +308,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _refuse_unknown_keys(layer: DictConfig, origin: str) -> None:
-    known = known_keys()
+def _refuse_unknown_keys(layer: DictConfig, origin: str, known: list[str]) -> None:
     sections = {key.split(".")[0] for key in known if "." in key}
     raw = OmegaConf.to_container(layer)
     assert isinstance(raw, dict)

@@ -3,7 +3,7 @@
 Nucleus classification with the published protocol: features of labelled nuclei, classified by their nearest
 neighbours, by a linear probe, or by the network fine-tuned. Several weights are compared in one table, and
 ``--baseline-random`` sets the same architecture untrained beside each. ``evaluate points`` scores files of detected
-points, see `muse_fast.ndc.score_files`.
+points, see `muse_fast.ndc.score_files`, ``evaluate detect`` a fine-tuned detector, see `muse_fast.ndc.score_detector`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from muse_fast.data.sources import open_source
 from muse_fast.device import pick_device
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone, build_backbone
-from muse_fast.ndc import score_files
+from muse_fast.ndc import score_detector, score_files
 from muse_fast.ndc.benchmark import TASKS, Options, Row, Subject, parse_options
 from muse_fast.ndc.classification import majority
 from muse_fast.ndc.features import Progress, extract_features
@@ -42,7 +42,7 @@ from muse_fast.ndc.tiles import VALID, Tile, tiles_by_split
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("muse", "exact")
 PROTOCOL_HELP = "muse: the published rules, nuclei on whole pixels; exact: the same with fractions of pixels kept"
-EPILOG = "`muse-fast evaluate points --help`: detection and classification scores of files of points"
+EPILOG = "`muse-fast evaluate detect --help`: scores of a fine-tuned detector; `points --help`: of files of points"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["points"]:
         return score_files.main(argv[1:], _progress)
+    if argv[:1] == ["detect"]:
+        return score_detector.main(argv[1:], _progress)
     args = _parse(argv)
     _evaluate(args, parse_options(TASKS[args.task].options, args.options))
     return 0

@@ -195,6 +195,37 @@ def overlay(
     return picture
 
 
+def detection_sheet(
+    path: str | Path,
+    images: Sequence[NDArray[np.uint8]],
+    truths: Sequence[tuple[NDArray[np.float32], NDArray[np.integer]]],
+    predictions: Sequence[tuple[NDArray[np.float32], NDArray[np.integer]]],
+    names: Sequence[str],
+    class_names: Sequence[str],
+    cell: int = 480,
+) -> None:
+    """Annotated nuclei beside detected ones, an image a row, coloured by class.
+
+    Args:
+        images: ``[H, W, 3]`` each.
+        truths, predictions: per image ``xy [n, 2]`` and ``label [n]``.
+    """
+    row_height = cell + _CAPTION + _GAP
+    sheet = _Sheet(3 * _GAP + 2 * cell, 2 * _GAP + _CAPTION + len(images) * row_height)
+    place = _GAP
+    for kind, name in enumerate(class_names):
+        sheet.draw.ellipse((place, _GAP + 4, place + 10, _GAP + 14), fill=PALETTE[kind % len(PALETTE)], outline=INK)
+        sheet.text(place + 16, _GAP, name)
+        place += 40 + 8 * len(name)
+    for line, (image, name) in enumerate(zip(images, names, strict=True)):
+        top = 2 * _GAP + _CAPTION + line * row_height
+        for column, (what, points) in enumerate((("annotated", truths[line]), ("detected", predictions[line]))):
+            picture = overlay(image, *points, radius=max(image.shape) / 140)
+            picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+            sheet.cell(_GAP + column * (cell + _GAP), top, picture, None, f"{len(points[0])} {what}   {name}"[:66])
+    sheet.save(path)
+
+
 # ------------------------------------------------------------------------------------------------------------ parts
 
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from muse_fast import __version__, distributed, pictures
 from muse_fast.atomic import write_json
 from muse_fast.batch import Pairs, Views
-from muse_fast.config import PretrainConfig, flatten, load_config
+from muse_fast.config import PretrainConfig, load_config
 from muse_fast.data import renderers
 from muse_fast.data.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
 from muse_fast.data.roiset import RoiSet
@@ -39,10 +39,18 @@ from muse_fast.train.progress import (
     read_back,
     read_metrics,
 )
+from muse_fast.train.run import (
+    EXIT_NON_FINITE,
+    EXIT_STOPPED,
+    find_start,
+    refuse_other_settings,
+    report_non_finite,
+    report_stopped,
+)
 from muse_fast.train.trainer import Trainer
 
-EXIT_STOPPED = 75  # stopped on request, a checkpoint is written: start again to go on
-EXIT_NON_FINITE = 3
+__all__ = ["EXIT_NON_FINITE", "EXIT_STOPPED", "argument_parser", "main", "pretrain"]
+
 CONTACT_SHEET = "contact_sheet.png"
 
 # Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
@@ -91,10 +99,10 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
         raise UserError(f"data.backend={config.data.backend}: {reason}")
     with distributed.process_group(device):
         trainer = Trainer(config, device)
-        start = _find_start(out, resume)
+        start = find_start(out, resume)
         _refuse_unequal_starts(out, start, device)
         if start is not None:
-            _refuse_other_settings(start, config)
+            refuse_other_settings(start, config, _FREE_ON_RESUME)
             trainer.load(start)
         elif config.model.init:
             trainer.start_from(_checkpoint_of(Path(config.model.init)))
@@ -158,9 +166,9 @@ def _run(
                 if save_it or told_to_stop:
                     trainer.save(out)
             except NonFiniteError as error:
-                return _report_non_finite(out, config.seed, error)
+                return report_non_finite(out, config.seed, error)
             if told_to_stop and step < steps:
-                return _report_stopped(out, stop.received or "another rank was told to stop", step)
+                return report_stopped(out, stop.received or "another rank was told to stop", step)
     backbone = trainer.teacher_backbone()
     if distributed.is_main():
         (out / "exit.json").unlink(missing_ok=True)
@@ -206,23 +214,6 @@ def _throughput(trainer: Trainer, watch: Stopwatch, micro_batches: Sequence[View
     return reading
 
 
-def _find_start(out: Path, resume: str) -> Path | None:
-    """The checkpoint to start from, if any."""
-    if resume == "never":
-        if checkpoint.steps(out):
-            raise UserError(f"{out} holds checkpoints; go on with --resume auto or give another --out")
-        return None
-    if resume != "auto":
-        checkpoint.verify(Path(resume))
-        return Path(resume)
-    found, problems = checkpoint.latest(out)
-    for problem in problems if distributed.is_main() else ():
-        print(f"passed over: {problem}")
-    if problems and found is None:
-        raise UserError(f"{out}: no checkpoint is sound; see above. --resume PATH takes one of another run")
-    return found
-
-
 def _refuse_unequal_starts(out: Path, start: Path | None, device: torch.device) -> None:
     """Every rank looks for checkpoints by itself, and must have found the same."""
     step = -1 if start is None else checkpoint.read_state(start)["step"]
@@ -242,14 +233,6 @@ def _checkpoint_of(path: Path) -> Path:
     if found is None:
         raise UserError(f"model.init={path}: no run with a sound checkpoint there{'; '.join(['', *problems])}")
     return found
-
-
-def _refuse_other_settings(start: Path, config: PretrainConfig) -> None:
-    then = dict(flatten(checkpoint.read_state(start)["config"]))
-    now = dict(flatten(dataclasses.asdict(config)))
-    changed = [f"{k}={now[k]} (was {then.get(k)})" for k in now if now[k] != then.get(k) and k not in _FREE_ON_RESUME]
-    if changed:
-        raise UserError(f"{start} belongs to a run with other settings: {', '.join(changed)}; give another --out")
 
 
 def _announce(
@@ -291,27 +274,6 @@ def _evaluate(trainer: Trainer, probe: list[Views]) -> dict[str, float]:
 def _draw_contact_sheet(path: Path, views: Views) -> None:
     pairs = Pairs(*match_nuclei(views.nuclei.index, views.nuclei.offsets, views.num_rois, views.num_globals))
     pictures.contact_sheet(path, views, pairs)
-
-
-def _report_non_finite(out: Path, seed: int, error: NonFiniteError) -> int:
-    if distributed.is_main():
-        path = out / f"non_finite_step_{error.step}.json"
-        content = {"error": str(error), "roi_ids": error.roi_ids, "epochs": error.epochs, "seed": seed}
-        write_json(path, content)
-        write_json(out / "exit.json", {"code": EXIT_NON_FINITE, "reason": str(error), "step": error.step - 1})
-        print(
-            f"{error}\nThe batch is named in {path}; the last checkpoint is untouched. Lower optim.lr, or look at it."
-        )
-    distributed.wait_for_all()
-    return EXIT_NON_FINITE
-
-
-def _report_stopped(out: Path, reason: str, step: int) -> int:
-    if distributed.is_main():
-        write_json(out / "exit.json", {"code": EXIT_STOPPED, "reason": reason, "step": step})
-        print(f"{reason}: stopped after step {step}, checkpoint written; start again to go on")
-    distributed.wait_for_all()
-    return EXIT_STOPPED
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ _STALLED_AFTER = 300.0  # seconds without a batch before a worker is called stal
 _PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
 
 Sample = tuple[int, int]  # (epoch, ROI id)
+_Batch = TypeVar("_Batch")
 
 
 class StepSampler(Sampler[list[Sample]]):
@@ -160,8 +162,33 @@ def load_views(
     Raises:
         UserError: damaged data, named by path and ROI id, in the step that would have used it.
     """
-    loader: DataLoader[Views | PlannedViews | UserError] = DataLoader(
-        ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu"),
+    planned = ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu")
+    loader: DataLoader[Views | PlannedViews | UserError] = _loader(planned, sampler, workers, pin_memory)
+    batches = UntilError(loader)
+    with closing(iter(batches)) as loaded:
+        if backend == "cpu":
+            yield from loaded
+        else:
+            yield from rendered(loaded, backend, dataset.config, torch.device(device), workers)
+    if batches.error is not None:
+        raise batches.error
+
+
+def load_batches(
+    dataset: Dataset[_Batch | UserError], sampler: StepSampler, *, workers: int, pin_memory: bool = False
+) -> Generator[_Batch]:
+    """As `load_views`, from any dataset that takes a list of samples and gives a batch, made by ``workers`` processes."""
+    for batch in _loader(dataset, sampler, workers, pin_memory):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _loader(
+    dataset: Dataset[_Batch], sampler: StepSampler, workers: int, pin_memory: bool
+) -> DataLoader[_Batch]:
+    return DataLoader(
+        dataset,
         batch_size=None,  # the sampler gives whole batches
         sampler=sampler,
         num_workers=workers,
@@ -172,14 +199,6 @@ def load_views(
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_live_as_the_run_does,
     )
-    batches = UntilError(loader)
-    with closing(iter(batches)) as loaded:
-        if backend == "cpu":
-            yield from loaded
-        else:
-            yield from rendered(loaded, backend, dataset.config, torch.device(device), workers)
-    if batches.error is not None:
-        raise batches.error
 
 
 def _live_as_the_run_does(worker: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from muse_fast.atomic import replacing
 from muse_fast.data import jpeg
 from muse_fast.data.jpeg import MAX_SIDE
 from muse_fast.errors import UserError
@@ -132,6 +133,15 @@ def _points_inside(table: dict[str, NDArray[np.float64]], width: float, height: 
     """``[n, 2]`` float32; rounding may push a point onto the border, where it would be outside."""
     edge = np.nextafter(np.array([width, height], np.float32), np.float32(0))
     return np.minimum(np.stack([table["x"], table["y"]], axis=1).astype(np.float32), edge)
+
+
+def write_points(path: Path, xy: NDArray[np.floating], label: NDArray[np.integer], score: NDArray[np.floating]) -> None:
+    """A CSV of the points of one image that `read_points` takes, ``x,y,label,score``; whole or absent."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["x", "y", "label", "score"])
+        for (x, y), kind, value in zip(xy.tolist(), label.tolist(), score.tolist(), strict=True):
+            writer.writerow([f"{x:.2f}", f"{y:.2f}", kind, f"{value:.4f}"])
 
 
 def read_mpp_table(folder: Path) -> dict[str, MppRow]:

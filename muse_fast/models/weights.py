@@ -62,7 +62,7 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     if compat == "muse_official" and POS_EMBED in tensors:
         tensors = {**tensors, POS_EMBED: official_pos_embed(tensors[POS_EMBED])}
     with torch.device("meta"):  # no memory and no random draws for values that the file replaces
-        backbone = build_backbone(found_arch, image_size=_image_size(tensors))
+        backbone = build_backbone(found_arch, image_size=stored_image_size(tensors))
     backbone = backbone.to_empty(device="cpu")
     load_strictly(backbone, tensors, str(path))
     return backbone.eval()
@@ -184,7 +184,7 @@ def _strip(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return stripped or tensors
 
 
-def _image_size(tensors: Mapping[str, Tensor]) -> int:
+def stored_image_size(tensors: Mapping[str, Tensor]) -> int:
     """The side in pixels that a position embedding was stored for; for a model without one, any allowed side."""
     pos_embed = tensors.get(POS_EMBED)
     return 224 if pos_embed is None else PATCH * math.isqrt(pos_embed.shape[1] - 1)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,9 +97,11 @@ class Detector(nn.Module):
         super().__init__()
         self.settings = settings
         self.backbone = backbone
-        self.reg_head = _mlp(backbone.dense_dim, settings.hidden_dim, 2)
-        self.type_head = _mlp(backbone.dense_dim, settings.hidden_dim, len(settings.class_names) + 1)
-        nn.init.zeros_(self.reg_head[-1].weight)
+        width, hidden = backbone.dense_dim, settings.hidden_dim
+        offset, types = nn.Linear(hidden, 2), nn.Linear(hidden, len(settings.class_names) + 1)
+        nn.init.zeros_(offset.weight)
+        nn.init.zeros_(offset.bias)
+        self.reg_head, self.type_head = _mlp(width, hidden, offset), _mlp(width, hidden, types)
 
     @property
     def mpp(self) -> float:
@@ -237,20 +239,18 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     return detector.to(device).eval()
 
 
-def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
-        nn.Linear(hidden_dim, out_dim),
-    )  # fmt: skip
+def _mlp(in_dim: int, hidden_dim: int, last: nn.Linear) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), last)
 
 
-def _take(points: Points, which: NDArray[np.integer] | NDArray[np.bool_]) -> Points:
+def _take(points: Points, which: NDArray[Any]) -> Points:
     return Points(points.xy[which], points.label[which], None if points.score is None else points.score[which])
 
 
 def _within(points: Points, area: tuple[int, int, int, int]) -> Points:
     """The points in the rectangle from (x0, y0) to (x1, y1), the far borders outside."""
-    return _take(points, ((points.xy >= area[:2]) & (points.xy < area[2:])).all(axis=1))
+    inside = (points.xy >= area[:2]) & (points.xy < area[2:])
+    return _take(points, np.flatnonzero(inside.all(axis=1)))
 
 
 def _join(parts: Sequence[Points]) -> Points:

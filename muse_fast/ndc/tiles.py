@@ -46,8 +46,10 @@ def cut_tiles(source: SourceImage, *, size: int = 224, mpp: float = 0.5, truncat
             f"{source.name}: the image has nuclei but no classes, so there is nothing to evaluate against; "
             "use a labelled source such as brcam2c:DIR"
         )
-    image, xy, label = _resample(source, mpp)
+    image, xy = resample(source, mpp)
     height, width = image.shape[:2]
+    keep = (source.label >= 0) & (xy >= 0).all(axis=1) & (xy < (width, height)).all(axis=1)
+    xy, label = xy[keep], source.label[keep].astype(np.int64)
     cell = min(VALID, size)
     margin = (size - cell) // 2
     padded = _reflect_to(image, size)
@@ -98,9 +100,8 @@ def tiles_by_split(
     return tiles
 
 
-def _resample(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
-    """Image, nuclei and classes at ``mpp``; points scale by the true ratio of the rounded sides, so they stay put."""
-    assert source.label is not None
+def resample(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Image and nuclei at ``mpp``; points scale by the true ratio of the rounded sides, so they stay put."""
     height, width = source.image.shape[:2]
     ratio = source.mpp / mpp
     new_width, new_height = max(round(width * ratio), 1), max(round(height * ratio), 1)
@@ -109,9 +110,7 @@ def _resample(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArr
         # Pillow widens its filter when it shrinks an image, so no frequency folds over.
         resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
         image = np.asarray(resized)
-    xy = source.xy.astype(np.float64) * (new_width / width, new_height / height)
-    keep = (source.label >= 0) & (xy >= 0).all(axis=1) & (xy < (new_width, new_height)).all(axis=1)
-    return image, xy[keep], source.label[keep].astype(np.int64)
+    return image, source.xy.astype(np.float64) * (new_width / width, new_height / height)
 
 
 def _reflect_to(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

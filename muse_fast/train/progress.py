@@ -97,15 +97,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-class TrainingProgress:
-    """A bar with rate, data-wait share and ETA; plain lines where the output is no terminal."""
+def _gist(values: Mapping[str, float]) -> str:
+    """Of a row of pretraining."""
+    return (
+        f"loss {values['loss']:.3f} (image {values['loss_image']:.3f}, nucleus {values['loss_nucleus']:.3f}) "
+        f"{values['rois_per_second']:.1f} ROI/s, data wait {100 * values['data_wait']:.0f} %"
+        + (f", MFU {100 * values['mfu']:.0f} %" if "mfu" in values else "")
+    )
 
-    def __init__(self, start_step: int, steps: int) -> None:
+
+class TrainingProgress:
+    """A bar with rate, data-wait share and ETA; plain lines where the output is no terminal.
+
+    Args:
+        start_step, steps: where the run begins and ends.
+        title: stands before the bar.
+        describe: the text after it, from the row of a step.
+    """
+
+    def __init__(
+        self,
+        start_step: int,
+        steps: int,
+        title: str = "pretrain",
+        describe: Callable[[Mapping[str, float]], str] = _gist,
+    ) -> None:
         self._console = Console()
-        self._steps = steps
+        self._steps, self._describe = steps, describe
         self._started, self._start_step = time.monotonic(), start_step
         self._bar = Progress(
-            TextColumn("pretrain"),
+            TextColumn(title),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
@@ -115,15 +136,11 @@ class TrainingProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("pretrain", total=steps, completed=start_step, text="")
+        self._task = self._bar.add_task(title, total=steps, completed=start_step, text="")
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the row of ``step``."""
-        text = (
-            f"loss {values['loss']:.3f} (image {values['loss_image']:.3f}, nucleus {values['loss_nucleus']:.3f}) "
-            f"{values['rois_per_second']:.1f} ROI/s, data wait {100 * values['data_wait']:.0f} %"
-            + (f", MFU {100 * values['mfu']:.0f} %" if "mfu" in values else "")
-        )
+        text = self._describe(values)
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, text=text)
         else:
@@ -145,8 +162,9 @@ class RunReport:
         is_new: whether the run has logged nothing yet.
     """
 
-    def __init__(self, run: Path, start_step: int, steps: int) -> None:
-        self._kept = (MetricsLog(run, start_step), TrainingProgress(start_step, steps)) if is_main() else None
+    def __init__(self, run: Path, start_step: int, steps: int, progress: TrainingProgress | None = None) -> None:
+        progress = progress or TrainingProgress(start_step, steps)
+        self._kept = (MetricsLog(run, start_step), progress) if is_main() else None
         self.is_new = self._kept is not None and self._kept[0].is_new
 
     def training(self, step: int, values: Mapping[str, float]) -> None:

@@ -25,7 +25,7 @@ from muse_fast.ssl.drop_path import draw_scales
 from muse_fast.ssl.losses import Temperatures, assignment_entropy, distillation_loss, image_pairs
 from muse_fast.train import checkpoint
 from muse_fast.train.guard import Guard
-from muse_fast.train.optim import apply_schedule, build_optimizer
+from muse_fast.train.optim import apply_schedule, build_optimizer, load_moments, moments
 from muse_fast.train.parallel import full, gradient_sync, like, local, parallelise, shard
 from muse_fast.train.schedules import Schedule, schedule_at
 
@@ -230,16 +230,10 @@ class Trainer:
             NonFiniteError: the state is not worth keeping.
         """
         self.check()
-        moments = {
-            f"{name}/{key}": value
-            for name, parameter in self.student.named_parameters()
-            if parameter in self.optimizer.state
-            for key, value in self.optimizer.state[parameter].items()
-        }
         tensors = {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
-            "optimizer": moments,
+            "optimizer": moments(self.student, self.optimizer),
             "state": {f"center/{name}": center for name, center in self.centers.items()},
         }
         whole = {stem: {name: full(t) for name, t in named.items()} for stem, named in tensors.items()}
@@ -256,15 +250,7 @@ class Trainer:
         """
         self.step = checkpoint.read_state(folder)["step"]
         self._load_networks(folder, lambda name, value: value)
-        parameters = dict(self.student.named_parameters())
-        self.optimizer.state.clear()
-        for key, value in checkpoint.read_tensors(folder, "optimizer").items():
-            name, _, moment = key.rpartition("/")
-            parameter = parameters[name]
-            of_parameter = value.ndim > 0  # the count of steps is not
-            self.optimizer.state[parameter][moment] = (
-                like(value, parameter) if of_parameter else value.to(parameter.device)
-            )
+        load_moments(self.student, self.optimizer, checkpoint.read_tensors(folder, "optimizer"))
 
     def start_from(self, folder: Path) -> None:
         """Take weights, teacher and centres of the checkpoint ``folder``, the position embedding resized; not its step.

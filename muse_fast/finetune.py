@@ -1,0 +1,331 @@
+"""``python -m muse_fast.finetune --config FILE --data SOURCE --weights W --out DIR [--resume ...] [key=value ...]``
+
+Fine-tunes a nucleus detector (paper, "Downstream Fine-Tuning"); `muse_fast.ndc.detector.load_detector` opens it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from muse_fast import __version__, distributed, load_backbone, pictures
+from muse_fast.atomic import write_json
+from muse_fast.config import ARCHS, load_as
+from muse_fast.data.loader import StepSampler, load_batches
+from muse_fast.data.sources import open_source
+from muse_fast.device import peak_memory, pick_device
+from muse_fast.errors import UserError
+from muse_fast.finetune_config import FinetuneConfig
+from muse_fast.models.weights import COMPATS, stored_image_size
+from muse_fast.ndc.detector import Detector, DetectorSettings, load_detector
+from muse_fast.ndc.lfov import LabelledImage, LfovDataset, describe, read_splits
+from muse_fast.ndc.metrics import Points, Scores, evaluate, evaluate_all, scores_table
+from muse_fast.ndc.score_detector import detect_images, source_options
+from muse_fast.train import checkpoint
+from muse_fast.train.finetuner import Finetuner
+from muse_fast.train.guard import NonFiniteError
+from muse_fast.train.progress import (
+    RunReport,
+    StopSignal,
+    Stopwatch,
+    TrainingProgress,
+    collected_between_steps,
+    read_back,
+    read_metrics,
+)
+from muse_fast.train.run import find_start, refuse_other_settings, report_non_finite, report_stopped
+
+PICTURE = "detections.png"
+
+# Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
+_FREE_ON_RESUME = ("data.workers", "train.log_every")
+_MOST_DRAWN = 6  # images in the picture
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = argument_parser().parse_args(argv)
+    options = source_options(args.overrides)
+    settings = [item for item in args.overrides if not item.startswith("source.")]
+    config = load_as(FinetuneConfig, args.config, settings)
+    return finetune(
+        config,
+        args.out,
+        data=args.data,
+        options=options,
+        weights=args.weights,
+        arch=args.arch,
+        compat=args.compat,
+        resume=args.resume,
+    )
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m muse_fast.finetune", description="Fine-tune a nucleus detector.")
+    parser.add_argument("--config", required=True, help="YAML file, see configs/finetune_*.yaml")
+    parser.add_argument("--data", required=True, help="annotated source with a train and a val split, e.g. brcam2c:DIR")
+    parser.add_argument("--weights", required=True, help="run, checkpoint, export, .pth or random:ARCH")
+    parser.add_argument("--arch", choices=ARCHS, help="needed only where the weights do not tell")
+    parser.add_argument("--compat", choices=COMPATS, help="position embedding, see load_backbone")
+    parser.add_argument("--out", required=True, type=Path, help="run folder")
+    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    help_ = "settings, for example optim.epochs=20; source.key=value are options of the source"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_)
+    return parser
+
+
+def finetune(
+    config: FinetuneConfig,
+    out: Path,
+    *,
+    data: str,
+    weights: str,
+    options: Mapping[str, Any] | None = None,
+    arch: str | None = None,
+    compat: str | None = None,
+    resume: str = "auto",
+) -> int:
+    """Run or continue a fine-tuning; returns the exit code (0 done, 75 stopped on request, 3 not finite).
+
+    Raises:
+        UserError: settings, data, weights or the state of ``out`` do not allow the run.
+    """
+    if (out / "summary.json").exists():
+        raise UserError(f"{out} holds a finished run; give another --out")
+    if distributed.launched():
+        raise UserError("fine-tuning runs in one process; start it without torchrun")
+    device = pick_device(config.train.device, "train.device")
+    source = open_source(data, **(options or {}))
+    splits = read_splits(source, (config.data.train, config.data.val), config.data.mpp)
+    train, val = splits[config.data.train], splits[config.data.val]
+    class_names = tuple(source.label_names) or ("nucleus",)
+
+    start = find_start(out, resume)
+    if start is None:
+        detector = new_detector(config, class_names, weights, arch, compat)
+    else:
+        refuse_other_settings(start, config, _FREE_ON_RESUME)
+        detector = load_detector(start)
+    tuner = Finetuner(config, detector, device, len(train))
+    if start is not None:
+        _refuse_other_data(start, class_names, len(train))
+        tuner.load(start)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    checkpoint.remove_temporary(out)
+    _announce(tuner, out, data, weights, start, train, val)
+    return _run(tuner, out, train, val)
+
+
+def new_detector(
+    config: FinetuneConfig, class_names: tuple[str, ...], weights: str, arch: str | None, compat: str | None
+) -> Detector:
+    """A pretrained backbone with fresh heads, whose weights derive from the seed."""
+    torch.manual_seed(config.seed)
+    backbone = load_backbone(arch, weights, compat=compat)
+    settings = DetectorSettings(
+        arch=backbone.arch,
+        class_names=class_names,
+        mpp=config.data.mpp,
+        sample_size=config.data.sample_size,
+        surroundings=config.data.surroundings,
+        image_size=stored_image_size(backbone.state_dict()),
+        **dataclasses.asdict(config.detector),
+    )
+    return Detector(backbone, settings)
+
+
+def _refuse_other_data(start: Path, class_names: tuple[str, ...], num_images: int) -> None:
+    state = checkpoint.read_state(start)
+    then = tuple(state["detector"]["class_names"]), state["num_images"]
+    if then != (class_names, num_images):
+        raise UserError(
+            f"{start} was trained on {then[1]} images with the classes {', '.join(then[0])}; --data has {num_images} "
+            f"with {', '.join(class_names)}; give the same, or another --out"
+        )
+
+
+def _run(tuner: Finetuner, out: Path, train: Sequence[LabelledImage], val: Sequence[LabelledImage]) -> int:
+    config, steps = tuner.config, tuner.steps
+    dataset = LfovDataset(
+        train,
+        size=config.data.sample_size,
+        surroundings=config.data.surroundings,
+        turns=config.data.turns,
+        colours=config.data.colours(),
+        seed=config.seed,
+    )
+    sampler = StepSampler(
+        np.arange(len(train)),
+        seed=config.seed,
+        batch_size=config.optim.batch_size,
+        start_step=tuner.step,
+        stop_step=steps,
+    )
+    began = time.time()
+    stop, watch = StopSignal(), Stopwatch()
+    batches = load_batches(dataset, sampler, workers=config.data.workers, pin_memory=tuner.device.type == "cuda")
+    progress = TrainingProgress(tuner.step, steps, "finetune", _gist)
+    with (
+        closing(batches),
+        stop,
+        RunReport(out, tuner.step, steps, progress) as report,
+        collected_between_steps() as collect,
+    ):
+        for batch in watch.timed(batches):
+            step = tuner.step + 1
+            epochs = tuner.epoch_of(step)  # completed
+            ends_epoch = epochs > tuner.epoch_of(step - 1) or step == steps
+            log_it = step % config.train.log_every == 0 or step == steps
+            values = tuner.train_step(batch, measure=log_it)
+            try:
+                if log_it:
+                    tuner.check()
+                    report.training(step, read_back(values) | _throughput(tuner, watch))
+                    collect()
+                if ends_epoch and (epochs % config.train.eval_every == 0 or step == steps):
+                    tuner.check()
+                    scores = _validate(tuner, val)
+                    report.evaluation(step, _as_row(scores, tuner.detector.class_names, epochs))
+                    if scores.mean_f1 > tuner.best.get("f1", -1.0):
+                        tuner.best = {"step": step, "epoch": epochs, "f1": scores.mean_f1}
+                        tuner.save_best(out)  # before the run's own checkpoint, which knows of it
+                if ends_epoch or stop.received:
+                    tuner.save(out)
+            except NonFiniteError as error:
+                return report_non_finite(out, config.seed, error)
+            if stop.received and step < steps:
+                return report_stopped(out, stop.received, step)
+    (out / "exit.json").unlink(missing_ok=True)
+    _finish(tuner, out, val, time.time() - began)
+    return 0
+
+
+def _validate(tuner: Finetuner, images: Sequence[LabelledImage]) -> Scores:
+    with tuner.autocast():
+        found = detect_images(tuner.detector, images)
+    settings, train = tuner.detector.settings, tuner.config.train
+    return evaluate(
+        found,
+        [truth(image) for image in images],
+        settings.mpp,
+        len(settings.class_names),
+        train.protocol,
+        train.radius_um,
+    )
+
+
+def truth(image: LabelledImage) -> Points:
+    """The annotated nuclei of known class."""
+    known = image.label >= 0
+    return Points(image.xy[known], image.label[known])
+
+
+def _as_row(scores: Scores, class_names: Sequence[str], epoch: int) -> dict[str, float]:
+    by_class = {f"val_f1_{name}": one.f1 for name, one in zip(class_names, scores.classes, strict=True)}
+    return {"epoch": epoch, "val_f1": scores.mean_f1, **by_class, "val_f1_detection": scores.detection.f1}
+
+
+def _throughput(tuner: Finetuner, watch: Stopwatch) -> dict[str, float]:
+    reading = watch.read(tuner.config.optim.batch_size)
+    return {
+        "images_per_second": reading["rois_per_second"],
+        "data_wait": reading["data_wait"],
+        "peak_memory_gib": peak_memory(tuner.device) / 2**30,
+    }
+
+
+def _gist(values: Mapping[str, float]) -> str:
+    return (
+        f"loss {values['loss']:.3f} (offset {values['loss_reg']:.2f} px^2, type {values['loss_type']:.3f}, "
+        f"consistency {values['loss_cons']:.3f}) {values['images_per_second']:.2f} images/s, "
+        f"data wait {100 * values['data_wait']:.0f} %"
+    )
+
+
+def _announce(
+    tuner: Finetuner,
+    out: Path,
+    data: str,
+    weights: str,
+    start: Path | None,
+    train: Sequence[LabelledImage],
+    val: Sequence[LabelledImage],
+) -> None:
+    config, settings = tuner.config, tuner.detector.settings
+    print(f"muse_fast {__version__} finetune: {settings.arch} on {tuner.device}, {config.train.precision}")
+    for name, images in ((config.data.train or "all", train), (config.data.val or "all", val)):
+        counts = ", ".join(f"{value} {key}" for key, value in describe(images, settings.class_names).items())
+        print(f"  data   {data}, {name}: {counts}")
+    beyond = {
+        "reflect": "mirrored at its border, as unlabelled tissue",
+        "mask": "left white and out of all losses, so that nothing is unlabelled",
+    }
+    print(
+        f"  sample {settings.sample_size} px at {settings.mpp} um/px; what an image does not hold around its region is "
+        f"{beyond[settings.surroundings]} (data.surroundings={settings.surroundings})"
+    )
+    print(f"  run    {config.optim.epochs} epochs = {tuner.steps} steps of {config.optim.batch_size} images, to {out}")
+    print(f"  from   {weights}" if start is None else f"  resume {start}, step {tuner.step}")
+    emulated = tuner.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    if config.train.precision == "bf16" and emulated:
+        print("  note   this CPU emulates bf16, which is many times slower: train.precision=fp32")
+
+
+def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: float) -> None:
+    """Score and draw the best detector on the val split, and write summary.json, which marks a run as finished."""
+    detector = load_detector(out, tuner.device)
+    with tuner.autocast():
+        found = detect_images(detector, val)
+    truths = [truth(image) for image in val]
+    scores, _ = evaluate_all(found, truths, detector.mpp, len(detector.class_names))
+    drawn = slice(0, _MOST_DRAWN)
+    picture = out / "pictures" / PICTURE
+    pictures.detection_sheet(
+        picture,
+        [image.image.permute(1, 2, 0).numpy() for image in val[drawn]],
+        [(points.xy, points.label) for points in truths[drawn]],
+        [(points.xy, points.label) for points in found[drawn]],
+        [image.name for image in val[drawn]],
+        detector.class_names,
+    )
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    summary = {
+        "version": __version__,
+        "steps": tuner.step,
+        "epochs": tuner.config.optim.epochs,
+        "seconds_of_last_start": round(seconds, 1),
+        "images_per_second": statistics.median(row["images_per_second"] for row in rows),
+        "data_wait": statistics.median(row["data_wait"] for row in rows),
+        "peak_memory_gib": max(row["peak_memory_gib"] for row in rows),
+        "losses_finite": all(math.isfinite(row["loss"]) for row in rows),
+        "loss": {"start": rows[0]["loss"], "end": rows[-1]["loss"]},
+        "best": tuner.best,
+        "val": {name: dataclasses.asdict(one) for name, one in scores.items()},
+        "classes": detector.class_names,
+        "picture": str(picture),
+    }
+    write_json(out / "summary.json", summary)
+    Console(width=150).print(scores_table(scores, detector.class_names))
+    print(
+        f"done: best val F1 {tuner.best['f1']:.3f} ({tuner.config.train.protocol}) after epoch {tuner.best['epoch']}, "
+        f"{summary['images_per_second']:.2f} images/s, peak memory {summary['peak_memory_gib']:.1f} GiB"
+    )
+    print(f"summary: {out / 'summary.json'}; picture: {picture}")
+
+
+if __name__ == "__main__":
+    from muse_fast.cli import run
+
+    raise SystemExit(run(main))

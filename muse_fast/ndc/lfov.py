@@ -1,0 +1,201 @@
+"""Samples with a large field of view for fine-tuning (paper, "LFoV Samples", equation 8).
+
+The annotated region of an image stands anywhere inside a larger square, whose rest is tissue without annotation. What
+the image itself holds around its region is used; beyond the image stand mirrored tissue or glass
+(`muse_fast.data.surroundings`). Every random choice of a sample derives from (seed, epoch, image).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from muse_fast.config import ViewsConfig
+from muse_fast.data.augment import apply_colour, draw_colour
+from muse_fast.data.loader import Sample
+from muse_fast.data.sources import SourceImage
+from muse_fast.data.surroundings import cut_square, inside
+from muse_fast.data.views import ViewBox
+from muse_fast.errors import UserError
+from muse_fast.ndc.tiles import resample
+
+UNLABELLED, ANNOTATED, EMPTY = 0, 1, 2
+"""What a place of a sample is: tissue without annotation, annotated, or glass in the place of unknown tissue."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """An image at the scale of training, and the nuclei of its annotated region."""
+
+    name: str
+    image: Tensor  # [3, H, W] uint8
+    region: Tensor  # [H, W] bool, where nuclei are annotated; any shape
+    xy: NDArray[np.float32]  # [n, 2] pixels
+    label: NDArray[np.int64]  # [n], -1 unknown
+    scale: tuple[float, float]  # pixels of this image per pixel of the source's, along x and y
+
+    def box(self) -> tuple[int, int, int, int]:
+        """x, y, width and height of the region."""
+        y, x = (self.region.any(dim=axis).nonzero().flatten() for axis in (1, 0))
+        return int(x[0]), int(y[0]), int(x[-1] - x[0]) + 1, int(y[-1] - y[0]) + 1
+
+
+def labelled_image(source: SourceImage, mpp: float) -> LabelledImage:
+    """``source`` at ``mpp``, all of it annotated; nuclei beyond its border are left out."""
+    image, xy = resample(source, mpp)
+    height, width = image.shape[:2]
+    label = np.zeros(len(xy), np.int64) if source.label is None else source.label.astype(np.int64)
+    keep = ((xy >= 0) & (xy < (width, height))).all(axis=1)
+    return LabelledImage(
+        name=source.name,
+        image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        region=torch.ones(height, width, dtype=torch.bool),
+        xy=xy[keep].astype(np.float32),
+        label=label[keep],
+        scale=(width / source.image.shape[1], height / source.image.shape[0]),
+    )
+
+
+def read_splits(source: Iterable[SourceImage], splits: Sequence[str], mpp: float) -> dict[str, list[LabelledImage]]:
+    """The images of each of ``splits`` at ``mpp``, held in memory; "" stands for all images.
+
+    Raises:
+        UserError: a split has no image, or no nucleus.
+    """
+    found: dict[str, list[LabelledImage]] = {split: [] for split in splits}
+    seen: Counter[str] = Counter()
+    for item in source:
+        seen[item.split] += 1
+        wanted = [split for split in splits if split in ("", item.split)]
+        if wanted:
+            image = labelled_image(item, mpp)
+            for split in wanted:
+                found[split].append(image)
+    held = ", ".join(f"{count} in {split or 'no split'}" for split, count in sorted(seen.items()))
+    for split, images in found.items():
+        if not images:
+            raise UserError(f"no image in the split {split!r}; the source holds {held or 'no image at all'}")
+        if not any(len(image.xy) for image in images):
+            raise UserError(f"the {len(images)} images of the split {split!r} hold no nucleus")
+    return found
+
+
+class LfovSample(NamedTuple):
+    """One image as a sample of R x R pixels."""
+
+    plain: Tensor  # [3, R, R] uint8, in the colours of the image
+    image: Tensor  # [3, R, R] uint8, colours augmented
+    places: Tensor  # [R, R] uint8: UNLABELLED, ANNOTATED or EMPTY
+    xy: NDArray[np.float32]  # [n, 2] pixels of the sample
+    label: NDArray[np.int64]  # [n]
+
+
+class LfovBatch(NamedTuple):
+    """Samples for one step."""
+
+    plain: Tensor  # [I, 3, R, R] uint8
+    images: Tensor  # [I, 3, R, R] uint8
+    places: Tensor  # [I, R, R] uint8
+    xy: Tensor  # [N, 2] float32
+    label: Tensor  # [N] int64
+    counts: Tensor  # [I] int64, nuclei of each
+    image_ids: Tensor  # [I] int64
+    epochs: Tensor  # [I] int64
+
+
+def draw_corner(rng: np.random.Generator, box: tuple[int, int, int, int], size: int) -> tuple[int, int]:
+    """Top-left pixel of a sample of ``size`` that shows the region ``box`` (x, y, width, height): equation 8.
+
+    Each axis is drawn alone: the region lies uniformly anywhere inside the sample. An axis along which the region is
+    the larger one has the sample uniformly anywhere inside the region.
+    """
+    x, y, width, height = box
+    offsets = [int(rng.integers(min(0, size - side), max(0, size - side) + 1)) for side in (width, height)]
+    return x - offsets[0], y - offsets[1]
+
+
+class LfovDataset(Dataset["LfovBatch | UserError"]):
+    """``dataset[samples]`` is the batch of ``samples``, pairs of an epoch and a position in ``images``.
+
+    Args:
+        images: what to draw samples of.
+        size: R, pixels along a side.
+        surroundings: what stands beyond an image, ``reflect`` or ``mask``.
+        turns: flips and quarter turns.
+        colours: its jitter, grey and blur are drawn as for a local view of pretraining.
+        seed: of all draws.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[LabelledImage],
+        *,
+        size: int,
+        surroundings: str,
+        turns: bool,
+        colours: ViewsConfig,
+        seed: int,
+    ) -> None:
+        self.images, self.size, self.surroundings = images, size, surroundings
+        self.turns, self.colours, self.seed = turns, colours, seed
+
+    def __getitem__(self, samples: Sequence[Sample]) -> LfovBatch | UserError:
+        drawn = [self.sample(epoch, image) for epoch, image in samples]
+        return LfovBatch(
+            plain=torch.stack([sample.plain for sample in drawn]),
+            images=torch.stack([sample.image for sample in drawn]),
+            places=torch.stack([sample.places for sample in drawn]),
+            xy=torch.from_numpy(np.concatenate([sample.xy for sample in drawn])),
+            label=torch.from_numpy(np.concatenate([sample.label for sample in drawn])),
+            counts=torch.tensor([len(sample.xy) for sample in drawn]),
+            image_ids=torch.tensor([image for _, image in samples]),
+            epochs=torch.tensor([epoch for epoch, _ in samples]),
+        )
+
+    def sample(self, epoch: int, number: int) -> LfovSample:
+        """The sample of image ``number`` in ``epoch``."""
+        rng = np.random.default_rng([self.seed, epoch, number])
+        source = self.images[number]
+        left, top = draw_corner(rng, source.box(), self.size)
+        flip, turns = (bool(rng.integers(2)), int(rng.integers(4))) if self.turns else (False, 0)
+        colour = draw_colour(rng, "local", self.colours)
+
+        xy = source.xy - np.array([left, top], np.float32)
+        shown = ((xy >= 0) & (xy < self.size)).all(axis=1)
+        plain = _turn(cut_square(source.image, left, top, self.size, self.surroundings), flip, turns)
+        box = ViewBox(left, top, self.size, self.size, flip, turns)
+        return LfovSample(
+            plain=plain,
+            image=apply_colour(plain, colour),
+            places=_turn(self._places(source.region, left, top), flip, turns),
+            xy=box.map_points(source.xy[shown]),
+            label=source.label[shown],
+        )
+
+    def _places(self, region: Tensor, left: int, top: int) -> Tensor:
+        height, width = region.shape
+        in_image = inside(left, top, self.size, width, height)
+        places = torch.full((self.size, self.size), EMPTY if self.surroundings == "mask" else UNLABELLED)
+        places[in_image] = UNLABELLED
+        places[in_image & cut_square(region, left, top, self.size, "reflect")] = ANNOTATED
+        return places.to(torch.uint8)
+
+
+def _turn(square: Tensor, flip: bool, turns: int) -> Tensor:
+    """As `ViewBox` moves points: mirrored left to right, then turned counter-clockwise by quarters."""
+    return torch.rot90(square.flip(-1) if flip else square, turns, (-2, -1)).contiguous()
+
+
+def describe(images: Sequence[LabelledImage], class_names: Sequence[str]) -> dict[str, Any]:
+    """Images, nuclei, and nuclei of each class."""
+    label = np.concatenate([image.label for image in images])
+    counts = {name: int((label == kind).sum()) for kind, name in enumerate(class_names)}
+    return {"images": len(images), "nuclei": len(label), **counts}

@@ -1,0 +1,48 @@
+"""The losses of fine-tuning (paper, equation 9) and the weight of the third.
+
+All take rows of proposals, whatever images they come from, and are 0 with zero gradients where there are none.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNKNOWN = -1
+"""Target of a proposal whose class nobody knows: it takes no part."""
+
+
+def regression_loss(points: Tensor, nuclei: Tensor) -> Tensor:
+    """Mean squared distance of matched predictions and nuclei, both ``[M, 2]``, in pixels squared."""
+    return (points - nuclei).square().sum() / max(1, len(points))
+
+
+def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Tensor:
+    """Cross-entropy ``[]`` of proposals, averaged with weights: ``background_weight`` for background, 1 for the rest.
+
+    Args:
+        logits: ``[M, C + 1]``, background last.
+        target: ``[M]`` int64, ``UNKNOWN`` for rows that take no part.
+    """
+    weight = logits.new_ones(logits.shape[1])
+    weight[-1] = background_weight
+    total = F.cross_entropy(logits, target, weight, ignore_index=UNKNOWN, reduction="sum")
+    return total / _total_weight(weight, target).clamp_min(torch.finfo(logits.dtype).tiny)
+
+
+def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:
+    """The most probable class ``[M]`` of each row, background included, ``UNKNOWN`` unless above ``threshold``."""
+    confidence, label = logits.softmax(dim=1).max(dim=1)
+    return torch.where(confidence > threshold, label, UNKNOWN)
+
+
+def consistency_weight(epoch: int, epochs: int, maximum: float) -> float:
+    """Weight of the consistency loss: ``1 - cos(pi * epoch / epochs)`` of the paper, scaled to end at ``maximum``."""
+    return maximum * (1 - math.cos(math.pi * epoch / epochs)) / 2
+
+
+def _total_weight(weight: Tensor, target: Tensor) -> Tensor:
+    return torch.where(target == UNKNOWN, 0, weight[target]).sum()

@@ -1,0 +1,179 @@
+"""``python -m muse_fast.evaluate detect --weights RUN_OR_CHECKPOINT --data SOURCE [--split test] [--json OUT]``
+
+Detects the nuclei of a split with a fine-tuned detector and scores them by every protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from muse_fast import __version__
+from muse_fast.atomic import write_json
+from muse_fast.data.sources import SourceImage, open_source
+from muse_fast.data.tables import write_points
+from muse_fast.device import pick_device
+from muse_fast.errors import UserError, require
+from muse_fast.ndc.detector import Detector, load_detector
+from muse_fast.ndc.features import Progress
+from muse_fast.ndc.lfov import LabelledImage, labelled_image
+from muse_fast.ndc.metrics import Points, evaluate_all, scores_table
+from muse_fast.ndc.score_files import Bar
+
+
+def main(argv: Sequence[str], bar: Bar) -> int:
+    """Run the command; ``bar`` shows its progress.
+
+    Raises:
+        UserError: no detector, a source with other classes, no image in the split, or a place that exists already.
+    """
+    args = _parse(argv)
+    began = time.perf_counter()
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    device = pick_device(args.device, "--device")
+    detector = load_detector(args.weights, device)
+    images = _read(args, detector.class_names)
+
+    with bar(console, "detection") as progress, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        at_scale = [labelled_image(image, detector.mpp) for image in images]
+        found = detect_images(detector, at_scale, progress)
+    found = [in_source_pixels(points, one.scale) for points, one in zip(found, at_scale, strict=True)]
+    truths = [_known(Points(image.xy, _labels(image))) for image in images]
+    detected, annotated = (sum(len(points.xy) for points in some) for some in (found, truths))
+    console.print(
+        f"{args.data}, {args.split or 'all'}: {detected} nuclei in {len(images)} images, {annotated} annotated"
+    )
+    with bar(console, "scoring") as progress:
+        scores, left_out = evaluate_all(
+            found,
+            truths,
+            [image.mpp for image in images],
+            len(detector.class_names),
+            args.radius,
+            draws=args.draws,
+            seed=args.seed,
+            progress=progress,
+        )
+    console.print(scores_table(scores, detector.class_names))
+    for name, reason in left_out.items():
+        console.print(f"{name} left out: {reason}")
+    if args.csv is not None:
+        for image, points in zip(images, found, strict=True):
+            write_points(args.csv / f"{Path(image.name).stem}.csv", points.xy, points.label, points.confidence())
+        console.print(f"points in {args.csv}")
+    if args.json is not None:
+        report = {
+            "weights": args.weights,
+            "data": args.data,
+            "split": args.split,
+            "detector": dataclasses.asdict(detector.settings),
+            "images": len(images),
+            "detected": detected,
+            "annotated": annotated,
+            "protocols": {name: dataclasses.asdict(one) for name, one in scores.items()},
+            "left_out": left_out,
+            "bootstrap": {"draws": args.draws, "seed": args.seed},
+            "muse_fast": __version__,
+            "seconds": time.perf_counter() - began,
+        }
+        write_json(args.json, report)
+        console.print(f"numbers in {args.json}")
+    return 0
+
+
+def detect_images(
+    detector: Detector, images: Sequence[LabelledImage], progress: Progress | None = None
+) -> list[Points]:
+    """Nuclei of images at the detector's um per pixel, in pixels of those."""
+    device = next(detector.parameters()).device
+    found = []
+    for done, one in enumerate(images, start=1):
+        found += detector.detect(one.image[None].to(device))
+        if progress is not None:
+            progress(done, len(images), "images")
+    return found
+
+
+def in_source_pixels(points: Points, scale: tuple[float, float]) -> Points:
+    """Points of a `LabelledImage` in pixels of the image that it was made from."""
+    return Points((points.xy / np.array(scale)).astype(np.float32), points.label, points.score)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("muse-fast evaluate detect", description="Scores of a fine-tuned detector.")
+    parser.add_argument("--weights", required=True, help="run of muse_fast.finetune (its best), or a checkpoint")
+    parser.add_argument("--data", required=True, help="annotated source, e.g. brcam2c:DIR")
+    parser.add_argument("--split", default="test", help="of the source (test); '' takes all images")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16")
+    parser.add_argument(
+        "--radius", type=float, metavar="UM", help="um within which points may pair; else the protocol's"
+    )
+    parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of those samples (0)")
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="write what was detected here; must not exist")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
+    parser.add_argument("options", nargs="*", metavar="source.key=value", help="options of the source")
+    args = parser.parse_args(argv)
+    args.source_options = source_options(args.options)
+    other = [item for item in args.options if not item.startswith(_PREFIX)]
+    if other:
+        raise UserError(f"'{other[0]}': only options of the source are taken here, as source.key=value")
+    require(args.draws >= 0, "--draws", args.draws, "0 or more")
+    require(args.seed >= 0, "--seed", args.seed, "0 or more")
+    for key in ("csv", "json"):
+        place = getattr(args, key)
+        if place is not None and place.exists():
+            raise UserError(f"{place} exists already; remove it or choose another --{key}")
+    return args
+
+
+_PREFIX = "source."
+
+
+def source_options(items: Sequence[str]) -> dict[str, str]:
+    """Options of the source among ``items``: those that begin with ``source.``.
+
+    Raises:
+        UserError: one of them is no ``source.key=value``.
+    """
+    options = {}
+    for item in items:
+        if item.startswith(_PREFIX):
+            key, separator, value = item.removeprefix(_PREFIX).partition("=")
+            if not separator:
+                raise UserError(f"'{item}': options of the source are given as source.key=value")
+            options[key] = value
+    return options
+
+
+def _read(args: argparse.Namespace, class_names: tuple[str, ...]) -> list[SourceImage]:
+    source = open_source(args.data, **args.source_options)
+    classes = tuple(source.label_names) or ("nucleus",)
+    if classes != class_names:
+        raise UserError(
+            f"{args.data} has the classes {', '.join(classes)}, but {args.weights} was trained on "
+            f"{', '.join(class_names)}: their labels do not compare"
+        )
+    images = [image for image in source if args.split in ("", image.split)]
+    if not images:
+        raise UserError(f"{args.data} holds no image in the split {args.split!r}; --split '' takes all")
+    return images
+
+
+def _labels(image: SourceImage) -> np.ndarray:
+    return np.zeros(len(image.xy), np.int64) if image.label is None else image.label.astype(np.int64)
+
+
+def _known(points: Points) -> Points:
+    """The nuclei of known class."""
+    known = points.label >= 0
+    return Points(points.xy[known], points.label[known])
