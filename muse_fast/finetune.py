@@ -55,7 +55,7 @@ _MOST_DRAWN = 6  # images in the picture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = argument_parser().parse_args(argv)
+    args = argument_parser().parse_intermixed_args(argv)
     options = source_options(args.overrides)
     settings = [item for item in args.overrides if not item.startswith("source.")]
     config = load_as(FinetuneConfig, args.config, settings)

@@ -122,7 +122,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, metavar="DIR", help="write what was detected here; must not exist")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
     parser.add_argument("options", nargs="*", metavar="source.key=value", help="options of the source")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     args.source_options = source_options(args.options)
     other = [item for item in args.options if not item.startswith(_PREFIX)]
     if other:

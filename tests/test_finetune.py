@@ -1,0 +1,304 @@
+"""The command, run as users run it; the step; and the scores of what it leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from muse_fast.cli import run as run_command
+from muse_fast.config import load_as
+from muse_fast.data.sources import open_source
+from muse_fast.data.tables import read_points
+from muse_fast.evaluate import main as evaluate_main
+from muse_fast.finetune import main, new_detector, truth
+from muse_fast.finetune_config import FinetuneConfig
+from muse_fast.ndc.detector import load_detector
+from muse_fast.ndc.lfov import ANNOTATED, LfovBatch, LfovDataset, read_splits
+from muse_fast.ndc.metrics import evaluate
+from muse_fast.ndc.score_detector import detect_images
+from muse_fast.train import checkpoint
+from muse_fast.train.finetuner import Finetuner, assign, proposal_places
+from muse_fast.train.progress import read_metrics
+from muse_fast.train.run import EXIT_NON_FINITE, EXIT_STOPPED
+
+TOY = """
+data: {sample_size: 64, workers: 0}
+detector: {hidden_dim: 16}
+loss: {confidence: 0.3}
+optim: {epochs: 3, batch_size: 3}
+train: {precision: fp32, log_every: 1}
+"""
+SOURCE = ["--data", "synthetic:7", "source.size=96"]
+CLASSES = ("lymphocyte", "tumour", "stromal")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    (folder / "toy.yaml").write_text(TOY)
+    return folder
+
+
+def arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
+    return [
+        "--config",
+        str(workplace / "toy.yaml"),
+        *SOURCE,
+        "--weights",
+        "random:vit_tiny",
+        "--out",
+        str(out),
+        *overrides,
+    ]
+
+
+def interrupt_at_step(
+    step: int, argv: list[str], monkeypatch: pytest.MonkeyPatch, how: type[BaseException] = SystemExit
+) -> None:
+    """Run the command until ``step`` begins, and leave it as a crash would."""
+    train_step = Finetuner.train_step
+
+    def crashing(tuner: Finetuner, batch: LfovBatch, *, measure: bool) -> Mapping[str, Any]:
+        if tuner.step == step:
+            raise how("crash")
+        return train_step(tuner, batch, measure=measure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "train_step", crashing)
+        with pytest.raises(how, match="crash"):
+            main(argv)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    varying = ("images_per_second", "data_wait", "peak_memory_gib")
+    return [{k: v for k, v in row.items() if k not in varying} for row in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(workplace: Path) -> Path:
+    out = workplace / "unbroken"
+    assert main(arguments(workplace, out)) == 0
+    return out
+
+
+def test_what_a_run_leaves(unbroken: Path) -> None:
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert summary["steps"] == 5 and summary["losses_finite"] and set(summary["val"]) >= {"ocelot", "max-matching"}
+    assert Path(summary["picture"]).stat().st_size > 5_000
+    assert [row["step"] for row in rows(unbroken)] == [1, 2, 2, 3, 4, 4, 5, 5]  # 5 images of train, 3 a step
+    detector = load_detector(unbroken)
+    assert detector.class_names == CLASSES and detector.mpp == 0.5
+    best = checkpoint.folder_of(unbroken / "best", summary["best"]["step"])
+    for name, value in checkpoint.read_tensors(best, "detector").items():
+        assert torch.equal(value, detector.state_dict()[name])
+    weights = [row["lambda_cons"] for row in rows(unbroken) if "loss" in row]
+    assert (
+        weights[0] == 0
+        and weights == sorted(weights)
+        and weights[-1] == pytest.approx(0.1 * (1 - np.cos(np.pi * 2 / 3)) / 2)
+    )
+
+
+def test_resumed_it_ends_with_the_same_bits(workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = workplace / "crashed"
+    interrupt_at_step(3, arguments(workplace, out), monkeypatch)  # a step after a checkpoint
+    assert main(arguments(workplace, out)) == 0
+    assert rows(out) == rows(unbroken)
+    for stem in ("detector", "optimizer"):
+        ours, theirs = (checkpoint.read_tensors(checkpoint.latest(run)[0] or run, stem) for run in (out, unbroken))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_told_to_stop_it_saves_and_goes_on(workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = workplace / "stopped"
+    train_step = Finetuner.train_step
+
+    def told(tuner: Finetuner, batch: LfovBatch, *, measure: bool) -> Mapping[str, Any]:
+        if tuner.step == 0:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(tuner, batch, measure=measure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "train_step", told)
+        assert main(arguments(workplace, out)) == EXIT_STOPPED
+    assert checkpoint.steps(out) == [1] and json.loads((out / "exit.json").read_text())["reason"] == "SIGTERM"
+    assert main(arguments(workplace, out)) == 0
+    assert rows(out) == rows(unbroken) and not (out / "exit.json").exists()
+
+
+def test_not_finite_it_stops_before_anything_is_changed(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = workplace / "poisoned"
+    train_step = Finetuner.train_step
+
+    def poisoned(tuner: Finetuner, batch: LfovBatch, *, measure: bool) -> Mapping[str, Any]:
+        if tuner.step == 2:
+            tuner.detector.type_head[0].bias.data[0] = torch.nan
+        return train_step(tuner, batch, measure=measure)
+
+    monkeypatch.setattr(Finetuner, "train_step", poisoned)
+    assert main(arguments(workplace, out)) == EXIT_NON_FINITE
+    report = json.loads((out / "non_finite_step_3.json").read_text())
+    assert "type loss" in report["error"] and len(report["roi_ids"]) == 3
+    found, problems = checkpoint.latest(out)
+    assert found == checkpoint.folder_of(out, 2) and not problems
+    assert all(torch.isfinite(t).all() for t in checkpoint.read_tensors(found, "detector").values())
+
+
+def test_refusals(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    for argv, said in (
+        (arguments(workplace, unbroken), "finished run"),
+        (arguments(workplace, new, "optim.lrr=1"), "did you mean 'optim.lr'?"),
+        (arguments(workplace, new, "data.sample_size=100"), "data.sample_size=100: expected a multiple of 16"),
+        (arguments(workplace, new, "data.surroundings=mirror"), "reflect or mask"),
+        (arguments(workplace, new, "train.protocol=ocelo"), "ocelot"),
+        (arguments(workplace, new, "detector.stride=5"), "detector.stride=5: expected 4, 8 or 16"),
+        (arguments(workplace, new, "data.train=training"), "no image in the split 'training'"),
+        (arguments(workplace, new, "source.siz=9"), "did you mean 'size'?"),
+        (arguments(workplace, new, "source.size"), "source.key=value"),
+        ([*arguments(workplace, new), "--weights", str(tmp_path / "none.pth")], "do not exist"),
+    ):
+        assert run_command(main, argv) == 2
+        err = capsys.readouterr().err
+        assert said in err and "Traceback" not in err
+    assert not new.exists()
+
+
+def test_other_settings_or_data_do_not_continue_a_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = workplace / "other"
+    interrupt_at_step(2, arguments(workplace, out), monkeypatch)
+    assert run_command(main, arguments(workplace, out, "optim.lr=0.5")) == 2
+    assert "optim.lr=0.5 (was 0.0001)" in capsys.readouterr().err
+    assert run_command(main, [*arguments(workplace, out), "--data", "synthetic:9"]) == 2
+    assert re.search("trained on 5 images.*has 7", capsys.readouterr().err)
+
+
+def test_scores_of_the_run(unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["detect", "--weights", str(unbroken), *SOURCE, "--split", "val", "--draws", "20", "--device", "cpu"]
+    argv += ["--json", str(tmp_path / "s.json"), "--csv", str(tmp_path / "csv")]
+    assert evaluate_main(argv) == 0
+    report = json.loads((tmp_path / "s.json").read_text())
+    summary = json.loads((unbroken / "summary.json").read_text())
+    for name, one in report["protocols"].items():
+        assert one["mean_f1"] == pytest.approx(summary["val"][name]["mean_f1"], abs=1e-9), name
+    assert "max-matching" in capsys.readouterr().out
+    images = [image for image in open_source("synthetic:7", size=96) if image.split == "val"]
+    points = [read_points(tmp_path / "csv" / f"{image.name}.csv", 96, 96, 3) for image in images]
+    assert sum(len(xy) for xy, _, _ in points) == report["detected"]
+    assert run_command(evaluate_main, argv) == 2 and "exists already" in capsys.readouterr().err
+    assert run_command(evaluate_main, [*argv[:-4], "--split", "tst"]) == 2
+    assert "no image in the split 'tst'" in capsys.readouterr().err
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.csv").write_text("x,y\n")
+    import PIL.Image
+
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "p" / "a.png")
+    assert run_command(evaluate_main, [*argv[:3], "--data", f"points:{tmp_path / 'p'}", "source.mpp=0.5"]) == 2
+    assert "has the classes nucleus, but" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+
+def tuner_and_batch(*overrides: str, size: int = 96) -> tuple[Finetuner, LfovBatch]:
+    config = load_as(
+        FinetuneConfig, None, ["data.sample_size=64", "train.precision=fp32", "optim.batch_size=2", *overrides]
+    )
+    images = read_splits(open_source("synthetic:4", size=size), ("train",), config.data.mpp)["train"]
+    detector = new_detector(config, CLASSES, "random:vit_tiny", None, None)
+    tuner = Finetuner(config, detector, torch.device("cpu"), len(images))
+    data = config.data
+    dataset = LfovDataset(
+        images, size=data.sample_size, surroundings=data.surroundings, turns=False, colours=data.colours(), seed=0
+    )
+    batch = dataset[[(0, 0), (0, 1)]]
+    assert isinstance(batch, LfovBatch)
+    return tuner, batch
+
+
+def test_targets_keep_to_the_annotated_region() -> None:
+    tuner, batch = tuner_and_batch()
+    places = proposal_places(batch.places, 8)
+    with torch.no_grad():
+        proposals = tuner.detector(torch.randn(2, 3, 64, 64))
+    batch = batch._replace(label=torch.where(torch.arange(len(batch.label)) == 0, -1, batch.label))
+    targets = assign(proposals, places, batch, 0.05)
+    annotated = (places == ANNOTATED).flatten()
+    assert (targets.type[~annotated] == -1).all() and annotated[targets.matched].all()
+    assert len(targets.matched) == len(batch.xy) == len(set(targets.matched.tolist()))
+    background = int((targets.type == 3).sum())
+    assert background == int(annotated.sum()) - len(batch.xy)
+    assert int((targets.type >= 0).sum()) == int(annotated.sum()) - 1  # the nucleus of unknown class takes no part
+    for row, xy, kind in zip(targets.matched.tolist(), targets.nuclei, targets.type[targets.matched], strict=True):
+        own = (batch.xy == xy).all(dim=1).nonzero()
+        assert kind in batch.label[own] and (row < 64) == bool(own[0] < batch.counts[0])
+
+
+def test_nothing_outside_the_region_matters_without_the_consistency_loss() -> None:
+    """The ablation: gradients of the type head come from annotated proposals alone, and grow with the loss."""
+    gradients = {}
+    cases = {"off": ["loss.lambda_cons=0"], "on": [], "mask": ["data.surroundings=mask"]}
+    for name, overrides in cases.items():
+        tuner, batch = tuner_and_batch("optim.epochs=2", "loss.confidence=0", *overrides)
+        tuner.step = 2  # of 3, in the second epoch
+        values = tuner.train_step(batch)
+        gradients[name] = tuner.detector.type_head[-1].weight.grad
+        assert (float(values["lambda_cons"]) > 0) == (name != "off")
+        assert (float(values["pseudo_labelled"]) > 0) == (name != "mask")
+        assert (float(values["loss_cons"]) > 0) == (name != "mask")
+    assert not torch.allclose(gradients["off"], gradients["on"], rtol=1e-3)
+
+
+def test_without_a_large_field_of_view_nothing_is_unlabelled() -> None:
+    tuner, batch = tuner_and_batch("data.sample_size=48")
+    values = tuner.train_step(batch)
+    assert float(values["annotated"]) == 1 and float(values["loss_cons"]) == 0
+
+
+def test_both_pseudo_views() -> None:
+    for view, passes in (("plain", 2), ("same", 1)):
+        tuner, batch = tuner_and_batch("optim.epochs=2", f"loss.pseudo_view={view}", "loss.confidence=0")
+        seen: list[bool] = []
+        tuner.detector.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module.training))
+        tuner.step = 2
+        tuner.train_step(batch)
+        assert seen == [False, True][-passes:]
+
+
+def test_images_without_nuclei_train_too() -> None:
+    tuner, batch = tuner_and_batch()
+    batch = batch._replace(xy=batch.xy[:0], label=batch.label[:0], counts=torch.zeros_like(batch.counts))
+    values = tuner.train_step(batch)
+    tuner.check()
+    assert float(values["loss_reg"]) == 0 and float(values["loss_type"]) > 0
+
+
+@pytest.mark.slow
+def test_a_small_set_is_learnt() -> None:
+    tuner, _ = tuner_and_batch("optim.lr=1e-3", "optim.min_lr=1e-4", "optim.epochs=30", size=192)
+    images = read_splits(open_source("synthetic:4", size=192), ("train",), 0.5)["train"][:2]
+    colours = tuner.config.data.colours()
+    dataset = LfovDataset(images, size=96, surroundings="reflect", turns=False, colours=colours, seed=0)
+
+    def f1() -> float:
+        return evaluate(detect_images(tuner.detector, images), [truth(one) for one in images], 0.5, 3).mean_f1
+
+    before, offsets = f1(), []
+    for epoch in range(40):
+        batch = dataset[[(epoch, 0), (epoch, 1)]]
+        assert isinstance(batch, LfovBatch)
+        offsets.append(float(tuner.train_step(batch)["loss_reg"]))
+    assert before < 0.3 and f1() > 0.5
+    assert offsets[-1] < 0.2 * offsets[0]
