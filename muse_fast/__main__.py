@@ -12,7 +12,7 @@ COMMANDS = {
     "prepare": "slides or labelled images to a ROI set",
     "pretrain": "self-supervised pretraining",
     "slurm": "submit pretraining to Slurm, until it is done",
-    "finetune": "a detector of nuclei and their types, from a pretrained backbone",
+    "finetune": "a detector that classifies nuclei, from a pretrained backbone",
     "evaluate": "nucleus classification by KNN, linear probe or fine-tuning; scores of a detector or of points",
     "predict": "the nuclei of slides and images, as GeoJSON, CSV and a picture",
     "export": "a trained network for use elsewhere: safetensors, timm or the published layout",

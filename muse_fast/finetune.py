@@ -30,9 +30,9 @@ from muse_fast.errors import UserError
 from muse_fast.finetune_config import FinetuneConfig
 from muse_fast.models.weights import COMPATS, stored_image_size
 from muse_fast.ndc.detector import Detector, DetectorSettings, load_detector
-from muse_fast.ndc.lfov import LabelledImage, LfovDataset, describe, read_splits
+from muse_fast.ndc.lfov import LabelledImage, LfovDataset, class_names, describe, read_splits
 from muse_fast.ndc.metrics import Points, Scores, evaluate, evaluate_all, scores_table
-from muse_fast.ndc.score_detector import detect_images, source_options
+from muse_fast.ndc.score_detector import detect_images, split_source_options
 from muse_fast.train import checkpoint
 from muse_fast.train.finetuner import Finetuner
 from muse_fast.train.guard import NonFiniteError
@@ -56,8 +56,7 @@ _MOST_DRAWN = 6  # images in the picture
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = argument_parser().parse_intermixed_args(argv)
-    options = source_options(args.overrides)
-    settings = [item for item in args.overrides if not item.startswith("source.")]
+    options, settings = split_source_options(args.overrides)
     config = load_as(FinetuneConfig, args.config, settings)
     return finetune(
         config,
@@ -109,17 +108,17 @@ def finetune(
     source = open_source(data, **(options or {}))
     splits = read_splits(source, (config.data.train, config.data.val), config.data.mpp)
     train, val = splits[config.data.train], splits[config.data.val]
-    class_names = tuple(source.label_names) or ("nucleus",)
+    names = class_names(source)
 
     start = find_start(out, resume)
     if start is None:
-        detector = new_detector(config, class_names, weights, arch, compat)
+        detector = new_detector(config, names, weights, arch, compat)
     else:
         refuse_other_settings(start, config, _FREE_ON_RESUME)
         detector = load_detector(start)
     tuner = Finetuner(config, detector, device, len(train))
     if start is not None:
-        _refuse_other_data(start, class_names, len(train))
+        _refuse_other_data(start, names, len(train))
         tuner.load(start)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -129,14 +128,14 @@ def finetune(
 
 
 def new_detector(
-    config: FinetuneConfig, class_names: tuple[str, ...], weights: str, arch: str | None, compat: str | None
+    config: FinetuneConfig, names: tuple[str, ...], weights: str, arch: str | None, compat: str | None
 ) -> Detector:
     """A pretrained backbone with fresh heads, whose weights derive from the seed."""
     torch.manual_seed(config.seed)
     backbone = load_backbone(arch, weights, compat=compat)
     settings = DetectorSettings(
         arch=backbone.arch,
-        class_names=class_names,
+        class_names=names,
         mpp=config.data.mpp,
         sample_size=config.data.sample_size,
         surroundings=config.data.surroundings,
@@ -146,13 +145,13 @@ def new_detector(
     return Detector(backbone, settings)
 
 
-def _refuse_other_data(start: Path, class_names: tuple[str, ...], num_images: int) -> None:
+def _refuse_other_data(start: Path, names: tuple[str, ...], num_images: int) -> None:
     state = checkpoint.read_state(start)
     then = tuple(state["detector"]["class_names"]), state["num_images"]
-    if then != (class_names, num_images):
+    if then != (names, num_images):
         raise UserError(
             f"{start} was trained on {then[1]} images with the classes {', '.join(then[0])}; --data has {num_images} "
-            f"with {', '.join(class_names)}; give the same, or another --out"
+            f"with {', '.join(names)}; give the same, or another --out"
         )
 
 
@@ -232,8 +231,8 @@ def truth(image: LabelledImage) -> Points:
     return Points(image.xy[known], image.label[known])
 
 
-def _as_row(scores: Scores, class_names: Sequence[str], epoch: int) -> dict[str, float]:
-    by_class = {f"val_f1_{name}": one.f1 for name, one in zip(class_names, scores.classes, strict=True)}
+def _as_row(scores: Scores, names: Sequence[str], epoch: int) -> dict[str, float]:
+    by_class = {f"val_f1_{name}": one.f1 for name, one in zip(names, scores.classes, strict=True)}
     return {"epoch": epoch, "val_f1": scores.mean_f1, **by_class, "val_f1_detection": scores.detection.f1}
 
 

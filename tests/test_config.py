@@ -4,15 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from muse_fast.config import known_keys, load_config
+from muse_fast.config import PretrainConfig, known_keys, load_as, load_config
 from muse_fast.errors import UserError
+from muse_fast.finetune_config import FinetuneConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_committed_configs_load(path: Path) -> None:
-    load_config(path)
+    load_as(FinetuneConfig if path.name.startswith("finetune") else PretrainConfig, path)
+
+
+def test_every_misspelt_key_of_finetuning_is_refused() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'loss\.lambda_cons'"):
+        load_as(FinetuneConfig, None, ["loss.lambda_con=1"])
 
 
 def test_command_line_wins_over_file_wins_over_default(tmp_path: Path) -> None:

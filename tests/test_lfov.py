@@ -1,15 +1,27 @@
 """Samples with a large field of view: where the region lies, what stands around it, and that nuclei move along."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from muse_fast.config import ViewsConfig
-from muse_fast.data.sources import Synthetic, open_source
+from muse_fast.data.sources import open_source
 from muse_fast.data.surroundings import GLASS, cut_square
 from muse_fast.errors import UserError
-from muse_fast.ndc.lfov import ANNOTATED, EMPTY, UNLABELLED, LabelledImage, LfovDataset, draw_corner, read_splits
+from muse_fast.ndc.lfov import (
+    ANNOTATED,
+    EMPTY,
+    UNLABELLED,
+    LabelledImage,
+    LfovDataset,
+    class_names,
+    draw_corner,
+    read_splits,
+)
 from muse_fast.train.finetuner import proposal_places
 
 PLAIN = ViewsConfig(jitter=0.0, grey=0.0, solarise=0.0, blur=False)
@@ -98,7 +110,7 @@ def test_reflection_repeats_like_numpy() -> None:
 
 
 def test_the_same_sample_whatever_came_before() -> None:
-    images = read_splits(Synthetic("6", size=96), ("train",), 0.5)["train"]
+    images = read_splits(open_source("synthetic:6", size=96), ("train",), 0.5)["train"]
     make = lambda: LfovDataset(  # noqa: E731
         images, size=64, surroundings="reflect", turns=True, colours=ViewsConfig(), seed=1
     )
@@ -118,10 +130,20 @@ def test_a_proposal_stands_where_its_place_is_read() -> None:
     assert proposal_places(places, 8).nonzero().tolist() == [[0, 1 * 4 + 2]]
 
 
-def test_reading_splits(tmp_path: object) -> None:
+def test_reading_splits() -> None:
     splits = read_splits(open_source("synthetic:10", size=64), ("train", "val"), 0.5)
     assert [len(splits[name]) for name in ("train", "val")] == [7, 2]
     assert splits["train"][0].image.shape == (3, 32, 32) and splits["train"][0].scale == (0.5, 0.5)
     assert len(read_splits(open_source("synthetic:10", size=64), ("",), 0.5)[""]) == 10
     with pytest.raises(UserError, match=r"split 'valid'.* 7 in train, 2 in val"):
         read_splits(open_source("synthetic:10", size=64), ("valid",), 0.5)
+
+
+def test_labels_without_classes_are_of_one(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("x,y,label\n3,4,7\n9,9,-1\n")
+    plain = open_source(f"points:{tmp_path}", mpp=0.5)
+    named = open_source(f"points:{tmp_path}", mpp=0.5, labels="a,b,c,d,e,f,g,h")
+    assert class_names(plain) == ("nucleus",)
+    assert read_splits(plain, ("",), 0.5)[""][0].label.tolist() == [0, 0]
+    assert read_splits(named, ("",), 0.5)[""][0].label.tolist() == [7, -1]

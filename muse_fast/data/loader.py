@@ -177,16 +177,14 @@ def load_views(
 def load_batches(
     dataset: Dataset[_Batch | UserError], sampler: StepSampler, *, workers: int, pin_memory: bool = False
 ) -> Generator[_Batch]:
-    """As `load_views`, from any dataset that takes a list of samples and gives a batch, made by ``workers`` processes."""
+    """Batches of any dataset that takes a list of samples, in the sampler's order, as `load_views` loads them."""
     for batch in _loader(dataset, sampler, workers, pin_memory):
         if isinstance(batch, UserError):
             raise batch
         yield batch
 
 
-def _loader(
-    dataset: Dataset[_Batch], sampler: StepSampler, workers: int, pin_memory: bool
-) -> DataLoader[_Batch]:
+def _loader(dataset: Dataset[_Batch], sampler: StepSampler, workers: int, pin_memory: bool) -> DataLoader[_Batch]:
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler gives whole batches

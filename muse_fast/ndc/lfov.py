@@ -8,7 +8,7 @@ the image itself holds around its region is used; beyond the image stand mirrore
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from muse_fast.config import ViewsConfig
 from muse_fast.data.augment import apply_colour, draw_colour
 from muse_fast.data.loader import Sample
-from muse_fast.data.sources import SourceImage
+from muse_fast.data.sources import Source, SourceImage
 from muse_fast.data.surroundings import cut_square, inside
 from muse_fast.data.views import ViewBox
 from muse_fast.errors import UserError
@@ -48,11 +48,23 @@ class LabelledImage:
         return int(x[0]), int(y[0]), int(x[-1] - x[0]) + 1, int(y[-1] - y[0]) + 1
 
 
-def labelled_image(source: SourceImage, mpp: float) -> LabelledImage:
+def class_names(source: Source) -> tuple[str, ...]:
+    """Of the labels of its images; one class where it names none."""
+    return tuple(source.label_names) or ("nucleus",)
+
+
+def labels(image: SourceImage, classes: int) -> NDArray[np.int64]:
+    """Labels ``[n]`` of its nuclei below ``classes``, -1 where unknown; with one class all are of it."""
+    if classes == 1 or image.label is None:
+        return np.full(len(image.xy), 0 if classes == 1 else -1, np.int64)
+    return image.label.astype(np.int64)
+
+
+def labelled_image(source: SourceImage, mpp: float, classes: int) -> LabelledImage:
     """``source`` at ``mpp``, all of it annotated; nuclei beyond its border are left out."""
     image, xy = resample(source, mpp)
     height, width = image.shape[:2]
-    label = np.zeros(len(xy), np.int64) if source.label is None else source.label.astype(np.int64)
+    label = labels(source, classes)
     keep = ((xy >= 0) & (xy < (width, height))).all(axis=1)
     return LabelledImage(
         name=source.name,
@@ -64,7 +76,7 @@ def labelled_image(source: SourceImage, mpp: float) -> LabelledImage:
     )
 
 
-def read_splits(source: Iterable[SourceImage], splits: Sequence[str], mpp: float) -> dict[str, list[LabelledImage]]:
+def read_splits(source: Source, splits: Sequence[str], mpp: float) -> dict[str, list[LabelledImage]]:
     """The images of each of ``splits`` at ``mpp``, held in memory; "" stands for all images.
 
     Raises:
@@ -76,7 +88,7 @@ def read_splits(source: Iterable[SourceImage], splits: Sequence[str], mpp: float
         seen[item.split] += 1
         wanted = [split for split in splits if split in ("", item.split)]
         if wanted:
-            image = labelled_image(item, mpp)
+            image = labelled_image(item, mpp, len(class_names(source)))
             for split in wanted:
                 found[split].append(image)
     held = ", ".join(f"{count} in {split or 'no split'}" for split, count in sorted(seen.items()))
@@ -194,8 +206,8 @@ def _turn(square: Tensor, flip: bool, turns: int) -> Tensor:
     return torch.rot90(square.flip(-1) if flip else square, turns, (-2, -1)).contiguous()
 
 
-def describe(images: Sequence[LabelledImage], class_names: Sequence[str]) -> dict[str, Any]:
+def describe(images: Sequence[LabelledImage], names: Sequence[str]) -> dict[str, Any]:
     """Images, nuclei, and nuclei of each class."""
     label = np.concatenate([image.label for image in images])
-    counts = {name: int((label == kind).sum()) for kind, name in enumerate(class_names)}
+    counts = {name: int((label == kind).sum()) for kind, name in enumerate(names)}
     return {"images": len(images), "nuclei": len(label), **counts}

@@ -24,7 +24,7 @@ from muse_fast.device import pick_device
 from muse_fast.errors import UserError, require
 from muse_fast.ndc.detector import Detector, load_detector
 from muse_fast.ndc.features import Progress
-from muse_fast.ndc.lfov import LabelledImage, labelled_image
+from muse_fast.ndc.lfov import LabelledImage, class_names, labelled_image, labels
 from muse_fast.ndc.metrics import Points, evaluate_all, scores_table
 from muse_fast.ndc.score_files import Bar
 
@@ -43,10 +43,11 @@ def main(argv: Sequence[str], bar: Bar) -> int:
     images = _read(args, detector.class_names)
 
     with bar(console, "detection") as progress, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        at_scale = [labelled_image(image, detector.mpp) for image in images]
+        classes = len(detector.class_names)
+        at_scale = [labelled_image(image, detector.mpp, classes) for image in images]
         found = detect_images(detector, at_scale, progress)
     found = [in_source_pixels(points, one.scale) for points, one in zip(found, at_scale, strict=True)]
-    truths = [_known(Points(image.xy, _labels(image))) for image in images]
+    truths = [_known(Points(image.xy, labels(image, classes))) for image in images]
     detected, annotated = (sum(len(points.xy) for points in some) for some in (found, truths))
     console.print(
         f"{args.data}, {args.split or 'all'}: {detected} nuclei in {len(images)} images, {annotated} annotated"
@@ -56,7 +57,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
             found,
             truths,
             [image.mpp for image in images],
-            len(detector.class_names),
+            classes,
             args.radius,
             draws=args.draws,
             seed=args.seed,
@@ -123,10 +124,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
     parser.add_argument("options", nargs="*", metavar="source.key=value", help="options of the source")
     args = parser.parse_intermixed_args(argv)
-    args.source_options = source_options(args.options)
-    other = [item for item in args.options if not item.startswith(_PREFIX)]
-    if other:
-        raise UserError(f"'{other[0]}': only options of the source are taken here, as source.key=value")
+    args.source_options, others = split_source_options(args.options)
+    if others:
+        raise UserError(f"'{others[0]}': only options of the source are taken here, as source.key=value")
     require(args.draws >= 0, "--draws", args.draws, "0 or more")
     require(args.seed >= 0, "--seed", args.seed, "0 or more")
     for key in ("csv", "json"):
@@ -136,41 +136,37 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-_PREFIX = "source."
-
-
-def source_options(items: Sequence[str]) -> dict[str, str]:
-    """Options of the source among ``items``: those that begin with ``source.``.
+def split_source_options(items: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of the source among ``key=value`` items, which begin with ``source.``, and the other items.
 
     Raises:
-        UserError: one of them is no ``source.key=value``.
+        UserError: one of them has no ``=``.
     """
-    options = {}
+    options, others = {}, []
     for item in items:
-        if item.startswith(_PREFIX):
-            key, separator, value = item.removeprefix(_PREFIX).partition("=")
-            if not separator:
-                raise UserError(f"'{item}': options of the source are given as source.key=value")
-            options[key] = value
-    return options
+        prefix, _, rest = item.partition(".")
+        if prefix != "source":
+            others.append(item)
+            continue
+        key, separator, value = rest.partition("=")
+        if not separator:
+            raise UserError(f"'{item}': options of the source are given as source.key=value")
+        options[key] = value
+    return options, others
 
 
-def _read(args: argparse.Namespace, class_names: tuple[str, ...]) -> list[SourceImage]:
+def _read(args: argparse.Namespace, names: tuple[str, ...]) -> list[SourceImage]:
     source = open_source(args.data, **args.source_options)
-    classes = tuple(source.label_names) or ("nucleus",)
-    if classes != class_names:
+    classes = class_names(source)
+    if classes != names:
         raise UserError(
             f"{args.data} has the classes {', '.join(classes)}, but {args.weights} was trained on "
-            f"{', '.join(class_names)}: their labels do not compare"
+            f"{', '.join(names)}: their labels do not compare"
         )
     images = [image for image in source if args.split in ("", image.split)]
     if not images:
         raise UserError(f"{args.data} holds no image in the split {args.split!r}; --split '' takes all")
     return images
-
-
-def _labels(image: SourceImage) -> np.ndarray:
-    return np.zeros(len(image.xy), np.int64) if image.label is None else image.label.astype(np.int64)
 
 
 def _known(points: Points) -> Points:
