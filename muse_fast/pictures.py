@@ -222,7 +222,7 @@ def detection_sheet(
         for column, (what, points) in enumerate((("annotated", truths[line]), ("detected", predictions[line]))):
             picture = overlay(image, *points, radius=max(image.shape) / 140)
             picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
-            sheet.cell(_GAP + column * (cell + _GAP), top, picture, None, f"{len(points[0])} {what}   {name}"[:66])
+            sheet.cell(_GAP + column * (cell + _GAP), top, picture, None, f"{len(points[0])} {what}   {name}"[:58])
     sheet.save(path)
 
 
