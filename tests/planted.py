@@ -90,6 +90,7 @@ def main(pause: float) -> int:
     from muse_fast.data import slide
 
     slide._BAND_PIXELS = 1_000_000  # thumbnails are read in bands, which small slides fill too then
+
     class SlowDotDetector(DotDetector):
         def detect(self, images: Tensor) -> list[Points]:
             time.sleep(pause)
