@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Build, test, sanitize and time the ops and the training step on a machine with a GPU; no network needed.
+# Build, test, sanitize and time the ops, the training step and the data path on a machine with a GPU; no network needed.
 #
-#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov; all, in this order, when none is named
+#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data; all, in this order, when none is named
 #
 # Exit code 1 when a stage failed; the stages after it still run. Each stage ends within 8 minutes.
-# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json
-# and step-*.json.
+# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json, step-*.json
+# and data.json.
 #
 # Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu tries the script out),
 # COMMIT (what the JSON files name; by default git is asked).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-STAGES=(build test sanitize ops step lfov)
+STAGES=(build test sanitize ops step lfov data)
 OUT=$(realpath -m "${OUT:-runs/gpu}")
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
@@ -81,6 +81,13 @@ stage_lfov() {
     timeout 115 "$PYTHON" -m bench step --device cpu --lfov 64 --json "$OUT/step-1024.json" || failed=1
   fi
   return $failed
+}
+
+# Decoding, rendering and whole loaders; on real ROIs where MUSE_FAST_DATA names them, else on procedural ones.
+stage_data() {
+  local arguments=(--rounds 5)
+  [[ $DEVICE == cpu ]] && arguments=(--rounds 2 --rois 1 --side 512 --size 224)
+  timeout 470 "$PYTHON" -m bench data --device "$DEVICE" --json "$OUT/data.json" "${arguments[@]}"
 }
 
 # ARCH SIZE ROIS; on a CPU a small stand-in.
