@@ -287,7 +287,7 @@ def test_images_without_nuclei_train_too() -> None:
 
 @pytest.mark.slow
 def test_a_small_set_is_learnt() -> None:
-    tuner, _ = tuner_and_batch("optim.lr=1e-3", "optim.min_lr=1e-4", "optim.epochs=30", size=192)
+    tuner, _ = tuner_and_batch("optim.lr=1e-3", "optim.epochs=30", "data.sample_size=96", size=192)
     images = read_splits(open_source("synthetic:4", size=192), ("train",), 0.5)["train"][:2]
     colours = tuner.config.data.colours()
     dataset = LfovDataset(images, size=96, surroundings="reflect", turns=False, colours=colours, seed=0)
