@@ -48,6 +48,21 @@ def commit(folder: Path, out: Path) -> None:
 
 
 @contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``out`` when the block ends without an error.
+
+    Raises:
+        UserError: ``out`` exists already.
+    """
+    folder = begin(out)
+    try:
+        yield folder
+        commit(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write a single file to; it becomes ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)

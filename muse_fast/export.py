@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +93,7 @@ def export(source: str, out: Path, kind: str, *, which: str = "teacher") -> None
     network = read_network(source, which)
     print(f"export {source} ({network.arch}, {network.told()}) -> {out}, {kind}")
     try:
-        with atomic.replacing(out) if form.suffix else _new_folder(out) as temporary:
+        with atomic.replacing(out) if form.suffix else atomic.new_folder(out) as temporary:
             form.write(network, temporary)
             _check(network, temporary)
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, above all
@@ -198,17 +196,6 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
     mode = path.stat().st_mode  # safetensors would keep the file to its owner
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **metadata})
     path.chmod(mode)
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` when the block ends without an error."""
-    folder = atomic.begin(out)
-    try:
-        yield folder
-        atomic.commit(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(network: Trained, written: Path) -> None:

@@ -10,11 +10,10 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +187,7 @@ def _predict_page(
     found = Prediction(
         file, detector, everywhere=not settings.tissue, tile=settings.tile, max_unreadable=settings.max_unreadable
     )
-    with found, _folder(out) as folder:
+    with found, atomic.new_folder(out) as folder:
         page = found.page
         files = CellFiles(folder, page, file.name, detector.class_names, settings.gzip, found.max_unreadable_pixels)
         readers = settings.readers or min(8, usable_cpus())
@@ -223,17 +222,6 @@ def _predict_page(
         }
         atomic.write_json(folder / _SUMMARY, summary)
     return summary
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` when the block ends without an error."""
-    folder = atomic.begin(out)
-    try:
-        yield folder
-        atomic.commit(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fingerprint(weights: str) -> str:

@@ -108,6 +108,24 @@ def test_seams_do_not_show(tmp_path: Path) -> None:
         assert as_set(positions(out / "s")) == as_set(whole.round(2).astype(float))
 
 
+def test_a_nucleus_that_tiles_place_differently_is_one(
+    tmp_path: Path, dots: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tile errs by up to a pixel, so that on seams two claim a nucleus, or none does."""
+    planted = scattered(900, 700, 16)
+    slide = write_slide(tmp_path / "s.tif", page_of_dots(900, 700, planted, 1.5))
+    detect, rng = DotDetector._detect, np.random.default_rng(0)
+
+    def erring(self: DotDetector, dark: np.ndarray) -> Points:
+        points = detect(self, dark)
+        error = rng.uniform(-1, 1, 2).astype(np.float32)
+        return Points(points.xy + error, points.label, points.score)
+
+    monkeypatch.setattr(DotDetector, "_detect", erring)
+    assert main(["--weights", "dots:0.5", "--out", str(tmp_path / "out"), str(slide), "tissue=false", "tile=96"]) == 0
+    assert_same_places(positions(tmp_path / "out" / "s"), planted, 1.6)
+
+
 def test_tissue_spares_tiles_and_gives_the_same(tmp_path: Path) -> None:
     image = np.full((700, 1600, 3), 245, np.uint8)
     image[:, 400:1200] = page_with_tissue(side=512, height=700, width=800)

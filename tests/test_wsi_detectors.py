@@ -32,6 +32,8 @@ def test_tiles_of_a_batch_are_looked_at_one_by_one(weights: str, name: str) -> N
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
-    for name in ("nothing.safetensors", "run"):
-        with pytest.raises(UserError, match=rf"{name}: no such (file|folder)"):
-            open_detector(str(tmp_path / name), CPU)
+    with pytest.raises(UserError, match=r"nothing.safetensors: no such file"):
+        open_detector(str(tmp_path / "nothing.safetensors"), CPU)
+    pytest.importorskip("muse_fast.ndc.detector")
+    with pytest.raises(UserError, match=r"run: no such folder"):
+        open_detector(str(tmp_path / "run"), CPU)
