@@ -136,7 +136,8 @@ def _left_to_do(
         UserError: all are done, or ``out`` was made with something else.
     """
     record = out / _RECORD
-    if record.is_file() and (before := json.loads(record.read_text())) != made_with:
+    before = json.loads(record.read_text()) if record.is_file() else made_with
+    if before != made_with and any(out.glob(f"*/{_SUMMARY}")):
         changed = next(key for key in made_with if before.get(key) != made_with[key])
         raise UserError(
             f"{out} holds predictions made with {changed} {before.get(changed)}, not {made_with[changed]}; "

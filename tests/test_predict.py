@@ -232,6 +232,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: lis
     slide = write_slide(tmp_path / "s.tif", page_with_tissue()[:200, :200])
     assert classical("--out", tmp_path / "out", slide, *words) == 2
     assert message in capsys.readouterr().err
+    assert classical("--out", tmp_path / "out", slide) == 0  # nothing of the mistake is in the way
 
 
 # -------------------------------------------------------------------------------------------- again and again
