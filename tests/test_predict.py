@@ -317,7 +317,7 @@ def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
         )  # fmt: skip
         peaks[side], dots[side] = peak_memory(tmp_path / "out" / str(side), slide)
     assert dots[32] == 16 * dots[8] > 3000
-    assert peaks[32] < 1.1 * peaks[8], peaks
+    assert peaks[32] < 1.2 * peaks[8], peaks  # the larger fills OpenSlide's caches, 32 MB a handle
 
 
 # -------------------------------------------------------------------------------------------------------- real data
