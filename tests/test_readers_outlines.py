@@ -333,6 +333,7 @@ def test_qupath_objects_that_are_no_nuclei(tmp_path: Path) -> None:
 }  # fmt: skip
     large = boxes[0]._replace(x0=0, y0=0, x1=69, y1=55)
     write_geojson(path, [feature(box, "A") for box in boxes] + [feature(large, "Region")])
+    (tiny.folder / "mpp.csv").unlink()
     source = opened(tiny, mpp=1.0)  # 69 x 55 um
     assert len(next(iter(source)).xy) == 6
     assert source.dropped == {"outline too large for a nucleus": 1}
