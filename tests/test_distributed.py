@@ -481,7 +481,16 @@ def test_torchrun_equals_one_rank(runs: Runs, unbroken: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="ranks that torchrun restarts do not always connect: gloo, connection refused")
+def test_a_killed_rank_ends_the_others(runs: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "ended"
+    with Job(runs.argv(out, *SHORT)) as job:
+        os.kill(job.wait_for_step(out, 6)[1], signal.SIGKILL)
+        wait_until(lambda: not job.left(), 10)
+    assert checkpoint.steps(out)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=False, reason="the ranks that torchrun starts again fail; the cause is not known")
 def test_a_killed_rank_ends_the_job_and_torchrun_starts_it_again(runs: Runs, unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     with Job(runs.argv(out, *SHORT), "--max-restarts", "1") as job:
