@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,13 +27,47 @@ def process_group(device: torch.device) -> Iterator[None]:
     if not launched():
         yield
         return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
+        store=store_of_this_start(store, rank, world_size, _TIMEOUT),
+        rank=rank,
+        world_size=world_size,
         device_id=device if device.type == "cuda" else None,
     )
     yield
     dist.destroy_process_group()  # not after an error, when other ranks may be gone: it would wait for them
+
+
+def store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A part of the job's store that nobody used before.
+
+    torchrun keeps one store over its restarts, and in it the addresses of ranks that are gone: whoever reads before
+    the new address is written connects to nobody (pytorch/pytorch#167288). The restarts that it counts are those of
+    one machine (#108158), so they tell no start from another. Hence rank 0 makes up a name, and each other rank
+    asks for it until the rank 0 that lives now has answered.
+
+    Raises:
+        torch.distributed.DistStoreError: not all ranks came within ``timeout``.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", me)
+        for other in range(1, world_size):
+            store.wait([f"{me}/{other}"], timeout)
+            store.set(f"{me}/{store.get(f'{me}/{other}').decode()}", "welcome")
+        return dist.PrefixStore(me, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", me)
+        try:
+            store.wait([f"{start}/{me}"], timedelta(seconds=1))
+            return dist.PrefixStore(start, store)
+        except dist.DistStoreError:  # that rank 0 is gone, or busy
+            if time.monotonic() > deadline:
+                raise
 
 
 def local_rank() -> int:
