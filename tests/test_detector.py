@@ -93,6 +93,21 @@ def test_heatmap_does_not_depend_on_tiles(shipped: LearnedDetector, tile: int) -
     np.testing.assert_allclose(shipped.heatmap(image, tile), whole, atol=1e-3)  # logits; sums in another order
 
 
+def test_heatmap_does_not_depend_on_threads(shipped: LearnedDetector) -> None:
+    """The same slides give the same set, bit for bit, on any number of cores."""
+    image = synthetic_image(1, 341, 0.5)[0]
+    before = torch.get_num_threads()
+    try:
+        heats = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            heats.append(shipped.heatmap(image))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(heats[0], heat) for heat in heats)
+
+
 def test_a_roi_read_with_the_margin_has_the_nuclei_of_the_whole(shipped: LearnedDetector) -> None:
     """What callers rely on. Only a border on the network's grid of 16 px gives the same numbers exactly."""
     image, _, _ = synthetic_image(2, 448, 0.5)

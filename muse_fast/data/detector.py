@@ -8,9 +8,9 @@ between nuclei, training data, scores).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -104,7 +104,8 @@ class LearnedDetector:
     def heatmap(self, image: NDArray[np.uint8], tile: int = _TILE) -> NDArray[np.float32]:
         """Logits ``[ceil(H / 2), ceil(W / 2)]`` of an image at the detector's um/px.
 
-        They do not depend on ``tile`` (a multiple of 16): every tile is computed with all that its cells see.
+        They do not depend on ``tile`` (a multiple of 16): every tile is computed with all that its cells see. Nor on
+        the cores: one thread does the sums in one order, and slides are what is shared out among processes.
         """
         import torch
 
@@ -112,7 +113,7 @@ class LearnedDetector:
 
         height, width, _ = image.shape
         heat = np.empty((-(-height // STRIDE), -(-width // STRIDE)), np.float32)
-        with torch.inference_mode():
+        with torch.inference_mode(), _one_thread():
             for y in range(0, height, tile):
                 for x in range(0, width, tile):
                     top, left = max(0, y - REACH), max(0, x - REACH)
@@ -135,6 +136,18 @@ class LearnedDetector:
         )
         logits: Tensor = self.network(density)
         return logits[0].cpu().numpy()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def resampled(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
@@ -229,13 +242,9 @@ def read_detector(path: Path) -> LearnedDetector:
     Raises:
         UserError: no such file, damaged, or of another kind; names the file.
     """
-    import torch
-
     from muse_fast.models.nucleus_net import NucleusNet
     from muse_fast.models.weights import load_strictly
 
-    if parent_process() is not None:
-        torch.set_num_threads(1)
     tensors, metadata = _read(path)
     settings = {}
     for key in _SETTINGS:
