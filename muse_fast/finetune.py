@@ -106,7 +106,7 @@ def finetune(
         raise UserError("fine-tuning runs in one process; start it without torchrun")
     device = pick_device(config.train.device, "train.device")
     source = open_source(data, **(options or {}))
-    splits = read_splits(source, (config.data.train, config.data.val), config.data.mpp)
+    splits = read_splits(source, (config.data.train, config.data.val), config.data.mpp, config.data.sample_size)
     train, val = splits[config.data.train], splits[config.data.val]
     names = class_names(source)
 
@@ -267,12 +267,14 @@ def _announce(
     for name, images in ((config.data.train or "all", train), (config.data.val or "all", val)):
         counts = ", ".join(f"{value} {key}" for key, value in describe(images, settings.class_names).items())
         print(f"  data   {data}, {name}: {counts}")
+        with_context = sum(not image.region.all() for image in images)
+        print(f"         {with_context} of {len(images)} have tissue around their region")
     beyond = {
         "reflect": "mirrored at its border, as unlabelled tissue",
         "mask": "left white and out of all losses, so that nothing is unlabelled",
     }
     print(
-        f"  sample {settings.sample_size} px at {settings.mpp} um/px; what an image does not hold around its region is "
+        f"  sample {settings.sample_size} px at {settings.mpp} um/px; beyond what an image holds is "
         f"{beyond[settings.surroundings]} (data.surroundings={settings.surroundings})"
     )
     print(f"  run    {config.optim.epochs} epochs = {tuner.steps} steps of {config.optim.batch_size} images, to {out}")

@@ -1,5 +1,6 @@
 """Samples with a large field of view: where the region lies, what stands around it, and that nuclei move along."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.config import ViewsConfig
-from muse_fast.data.sources import open_source
+from muse_fast.data.sources import open_source, puma
 from muse_fast.data.surroundings import GLASS, cut_square
+from muse_fast.data.synthetic import synthetic_image
 from muse_fast.errors import UserError
+from muse_fast.models.backbone import build_backbone
+from muse_fast.ndc.detector import Detector, DetectorSettings
 from muse_fast.ndc.lfov import (
     ANNOTATED,
     EMPTY,
@@ -22,6 +26,8 @@ from muse_fast.ndc.lfov import (
     draw_corner,
     read_splits,
 )
+from muse_fast.ndc.pairing import Points
+from muse_fast.ndc.score_detector import detect_images, in_source_pixels
 from muse_fast.train.finetuner import proposal_places
 
 PLAIN = ViewsConfig(jitter=0.0, grey=0.0, solarise=0.0, blur=False)
@@ -55,6 +61,114 @@ def test_the_corner_is_uniform_and_the_region_inside() -> None:
         chi2 = ((counts - expected) ** 2 / expected).sum()
         assert chi2 < room + 5 * np.sqrt(2 * room)
     assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.03
+
+
+def puma_with_context(folder: Path, large: NDArray[np.uint8], side: int) -> Path:
+    """One ROI from the middle of ``large``, in PUMA's layout; a nucleus in the middle of its pixel 10, 20."""
+    middle = (large.shape[0] - side) // 2
+    for name in (puma.IMAGES, puma.LABELS, puma.CONTEXTS):
+        (folder / name).mkdir(parents=True)
+    roi = large[middle : middle + side, middle : middle + side]
+    Image.fromarray(roi).save(folder / puma.IMAGES / "a.tif")
+    Image.fromarray(large).save(folder / puma.CONTEXTS / "a_context.tif")
+    ring = [[10, 20], [11, 20], [11, 21], [10, 21], [10, 20]]
+    shape = {"type": "Polygon", "coordinates": [ring]}
+    nucleus = {"type": "Feature", "geometry": shape, "properties": {"classification": {"name": "nuclei_tumor"}}}
+    (folder / puma.LABELS / "a_nuclei.geojson").write_text(
+        json.dumps({"type": "FeatureCollection", "features": [nucleus]})
+    )
+    return folder
+
+
+def test_around_a_roi_stands_its_context(tmp_path: Path) -> None:
+    large = synthetic_image(5, 320, 0.25)[0]
+    folder = puma_with_context(tmp_path, large, 64)
+    source = open_source(f"puma:{folder}", mpp=0.25)
+    (image,) = read_splits(source, ("",), 0.25, sample_size=160)[""]
+    seen = image.image.permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(seen, large[32:288, 32:288])  # 96 px on each side: all that a sample can show
+    assert image.corner == (96, 96) and image.box() == (96, 96, 64, 64)
+    np.testing.assert_allclose(image.xy, [[106.5, 116.5]])
+
+    (coarse,) = read_splits(source, ("",), 0.5, sample_size=160)[""]
+    assert coarse.image.shape == (3, 160, 160) and coarse.corner == (64, 64)
+    expected = np.asarray(Image.fromarray(large).resize((160, 160), Image.Resampling.BICUBIC))
+    error = np.abs(coarse.image.permute(1, 2, 0).numpy().astype(int) - expected)
+    assert error[:62].max() <= 1 and error[98:].max() <= 1  # the ROI itself was resampled by itself
+    np.testing.assert_allclose(coarse.xy, [[69.25, 74.25]])
+
+    (alone,) = read_splits(source, ("",), 0.25, sample_size=64)[""]
+    assert alone.image.shape == (3, 64, 64) and alone.corner == (0, 0)
+    sample = dataset(image, 160).sample(0, 0)
+    assert (sample.places == ANNOTATED).sum() == 64 * 64 and not (sample.places == EMPTY).any()
+
+
+def test_ocelots_tissue_patch_lies_where_the_metadata_says(tmp_path: Path) -> None:
+    """Cells at 0.2 um/px in a tissue patch of a quarter of the pixels per um, off its middle."""
+    tissue = np.full((256, 256, 3), 230, np.uint8)
+    tissue[100:140, 40:60] = (120, 40, 140)
+    cell = np.full((128, 128, 3), 200, np.uint8)
+    for name, picture in (("cell", cell), ("tissue", tissue)):
+        path = tmp_path / "images/train" / name / "001.jpg"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(picture).save(path, quality=100, subsampling=0)
+    labels = tmp_path / "annotations/train/cell/001.csv"
+    labels.parent.mkdir(parents=True)
+    labels.write_text("64,64,2\n")
+    place = {"x_start": 1240, "y_start": 2320, "x_end": 1368, "y_end": 2448, "resized_mpp_x": 0.2, "resized_mpp_y": 0.2}
+    around = {"x_start": 1000, "y_start": 2000, "x_end": 2024, "y_end": 3024}
+    entry = {"slide_name": "S", "subset": "train", "cell": place, "tissue": around}
+    (tmp_path / "metadata.json").write_text(json.dumps({"sample_pairs": {"001": entry}}))
+    (image,) = read_splits(open_source(f"ocelot:{tmp_path}"), ("",), 0.2, sample_size=512)[""]
+    # The tissue patch reaches 240 px of the cell patch to the left, 320 upwards and 384 to the right and down.
+    assert image.corner == (240, 320) and image.image.shape == (3, 320 + 128 + 384, 240 + 128 + 384)
+    np.testing.assert_allclose(image.xy, [[304, 384]])
+    purple = image.image[1] < 100
+    rows, columns = purple.any(dim=1).nonzero().flatten(), purple.any(dim=0).nonzero().flatten()
+    corners = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+    assert np.abs(np.array(corners) - [160, 400, 240, 560]).max() <= 3
+    pasted = image.image[:, 320:448, 240:368]
+    assert (pasted.to(int) - 200).abs().max() <= 2
+
+    entry["cell"]["x_start"] = 900
+    (tmp_path / "metadata.json").write_text(json.dumps({"sample_pairs": {"001": entry}}))
+    with pytest.raises(UserError, match=r"metadata.json: the cell patch of 001, .* lies outside"):
+        open_source(f"ocelot:{tmp_path}")
+
+
+def test_a_damaged_or_smaller_context_is_named(tmp_path: Path) -> None:
+    folder = puma_with_context(tmp_path, synthetic_image(5, 128, 0.25)[0], 64)
+    path = folder / puma.CONTEXTS / "a_context.tif"
+    Image.new("RGB", (50, 50)).save(path)
+    with pytest.raises(UserError, match=r"a_context.tif: 50 x 50 px, smaller than the 64 x 64"):
+        open_source(f"puma:{folder}", mpp=0.25)
+    path.write_bytes(b"II")
+    with pytest.raises(UserError, match=r"a_context.tif: not a readable image"):
+        open_source(f"puma:{folder}", mpp=0.25)
+
+
+def test_detections_count_inside_the_region_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector that marks the middle of every dark pixel sees the context, and is asked about the region."""
+    large = np.full((320, 320, 3), 255, np.uint8)
+    for x, y in ((128, 128), (191, 191), (127, 150), (150, 192), (140, 160)):
+        large[y, x] = 0
+    source = open_source(f"puma:{puma_with_context(tmp_path, large, 64)}", mpp=0.25)
+    seen = []
+
+    def detect(images: torch.Tensor) -> list[Points]:
+        seen.append(tuple(images.shape))
+        y, x = (images[0, 0] == 0).nonzero(as_tuple=True)
+        xy = (torch.stack([x, y], dim=1) + 0.5).numpy().astype(np.float32)
+        return [Points(xy, np.zeros(len(xy), np.int64), np.ones(len(xy), np.float32))]
+
+    settings = DetectorSettings(arch="vit_tiny", class_names=("a",), mpp=0.25, sample_size=160)
+    detector = Detector(build_backbone("vit_tiny"), settings)
+    monkeypatch.setattr(detector, "detect", detect)
+    images = read_splits(source, ("",), 0.25, sample_size=160)[""]
+    (found,) = detect_images(detector, images)
+    assert seen == [(1, 3, 160, 160)]  # one tile, the region in its middle
+    in_source = in_source_pixels(found, images[0])
+    assert sorted(map(tuple, in_source.xy.tolist())) == [(0.5, 0.5), (12.5, 32.5), (63.5, 63.5)]
 
 
 def test_a_region_larger_than_the_sample_is_cropped() -> None:

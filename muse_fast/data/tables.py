@@ -56,6 +56,19 @@ def read_image(path: Path, data: bytes | None = None) -> NDArray[np.uint8]:
         raise UserError(f"{path}: not a readable image ({error})") from error
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height by the header of an image file.
+
+    Raises:
+        UserError: no image; names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from error
+
+
 def read_points(
     path: Path, width: float, height: float, num_labels: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int16] | None, NDArray[np.float32] | None]:

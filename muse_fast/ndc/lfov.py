@@ -1,7 +1,7 @@
 """Samples with a large field of view for fine-tuning (paper, "LFoV Samples", equation 8).
 
-The annotated region of an image stands anywhere inside a larger square, whose rest is tissue without annotation. What
-the image itself holds around its region is used; beyond the image stand mirrored tissue or glass
+The annotated region of an image stands anywhere inside a larger square, whose rest is tissue without annotation: that
+of the source's context image, where it has one; beyond it stand mirrored tissue or glass
 (`muse_fast.data.surroundings`). Every random choice of a sample derives from (seed, epoch, image).
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,7 +23,9 @@ from muse_fast.config import ViewsConfig
 from muse_fast.data.augment import apply_colour, draw_colour
 from muse_fast.data.loader import Sample
 from muse_fast.data.sources import Source, SourceImage
+from muse_fast.data.sources.base import Context
 from muse_fast.data.surroundings import cut_square, inside
+from muse_fast.data.tables import read_image
 from muse_fast.data.views import ViewBox
 from muse_fast.errors import UserError
 from muse_fast.ndc.tiles import resample
@@ -41,6 +44,7 @@ class LabelledImage:
     xy: NDArray[np.float32]  # [n, 2] pixels
     label: NDArray[np.int64]  # [n], -1 unknown
     scale: tuple[float, float]  # pixels of this image per pixel of the source's, along x and y
+    corner: tuple[int, int] = (0, 0)  # x, y of the source's image in this one
 
     def box(self) -> tuple[int, int, int, int]:
         """x, y, width and height of the region."""
@@ -60,27 +64,70 @@ def labels(image: SourceImage, classes: int) -> NDArray[np.int64]:
     return image.label.astype(np.int64)
 
 
-def labelled_image(source: SourceImage, mpp: float, classes: int) -> LabelledImage:
-    """``source`` at ``mpp``, all of it annotated; nuclei beyond its border are left out."""
+def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: int = 0) -> LabelledImage:
+    """``source`` at ``mpp``, all of it annotated, with as much of its context as samples of ``sample_size`` can show.
+
+    Nuclei beyond its border are left out.
+
+    Raises:
+        UserError: the context image is damaged, or does not hold the image.
+    """
     image, xy = resample(source, mpp)
     height, width = image.shape[:2]
     label = labels(source, classes)
     keep = ((xy >= 0) & (xy < (width, height))).all(axis=1)
+    whole, (left, top) = image, (0, 0)
+    if source.context is not None:
+        whole, (left, top) = _with_context(image, source.context, sample_size)
+    region = torch.zeros(whole.shape[:2], dtype=torch.bool)
+    region[top : top + height, left : left + width] = True
     return LabelledImage(
         name=source.name,
-        image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-        region=torch.ones(height, width, dtype=torch.bool),
-        xy=xy[keep].astype(np.float32),
+        image=torch.from_numpy(np.ascontiguousarray(whole.transpose(2, 0, 1))),
+        region=region,
+        xy=(xy[keep] + (left, top)).astype(np.float32),
         label=label[keep],
         scale=(width / source.image.shape[1], height / source.image.shape[0]),
+        corner=(left, top),
     )
 
 
-def read_splits(source: Source, splits: Sequence[str], mpp: float) -> dict[str, list[LabelledImage]]:
+def _with_context(
+    image: NDArray[np.uint8], context: Context, sample_size: int
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """``image`` in the middle of what lies around it at the same scale, and the x, y at which it stands there."""
+    height, width = image.shape[:2]
+    larger = read_image(context.path)
+    x0, y0, x1, y1 = context.box
+    if not (0 <= x0 < x1 <= larger.shape[1] and 0 <= y0 < y1 <= larger.shape[0]):
+        sides = f"{larger.shape[1]} x {larger.shape[0]} px"
+        raise UserError(f"{context.path}: {sides}, expected a larger image that holds its ROI at {context.box}")
+    across, down = (x1 - x0) / width, (y1 - y0) / height  # pixels of the larger image per pixel of this one
+    room_x, room_y = max(0, sample_size - width), max(0, sample_size - height)
+    left, right = min(room_x, int(x0 / across)), min(room_x, int((larger.shape[1] - x1) / across))
+    top, bottom = min(room_y, int(y0 / down)), min(room_y, int((larger.shape[0] - y1) / down))
+    field = (
+        max(0.0, x0 - left * across),
+        max(0.0, y0 - top * down),
+        min(float(larger.shape[1]), x1 + right * across),
+        min(float(larger.shape[0]), y1 + bottom * down),
+    )
+    size = (left + width + right, top + height + bottom)
+    whole = np.array(Image.fromarray(larger).resize(size, Image.Resampling.BICUBIC, box=field))
+    whole[top : top + height, left : left + width] = image  # it may have more pixels per um
+    return whole, (left, top)
+
+
+def read_splits(
+    source: Source, splits: Sequence[str], mpp: float, sample_size: int = 0
+) -> dict[str, list[LabelledImage]]:
     """The images of each of ``splits`` at ``mpp``, held in memory; "" stands for all images.
 
+    Args:
+        sample_size: of the samples that will be drawn; context images are read for it.
+
     Raises:
-        UserError: a split has no image, or no nucleus.
+        UserError: a split has no image, or no nucleus; or what `labelled_image` raises.
     """
     found: dict[str, list[LabelledImage]] = {split: [] for split in splits}
     seen: Counter[str] = Counter()
@@ -88,7 +135,7 @@ def read_splits(source: Source, splits: Sequence[str], mpp: float) -> dict[str, 
         seen[item.split] += 1
         wanted = [split for split in splits if split in ("", item.split)]
         if wanted:
-            image = labelled_image(item, mpp, len(class_names(source)))
+            image = labelled_image(item, mpp, len(class_names(source)), sample_size)
             for split in wanted:
                 found[split].append(image)
     held = ", ".join(f"{count} in {split or 'no split'}" for split, count in sorted(seen.items()))

@@ -44,9 +44,9 @@ def main(argv: Sequence[str], bar: Bar) -> int:
 
     with bar(console, "detection") as progress, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         classes = len(detector.class_names)
-        at_scale = [labelled_image(image, detector.mpp, classes) for image in images]
+        at_scale = [labelled_image(image, detector.mpp, classes, detector.tile_size) for image in images]
         found = detect_images(detector, at_scale, progress)
-    found = [in_source_pixels(points, one.scale) for points, one in zip(found, at_scale, strict=True)]
+    found = [in_source_pixels(points, one) for points, one in zip(found, at_scale, strict=True)]
     truths = [_known(Points(image.xy, labels(image, classes))) for image in images]
     detected, annotated = (sum(len(points.xy) for points in some) for some in (found, truths))
     console.print(
@@ -93,19 +93,31 @@ def main(argv: Sequence[str], bar: Bar) -> int:
 def detect_images(
     detector: Detector, images: Sequence[LabelledImage], progress: Progress | None = None
 ) -> list[Points]:
-    """Nuclei of images at the detector's um per pixel, in pixels of those."""
+    """Nuclei of the annotated regions of images at the detector's um per pixel, in pixels of those images.
+
+    Of the tissue around a region it sees as much on either side as fills a tile.
+    """
     device = next(detector.parameters()).device
     found = []
     for done, one in enumerate(images, start=1):
-        found += detector.detect(one.image[None].to(device))
+        x, y, width, height = one.box()
+        across, down = (max(0, detector.tile_size - side) // 2 for side in (width, height))
+        left, top = max(0, x - across), max(0, y - down)
+        field = one.image[:, top : y + height + down, left : x + width + across]
+        (points,) = detector.detect(field[None].to(device))
+        xy = points.xy + np.array([left, top], np.float32)
+        column, row = np.minimum(xy.astype(np.int64), (one.image.shape[2] - 1, one.image.shape[1] - 1)).T
+        inside = one.region.numpy()[row, column]
+        found.append(Points(xy[inside], points.label[inside], points.confidence()[inside]))
         if progress is not None:
             progress(done, len(images), "images")
     return found
 
 
-def in_source_pixels(points: Points, scale: tuple[float, float]) -> Points:
-    """Points of a `LabelledImage` in pixels of the image that it was made from."""
-    return Points((points.xy / np.array(scale)).astype(np.float32), points.label, points.score)
+def in_source_pixels(points: Points, image: LabelledImage) -> Points:
+    """Points of ``image`` in pixels of the source's image that it was made from."""
+    xy = (points.xy - np.array(image.corner)) / np.array(image.scale)
+    return Points(xy.astype(np.float32), points.label, points.score)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

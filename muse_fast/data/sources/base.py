@@ -21,6 +21,19 @@ _MAX_OUTSIDE = 0.1  # share of outlines whose centre may lie beyond the image th
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """The tissue around an annotated image: a larger one without annotation, not read before it is needed.
+
+    Attributes:
+        path: of the larger image.
+        box: left, top, right and bottom of the annotated image in pixels of the larger one, fractions too.
+    """
+
+    path: Path
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class SourceImage:
     """One image and its nuclei, as a source yields it."""
 
@@ -33,6 +46,7 @@ class SourceImage:
     label: NDArray[np.int16] | None  # [n], position in the source's label_names, -1 unknown
     score: NDArray[np.float32] | None  # [n]
     origin: tuple[int, int] = (0, 0)  # x, y of the top-left corner in level-0 pixels of the slide
+    context: Context | None = None
 
 
 class Source(ABC):
@@ -67,6 +81,7 @@ class Entry:
     mpp: float
     origin: tuple[int, int] = (0, 0)
     row: int = 0  # of this image in a file that holds many
+    context: Context | None = None
 
 
 class Nuclei(NamedTuple):
@@ -107,7 +122,16 @@ class Dataset(Source):
         nuclei = self._nuclei(entry, image.shape[1], image.shape[0])
         xy = nuclei.xy.astype(np.float32)
         return SourceImage(
-            entry.name, entry.slide, entry.split, image, entry.mpp, xy, nuclei.label, nuclei.score, entry.origin
+            entry.name,
+            entry.slide,
+            entry.split,
+            image,
+            entry.mpp,
+            xy,
+            nuclei.label,
+            nuclei.score,
+            entry.origin,
+            entry.context,
         )
 
     def _pixels(self, entry: Entry) -> NDArray[np.uint8]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from muse_fast.data.sources.base import SPLITS, Dataset, Entry, Nuclei, need_file
-from muse_fast.data.tables import check_mpp, read_bare_points
+from muse_fast.data.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need_file
+from muse_fast.data.tables import check_mpp, image_size, read_bare_points
 from muse_fast.errors import UserError
 
 
@@ -14,7 +14,8 @@ class Ocelot(Dataset):
     """OCELOT 1.0.1: the cell patches, 1024 px at about 0.2 um per pixel from six organs of TCGA.
 
     ``metadata.json`` tells slide, place and um per pixel of each; labels are rows ``x,y,label`` without a header in a
-    CSV that is empty where there is no cell. Splits that were not unpacked are left out.
+    CSV that is empty where there is no cell. The tissue patch around a cell patch is its context, where it was
+    unpacked: it has about a quarter of the pixels per um. Splits that were not unpacked are left out.
     """
 
     kind = "ocelot"
@@ -60,7 +61,29 @@ class Ocelot(Dataset):
             self.folder / "annotations" / split / "cell" / f"{name}.csv",
             (across + down) / 2,
             (round(x), round(y)),
+            context=self._context(pairs, name, split),
         )
+
+    def _context(self, pairs: dict[str, Any], name: str, split: str) -> Context | None:
+        path = self.folder / "images" / split / "tissue" / f"{name}.jpg"
+        if not path.is_file():
+            return None
+        cell, tissue = (
+            [
+                float(self._value(pairs, name, dict, patch, dict, f"{axis}_{end}", (int, float)))
+                for end in ("start", "end")
+                for axis in "xy"
+            ]
+            for patch in ("cell", "tissue")
+        )
+        (x0, y0, x1, y1), (width, height) = tissue, image_size(path)
+        if not (x0 <= cell[0] < cell[2] <= x1 and y0 <= cell[1] < cell[3] <= y1):
+            raise UserError(
+                f"{self._metadata}: the cell patch of {name}, {cell}, lies outside its tissue patch, {tissue}"
+            )
+        across, down = width / (x1 - x0), height / (y1 - y0)
+        left, top, right, bottom = cell
+        return Context(path, ((left - x0) * across, (top - y0) * down, (right - x0) * across, (bottom - y0) * down))
 
     def _value(self, content: Any, *path: Any) -> Any:
         """What stands at ``key, type, key, type, ...`` of nested mappings."""

@@ -9,11 +9,12 @@ from typing import ClassVar
 import numpy as np
 
 from muse_fast.data.geojson import centroid_and_area, read_shapes
-from muse_fast.data.sources.base import IMAGE_SUFFIXES, SPLITS, Dataset, Entry, Nuclei, one_of, pair_files
-from muse_fast.data.tables import MPP_RANGE, tiff_mpp
+from muse_fast.data.sources.base import IMAGE_SUFFIXES, SPLITS, Context, Dataset, Entry, Nuclei, one_of, pair_files
+from muse_fast.data.tables import MPP_RANGE, image_size, tiff_mpp
 from muse_fast.errors import UserError, did_you_mean
 
 IMAGES, LABELS = "01_training_dataset_tif_ROIs", "01_training_dataset_geojson_nuclei"
+CONTEXTS = "01_training_dataset_tif_context_ROIs"
 CLASSES = (
     "tumor", "lymphocyte", "plasma_cell", "histiocyte", "melanophage",
     "neutrophil", "stroma", "endothelium", "epithelium", "apoptosis",
@@ -30,7 +31,8 @@ class Puma(Dataset):
         centre: ``area`` (default) is the centroid by area moments, as in the paper's code; ``vertices`` the mean of
             the outline's vertices, as in the challenge's evaluation.
 
-    Splits come from ``split/{train,val,test}.json`` of the paper's code, where they are there.
+    A ROI's context image, five times as long a side around the same middle, is used where it was unpacked. Splits come
+    from ``split/{train,val,test}.json`` of the paper's code, where they are there.
     """
 
     kind = "puma"
@@ -64,7 +66,17 @@ class Puma(Dataset):
                 f"{path}: the TIFF does not tell um per pixel, and PUMA's pages do not for certain; give mpp=NUMBER "
                 "(a scan at 40x has 0.22 to 0.25)"
             )
-        return Entry(path.stem, path.stem, split, path, labels, mpp)
+        return Entry(path.stem, path.stem, split, path, labels, mpp, context=self._context(path))
+
+    def _context(self, path: Path) -> Context | None:
+        larger = self.folder / CONTEXTS / f"{path.stem}_context.tif"
+        if not larger.is_file():
+            return None
+        inner, outer = image_size(path), image_size(larger)
+        left, top = ((whole - part) / 2 for whole, part in zip(outer, inner, strict=True))
+        if min(left, top) < 0:
+            raise UserError(f"{larger}: {outer[0]} x {outer[1]} px, smaller than the {inner[0]} x {inner[1]} of {path}")
+        return Context(larger, (left, top, left + inner[0], top + inner[1]))
 
     def _split_of(self, stems: set[str]) -> dict[str, str]:
         """Split of every ROI that ``split/*.json`` lists."""
