@@ -5,7 +5,7 @@ DEMO := runs/demo
 SANITIZED_TESTS := tests/test_match_nuclei.py tests/test_sample_nuclei.py tests/test_dino_loss.py tests/test_jpeg.py
 BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-fast lint format type-check sanitize bench-ops detector clean
+.PHONY: demo test test-fast test-heavy lint format type-check sanitize bench-ops detector clean
 
 demo: .venv/.run $(DEMO)/rois/roiset.json
 	@test -e $(DEMO)/summary.json || \
@@ -20,10 +20,14 @@ $(DEMO)/rois/roiset.json: | .venv/.run
 		$(DEMO)/rois roi_um=128
 
 test: .venv/.test lint type-check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not heavy"
 
 test-fast: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not heavy"
+
+# Bugs planted in the ops must be found by their tests: every one is a build or a run of its own.
+test-heavy: .venv/.test
+	$(BIN)/python -m pytest -n 2 -m heavy
 
 lint: .venv/.test
 	$(BIN)/ruff check .

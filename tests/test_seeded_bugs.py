@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = "build/_C.so"
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.heavy,
     pytest.mark.timeout(900),
     pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error())),
 ]
