@@ -1,8 +1,9 @@
 """``python -m muse_fast.evaluate {knn|linear|finetune} --weights W ... --data SOURCE --json OUT [key=value ...]``
 
 Nucleus classification with the published protocol: features of labelled nuclei, classified by their nearest
-neighbours, by a linear probe, or by the network fine-tuned. Several weights are compared in one table, and
-``--baseline-random`` sets the same architecture untrained beside each. ``evaluate points`` scores files of detected
+neighbours, by a linear probe, or by the network fine-tuned. Several weights are compared in one table, those of others
+by ``timm:NAME[@FILE]``, see `muse_fast.models.timm_backbone`; and ``--baseline-random`` sets the same architecture
+untrained beside each. ``evaluate points`` scores files of detected
 points, see `muse_fast.ndc.score_files`, ``evaluate detect`` a fine-tuned detector, see `muse_fast.ndc.score_detector`.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ from muse_fast.config import ARCHS
 from muse_fast.data.sources import open_source
 from muse_fast.device import pick_device
 from muse_fast.errors import UserError
+from muse_fast.models import timm_backbone
 from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.timm_backbone import TimmBackbone
 from muse_fast.ndc import score_detector, score_files
 from muse_fast.ndc.benchmark import TASKS, Options, Row, Subject, parse_options
 from muse_fast.ndc.classification import majority
@@ -41,8 +44,20 @@ from muse_fast.ndc.tiles import VALID, Tile, tiles_by_split
 
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("muse", "exact")
-PROTOCOL_HELP = "muse: the published rules, nuclei on whole pixels; exact: the same with fractions of pixels kept"
+PROTOCOL_HELP = (
+    "muse: the published rules, nuclei on whole pixels; exact: the same with fractions of pixels kept, and maps of "
+    "timm read so that the middle of a token reads just that token"
+)
+WEIGHTS_HELP = "run, checkpoint, export, .pth, random:ARCH, or any backbone of timm as timm:NAME[:key=value ...][@FILE]"
 EPILOG = "`muse-fast evaluate detect --help`: scores of a fine-tuned detector; `points --help`: of files of points"
+
+
+class Network(NamedTuple):
+    """A backbone to evaluate."""
+
+    name: str  # in the table
+    backbone: Backbone | TimmBackbone
+    about: dict[str, Any] | None = None  # of timm: what a report says of it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "muse-fast evaluate", description="Nucleus classification benchmark.", epilog=EPILOG
     )
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--weights", nargs="+", required=True, help="run, checkpoint, export, .pth or random:ARCH")
+    parser.add_argument("--weights", nargs="+", required=True, help=WEIGHTS_HELP)
     parser.add_argument("--data", required=True, help="labelled source with train, val and test, e.g. brcam2c:DIR")
     parser.add_argument("--mpp", type=float, default=0.5, help="um/px of the tiles (0.5)")
     parser.add_argument("--size", type=int, default=224, help="side of the tiles in pixels (224)")
@@ -84,7 +99,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.data_options = dict(_pair(item.removeprefix("data.")) for item in settings if item.startswith("data."))
     args.options = [item for item in settings if not item.startswith("data.")]
     if not args.weights:
-        raise UserError("--weights: expected a run, a checkpoint, a file or random:ARCH")
+        raise UserError("--weights: expected a run, a checkpoint, a file, random:ARCH or timm:NAME[@FILE]")
+    for weights in args.weights:
+        if weights.startswith(timm_backbone.PREFIX):
+            timm_backbone.parse_spec(weights)  # a mistake shows before other networks have had their hours
     if args.mpp <= 0:
         raise UserError(f"--mpp {args.mpp}: expected um per pixel above 0, such as 0.5")
     if args.json is not None and args.json.exists():
@@ -112,11 +130,11 @@ def _evaluate(args: argparse.Namespace, options: Options) -> None:
     _print_counts(console, data)
 
     results = []
-    for name, backbone in _networks(args, options):
-        with _progress(console, name) as progress:
-            results += _evaluate_network(
-                args.task, name, backbone.to(device), tiles, len(data["classes"]), options, progress
-            )
+    for network in _networks(args, options):
+        if network.about is not None:
+            console.print(f"{network.name}: {timm_backbone.in_words(network.about)}", highlight=False)
+        with _progress(console, network.name) as progress:
+            results += _evaluate_network(args.task, network, device, tiles, len(data["classes"]), options, progress)
     report = {
         "task": args.task,
         "protocol": args.protocol,
@@ -154,15 +172,15 @@ def _describe(args: argparse.Namespace, classes: Sequence[str], tiles: Mapping[s
 
 def _evaluate_network(
     task: str,
-    name: str,
-    backbone: Backbone,
+    network: Network,
+    device: torch.device,
     tiles: Mapping[str, Sequence[Tile]],
     num_classes: int,
     options: Options,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """The rows of one network, which stands on the device of the evaluation."""
-    device = next(backbone.parameters()).device
+    """The rows of one network."""
+    backbone = network.backbone.to(device)
     bf16 = options.precision == "bf16"
     began = time.perf_counter()
     sets = extract_features(
@@ -172,19 +190,31 @@ def _evaluate_network(
     subject = Subject(backbone, tiles, {split: one.to(device) for split, one in sets.items()}, num_classes)
     rows = TASKS[task].run(subject, options, progress)
     seconds = {"features": extracted - began, "classification": time.perf_counter() - extracted}
-    return [{"weights": name, "arch": backbone.arch, **_as_json(row), "seconds": seconds} for row in rows]
+    known = {"weights": network.name, "arch": backbone.arch} | ({"timm": network.about} if network.about else {})
+    return [{**known, **_as_json(row), "seconds": seconds} for row in rows]
 
 
-def _networks(args: argparse.Namespace, options: Options) -> Iterator[tuple[str, Backbone]]:
+def _networks(args: argparse.Namespace, options: Options) -> Iterator[Network]:
     """Every network to evaluate, each followed by its untrained twin where that is asked for."""
     for weights in args.weights:
         torch.manual_seed(options.seed)
+        if weights.startswith(timm_backbone.PREFIX):
+            yield from _networks_of_timm(weights, args, options)
+            continue
         backbone = muse_fast.load_backbone(args.arch, weights, compat=args.compat)
-        yield weights, backbone
+        yield Network(weights, backbone)
         if options.baseline and not weights.startswith("random"):
             seed, image_size = _origin(Path(weights), options.seed)
             torch.manual_seed(seed)
-            yield f"{weights} untrained", build_backbone(backbone.arch, image_size=image_size).eval()
+            yield Network(f"{weights} untrained", build_backbone(backbone.arch, image_size=image_size).eval())
+
+
+def _networks_of_timm(weights: str, args: argparse.Namespace, options: Options) -> Iterator[Network]:
+    bare, _, file = weights.partition("@")
+    for text in (weights, bare) if file and options.baseline else (weights,):
+        torch.manual_seed(options.seed)
+        loaded = timm_backbone.load_timm(text, image_size=args.size, align_corners=args.protocol == "muse")
+        yield Network(text if text != bare else f"{weights} untrained", *loaded)
 
 
 def _origin(weights: Path, default_seed: int) -> tuple[int, int]:

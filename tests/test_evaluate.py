@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from muse_fast.data.sources import open_source
 from muse_fast.errors import UserError
@@ -93,6 +95,38 @@ def test_finetuning_reports_the_probe_and_the_tuned_network(few: Path, tmp_path:
     assert tuned["history"][1]["train_loss"] < tuned["history"][0]["train_loss"]
 
 
+def test_backbones_of_timm_stand_beside_ours(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(11)
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "r.safetensors")
+    given = (f"timm:resnet10t@{tmp_path}/r.safetensors", "timm:vit_tiny_patch16_224:depth=2", "random:vit_tiny")
+    report = evaluate("knn", few, tmp_path / "knn.json", "--baseline-random", "standardise=raw", "k=[3]", weights=given)
+    rows = {row["weights"]: row for row in report["results"]}
+    assert list(rows) == [given[0], f"{given[0]} untrained", f"{given[1]} untrained", given[2]]
+    assert [row["arch"] for row in rows.values()] == [
+        "timm:resnet10t", "timm:resnet10t", "timm:vit_tiny_patch16_224", "vit_tiny"
+    ]  # fmt: skip
+    assert rows[given[0]]["test"]["confusion"] != rows[f"{given[0]} untrained"]["test"]["confusion"]
+    assert rows[given[0]]["timm"]["file"] == f"{tmp_path}/r.safetensors"
+    assert rows[f"{given[0]} untrained"]["timm"]["file"] is None
+    assert all("timm" not in row or row["timm"]["align_corners"] for row in rows.values())
+    assert "timm" not in rows[given[2]]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "r.safetensors, without fc.bias, fc.weight; 960 features at strides 4, 8, 16, 32 of 96 px" in printed
+    assert (
+        "timm:vit_tiny_patch16_224:depth=2 untrained: random weights (no @FILE); 192 features at stride 16" in printed
+    )
+
+
+def test_fine_tuning_of_timm_with_exact_positions(few: Path, tmp_path: Path) -> None:
+    more = ("--protocol", "exact", "epochs=1", "batch_size=8")
+    report = evaluate("finetune", few, tmp_path / "f.json", *more, weights=("timm:resnet10t",))
+    probe, tuned = report["results"]
+    assert probe["timm"] == tuned["timm"]
+    assert not tuned["timm"]["align_corners"]
+    assert tuned["lr"] == 4e-5  # as published for ResNets
+    assert len(tuned["history"]) == 1
+
+
 def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
     out = tmp_path / "knn.json"
     arguments = ["knn", "--data", f"brcam2c:{few}", "--size", "96", "--json", str(out)]
@@ -112,6 +146,7 @@ def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
         (("knn", "device=gpu"), r"device=gpu: expected auto, cpu, cuda"),
         (("knn", "--mpp", "-1"), r"--mpp -1.0: expected um per pixel above 0"),
         (("knn", "--weights", "nowhere"), r"nowhere"),
+        (("knn", "--weights", "random:vit_tiny", "timm:resnet10t@x.pth"), r"no such file x\.pth; expected the weights"),
         (("knn", "data.mpp=0.5"), r"brcam2c: no option 'mpp'"),
     ],
 )

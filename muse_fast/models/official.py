@@ -69,20 +69,7 @@ def official_pos_embed(pos_embed: Tensor) -> Tensor:
 
 def _read(path: Path) -> dict[str, Any]:
     """A dict with a state dict under ``teacher``."""
-    with path.open("rb") as file:
-        start = file.read(len(GIT_LFS_POINTER))
-    if start == GIT_LFS_POINTER:
-        raise UserError(f"{path}: a git-LFS pointer, not the weights; run `git lfs pull` in its repository first.")
-    try:
-        # The authors' training script stored its options as a Namespace, a plain record; nothing else is let in.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path}: damaged, or holds objects that could run code when read, so it was not loaded "
-            f"({_first_line(error)}). Compare its checksum with the publisher's; if you trust it, load it in an "
-            f"isolated place and save its tensors alone, as {{'teacher': state_dict}} or as .safetensors."
-        ) from error
+    content = read_pth(path)
     teacher = content.get("teacher") if isinstance(content, dict) else None
     if not isinstance(teacher, dict) or not all(isinstance(value, Tensor) for value in teacher.values()):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -90,6 +77,28 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: expected a dict with a state dict under 'teacher', as the MUSE files have; got {found}"
         )
     return content
+
+
+def read_pth(path: Path) -> Any:
+    """What ``torch.save`` wrote, if it is made of tensors and plain values.
+
+    Raises:
+        UserError: the file is a git-LFS pointer, is damaged, or asks to run code.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(GIT_LFS_POINTER))
+    if start == GIT_LFS_POINTER:
+        raise UserError(f"{path}: a git-LFS pointer, not the weights; run `git lfs pull` in its repository first.")
+    try:
+        # The authors' training script stored its options as a Namespace, a plain record; nothing else is let in.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path}: damaged, or holds objects that could run code when read, so it was not loaded "
+            f"({_first_line(error)}). Compare its checksum with the publisher's; if you trust it, load it in an "
+            f"isolated place and save its tensors alone, as {{'teacher': state_dict}} or as .safetensors."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

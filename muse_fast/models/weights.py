@@ -51,7 +51,7 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     tensors = found.tensors
     found_arch = found.arch or infer_arch(tensors)
     if found_arch is None:
-        raise UserError(f"{path}: not the weights of a MUSE backbone; its tensors are {_some(sorted(tensors))}")
+        raise UserError(f"{path}: not the weights of a MUSE backbone; its tensors are {some(sorted(tensors))}")
     if arch not in (None, found_arch):
         raise UserError(
             f"{path}: holds a {found_arch}, but {arch} was asked for. Ask for {found_arch}, or leave it out."
@@ -68,8 +68,11 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     return backbone.eval()
 
 
-def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy ``tensors`` into ``model`` (with an ``arch``); every tensor must find its place and every place its tensor.
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str, arch: str = "") -> None:
+    """Copy ``tensors`` into ``model``; every tensor must find its place and every place its tensor.
+
+    Args:
+        arch: what the message calls the model; its attribute ``arch`` unless given.
 
     Raises:
         UserError: names missing, left over, or of another shape; the message begins with ``origin`` and lists them.
@@ -83,9 +86,9 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
         if tensors[name].shape != expected[name].shape
     ]
     groups = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in groups.items() if names]
+    problems = [f"{len(names)} {what}: {some(names)}" for what, names in groups.items() if names]
     if problems:
-        raise UserError(f"{origin}: does not fit {model.arch}. {'; '.join(problems)}")
+        raise UserError(f"{origin}: does not fit {arch or model.arch}. {'; '.join(problems)}")
     model.load_state_dict(dict(tensors))
 
 
@@ -123,7 +126,7 @@ def _read(path: Path) -> _Found:
     if path.is_dir():
         return _read_checkpoint(path)
     if path.suffix == ".safetensors":
-        return _Found(_strip(_read_safetensors(path)))
+        return _Found(_strip(read_safetensors(path)))
     if path.suffix == ".pth":
         official = read_official(path)
         return _Found(official.tensors, compat=official.compat)
@@ -149,7 +152,7 @@ def find_checkpoint(folder: Path) -> Path:
         for problem in problems:
             log.warning("%s", problem)
         if newest is None:
-            raise UserError(f"{folder}: no sound checkpoint in this run. {_some(problems)}")
+            raise UserError(f"{folder}: no sound checkpoint in this run. {some(problems)}")
         return newest
     if not (folder / checkpoint.MANIFEST).exists():
         raise UserError(f"{folder}: neither a run (no checkpoints/) nor a checkpoint (no {checkpoint.MANIFEST})")
@@ -164,11 +167,12 @@ def is_timm_folder(path: Path) -> bool:
 def _read_timm(folder: Path) -> dict[str, Tensor]:
     if not (folder / TIMM_DECODER).is_file():
         raise UserError(f"{folder}: {TIMM_DECODER} is missing; a timm model alone has no decoder to read nuclei with")
-    encoder = {f"{ENCODER}{name}": tensor for name, tensor in _read_safetensors(folder / TIMM_WEIGHTS).items()}
-    return encoder | _read_safetensors(folder / TIMM_DECODER)
+    encoder = {f"{ENCODER}{name}": tensor for name, tensor in read_safetensors(folder / TIMM_WEIGHTS).items()}
+    return encoder | read_safetensors(folder / TIMM_DECODER)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file, on the CPU; UserError where it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -190,6 +194,7 @@ def stored_image_size(tensors: Mapping[str, Tensor]) -> int:
     return 224 if pos_embed is None else PATCH * math.isqrt(pos_embed.shape[1] - 1)
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def some(names: list[str], limit: int = 8) -> str:
+    """The first names, with commas between, and how many there are besides."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from muse_fast.errors import UserError, did_you_mean, require
 from muse_fast.models.backbone import Backbone
+from muse_fast.models.timm_backbone import TimmBackbone
 from muse_fast.ndc.classification import KNN_NEIGHBOURS, Scores, knn, linear_probe, standardised
 from muse_fast.ndc.features import NucleusSet, Progress
 from muse_fast.ndc.tiles import Tile
@@ -67,7 +68,7 @@ class LinearOptions(Options):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneOptions(Options):
     lr: float | None = None
-    """Default 1e-5, for ResNet-50 4e-5. Training from random weights needs more, such as 1e-3."""
+    """Default 1e-5, for ResNets 4e-5. Training from random weights needs more, such as 1e-3."""
     epochs: int = 10
     batch_size: int = 32
     """Tiles."""
@@ -108,7 +109,7 @@ def parse_options(kind: type[_O], items: Sequence[str]) -> _O:
 class Subject(NamedTuple):
     """One network under evaluation, on the device, and its nuclei."""
 
-    backbone: Backbone
+    backbone: Backbone | TimmBackbone
     tiles: Mapping[str, Sequence[Tile]]
     sets: Mapping[str, NucleusSet]
     num_classes: int
@@ -159,7 +160,7 @@ def run_linear(subject: Subject, options: LinearOptions, progress: Progress) -> 
 def run_finetune(subject: Subject, options: FinetuneOptions, progress: Progress) -> list[Row]:
     """The linear probe that fine-tuning starts from, and the fine-tuned network."""
     probe = linear_probe(subject.sets, subject.num_classes, seed=options.seed, progress=progress)
-    lr = options.lr or (4e-5 if subject.backbone.arch == "resnet50" else 1e-5)
+    lr = options.lr or (4e-5 if "resnet" in subject.backbone.arch else 1e-5)
     tuned = finetune(
         subject.backbone,
         probe.head,

@@ -1,0 +1,286 @@
+"""Any backbone of timm in the place of ours, to compare with: ``timm:NAME[:key=value ...][@FILE]``.
+
+A plain ViT gives its last layer's patch tokens as a map; a hierarchical network the maps of all its stages from stride
+4 on. Each map is read bilinearly at the nuclei and the readings are joined (paper, appendix B). The paper speaks of
+maps "interpolated to a common size" before; the authors' code reads every map by itself, and so does this.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from yaml import YAMLError
+
+from muse_fast import ops
+from muse_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from muse_fast.errors import UserError, did_you_mean
+from muse_fast.models.official import read_pth
+from muse_fast.models.weights import load_strictly, read_safetensors, some
+
+PREFIX = "timm:"
+FINEST_STRIDE = 4  # of a hierarchical network's maps; what comes before is its stem
+STATE_DICTS = ("teacher", "state_dict", "model", "model_state_dict")  # where training scripts keep the weights
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+class Spec(NamedTuple):
+    """``timm:NAME[:key=value ...][@FILE]``, taken apart."""
+
+    name: str  # as timm knows it, with or without a tag (vit_small_patch14_dinov2.lvd142m)
+    options: dict[str, Any]  # of timm.create_model
+    statistics: dict[str, tuple[float, ...]]  # mean or std, where they were given
+    file: Path | None
+
+
+class TimmBackbone(nn.Module):
+    """A network of timm that offers `nucleus_features`; `load_timm` builds it.
+
+    Images are float ``[I, 3, R, R]``, normalised with the ImageNet mean and standard deviation as for our backbones;
+    they are brought to the network's own here. An R that is no multiple of its coarsest stride (or patch) is enlarged
+    to the next one, bicubically: positions keep their share of the side.
+
+    Args:
+        network: takes square images of ``side``.
+        arch: for reports.
+        side: R, rounded up to a multiple of the stride.
+        statistics: mean and standard deviation per channel that the network was trained with.
+        align_corners: how a point of the image is found in a map of W columns: at column ``x / R * (W - 1)``, as in the
+            published evaluation, or (False) at ``x / R * W - 0.5``, where the middle of a token reads just that token.
+
+    Attributes:
+        strides: of the maps that are read, in pixels of the network's input.
+        dense_dim: width D of a nucleus row.
+    """
+
+    gain: Tensor
+    offset: Tensor
+
+    def __init__(
+        self, network: Any, arch: str, side: int, statistics: Mapping[str, tuple[float, ...]], align_corners: bool
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.arch = arch
+        self.side = side
+        self.align_corners = align_corners
+        strides = [stage["reduction"] for stage in _feature_info(network)]
+        self.plain = len(set(strides)) == 1
+        last = len(strides) - 1
+        self.stages = [last] if self.plain else [i for i, stride in enumerate(strides) if stride >= FINEST_STRIDE]
+        self.strides = [strides[stage] for stage in self.stages]
+        mean, std, own_mean, own_std = (
+            torch.tensor(values).view(3, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD, statistics["mean"], statistics["std"])
+        )
+        self.register_buffer("gain", std / own_std, persistent=False)
+        self.register_buffer("offset", (mean - own_mean) / own_std, persistent=False)
+        with torch.no_grad():  # a look is surer than timm's tables
+            self.dense_dim = sum(one.shape[1] for one in self.eval().maps(torch.zeros(1, 3, side, side)))
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The maps ``[I, c, h, h]`` that nuclei are read from, finest first.
+
+        Raises:
+            UserError: images of another side than the network was built for.
+        """
+        stride = self.strides[-1]
+        if images.shape[-2:] != (images.shape[-1],) * 2 or _round_up(images.shape[-1], stride) != self.side:
+            raise UserError(
+                f"{self.arch} was loaded for square images of {self.side} px, got {list(images.shape)}; load it again"
+            )
+        if images.shape[-1] != self.side:
+            images = F.interpolate(images, size=(self.side, self.side), mode="bicubic", antialias=True)
+        images = images * self.gain + self.offset
+        maps: list[Tensor] = self.network.forward_intermediates(
+            images, indices=self.stages, norm=self.plain, output_fmt="NCHW", intermediates_only=True
+        )
+        return maps
+
+    def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
+        """One feature per nucleus, ``[N, D]``, as `muse_fast.models.Backbone.nucleus_features`."""
+        side = images.shape[-1]
+        return torch.cat([self._read(one, xy, image_index, side) for one in self.maps(images)], dim=1)
+
+    def _read(self, one: Tensor, xy: Tensor, image_index: Tensor, side: int) -> Tensor:
+        if not self.align_corners:  # `sample_nuclei` aligns corners: give it the points that come out right
+            cells = one.shape[-1]
+            xy = (xy * (cells / side) - 0.5).clamp(0, cells - 1) * (side / max(cells - 1, 1))
+        return ops.sample_nuclei([one], xy, image_index, side)
+
+
+class Loaded(NamedTuple):
+    """A backbone, and what a report should say of it."""
+
+    backbone: TimmBackbone
+    about: dict[str, Any]
+
+
+def parse_spec(text: str) -> Spec:
+    """Take ``timm:NAME[:key=value ...][@FILE]`` apart.
+
+    ``key=value`` are arguments of ``timm.create_model``; ``mean`` and ``std`` (three numbers, or ``imagenet``) replace
+    what timm notes for NAME.
+
+    Raises:
+        UserError: no such network in timm, settings that cannot be read, or no such file.
+    """
+    import timm
+
+    described, _, file = text.removeprefix(PREFIX).partition("@")
+    name, *items = described.split(":")
+    if not timm.is_model(name):
+        raise UserError(f"{text}: timm {timm.__version__} has no {name!r}{did_you_mean(name, timm.list_models())}")
+    if bad := [item for item in items if not item.partition("=")[0].isidentifier() or "=" not in item]:
+        raise UserError(f"{text}: {bad[0]!r}; expected key=value, as in timm:NAME:init_values=1@FILE")
+    try:
+        options = OmegaConf.to_container(OmegaConf.from_dotlist(items))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{text}: {str(error).splitlines()[0]}") from error
+    assert isinstance(options, dict)
+    statistics = {key: _statistics(text, key, options.pop(key)) for key in IMAGENET if key in options}
+    if file and not Path(file).is_file():
+        raise UserError(f"{text}: no such file {file}; expected the weights of {name}")
+    return Spec(name, {str(key): value for key, value in options.items()}, statistics, Path(file) if file else None)
+
+
+def load_timm(text: str, *, image_size: int, align_corners: bool = False) -> Loaded:
+    """A backbone of timm in evaluation mode, float32, on the CPU. Nothing is ever downloaded.
+
+    Args:
+        text: ``timm:NAME[:key=value ...][@FILE]``; FILE is a ``.safetensors``, or what ``torch.save`` wrote (``.pth``,
+            ``.bin``, ...), of which tensors alone are read. Without it, random weights from torch's global generator.
+        image_size: side of the images in pixels. Position embeddings are resampled for it as timm does, once.
+        align_corners: see `TimmBackbone`.
+
+    Raises:
+        UserError: as `parse_spec`; a damaged file; tensors missing, left over or of other shapes; a
+            network without maps, or not for images of this size.
+    """
+    import timm
+
+    spec = parse_spec(text)
+    arch = f"{PREFIX}{spec.name}"
+    options = {key: _layer(key, value) for key, value in spec.options.items()}
+    try:
+        network: Any = timm.create_model(spec.name, pretrained=False, num_classes=0, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{text}: timm cannot build this ({error})") from error
+    if not hasattr(network, "forward_intermediates"):
+        raise UserError(f"{text}: timm gives no feature maps of {spec.name} (no forward_intermediates)")
+    names = {} if spec.file is None else _load_file(network, arch, spec.file)
+    known = network.pretrained_cfg
+    statistics = {key: tuple(spec.statistics.get(key, known[key])) for key in IMAGENET}
+    side = _round_up(image_size, max(stage["reduction"] for stage in _feature_info(network)))
+    try:
+        if hasattr(network, "set_input_size"):
+            network.set_input_size(img_size=(side, side))
+        backbone = TimmBackbone(network, arch, side, statistics, align_corners)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{text}: does not run on images of {side} px ({error}); choose another --size") from error
+    about = {
+        "file": None if spec.file is None else str(spec.file),
+        **names,
+        "mean": list(statistics["mean"]),
+        "std": list(statistics["std"]),
+        "input_side": side,
+        "strides": backbone.strides,
+        "features": backbone.dense_dim,
+        "align_corners": align_corners,
+    }
+    return Loaded(backbone.eval(), about)
+
+
+def in_words(about: Mapping[str, Any]) -> str:
+    """What `load_timm` has to say, in one line."""
+    weights = about["file"] or "random weights (no @FILE)"
+    for key, words in (("left_out", "without"), ("converted", "converted by timm:")):
+        weights += f", {words} {some(about[key])}" if about.get(key) else ""
+    statistics = " ".join(f"{key} {'/'.join(f'{x:g}' for x in about[key])}" for key in IMAGENET)
+    maps = "stride" if len(about["strides"]) == 1 else "strides"
+    return (
+        f"{weights}; {about['features']} features at {maps} {', '.join(map(str, about['strides']))} "
+        f"of {about['input_side']} px; pixels by {statistics}"
+    )
+
+
+def _load_file(network: Any, arch: str, file: Path) -> dict[str, list[str]]:
+    """Load ``file`` strictly; returns the names in it that have no place, and those that timm calls otherwise."""
+    content = read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
+    stored, beside = _state_dict(file, content)
+    expected = network.state_dict()
+    heads = network.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    tensors = {name: t for name, t in stored.items() if name in expected or not name.startswith(heads)}
+    converted = _convert(network, arch, file, tensors) if tensors.keys() != expected.keys() else tensors
+    # Files from before BatchNorm counted its batches; the count has no influence.
+    counters = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked") and n not in converted}
+    load_strictly(network, {**converted, **counters}, str(file), arch)
+    reshaped = [n for n in tensors.keys() & converted.keys() if tensors[n].shape != converted[n].shape]
+    return {
+        "left_out": beside + sorted(stored.keys() - tensors.keys()),
+        "converted": sorted([*(tensors.keys() - converted.keys()), *reshaped]),
+    }
+
+
+def _convert(network: Any, arch: str, file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By timm's own conversion, which knows the names of other projects (DINOv2, CLIP) and of its older releases."""
+    convert = getattr(importlib.import_module(type(network).__module__), "checkpoint_filter_fn", None)
+    if convert is None:
+        return tensors
+    try:
+        converted: dict[str, Tensor] = convert(dict(tensors), network)
+    except (KeyError, RuntimeError, AttributeError, IndexError) as error:
+        raise UserError(f"{file}: does not fit {arch}; timm cannot convert it ({error})") from error
+    # timm would stretch the filters of another patch size, which makes another network.
+    filters = {n: t for n, t in tensors.items() if n.endswith("patch_embed.proj.weight") and t.ndim == 4}
+    return converted | filters
+
+
+def _state_dict(file: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a network in what a file holds, without prefixes; and the names of what stands beside it."""
+    while isinstance(content, Mapping) and (
+        within := [key for key in STATE_DICTS if isinstance(content.get(key), Mapping)]
+    ):
+        content = content[within[0]]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(one, Tensor) for one in content.values()):
+        found = some(sorted(map(str, content))) if isinstance(content, Mapping) else type(content).__name__
+        raise UserError(f"{file}: expected a state dict, bare or under {', '.join(STATE_DICTS)}; got {found}")
+    tensors, beside = dict(content), []
+    for prefix in ("module.", "backbone."):
+        inside = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+        if inside:
+            beside += sorted(name for name in tensors if not name.startswith(prefix))
+            tensors = inside
+    return tensors, beside
+
+
+def _statistics(text: str, key: str, value: Any) -> tuple[float, ...]:
+    if value == "imagenet":
+        return IMAGENET[key]
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(one, (int, float)) for one in value):
+        raise UserError(f"{text}: {key}={value}: expected imagenet or three numbers, such as {key}=[0.5,0.5,0.5]")
+    return tuple(map(float, value))
+
+
+def _layer(key: str, value: Any) -> Any:
+    """The class that a name stands for, in arguments such as ``mlp_layer=SwiGLUPacked``."""
+    from timm import layers
+
+    return getattr(layers, value, value) if key.endswith("_layer") and isinstance(value, str) else value
+
+
+def _feature_info(network: Any) -> list[dict[str, Any]]:
+    """Channels and stride of every stage, as timm notes them."""
+    return list(getattr(network.feature_info, "info", network.feature_info))
+
+
+def _round_up(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
