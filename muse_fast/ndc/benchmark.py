@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from muse_fast.errors import UserError, did_you_mean, require
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.timm_backbone import TimmBackbone
-from muse_fast.ndc.classification import KNN_NEIGHBOURS, Scores, knn, linear_probe, standardised
+from muse_fast.ndc.classification import KNN_NEIGHBOURS, LinearResult, Scores, knn, linear_probe, standardised
 from muse_fast.ndc.features import NucleusSet, Progress
 from muse_fast.ndc.tiles import Tile
 from muse_fast.ndc.tuning import finetune
@@ -153,7 +153,7 @@ def run_linear(subject: Subject, options: LinearOptions, progress: Progress) -> 
             batch_size=options.batch_size,
             progress=progress,
         )
-        rows.append(Row(name, f"epoch {result.epoch + 1}", result.test, result.val, {"epoch": result.epoch}))
+        rows.append(_linear_row(name, "", result))
     return rows
 
 
@@ -176,9 +176,15 @@ def run_finetune(subject: Subject, options: FinetuneOptions, progress: Progress)
     )
     details = {"epoch": tuned.epoch, "lr": lr, "history": tuned.history}
     return [
-        Row("raw", f"linear, epoch {probe.epoch + 1}", probe.test, probe.val, {"epoch": probe.epoch}),
+        _linear_row("raw", "linear, ", probe),
         Row("tuned", f"epoch {tuned.epoch + 1}", tuned.test, tuned.val, details),
     ]
+
+
+def _linear_row(features: str, prefix: str, result: LinearResult) -> Row:
+    unstable = f", step {result.step:.1f} x the stable" if result.step > 1 else ""
+    details = {"epoch": result.epoch, "step_over_stable": result.step}
+    return Row(features, f"{prefix}epoch {result.epoch + 1}{unstable}", result.test, result.val, details)
 
 
 def _feature_kinds(sets: Mapping[str, NucleusSet], standardise: str) -> Iterator[tuple[str, Mapping[str, NucleusSet]]]:
