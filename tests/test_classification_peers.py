@@ -16,7 +16,6 @@ from muse_fast.data.sources import open_source
 from muse_fast.models.timm_backbone import load_timm
 from muse_fast.ndc.classification import (
     KNN_NEIGHBOURS,
-    KNN_TEMPERATURE,
     knn_predict,
     linear_probe,
     predict,
@@ -55,7 +54,7 @@ def real(shared_data: Path) -> dict[str, Sets]:
 def knn_of_scikit_learn(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> list[int]:
     """1 - distance is the cosine, so the weights are the published ones."""
     classifier = KNeighborsClassifier(
-        k, algorithm="brute", metric="cosine", weights=lambda distance: np.exp((1 - distance) / KNN_TEMPERATURE)
+        k, algorithm="brute", metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
     )
     classifier.fit(train.double().numpy(), labels.numpy())
     return classifier.predict(queries.double().numpy()).tolist()
