@@ -16,8 +16,10 @@ from PIL import Image
 from planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 from small_slides import damage, page_with_tissue, tifffile, write_slide
 
+from muse_fast import evaluate
 from muse_fast import predict as command
 from muse_fast.data.detect_nuclei import detect_nuclei
+from muse_fast.data.tables import write_points
 from muse_fast.ndc.pairing import Points
 from muse_fast.predict import main
 
@@ -151,6 +153,27 @@ def test_an_empty_slide_has_no_nuclei(tmp_path: Path, extra: str) -> None:
     told = summary(tmp_path / "out" / "s")
     assert told["nuclei"] == told["nuclei_per_mm2"] == 0
     assert (told["tiles"] == 0) == (extra == "tissue=true")
+
+
+def test_what_is_found_can_be_scored(tmp_path: Path, dots: dict) -> None:
+    """`evaluate points` takes the folder that this command left as it stands, with its names of classes."""
+    out, truth, report = tmp_path / "out", tmp_path / "truth", tmp_path / "scores.json"
+    (tmp_path / "in").mkdir()
+    planted = {"a": scattered(300, 260, 24.0), "b": scattered(200, 220, 24.0, seed=4)}
+    for name, xy in planted.items():
+        Image.fromarray(page_of_dots(300, 260, xy, 2.5)).save(tmp_path / "in" / f"{name}.png")
+    words = ["--weights", "dots:0.5", "--out", str(out), str(tmp_path / "in"), "tissue=false", "mpp=0.5"]
+    assert main(words) == 0
+    for name, xy in planted.items():
+        known = np.vstack([xy, [[297.0, 257.0]]]) if name == "a" else xy  # one that was not found
+        write_points(truth / f"{name}.csv", known, np.ones(len(known), int), np.ones(len(known)))
+    folders = ["--predictions", str(out), "--truth", str(truth)]
+    assert evaluate.main(["points", *folders, "--mpp", "0.5", "--draws", "9", "--json", str(report)]) == 0
+    scores = json.loads(report.read_text())
+    assert scores["classes"] == ["even, first", 'odd "second"']
+    count = sum(map(len, planted.values()))
+    for name, one in scores["protocols"].items():
+        assert [one["detection"][key] for key in ("tp", "fp", "fn")] == [count, 0, 1], name
 
 
 def test_one_nucleus(tmp_path: Path, dots: dict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,63 @@ def test_the_command_ends_with_2_and_one_line(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "lacks a.csv, b.csv, c.csv" in said
     assert said.count("\n") == 1
+
+
+# -------------------------------------------------------------------------------------------------- what predict left
+
+CELLS = "x,y,label,class,score\n"
+
+
+def as_predicted(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "cells.csv").write_text(content)
+        (folder / name / "summary.json").write_text("{}")
+    (folder / "summary.json").write_text("{}")
+
+
+def test_folders_of_predict_count_as_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = folders(tmp_path)
+    assert main([*command, "--json", str(tmp_path / "plain.json")]) == 0
+    named = {
+        "a": f'{CELLS}11,10,0,"lymphocyte, small",0.9\n20,22,0,"lymphocyte, small",0.8\n',
+        "b": f'{CELLS}5,5.5,1,tumour,0.7\n40,40,0,"lymphocyte, small",0.1\n',
+        "c": CELLS,
+    }
+    as_predicted(tmp_path / "predicted", named)
+    command[2] = str(tmp_path / "predicted")
+    capsys.readouterr()
+    assert main([*command, "--json", str(tmp_path / "cells.json")]) == 0
+    plain, cells = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "cells"))
+    assert cells["protocols"] == plain["protocols"]
+    assert cells["classes"] == ["lymphocyte, small", "tumour"]
+    assert "tumour" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cells", "more", "message"),
+    [
+        ("1,1,0,nucleus,1\n", ["--classes", "tumour,other"], "label 0 'nucleus', --classes 'tumour'.*--ignore-labels"),
+        ("1,1,0,nucleus,1\n2,2,0,tumour,1\n", [], "row 3: label 0 is called 'tumour' here, 'nucleus' before"),
+    ],
+)
+def test_names_of_classes_that_disagree(tmp_path: Path, cells: str, more: list[str], message: str) -> None:
+    command = folders(tmp_path)
+    as_predicted(tmp_path / "predicted", {"a": CELLS + cells, "b": CELLS, "c": CELLS})
+    command[2] = str(tmp_path / "predicted")
+    with pytest.raises(UserError, match=message):
+        main([*command, *more])
+    out = tmp_path / "scores.json"
+    assert main([*command, *more, "--ignore-labels", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["classes"] == []
+
+
+def test_two_files_that_name_a_label_differently(tmp_path: Path) -> None:
+    command = folders(tmp_path)
+    as_predicted(tmp_path / "predicted", {"a": f"{CELLS}1,1,1,x,1\n", "b": f"{CELLS}1,1,1,y,1\n", "c": CELLS})
+    command[2] = str(tmp_path / "predicted")
+    with pytest.raises(UserError, match=r"b/cells\.csv calls label 1 'y', \S+a/cells\.csv 'x': these labels do not"):
+        main(command)
+    shutil.rmtree(tmp_path / "predicted" / "c")
+    with pytest.raises(UserError, match=r"predicted lacks c\.csv, which"):
+        main(command)

@@ -74,6 +74,8 @@ def read_points(
 ) -> tuple[NDArray[np.float32], NDArray[np.int16] | None, NDArray[np.float32] | None]:
     """Points of one image from a CSV with the header ``x,y[,label][,score]``; a byte-order mark and blank lines pass.
 
+    A column ``class`` beside ``label``, as `muse_fast.predict` writes, is left to `read_class_names`.
+
     Args:
         width, height: of the image, pixels; infinite where they are not known.
         num_labels: labels are 0 to ``num_labels - 1``, or -1 for unknown; 0: any whole number from -1.
@@ -84,12 +86,35 @@ def read_points(
     Raises:
         UserError: a column is missing or unknown, or a value is none that can be used; names file and row.
     """
-    columns = _header(path, ("x", "y"), ("label", "score"))
+    columns = _point_columns(path)
     highest = num_labels - 1 if num_labels else np.iinfo(np.int16).max
     table = _point_table(path, columns, _rows(path, columns), (width, height), (-1, highest))
     label = table["label"].astype(np.int16) if "label" in table else None
     score = table["score"].astype(np.float32) if "score" in table else None
     return _points_inside(table, width, height), label, score
+
+
+def read_class_names(path: Path) -> dict[int, str]:
+    """What the column ``class`` of a CSV for `read_points` calls the labels in it; empty where it has none.
+
+    Raises:
+        UserError: a label has two names; names file and row.
+    """
+    columns = _point_columns(path)
+    names: dict[int, str] = {}
+    if "class" in columns:
+        for number, row in _rows(path, columns):
+            label, name = int(float(row["label"])), row["class"]
+            if name and names.setdefault(label, name) != name:
+                raise UserError(f"{path}, row {number}: label {label} is called {name!r} here, {names[label]!r} before")
+    return names
+
+
+def _point_columns(path: Path) -> list[str]:
+    columns = _header(path, ("x", "y"), ("label", "score", "class"))
+    if "class" in columns and "label" not in columns:
+        raise UserError(f"{path}, row 1: the header is {','.join(columns)!r}; class needs its number in a column label")
+    return columns
 
 
 def read_bare_points(
@@ -119,8 +144,9 @@ def _point_table(
     size: tuple[float, float],
     labels: tuple[int, int],
 ) -> dict[str, NDArray[np.float64]]:
-    """The checked values ``[n]`` of every column."""
+    """The checked values ``[n]`` of every column of numbers."""
     width, height = size
+    numbers = [name for name in columns if name != "class"]
     limits = {
         "x": (0.0, float(np.nextafter(width, 0))),
         "y": (0.0, float(np.nextafter(height, 0))),
@@ -130,7 +156,8 @@ def _point_table(
     table = []
     for number, row in rows:
         values = []
-        for name, text in row.items():
+        for name in numbers:
+            text = row[name]
             value = _number(text)
             low, high = limits[name]
             if not low <= value <= high or (name == "label" and value != int(value)):
@@ -139,7 +166,7 @@ def _point_table(
                 raise UserError(f"{path}, row {number}: {name} is {text!r}, expected {whole}{expected}")
             values.append(value)
         table.append(values)
-    return dict(zip(columns, np.array(table, np.float64).reshape(-1, len(columns)).T, strict=True))
+    return dict(zip(numbers, np.array(table, np.float64).reshape(-1, len(numbers)).T, strict=True))
 
 
 def _points_inside(table: dict[str, NDArray[np.float64]], width: float, height: float) -> NDArray[np.float32]:

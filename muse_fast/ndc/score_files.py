@@ -1,7 +1,7 @@
 """``python -m muse_fast.evaluate points --predictions DIR --truth DIR --mpp 0.5 [--protocol NAME] [--json OUT]``
 
 Scores files of points against files of points. Each folder holds one CSV per image, ``x,y[,label][,score]`` in pixels;
-files of one image have the same name.
+files of one image have the same name. What `muse_fast.predict` left, ``IMAGE/cells.csv``, stands for ``IMAGE.csv``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from rich.console import Console
 
 from muse_fast import __version__
 from muse_fast.atomic import write_json
-from muse_fast.data.tables import check_mpp, read_points
+from muse_fast.data.tables import check_mpp, read_class_names, read_points
 from muse_fast.errors import UserError, require
 from muse_fast.ndc.features import Progress
 from muse_fast.ndc.metrics import Points, evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.ndc.protocols import PROTOCOLS, find_protocol
 
 ALL = "all"
+CELLS = "cells.csv"  # in a folder per image, by `muse_fast.wsi.files`
 Bar = Callable[[Console, str], AbstractContextManager[Progress]]
 
 
@@ -98,13 +99,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _read(args: argparse.Namespace) -> tuple[list[Points], list[Points], list[str]]:
     """Points per image, and the names of the classes; none where only detection can be scored."""
-    names = _matching_names(args.predictions, args.truth)
+    predicted, true = _matching_files(args.predictions, args.truth)
     classes = [name for name in args.classes.split(",") if name]
-    tables = [
-        (folder / name, *read_points(folder / name, math.inf, math.inf, len(classes)))
-        for folder in (args.predictions, args.truth)
-        for name in names
-    ]
+    tables = [(path, *read_points(path, math.inf, math.inf, len(classes))) for path in predicted + true]
     labelled = not args.ignore_labels and any(label is not None for _, _, label, _ in tables)
     points = []
     for path, xy, label, score in tables:
@@ -113,25 +110,47 @@ def _read(args: argparse.Namespace) -> tuple[list[Points], list[Points], list[st
         elif label is None or label.min() < 0:
             raise UserError(f"{path}: points without a label, where others have one; add it, or give --ignore-labels")
         points.append(Points(xy, label, score))
-    if labelled and not classes:
+    if labelled:
         highest = max(int(one.label.max(initial=0)) for one in points)
-        classes = [str(label) for label in range(highest + 1)]
-    return points[: len(names)], points[len(names) :], classes if labelled else []
+        names = _class_names([path for path, *_ in tables], classes)
+        classes = classes or [names.get(label, str(label)) for label in range(highest + 1)]
+    return points[: len(predicted)], points[len(predicted) :], classes if labelled else []
 
 
-def _matching_names(predictions: Path, truth: Path) -> list[str]:
-    """File names that both folders have, sorted; UserError unless they have the same."""
-    found = []
-    for folder in (predictions, truth):
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder; expected one with a CSV of points per image")
-        found.append({path.name for path in folder.iterdir() if path.suffix == ".csv"})
-    if not found[1]:
+def _class_names(paths: Sequence[Path], classes: Sequence[str]) -> dict[int, str]:
+    """Names of the labels by ``--classes`` and the columns ``class`` of the files; UserError where they disagree."""
+    names, origin = dict(enumerate(classes)), dict.fromkeys(range(len(classes)), "--classes")
+    for path in paths:
+        for label, name in read_class_names(path).items():
+            if names.setdefault(label, name) != name:
+                raise UserError(
+                    f"{path} calls label {label} {name!r}, {origin[label]} {names[label]!r}: these labels do not "
+                    "compare. Number them alike, or score detection alone with --ignore-labels"
+                )
+            origin.setdefault(label, str(path))
+    return names
+
+
+def _matching_files(predictions: Path, truth: Path) -> tuple[list[Path], list[Path]]:
+    """The files of both folders in the same order of images; UserError unless both have the same images."""
+    found, true = _files(predictions), _files(truth)
+    if not true:
         raise UserError(f"{truth} holds no .csv; expected one per image, x,y[,label]")
-    for folder, names, other in ((predictions, found[1] - found[0], truth), (truth, found[0] - found[1], predictions)):
+    for folder, names, other in (
+        (predictions, true.keys() - found.keys(), truth),
+        (truth, found.keys() - true.keys(), predictions),
+    ):
         if names:
             shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise UserError(
                 f"{folder} lacks {shown}, which {other} has; an image without points needs a file with the header alone"
             )
-    return sorted(found[1])
+    return [found[name] for name in sorted(true)], [true[name] for name in sorted(true)]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """CSVs of points by the name that they have, or would have: those in ``folder``, else what predict left there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected one with a CSV of points per image")
+    plain = {path.name: path for path in folder.iterdir() if path.suffix == ".csv"}
+    return plain or {f"{path.parent.name}.csv": path for path in folder.glob(f"*/{CELLS}")}
