@@ -22,12 +22,12 @@ from torch import Tensor
 
 from muse_fast import __version__, atomic
 from muse_fast.cli import run
-from muse_fast.data.detector import (
-    ClassicalDetector,
-    Detector,
-    LearnedDetector,
+from muse_fast.data.nucleus_finder import (
+    ClassicalFinder,
+    LearnedFinder,
+    NucleusFinder,
     resampled,
-    write_detector,
+    write_finder,
 )
 from muse_fast.data.sources import Source, open_source
 from muse_fast.errors import UserError, require
@@ -93,7 +93,7 @@ class Labelled:
 
 def train(
     images: Sequence[Labelled], options: DetectorOptions, report: Callable[[int, Mapping[str, float]], None]
-) -> LearnedDetector:
+) -> LearnedFinder:
     """Train a network; the same images and options give the same weights on the same machine.
 
     Args:
@@ -131,7 +131,7 @@ def train(
             losses.clear()
     # What is scored from here on is what the file will hold.
     network.half().float()
-    return LearnedDetector(network.eval(), options.mpp, threshold=THRESHOLDS[0], min_distance_um=DISTANCES_UM[0])
+    return LearnedFinder(network.eval(), options.mpp, threshold=THRESHOLDS[0], min_distance_um=DISTANCES_UM[0])
 
 
 def heatmap_loss(logits: Tensor, crops: Crops) -> Tensor:
@@ -156,16 +156,16 @@ def _annotated(item: Labelled, mpp: float) -> Annotated:
 
 
 def scores_at(
-    detector: Detector, images: Sequence[Labelled], thresholds: Sequence[float], draws: int = 0
+    finder: NucleusFinder, images: Sequence[Labelled], thresholds: Sequence[float], draws: int = 0
 ) -> list[Score]:
     """Detection by the protocol ``PROTOCOL`` at each of the thresholds, which rise.
 
-    A detector's points at a threshold are those of a lower one with scores from it on, so it runs once per image.
+    A finder's points at a threshold are those of a lower one with scores from it on, so it runs once per image.
 
     Args:
         draws: bootstrap samples of the images for the intervals of F1; 0 makes none.
     """
-    found = [detector(item.image, item.mpp, threshold=thresholds[0]) for item in images]
+    found = [finder(item.image, item.mpp, threshold=thresholds[0]) for item in images]
     truths = [_points(item.xy) for item in images]
     scales = [item.mpp for item in images]
     return [
@@ -176,28 +176,28 @@ def scores_at(
     ]
 
 
-def scored(detector: Detector, images: Sequence[Labelled], draws: int = 0) -> Score:
-    """The scores at the detector's own threshold."""
-    return scores_at(detector, images, [detector.threshold], draws)[0]
+def scored(finder: NucleusFinder, images: Sequence[Labelled], draws: int = 0) -> Score:
+    """The scores at the finder's own threshold."""
+    return scores_at(finder, images, [finder.threshold], draws)[0]
 
 
 def _points(xy: NDArray[np.float32]) -> Points:
     return Points(xy, np.zeros(len(xy), np.int64))
 
 
-def choose_settings(detector: LearnedDetector, val: Sequence[Labelled]) -> None:
-    """Give ``detector`` the least distance and the threshold with the best F1 on ``val``, in place."""
+def choose_settings(finder: LearnedFinder, val: Sequence[Labelled]) -> None:
+    """Give ``finder`` the least distance and the threshold with the best F1 on ``val``, in place."""
     chosen = []
     for distance in DISTANCES_UM:
-        detector.min_distance_um = distance
-        f1, threshold = best_threshold(detector, val, THRESHOLDS)
+        finder.min_distance_um = distance
+        f1, threshold = best_threshold(finder, val, THRESHOLDS)
         chosen.append((f1, threshold, distance))
-    _, detector.threshold, detector.min_distance_um = max(chosen)
+    _, finder.threshold, finder.min_distance_um = max(chosen)
 
 
-def best_threshold(detector: Detector, val: Sequence[Labelled], thresholds: Sequence[float]) -> tuple[float, float]:
+def best_threshold(finder: NucleusFinder, val: Sequence[Labelled], thresholds: Sequence[float]) -> tuple[float, float]:
     """The best F1 on ``val``, and the threshold that gives it."""
-    f1 = [score.f1 for score in scores_at(detector, val, thresholds)]
+    f1 = [score.f1 for score in scores_at(finder, val, thresholds)]
     return max(f1), thresholds[f1.index(max(f1))]
 
 
@@ -235,20 +235,19 @@ def train_detector(data: str, out: Path, options: DetectorOptions) -> int:
             left = (options.steps - step) * (time.monotonic() - started) / step
             print(f"step {step}/{options.steps}  loss {values['loss']:.4f}, ETA {left:.0f} s", flush=True)
 
-        detector = train(images["train"], options, report)
+        finder = train(images["train"], options, report)
     seconds = {"wall": round(time.monotonic() - started), "cpu": round(time.process_time() - used)}
-    choose_settings(detector, images["val"])
-    classical = ClassicalDetector()
-    tuned = ClassicalDetector(best_threshold(classical, images["val"], CLASSICAL_THRESHOLDS)[1])
+    choose_settings(finder, images["val"])
+    classical = ClassicalFinder()
+    tuned = ClassicalFinder(best_threshold(classical, images["val"], CLASSICAL_THRESHOLDS)[1])
     rows = [
-        _row(name, one, images)
-        for name, one in (("resnet18", detector), ("classical", classical), ("classical", tuned))
+        _row(name, one, images) for name, one in (("resnet18", finder), ("classical", classical), ("classical", tuned))
     ]
     summary = {
         "data": data,
         "images_and_nuclei": counts,
         "options": asdict(options),
-        "min_distance_um": detector.min_distance_um,
+        "min_distance_um": finder.min_distance_um,
         "protocol": f"{PROTOCOL}, class-agnostic",
         "detectors": rows,
         "training_seconds": seconds,
@@ -256,7 +255,7 @@ def train_detector(data: str, out: Path, options: DetectorOptions) -> int:
         "program": f"muse_fast {__version__}",
     }
     about = {key: summary[key] for key in ("options", "protocol", "torch", "program")}
-    write_detector(out / WEIGHTS, detector, {"training_data": data.partition(":")[0], "test": rows[0]["test"], **about})
+    write_finder(out / WEIGHTS, finder, {"training_data": data.partition(":")[0], "test": rows[0]["test"], **about})
     atomic.write_json(out / "summary.json", summary)
     _print_rows(rows)
     print(f"trained in {seconds['wall']} s, {seconds['cpu']} s of CPU time; {out / WEIGHTS}, {out / 'summary.json'}")
@@ -279,9 +278,9 @@ def read_splits(source: Source, name: str) -> dict[str, list[Labelled]]:
     return images
 
 
-def _row(name: str, detector: Detector, images: Mapping[str, Sequence[Labelled]]) -> dict[str, Any]:
-    scores = {split: asdict(scored(detector, images[split], DRAWS)) for split in ("val", "test")}
-    return {"detector": name, "threshold": detector.threshold, **scores}
+def _row(name: str, finder: NucleusFinder, images: Mapping[str, Sequence[Labelled]]) -> dict[str, Any]:
+    scores = {split: asdict(scored(finder, images[split], DRAWS)) for split in ("val", "test")}
+    return {"detector": name, "threshold": finder.threshold, **scores}
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:

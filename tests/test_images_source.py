@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muse_fast.data.detector import load_detector
+from muse_fast.data.nucleus_finder import load_finder
 from muse_fast.data.roiset import RoiSet
 from muse_fast.data.sources import open_source
 from muse_fast.data.synthetic import synthetic_image
@@ -42,7 +42,7 @@ def test_detections_of_two_folders(folders: tuple[Path, Path]) -> None:
     ]
     assert list(source.slides()) == [("field0", ""), ("field1", ""), ("S2", "val")]
     for item in items:
-        xy, score = load_detector("default")(item.image, item.mpp)
+        xy, score = load_finder("default")(item.image, item.mpp)
         np.testing.assert_array_equal(item.xy, xy)
         np.testing.assert_array_equal(item.score, score)
         assert item.label is None and len(xy) > 20
@@ -51,7 +51,7 @@ def test_detections_of_two_folders(folders: tuple[Path, Path]) -> None:
 def test_options(folders: tuple[Path, Path]) -> None:
     spec = f"images:{folders[0]}"
     (first, _) = open_source(spec, mpp=0.5, detector="classical")
-    np.testing.assert_array_equal(first.xy, load_detector("classical")(first.image, 0.5)[0])
+    np.testing.assert_array_equal(first.xy, load_finder("classical")(first.image, 0.5)[0])
     fewer = next(iter(open_source(spec, mpp=0.5, threshold=0.6, min_nuclei=0)))
     assert len(fewer.xy) < len(next(iter(open_source(spec, mpp=0.5))).xy)
     source = open_source(spec, mpp=0.5, min_nuclei=1000)

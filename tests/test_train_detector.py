@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from muse_fast.data.detector import ClassicalDetector, LearnedDetector, read_detector
+from muse_fast.data.nucleus_finder import ClassicalFinder, LearnedFinder, read_finder
 from muse_fast.data.synthetic import synthetic_image
 from muse_fast.errors import UserError
 from muse_fast.train.nucleus_crops import Crops
@@ -129,12 +129,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "step 2/4" in shown and "resnet18" in shown and "classical" in shown
     summary = json.loads((out / "summary.json").read_text())
     assert [row["detector"] for row in summary["detectors"]] == ["resnet18", "classical", "classical"]
-    assert summary["detectors"][1]["threshold"] == ClassicalDetector().threshold
+    assert summary["detectors"][1]["threshold"] == ClassicalFinder().threshold
     assert summary["options"]["steps"] == 4 and summary["images_and_nuclei"]["train"][0] == 5
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
-    detector = read_detector(out / "detector.safetensors")
-    assert isinstance(detector, LearnedDetector) and detector.threshold == summary["detectors"][0]["threshold"]
+    detector = read_finder(out / "detector.safetensors")
+    assert isinstance(detector, LearnedFinder) and detector.threshold == summary["detectors"][0]["threshold"]
     assert main(argv) == 2
     assert "holds a finished run" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from muse_fast.data.detector import load_detector
+from muse_fast.data.nucleus_finder import load_finder
 from muse_fast.data.synthetic import synthetic_image
 from muse_fast.errors import UserError
 from muse_fast.wsi.detectors import open_detector
@@ -24,7 +24,7 @@ def test_tiles_of_a_batch_are_looked_at_one_by_one(weights: str, name: str) -> N
     assert detector.mpp == 0.5 and detector.class_names == ("nucleus",)
     assert len(found) == 3
     for image, points in zip(images, found, strict=True):
-        xy, score = load_detector(name)(image, 0.5)
+        xy, score = load_finder(name)(image, 0.5)
         assert len(xy) > 5
         np.testing.assert_array_equal(points.xy, xy)
         np.testing.assert_array_equal(points.score, score)

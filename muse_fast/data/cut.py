@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.data.detector import load_detector
 from muse_fast.data.nuclei_files import Nuclei, read_nuclei
+from muse_fast.data.nucleus_finder import load_finder
 from muse_fast.data.roiset_format import encode_jpeg
 from muse_fast.data.slide import Slide
 from muse_fast.data.tissue import MASK_UM, read_tissue, tissue_mask
@@ -191,7 +191,7 @@ def close_slides() -> None:
 def examine(square: Square, settings: CutSettings) -> Found | UserError:
     """Pixels and nuclei of a square; the error where it cannot be read."""
     side = square.side
-    reach_um = 0.0 if square.nuclei is not None else load_detector(settings.detector).reach_um
+    reach_um = 0.0 if square.nuclei is not None else load_finder(settings.detector).reach_um
     margin = math.ceil(reach_um / square.mpp)  # a nucleus at the border sees both
     try:
         slide = _opened(square.path, square.mpp)
@@ -208,7 +208,7 @@ def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> 
     """Nuclei of the pixels of a square and its margin."""
     if square.nuclei is not None:
         return square.nuclei
-    xy, score = load_detector(settings.detector)(block, square.mpp, threshold=settings.threshold)
+    xy, score = load_finder(settings.detector)(block, square.mpp, threshold=settings.threshold)
     return Nuclei(xy, score=score)
 
 

@@ -11,8 +11,8 @@ from typing import ClassVar, TypeVar
 
 from muse_fast.data.audit import read_names
 from muse_fast.data.cut import Cut, CutSettings, SlideFile, close_slides, survey
-from muse_fast.data.detector import load_detector
 from muse_fast.data.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
+from muse_fast.data.nucleus_finder import load_finder
 from muse_fast.data.roiset_format import MAX_SIDE
 from muse_fast.data.slide import SUFFIXES, Slide, find_slides
 from muse_fast.data.sources import Source, SourceImage
@@ -106,7 +106,7 @@ class Slides(Source):
         self.settings = CutSettings(
             roi_um, min_tissue, min_nuclei, threshold, per_slide, seed, max_unreadable, self.label_names, detector
         )
-        load_detector(detector)  # a mistake in it is told before hours of work
+        load_finder(detector)  # a mistake in it is told before hours of work
         self.sampling = Sampling(per_group, max_rois, seed)
         self.refused: dict[Path, str] = {}
         self.excluded: dict[Path, str] = {}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from muse_fast.data import detect_nuclei as classical
-from muse_fast.data.detector import LearnedDetector, load_detector
+from muse_fast.data.nucleus_finder import LearnedFinder, load_finder
 from muse_fast.ndc.pairing import Points
 
 NUCLEI = "nuclei"
@@ -52,16 +52,16 @@ class TileDetector(Protocol):
 
 
 class NucleusDetector:
-    """A nucleus detector of `muse_fast.data.detector`, as `prepare` uses it: all nuclei are of one class."""
+    """A `NucleusFinder`, as `prepare` uses it: all nuclei are of one class."""
 
     class_names = ("nucleus",)
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self._detector = load_detector(name)
-        self.reach_um = self._detector.reach_um
-        if isinstance(self._detector, LearnedDetector):
-            self._detector.network.to(device)
-            self.mpp, self.min_distance_um, self.tile_size = self._detector.mpp, self._detector.min_distance_um, 1536
+        self._finder = load_finder(name)
+        self.reach_um = self._finder.reach_um
+        if isinstance(self._finder, LearnedFinder):
+            self._finder.network.to(device)
+            self.mpp, self.min_distance_um, self.tile_size = self._finder.mpp, self._finder.min_distance_um, 1536
         else:
             self.mpp, self.min_distance_um, self.tile_size = classical.WORKING_MPP, classical.MIN_DISTANCE_UM, 1024
         self._threads = ThreadPoolExecutor(_AT_A_TIME)
@@ -71,7 +71,7 @@ class NucleusDetector:
         return list(self._threads.map(self._detect, images.permute(0, 2, 3, 1).numpy()))
 
     def _detect(self, image: NDArray[np.uint8]) -> Points:
-        xy, score = self._detector(image, self.mpp)
+        xy, score = self._finder(image, self.mpp)
         return Points(xy, np.zeros(len(xy), np.int64), score)
 
 

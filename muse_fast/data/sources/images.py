@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from muse_fast.data.detector import load_detector
+from muse_fast.data.nucleus_finder import load_finder
 from muse_fast.data.sources.base import Source, SourceImage, list_images
 from muse_fast.data.tables import MPP_RANGE, read_image, read_mpp_table
 from muse_fast.errors import UserError
@@ -36,7 +36,7 @@ class Images(Source):
         threshold: float | None = None,
     ) -> None:
         super().__init__()
-        self._detect, self._threshold, self._min_nuclei = load_detector(detector), threshold, min_nuclei
+        self._detect, self._threshold, self._min_nuclei = load_finder(detector), threshold, min_nuclei
         self._images: dict[str, tuple[Path, float, str, str]] = {}  # by stem: file, um/px, slide, split
         for folder in folders.split(","):
             self._add(Path(folder), mpp)

@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from muse_fast.data import detector as module
+from muse_fast.data import nucleus_finder as module
 from muse_fast.data.detect_nuclei import detect_nuclei
-from muse_fast.data.detector import (
+from muse_fast.data.nucleus_finder import (
     SHIPPED,
-    LearnedDetector,
+    LearnedFinder,
     heatmap_peaks,
-    load_detector,
-    read_detector,
+    load_finder,
+    read_finder,
     resampled,
-    write_detector,
+    write_finder,
 )
 from muse_fast.data.sources import open_source
 from muse_fast.data.synthetic import synthetic_image
@@ -31,8 +31,8 @@ from muse_fast.train_detector import Labelled, scored
 
 
 @pytest.fixture(scope="module")
-def shipped() -> LearnedDetector:
-    return read_detector(SHIPPED["resnet18"])
+def shipped() -> LearnedFinder:
+    return read_finder(SHIPPED["resnet18"])
 
 
 # ----------------------------------------------------------------------------------------------------------- peaks
@@ -72,7 +72,7 @@ def test_peaks_of_tiny_heatmaps(shape: tuple[int, int]) -> None:
     assert len(score) == 1 and (np.abs(xy[0] - 2 * np.array(shape[::-1]) + 1) <= 1).all()
 
 
-def test_threshold_and_cut_of_the_scores_agree(shipped: LearnedDetector) -> None:
+def test_threshold_and_cut_of_the_scores_agree(shipped: LearnedFinder) -> None:
     """What the choice of a threshold on val relies on."""
     image, _, _ = synthetic_image(0)
     xy, score = shipped(image, 0.25, threshold=0.05)
@@ -86,14 +86,14 @@ def test_threshold_and_cut_of_the_scores_agree(shipped: LearnedDetector) -> None
 
 
 @pytest.mark.parametrize("tile", [96, 160])
-def test_heatmap_does_not_depend_on_tiles(shipped: LearnedDetector, tile: int) -> None:
+def test_heatmap_does_not_depend_on_tiles(shipped: LearnedFinder, tile: int) -> None:
     image = synthetic_image(1, 341, 0.5)[0][:, :225]
     whole = shipped.heatmap(image, tile=1024)
     assert whole.shape == (171, 113)
     np.testing.assert_allclose(shipped.heatmap(image, tile), whole, atol=1e-3)  # logits; sums in another order
 
 
-def test_heatmap_does_not_depend_on_threads(shipped: LearnedDetector) -> None:
+def test_heatmap_does_not_depend_on_threads(shipped: LearnedFinder) -> None:
     """The same slides give the same set, bit for bit, on any number of cores."""
     image = synthetic_image(1, 341, 0.5)[0]
     before = torch.get_num_threads()
@@ -108,7 +108,7 @@ def test_heatmap_does_not_depend_on_threads(shipped: LearnedDetector) -> None:
     assert all(np.array_equal(heats[0], heat) for heat in heats)
 
 
-def test_a_roi_read_with_the_margin_has_the_nuclei_of_the_whole(shipped: LearnedDetector) -> None:
+def test_a_roi_read_with_the_margin_has_the_nuclei_of_the_whole(shipped: LearnedFinder) -> None:
     """What callers rely on. Only a border on the network's grid of 16 px gives the same numbers exactly."""
     image, _, _ = synthetic_image(2, 448, 0.5)
     margin = round(shipped.reach_um / 0.5)
@@ -129,7 +129,7 @@ def test_a_roi_read_with_the_margin_has_the_nuclei_of_the_whole(shipped: Learned
 
 @pytest.mark.parametrize(("sides", "mpp"), [((33, 47), 0.5), ((2084, 1001), 0.25), ((50, 64), 0.4)])
 def test_points_at_the_borders_lie_inside(
-    shipped: LearnedDetector, monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int], mpp: float
+    shipped: LearnedFinder, monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int], mpp: float
 ) -> None:
     """A heatmap that rises towards the last column and row has its summit on the border, or beyond."""
 
@@ -148,19 +148,19 @@ def test_points_at_the_borders_lie_inside(
 @pytest.mark.parametrize("grey", [255, 230])
 @pytest.mark.parametrize("name", ["classical", "resnet18"])
 def test_nothing_in_empty_images(shape: tuple[int, int], grey: int, name: str) -> None:
-    xy, score = load_detector(name)(np.full((*shape, 3), grey, np.uint8), 0.25)
+    xy, score = load_finder(name)(np.full((*shape, 3), grey, np.uint8), 0.25)
     assert xy.shape == (0, 2) and score.shape == (0,)
     assert (xy.dtype, score.dtype) == (np.float32, np.float32)
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.4, 0.5, 1.0])
-def test_synthetic_nuclei_are_found_at_any_mpp(shipped: LearnedDetector, mpp: float) -> None:
+def test_synthetic_nuclei_are_found_at_any_mpp(shipped: LearnedFinder, mpp: float) -> None:
     """The network has never seen these images."""
     images = [Labelled(image, mpp, xy) for image, xy, _ in (synthetic_image(s, round(128 / mpp), mpp) for s in (0, 1))]
     assert scored(shipped, images).f1 > 0.95
 
 
-def test_too_coarse_is_refused(shipped: LearnedDetector) -> None:
+def test_too_coarse_is_refused(shipped: LearnedFinder) -> None:
     with pytest.raises(UserError, match="5 um/px is too coarse for this nucleus detector, expected 1 at most"):
         shipped(np.zeros((10, 10, 3), np.uint8), 5.0)
 
@@ -177,7 +177,7 @@ def test_resampled() -> None:
 def test_the_classical_one_is_itself() -> None:
     image, _, _ = synthetic_image(0, 200, 0.5)
     for threshold in (None, 0.1):
-        found = load_detector("classical")(image, 0.5, threshold=threshold)
+        found = load_finder("classical")(image, 0.5, threshold=threshold)
         expected = detect_nuclei(image, 0.5, **({} if threshold is None else {"threshold": threshold}))
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -190,9 +190,9 @@ def test_written_and_read_alike(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = NucleusNet().half().float().eval()
     path = tmp_path / "detector.safetensors"
-    write_detector(path, LearnedDetector(network, 0.4, 0.3, 2.5), {"training_data": "synthetic", "test": {"f1": 0.5}})
-    again = load_detector(str(path))
-    assert isinstance(again, LearnedDetector)
+    write_finder(path, LearnedFinder(network, 0.4, 0.3, 2.5), {"training_data": "synthetic", "test": {"f1": 0.5}})
+    again = load_finder(str(path))
+    assert isinstance(again, LearnedFinder)
     assert (again.mpp, again.threshold, again.min_distance_um) == (0.4, 0.3, 2.5)
     assert again.reach_um == pytest.approx(57.6)
     for name, tensor in again.network.state_dict().items():
@@ -205,7 +205,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
     def message() -> str:
         with pytest.raises(UserError) as caught:
-            read_detector(bad)
+            read_finder(bad)
         assert str(caught.value).startswith(f"{bad}: ")
         return str(caught.value)
 
@@ -228,14 +228,14 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 def test_unknown_detectors() -> None:
     with pytest.raises(UserError, match=r"detector=resnet: expected one of default, .*did you mean 'resnet18'"):
-        load_detector("resnet")
+        load_finder("resnet")
     with pytest.raises(UserError, match=r"no/such\.safetensors: no such file"):
-        load_detector("no/such.safetensors")
+        load_finder("no/such.safetensors")
 
 
 def _in_worker(name: str) -> tuple[int, int]:
     image, _, _ = synthetic_image(0, 256, 0.5)
-    return len(load_detector(name)(image, 0.5)[0]), torch.get_num_threads()
+    return len(load_finder(name)(image, 0.5)[0]), torch.get_num_threads()
 
 
 def test_in_a_spawned_worker_with_one_thread() -> None:
@@ -247,11 +247,11 @@ def test_in_a_spawned_worker_with_one_thread() -> None:
 # -------------------------------------------------------------------------------------------------- shipped weights
 
 
-def test_shipped_weights_on_test_images(shipped: LearnedDetector, shared_data: Path) -> None:
+def test_shipped_weights_on_test_images(shipped: LearnedFinder, shared_data: Path) -> None:
     """Six test images, every fifth: as measured when the weights were made."""
     source = open_source(f"brcam2c:{shared_data / 'brcam2c'}")
     test = [item for item in source if item.split == "test"]
     images = [Labelled(item.image, item.mpp, item.xy) for item in itertools.islice(test, 0, None, 5)]
     ours = scored(shipped, images).f1
     assert ours == pytest.approx(0.8397, abs=0.004)
-    assert scored(load_detector("classical"), images).f1 == pytest.approx(0.7286, abs=0.004)
+    assert scored(load_finder("classical"), images).f1 == pytest.approx(0.7286, abs=0.004)

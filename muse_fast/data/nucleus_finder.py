@@ -1,6 +1,8 @@
-"""Nucleus detectors, which all look alike: the classical one, and a network that learned from annotated nuclei.
+"""Finders of nuclei of any class, which all look alike: a classical one, and a network that learned from annotations.
 
-``load_detector("default")`` gives the better of the two on the test split of BRCA-M2C; weights/README.md has the
+They are what the setting ``detector=`` of `muse_fast.prepare` names; `muse_fast.ndc.detector` also tells classes apart.
+
+``load_finder("default")`` gives the better of the two on the test split of BRCA-M2C; weights/README.md has the
 scores. A network is one ``.safetensors`` file: weights, and as text what goes with them (um/px, threshold, distance
 between nuclei, training data, scores).
 """
@@ -22,7 +24,7 @@ from muse_fast import atomic
 from muse_fast.data import detect_nuclei as classical
 from muse_fast.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:  # torch takes seconds to import, and the classical detector needs none
+if TYPE_CHECKING:  # torch takes seconds to import, and the classical finder needs none
     from torch import Tensor
 
     from muse_fast.models.nucleus_net import NucleusNet
@@ -38,7 +40,7 @@ _SETTINGS = ("mpp", "threshold", "min_distance_um")
 Points = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-class Detector(Protocol):
+class NucleusFinder(Protocol):
     """Finds nuclei.
 
     Attributes:
@@ -58,7 +60,7 @@ class Detector(Protocol):
         ...
 
 
-class ClassicalDetector:
+class ClassicalFinder:
     """:func:`muse_fast.data.detect_nuclei.detect_nuclei` in the common form."""
 
     reach_um = classical.REACH_UM
@@ -70,7 +72,7 @@ class ClassicalDetector:
         return classical.detect_nuclei(image, mpp, threshold=self.threshold if threshold is None else threshold)
 
 
-class LearnedDetector:
+class LearnedFinder:
     """A :class:`NucleusNet` with what makes points of its heatmap.
 
     Images of up to twice its um/px are enlarged; in coarser ones nuclei cannot be told apart, and it refuses them.
@@ -102,7 +104,7 @@ class LearnedDetector:
         return np.clip(xy, 0, inside), score
 
     def heatmap(self, image: NDArray[np.uint8], tile: int = _TILE) -> NDArray[np.float32]:
-        """Logits ``[ceil(H / 2), ceil(W / 2)]`` of an image at the detector's um/px.
+        """Logits ``[ceil(H / 2), ceil(W / 2)]`` of an image at the finder's um/px.
 
         They do not depend on ``tile`` (a multiple of 16): every tile is computed with all that its cells see. Nor on
         the cores: one thread does the sums in one order, and slides are what is shared out among processes.
@@ -214,8 +216,8 @@ def _spread_out(xy: NDArray[np.float32], distance: float) -> NDArray[np.bool_]:
 
 
 @lru_cache(maxsize=4)
-def load_detector(name: str = "default") -> Detector:
-    """A detector by name, or from a file that ``train_detector`` wrote.
+def load_finder(name: str = "default") -> NucleusFinder:
+    """A finder by name, or from a file that ``train_detector`` wrote.
 
     In a data worker (a child process) torch is set to one thread: there are as many workers as cores.
 
@@ -227,17 +229,17 @@ def load_detector(name: str = "default") -> Detector:
     """
     name = DEFAULT if name == "default" else name
     if name == "classical":
-        return ClassicalDetector()
+        return ClassicalFinder()
     if name not in SHIPPED and not name.endswith(".safetensors"):
         known = ("default", "classical", *SHIPPED)
         raise UserError(
             f"detector={name}: expected one of {', '.join(known)}, or a .safetensors file{did_you_mean(name, known)}"
         )
-    return read_detector(SHIPPED.get(name, Path(name)))
+    return read_finder(SHIPPED.get(name, Path(name)))
 
 
-def read_detector(path: Path) -> LearnedDetector:
-    """The detector in a file.
+def read_finder(path: Path) -> LearnedFinder:
+    """The finder in a file.
 
     Raises:
         UserError: no such file, damaged, or of another kind; names the file.
@@ -254,7 +256,7 @@ def read_detector(path: Path) -> LearnedDetector:
             raise UserError(f"{path}: its metadata has no number {key!r}; expected a file of train_detector") from None
     network = NucleusNet()
     load_strictly(network, {name: tensor.float() for name, tensor in tensors.items()}, str(path))
-    return LearnedDetector(network.eval(), **settings)
+    return LearnedFinder(network.eval(), **settings)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -274,15 +276,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def write_detector(path: Path, detector: LearnedDetector, about: Mapping[str, Any]) -> None:
+def write_finder(path: Path, finder: LearnedFinder, about: Mapping[str, Any]) -> None:
     """Write weights (float16), settings and ``about`` (as JSON text) into one file."""
     from safetensors.torch import save_file
 
     tensors = {
         name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
-        for name, tensor in detector.network.state_dict().items()
+        for name, tensor in finder.network.state_dict().items()
     }
-    metadata = {"kind": KIND, "arch": "resnet18", **{key: repr(getattr(detector, key)) for key in _SETTINGS}}
+    metadata = {"kind": KIND, "arch": "resnet18", **{key: repr(getattr(finder, key)) for key in _SETTINGS}}
     metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     with atomic.replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
