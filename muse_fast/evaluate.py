@@ -3,8 +3,8 @@
 Nucleus classification with the published protocol: features of labelled nuclei, classified by their nearest
 neighbours, by a linear probe, or by the network fine-tuned. Several weights are compared in one table, those of others
 by ``timm:NAME[@FILE]``, see `muse_fast.models.timm_backbone`; and ``--baseline-random`` sets the same architecture
-untrained beside each. ``evaluate points`` scores files of detected
-points, see `muse_fast.ndc.score_files`, ``evaluate detect`` a fine-tuned detector, see `muse_fast.ndc.score_detector`.
+untrained beside each. ``evaluate points`` scores files of detected points, see `muse_fast.ndc.score_files`, ``evaluate
+detect`` a fine-tuned detector, see `muse_fast.ndc.score_detector`.
 """
 
 from __future__ import annotations

@@ -56,6 +56,14 @@ def test_all_forms_give_the_same(tmp_path: Path) -> None:
     assert named.label is not None and named.label.tolist() == [1, 0, 0]
 
 
+def test_what_predict_wrote_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('x,y,label,class,score\n3.25,4.50,1,"odd, first",0.5\n7,8,0,even,1\n')
+    (tmp_path / "b.csv").write_text("x,y,label,score\n3.25,4.50,1,0.5\n7,8,0,1\n")
+    with_names, without = (read_nuclei(tmp_path / f"{name}.csv", 100, 60) for name in "ab")
+    for column in ("xy", "label", "score"):
+        np.testing.assert_array_equal(getattr(with_names, column), getattr(without, column))
+
+
 def test_a_multipolygon_is_a_nucleus_a_polygon(tmp_path: Path) -> None:
     both = {"type": "MultiPolygon", "coordinates": [square(*xy)["coordinates"] for xy in ((10, 10), (30, 20))]}
     assert read_nuclei(geojson(tmp_path / "a.geojson", (both, "")), 100, 60).xy.tolist() == [[10, 10], [30, 20]]

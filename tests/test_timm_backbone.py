@@ -275,6 +275,7 @@ def test_files_that_do_not_fit_are_refused(stored: dict[str, Tensor], tmp_path: 
     [
         ("timm:resnet81", r"timm \S+ has no 'resnet81'; did you mean 'resnet"),
         ("timm:", "has no ''"),
+        ("timm:resnet18.no_such_tag", "timm cannot build this.*no_such_tag"),
         ("timm:resnet18@nowhere.pth", r"no such file nowhere\.pth; expected the weights of resnet18"),
         ("timm:resnet18:depth", "'depth'; expected key=value"),
         ("timm:resnet18:mean=0.5", r"mean=0\.5: expected imagenet or three numbers"),
@@ -300,6 +301,12 @@ def test_settings_of_a_spec(tmp_path: Path) -> None:
     assert spec.file == tmp_path / "a@b.pth"
     about = load_timm("timm:vit_tiny_patch16_224:depth=1:mean=imagenet", image_size=32).about
     assert (about["mean"], about["std"]) == ([0.485, 0.456, 0.406], [0.5, 0.5, 0.5])
+    assert "timm's for vit_tiny_patch16_224.augreg_in21k_ft_in1k" in in_words(about)
+    tagged = load_timm("timm:vit_small_patch16_224.dino:depth=1", image_size=32).about
+    assert tagged["mean"] == [0.485, 0.456, 0.406]
+    assert tagged["statistics_of"] == "vit_small_patch16_224.dino"
+    given = load_timm("timm:resnet10t:mean=imagenet:std=imagenet", image_size=32).about
+    assert in_words(given).endswith("std 0.229/0.224/0.225")
     gated = load_timm("timm:vit_tiny_patch16_224:depth=1:mlp_layer=SwiGLUPacked:reg_tokens=2", image_size=32)
     assert type(gated.backbone.network.blocks[0].mlp).__name__ == "GluMlp"
     assert gated.backbone.network.num_prefix_tokens == 3

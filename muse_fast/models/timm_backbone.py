@@ -190,6 +190,9 @@ def load_timm(text: str, *, image_size: int, align_corners: bool = False) -> Loa
         **names,
         "mean": list(statistics["mean"]),
         "std": list(statistics["std"]),
+        "statistics_of": "given"
+        if len(spec.statistics) == len(IMAGENET)
+        else f"{spec.name.split('.')[0]}.{known['tag']}",
         "input_side": side,
         "strides": backbone.strides,
         "features": backbone.dense_dim,
@@ -204,6 +207,8 @@ def in_words(about: Mapping[str, Any]) -> str:
     for key, words in (("left_out", "without"), ("converted", "converted by timm:")):
         weights += f", {words} {some(about[key])}" if about.get(key) else ""
     statistics = " ".join(f"{key} {'/'.join(f'{x:g}' for x in about[key])}" for key in IMAGENET)
+    if about["statistics_of"] != "given":
+        statistics += f", timm's for {about['statistics_of']}"
     maps = "stride" if len(about["strides"]) == 1 else "strides"
     return (
         f"{weights}; {about['features']} features at {maps} {', '.join(map(str, about['strides']))} "
