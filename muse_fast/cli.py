@@ -1,7 +1,8 @@
-"""What every command shares: how a mistake of the user is shown."""
+"""What every command shares: how a mistake of the user, or a full disk, is shown."""
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,12 +12,17 @@ EXIT_USER_ERROR = 2
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Call ``main``; a :class:`UserError` becomes one message on stderr and exit code 2."""
+    """Call ``main``; a :class:`UserError` or a full disk becomes one message on stderr and exit code 2."""
     try:
         return main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}; make room and start the same command again", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def key_values(items: Sequence[str]) -> dict[str, str]:

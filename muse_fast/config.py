@@ -49,9 +49,12 @@ class DataConfig:
     """Who decodes and renders views: ``cpu`` (the loader processes), ``dali`` (NVIDIA DALI, on the GPU or, in runs on a
     CPU, there) or ``cuda`` (nvJPEG and the op augment_views, on a GPU). Boxes, colours and nuclei are the same; pixels
     differ by a fifth of a grey level on average. With the last two, loader processes only read and plan."""
+    timeout: int = 300
+    """Seconds without a batch after which a loader process is called stalled and the run ends."""
 
     def __post_init__(self) -> None:
         require(self.backend in DATA_BACKENDS, "data.backend", self.backend, " or ".join(DATA_BACKENDS))
+        require(self.timeout >= 1, "data.timeout", self.timeout, "1 or more")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 
@@ -209,6 +212,9 @@ class TrainConfig:
     """On several ranks: ``ddp`` holds everything on each, ``fsdp`` shards weights and optimiser state (FSDP2)."""
     compile: bool = False
     """torch.compile of every ViT layer: fuses norms, GELU, casts and sums. The first step then takes minutes."""
+    timeout: int = 1_200
+    """Seconds without progress after which, on several ranks, the one that the others wait for is named and all end.
+    Longer than a checkpoint, an evaluation or a compiled first step takes, and below half an hour."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     checkpoint_every: int = 1_000
@@ -224,6 +230,7 @@ class TrainConfig:
         require(self.parallel in PARALLEL, "train.parallel", self.parallel, " or ".join(PARALLEL))
         for key in ("log_every", "checkpoint_every", "eval_rois"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        require(1 <= self.timeout < 1_800, "train.timeout", self.timeout, "1 to 1799 seconds")
         for key in ("keep_every", "eval_every"):
             require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
 

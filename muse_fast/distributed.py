@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from muse_fast.watchdog import Place, Watchdog
 
 _TIMEOUT = timedelta(minutes=30)  # for one collective: the other ranks wait in one while the main one saves or draws
 
@@ -21,22 +23,42 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+_place = Place(0, 0)  # where this rank is
+
+
+def at_step(step: int) -> None:
+    """Take note of the step that begins, for the watchdog."""
+    global _place
+    _place = _place._replace(step=step)
+
+
+def _begins_collective() -> None:
+    global _place
+    _place = _place._replace(collectives=_place.collectives + 1)
+
+
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """The process group of a launched job: NCCL between GPUs, gloo between CPUs; nothing where there is one process."""
+def process_group(device: torch.device, timeout: float, tell: Callable[[str, int], None]) -> Iterator[None]:
+    """The process group of a launched job: NCCL between GPUs, gloo between CPUs; nothing where there is one process.
+
+    A rank that makes no progress for ``timeout`` seconds says which rank it waits for, calls ``tell`` with that and
+    its step, and ends with code 4.
+    """
     if not launched():
         yield
         return
     store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    store = store_of_this_start(store, rank, world_size, _TIMEOUT)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
-        store=store_of_this_start(store, rank, world_size, _TIMEOUT),
+        store=store,
         rank=rank,
         world_size=world_size,
         device_id=device if device.type == "cuda" else None,
     )
-    yield
+    with Watchdog(store, rank, world_size, timeout, lambda: _place, tell):
+        yield
     dist.destroy_process_group()  # not after an error, when other ranks may be gone: it would wait for them
 
 
@@ -90,6 +112,7 @@ def is_main() -> bool:
 def wait_for_all() -> None:
     """Return when every rank is here."""
     if world_size() > 1:
+        _begins_collective()
         dist.barrier()
 
 
@@ -103,6 +126,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Add up ``tensor`` over all ranks, in place; returns it."""
     if world_size() > 1:
+        _begins_collective()
         dist.all_reduce(tensor)
     return tensor
 
@@ -113,6 +137,7 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     gathered = tensor.new_empty(world_size(), *tensor.shape[1:])
+    _begins_collective()
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from muse_fast import __version__, atomic
@@ -192,10 +191,7 @@ def _timm_config(arch: str, backbone: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # safetensors would keep the file to its owner
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **metadata})
-    path.chmod(mode)
+    checkpoint.write_tensors(path, tensors, {"format": "pt", **metadata})
 
 
 def _check(network: Trained, written: Path) -> None:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from muse_fast.ssl.retrieval import nucleus_retrieval
 from muse_fast.train import checkpoint
 from muse_fast.train.flops import step_flops
 from muse_fast.train.guard import NonFiniteError
+from muse_fast.train.memory import explained_out_of_memory
 from muse_fast.train.progress import (
     RunReport,
     StopSignal,
@@ -45,6 +47,7 @@ from muse_fast.train.run import (
     find_start,
     refuse_other_settings,
     report_non_finite,
+    report_stalled,
     report_stopped,
 )
 from muse_fast.train.trainer import Trainer
@@ -54,9 +57,10 @@ __all__ = ["EXIT_NON_FINITE", "EXIT_STOPPED", "argument_parser", "main", "pretra
 CONTACT_SHEET = "contact_sheet.png"
 
 # Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
-# Those of the second line only say how the same sums are computed.
+# Those of the last line only say how the same sums are computed.
 _FREE_ON_RESUME = (
     *("data.workers", "data.backend", "data.roiset", "train.log_every", "train.checkpoint_every", "train.keep_every"),
+    *("data.timeout", "train.timeout"),
     *("model.attention", "model.recompute", "model.init", "train.parallel", "train.compile", "loss.logit_free"),
 )
 _MOST_DRAWN = 32  # ROIs in the last pictures
@@ -81,7 +85,8 @@ def argument_parser() -> argparse.ArgumentParser:
 def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     """Run or continue a pretraining; returns the exit code (0 done, 75 stopped on request, 3 not finite).
 
-    Under torchrun every rank calls it; they share the batch, and the main rank writes.
+    Under torchrun every rank calls it; they share the batch, and the main rank writes. A rank that waits too long for
+    another ends its process with code 4.
 
     Raises:
         UserError: settings, data or the state of ``out`` do not allow the run.
@@ -97,7 +102,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     device = pick_device(config.train.device, "train.device", distributed.local_rank())
     if (reason := renderers.why_not(config.data.backend, device)) is not None:
         raise UserError(f"data.backend={config.data.backend}: {reason}")
-    with distributed.process_group(device):
+    with StopSignal() as stop, distributed.process_group(device, config.train.timeout, partial(report_stalled, out)):
         trainer = Trainer(config, device)
         start = find_start(out, resume)
         _refuse_unequal_starts(out, start, device)
@@ -114,7 +119,8 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
             checkpoint.remove_temporary(out)
             _announce(config, out, roiset, len(roi_ids), trainer, start)
         distributed.wait_for_all()  # nobody looks for checkpoints any more
-        return _run(trainer, out, dataset, roi_ids, sampler)
+        with explained_out_of_memory(trainer):
+            return _run(trainer, out, dataset, roi_ids, sampler, stop)
 
 
 def _run(
@@ -123,12 +129,13 @@ def _run(
     dataset: ViewDataset,
     roi_ids: np.ndarray[Any, np.dtype[np.int64]],
     sampler: StepSampler,
+    stop: StopSignal,
 ) -> int:
     config = trainer.config
     start_step, steps, train = trainer.step, config.optim.steps, config.train
     probe = _probe(dataset, roi_ids, train.eval_rois, config.optim.batch_size)
     began = time.time()
-    stop, watch = StopSignal(), Stopwatch()
+    watch = Stopwatch()
     views = load_views(
         dataset,
         sampler,
@@ -136,10 +143,10 @@ def _run(
         pin_memory=trainer.device.type == "cuda",
         device=trainer.device,
         backend=config.data.backend,
+        timeout=config.data.timeout,
     )
     with (
         closing(views),
-        stop,
         RunReport(out, start_step, steps) as report,
         collected_between_steps() as collect,
     ):
@@ -149,6 +156,7 @@ def _run(
             report.evaluation(start_step, _evaluate(trainer, probe))
         for micro_batches in watch.timed(zip(*[views] * config.optim.accumulate, strict=True)):
             step = trainer.step + 1
+            distributed.at_step(step)
             log_it = step % train.log_every == 0 or step == steps
             save_it = step % train.checkpoint_every == 0 or step == steps
             values = trainer.train_step(*micro_batches, measure=log_it)

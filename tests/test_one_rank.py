@@ -34,7 +34,7 @@ def test_a_job_of_one_process_makes_no_group(size: str | None, monkeypatch: pyte
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if size:
         monkeypatch.setenv("WORLD_SIZE", size)
-    with distributed.process_group(CPU):
+    with distributed.process_group(CPU, 60, lambda message, step: None):
         assert not torch.distributed.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert distributed.launched()

@@ -10,11 +10,15 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import pairwise
-from typing import TypeVar
+from itertools import count, islice, pairwise
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +34,8 @@ from muse_fast.data.roiset import RoiSet
 from muse_fast.data.views import check_room
 from muse_fast.errors import UserError
 
-_STALLED_AFTER = 300.0  # seconds without a batch before a worker is called stalled
+_STALLED_AFTER = 300  # seconds without a batch before a worker is called stalled
+_POLL = 1.0  # seconds after which torch is to look whether the workers live
 _PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
 
 Sample = tuple[int, int]  # (epoch, ROI id)
@@ -148,6 +153,7 @@ def load_views(
     pin_memory: bool = False,
     device: torch.device | str = "cpu",
     backend: str = "cpu",
+    timeout: int = _STALLED_AFTER,
 ) -> Generator[Views]:
     """Batches of views in the sampler's order.
 
@@ -158,13 +164,15 @@ def load_views(
         workers: processes that read and, with the ``cpu`` backend, render (0: this one does).
         device: where the other backends render.
         backend: one of ``config.DATA_BACKENDS``, of which `renderers.why_not` gives no reason against it.
+        timeout: seconds without a batch after which a process is called stalled.
 
     Raises:
-        UserError: damaged data, named by path and ROI id, in the step that would have used it.
+        UserError: damaged data, named by path and ROI id, in the step that would have used it; or a process died or
+            stalled, with the ROIs that it was to read.
     """
     planned = ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu")
-    loader: DataLoader[Views | PlannedViews | UserError] = _loader(planned, sampler, workers, pin_memory)
-    batches = UntilError(loader)
+    place = str(dataset.roiset.path)
+    batches = UntilError(_loaded(planned, sampler, workers, pin_memory, timeout, place))
     with closing(iter(batches)) as loaded:
         if backend == "cpu":
             yield from loaded
@@ -178,10 +186,116 @@ def load_batches(
     dataset: Dataset[_Batch | UserError], sampler: StepSampler, *, workers: int, pin_memory: bool = False
 ) -> Generator[_Batch]:
     """Batches of any dataset that takes a list of samples, in the sampler's order, as `load_views` loads them."""
-    for batch in _loader(dataset, sampler, workers, pin_memory):
+    for batch in _loaded(dataset, sampler, workers, pin_memory):
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _loaded(
+    dataset: Dataset[_Batch],
+    sampler: StepSampler,
+    workers: int,
+    pin_memory: bool,
+    timeout: int = _STALLED_AFTER,
+    place: str = "the images",
+) -> Generator[_Batch]:
+    """What the loader gives.
+
+    Raises:
+        UserError: a process died or gave nothing for ``timeout`` seconds; names it and what of ``place`` it was at.
+    """
+    batches: Any = _iterate(_loader(dataset, sampler, workers, pin_memory))
+    processes = _Processes(getattr(batches, "_workers", []), timeout)
+    for number in count():
+        with processes.ended_when_stalled():
+            while True:
+                try:
+                    batch = next(batches)
+                    break
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:  # all that torch says, of whatever happened
+                    if processes.have_died():
+                        raise processes.lost(sampler, number, place) from error
+                    if "timed out" not in str(error):
+                        raise
+        yield batch
+
+
+def _iterate(loader: DataLoader[_Batch]) -> Iterator[_Batch]:
+    """Without the signal handler by which torch raises an error wherever the run is when a process dies."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return iterator
+
+
+class _Processes:
+    """The loader's processes, which end when they give nothing for too long.
+
+    torch's own limit does not hold for all waits: a batch that has arrived is fetched from the process that made it,
+    and one that is stopped does not hand it over. Nor would a program end that leaves a stopped process behind.
+    """
+
+    def __init__(self, processes: Sequence[BaseProcess], timeout: int) -> None:
+        self._processes, self._timeout = processes, timeout
+        self._states: list[str] = []  # at the end of the time
+
+    @contextmanager
+    def ended_when_stalled(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        timer = threading.Timer(self._timeout, self._end)
+        timer.daemon = True
+        if self._processes:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end(self) -> None:
+        self._states = [_state(process.pid) for process in self._processes]
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def have_died(self) -> bool:
+        """Whether one has; waits a moment, as a connection breaks before its process is gone."""
+        return bool(self._processes) and bool(wait([process.sentinel for process in self._processes], 0.2))
+
+    def lost(self, sampler: StepSampler, number: int, place: str) -> UserError:
+        """Why batch ``number`` does not come; ends the others."""
+        if self._states:
+            culprits = [worker for worker, state in enumerate(self._states) if state in "TD"]
+        else:
+            culprits = [worker for worker, process in enumerate(self._processes) if not process.is_alive()]
+        code = self._processes[culprits[0]].exitcode or 0 if culprits else 0
+        self._kill()
+        # Batches go to the processes in turn.
+        ahead = range(number, number + len(self._processes))
+        batch = next((n for n in ahead if n % len(self._processes) in culprits), number)
+        worker = batch % len(self._processes)
+        roi_ids = [roi_id for _, roi_id in next(islice(sampler, batch, None), [])]
+        who = f"loader process {worker} of {len(self._processes)} (pid {self._processes[worker].pid})"
+        at = f"at or before ROIs {roi_ids} of {place}"
+        again = "the newest checkpoint is untouched: start again to go on"
+        if self._states:
+            state = {"T": ", it was stopped", "D": ", it waited for a disk"}.get(self._states[worker], "")
+            return UserError(f"{who} gave nothing for {self._timeout} s{state}, {at}; or raise data.timeout; {again}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended by itself with code {code}"
+        return UserError(f"{who} {how}, {at}; if memory was short, lower data.workers; {again}")
+
+
+def _state(pid: int | None) -> str:
+    """Letter of a process in Linux: T stopped, D in the midst of input or output; nothing where it is not known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except OSError:
+        return "?"
 
 
 def _loader(dataset: Dataset[_Batch], sampler: StepSampler, workers: int, pin_memory: bool) -> DataLoader[_Batch]:
@@ -191,7 +305,7 @@ def _loader(dataset: Dataset[_Batch], sampler: StepSampler, workers: int, pin_me
         sampler=sampler,
         num_workers=workers,
         pin_memory=pin_memory,
-        timeout=_STALLED_AFTER if workers else 0,
+        timeout=_POLL if workers else 0,
         # A generator of its own: otherwise each new iterator draws a seed from the global stream, and a resumed run
         # would drop other paths than an unbroken one.
         generator=torch.Generator().manual_seed(0),

@@ -278,13 +278,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_finder(path: Path, finder: LearnedFinder, about: Mapping[str, Any]) -> None:
     """Write weights (float16), settings and ``about`` (as JSON text) into one file."""
-    from safetensors.torch import save_file
+    from muse_fast.train.checkpoint import write_tensors
 
     tensors = {
-        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+        name: tensor.half() if tensor.is_floating_point() else tensor
         for name, tensor in finder.network.state_dict().items()
     }
     metadata = {"kind": KIND, "arch": "resnet18", **{key: repr(getattr(finder, key)) for key in _SETTINGS}}
     metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     with atomic.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        write_tensors(temporary, tensors, metadata)

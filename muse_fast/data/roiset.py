@@ -37,6 +37,7 @@ from muse_fast.data.roiset_format import (
     HashedFile,
     Roi,
     check_image,
+    check_index,
     check_size,
     encode_jpeg,
     map_records,
@@ -68,6 +69,7 @@ class RoiSet:
         self._map()
         if atomic.file_sha256(self.path / "index.bin") != self.info["sha256"]["index.bin"]:
             raise UserError(f"{self.path / 'index.bin'}: the hash differs from roiset.json; {REMEDY}")
+        check_index(self.path / "index.bin", self._index, self.info)
 
     def _map(self) -> None:
         self._index = map_records(self.path / "index.bin", INDEX, self.info["num_rois"])

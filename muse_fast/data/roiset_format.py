@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def read_info(path: Path) -> dict[str, Any]:
         info = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is no ROI set: there is no {file.name}; make one with muse_fast.prepare") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); {REMEDY}") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(f"{file}: expected the format {FORMAT!r}; this is no ROI set")
@@ -192,10 +193,65 @@ def read_info(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: version {info.get('version')!r}, this program reads version {VERSION}; prepare the set anew"
         )
-    needed = ("num_rois", "num_nuclei", "label_names", "slides", "splits", "shards", "sha256")
-    if missing := [key for key in needed if key not in info]:
+    if missing := [key for key in _KINDS if key not in info]:
         raise UserError(f"{file}: {', '.join(missing)} missing; {REMEDY}")
+    if wrong := [key for key, is_sound in _KINDS.items() if not is_sound(info[key])]:
+        raise UserError(f"{file}: {', '.join(wrong)} cannot be what was written; {REMEDY}")
     return info
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 53
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_shards(value: Any) -> bool:
+    names = [shard_name(number) for number in range(len(value))] if isinstance(value, dict) else None
+    return names is not None and list(value) == names and all(map(_is_count, value.values()))
+
+
+def _are_hashes(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("index.bin", "nuclei.bin"))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "num_rois": _is_count,
+    "num_nuclei": _is_count,
+    "label_names": _are_names,
+    "slides": _are_names,
+    "splits": _are_names,
+    "shards": _are_shards,
+    "sha256": _are_hashes,
+}
+
+
+def check_index(path: Path, index: NDArray[np.void], info: dict[str, Any]) -> None:
+    """Refuse records that lead out of the set, whose hash may have been made to fit them.
+
+    Raises:
+        UserError: names the first.
+    """
+    if not len(index):
+        return
+    shard = np.minimum(index["shard"], len(info["shards"]))
+    room = np.array([*info["shards"].values(), 0], np.uint64)[shard]
+    start, stop = index["nuclei"].T
+    sides = np.stack([index["width"], index["height"]])
+    sound = {
+        "shard": shard == index["shard"],
+        "place of the JPEG": (index["offset"] <= room) & (index["length"] <= room - np.minimum(index["offset"], room)),
+        "place of the nuclei": (start >= 0) & (start <= stop) & (stop <= info["num_nuclei"]),
+        "size": ((sides >= 1) & (sides <= MAX_SIDE)).all(axis=0),
+        "mpp": np.isfinite(index["mpp"]) & (index["mpp"] > 0),
+        "slide": (index["slide"] >= 0) & (index["slide"] < len(info["slides"])),
+        "split": (index["split"] >= 0) & (index["split"] < len(info["splits"])),
+    }
+    for what, good in sound.items():
+        if not good.all():
+            raise UserError(f"{path}: the {what} of ROI {int(np.argmin(good))} cannot be what was written; {REMEDY}")
 
 
 def check_size(path: Path, size: int) -> None:
@@ -205,6 +261,8 @@ def check_size(path: Path, size: int) -> None:
         raise UserError(f"{path}: {error.strerror}; {REMEDY}") from error
     if found != size:
         raise UserError(f"{path}: {found} bytes, expected {size}; {REMEDY}")
+    if not path.is_file():
+        raise UserError(f"{path}: no file; {REMEDY}")
 
 
 def map_records(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:

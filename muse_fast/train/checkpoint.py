@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def save(
         state: anything JSON can hold.
 
     Raises:
-        UserError: no room on the disk; the checkpoints that were there are untouched.
+        UserError: no room on the disk, or it refuses; the checkpoints that were there are untouched.
     """
     out = folder_of(run, step)
     if out.exists():  # left by a run that was resumed from an earlier step: the same step gives the same content
@@ -57,7 +58,7 @@ def save(
     folder = atomic.begin(out)
     try:
         for stem, named in tensors.items():
-            save_file({name: t.detach().contiguous() for name, t in named.items()}, folder / f"{stem}.safetensors")
+            write_tensors(folder / f"{stem}.safetensors", named)
         (folder / STATE).write_text(json.dumps(state, indent=1))
         files = sorted(path for path in folder.iterdir())
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": atomic.file_sha256(path)} for path in files}
@@ -67,14 +68,23 @@ def save(
         needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
         free = shutil.disk_usage(folder.parent).free
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, Exception) and free < needed:
+        if isinstance(error, OSError | SafetensorError):
+            what = "no room" if free < needed else f"cannot be written ({error}); there must be room"
             raise UserError(
-                f"{out}: no room for a checkpoint of {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
+                f"{out}: {what} for a checkpoint of {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
                 "make room and start again with --resume auto; earlier checkpoints are untouched"
             ) from error
         raise
     _prune(run, keep_every)
     return out
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with the permissions of any other new file: safetensors would keep it to its owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, dict(metadata or {}) or None)
+    path.chmod(mode)
 
 
 def steps(run: Path) -> list[int]:
@@ -116,17 +126,23 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     """The tensors of one file, verified first.
 
     Raises:
-        CheckpointError: as :func:`verify`, for this file.
+        CheckpointError: as :func:`verify`, for this file; or it is no safetensors file.
     """
     name = f"{stem}.safetensors"
     _verify_file(folder, name, _read_json(folder / MANIFEST).get(name))
-    return load_file(folder / name)
+    try:
+        return load_file(folder / name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / name}: no safetensors file ({error}), though the manifest knows it") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state, verified first."""
+    """The JSON state, verified first; it holds the step."""
     _verify_file(folder, STATE, _read_json(folder / MANIFEST).get(STATE))
-    return _read_json(folder / STATE)
+    state = _read_json(folder / STATE)
+    if not isinstance(state.get("step"), int):
+        raise CheckpointError(f"{folder / STATE}: there is no step in it, though the manifest knows it")
+    return state
 
 
 def remove_temporary(run: Path) -> None:
@@ -152,7 +168,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; not a checkpoint folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); the file is damaged") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object; the file is damaged")

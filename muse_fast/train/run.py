@@ -13,9 +13,15 @@ from muse_fast.distributed import is_main, wait_for_all
 from muse_fast.errors import UserError
 from muse_fast.train import checkpoint
 from muse_fast.train.guard import NonFiniteError
+from muse_fast.watchdog import EXIT_STALLED
 
 EXIT_STOPPED = 75  # stopped on request, a checkpoint is written: start again to go on
 EXIT_NON_FINITE = 3
+
+__all__ = [
+    *("EXIT_NON_FINITE", "EXIT_STALLED", "EXIT_STOPPED"),
+    *("find_start", "refuse_other_settings", "report_non_finite", "report_stalled", "report_stopped"),
+]
 
 
 def find_start(out: Path, resume: str) -> Path | None:
@@ -69,3 +75,9 @@ def report_stopped(out: Path, reason: str, step: int) -> int:
         print(f"{reason}: stopped after step {step}, checkpoint written; start again to go on")
     wait_for_all()
     return EXIT_STOPPED
+
+
+def report_stalled(out: Path, reason: str, step: int) -> None:
+    """Leave behind whom this rank waited for; any rank may, as the main one may be the one that hangs."""
+    if out.is_dir():
+        write_json(out / "exit.json", {"code": EXIT_STALLED, "reason": reason, "step": step - 1})

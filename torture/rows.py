@@ -1,0 +1,97 @@
+"""What a harness is given and gives, and the rows of the table."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a harness saw.
+
+    Attributes:
+        injected, survived: faults, and those of them after which all was as promised.
+        notes: figures beside these two, and the first faults that were not survived.
+    """
+
+    injected: int
+    survived: int
+    notes: str = ""
+
+
+class Scale:
+    """How much a harness is to do, a folder that is removed behind it, and its random numbers."""
+
+    def __init__(self, quick: bool, folder: Path) -> None:
+        self.quick, self.folder, self.rng = quick, folder, random.Random(0)
+
+    def of(self, full: int, quick: int) -> int:
+        return quick if self.quick else full
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One promise.
+
+    Attributes:
+        target: of a full run, in words.
+        share: of the faults that must be survived.
+        run: the harness; none where the promise is not for ``python -m torture`` to test, as ``target`` then says.
+        quick: whether there is a quick form.
+    """
+
+    name: str
+    promise: str
+    target: str
+    run: Callable[[Scale], Outcome] | None
+    share: float = 1.0
+    quick: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A row that was run."""
+
+    row: Row
+    outcome: Outcome
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        injected, survived = self.outcome.injected, self.outcome.survived
+        return injected > 0 and self.row.share * injected <= survived <= injected
+
+
+def run(row: Row, quick: bool) -> Ran:
+    """Run a row that has a harness. One that breaks has survived nothing."""
+    assert row.run is not None
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"torture-{row.name}-") as folder:
+        try:
+            outcome = row.run(Scale(quick, Path(folder)))
+        except Exception as error:
+            outcome = Outcome(1, 0, f"{type(error).__name__}: {error}")
+    return Ran(row, outcome, time.monotonic() - began)
+
+
+class Tally:
+    """Counts faults as they are injected and remembers what was not survived."""
+
+    def __init__(self) -> None:
+        self.injected = self.survived = 0
+        self._failures: list[str] = []
+
+    def add(self, survived: bool, what: str) -> None:
+        self.injected += 1
+        self.survived += survived
+        if not survived:
+            self._failures.append(what)
+
+    def outcome(self, notes: str = "") -> Outcome:
+        failures = [f"FAILED {failure}" for failure in self._failures[:5]]
+        return Outcome(self.injected, self.survived, "; ".join([*failures, *([notes] if notes else [])]))

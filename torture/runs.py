@@ -1,0 +1,303 @@
+"""C2, T1, T5, T6, T7: whole runs of the command, killed, told to stop, poisoned, starved of workers and of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muse_fast.batch import Views
+from muse_fast.distributed import rank
+from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED
+from muse_fast.train import checkpoint
+from muse_fast.train.trainer import Metrics, Trainer
+from torture import toy
+from torture.processes import Child, children_of, free_port, is_alive, name_of, rank_environment, wait_until
+from torture.rows import Outcome, Row, Scale, Tally
+from torture.suite import tests
+
+# ---------------------------------------------------------------------------------------------------------------- C2
+
+
+def exact_resume(scale: Scale) -> Outcome:
+    """Killed at a random step and moment, started again, with and without loader processes: the same to the last bit."""
+    tally, workplace = Tally(), toy.prepare(scale.folder)
+    unbroken = scale.folder / "unbroken"
+    assert toy.finish(workplace, unbroken) == 0
+    count = scale.of(20, 2)
+    for number in range(count):
+        workers = f"data.workers={0 if number < count // 2 else 2}"
+        out = scale.folder / f"killed-{number}"
+        step = scale.rng.randint(2, toy.STEPS - 1)
+        with toy.start(workplace, out, workers) as child:
+            toy.wait_for_step(out, step, child)
+            time.sleep(scale.rng.uniform(0, 0.3))
+            child.kill()
+        code = toy.finish(workplace, out, workers)
+        same = code == 0 and toy.losses(out) == toy.losses(unbroken)
+        same = same and toy.weights_hash(out) == toy.weights_hash(unbroken) and not toy.orphans(out)
+        tally.add(same, f"killed at step {step}, {workers}: {code}, left {toy.orphans(out)}")
+        shutil.rmtree(out)
+    return tally.outcome(f"{count // 2} without loader processes, {count - count // 2} with two")
+
+
+# ---------------------------------------------------------------------------------------------------------------- T1
+
+_BAD_STEP = 5  # counted from 1; the checkpoint of step 4 is the last good one
+_POISONS = ("nan in an image", "inf in an image", "nan in the gradients alone")
+
+
+def poisoned(argv: Sequence[str], poison: str, on_rank: int, report: Path) -> int:
+    """The command with a value that is not finite in step 5 on one rank, then a look at what it left in memory."""
+    train_step = Trainer.train_step
+    trainers: list[Trainer] = []
+    before: dict[str, torch.Tensor] = {}
+
+    def step_with_poison(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
+        if trainer.step == _BAD_STEP - 1:
+            trainers.append(trainer)
+            before.update(state_of(trainer))
+            if rank() == on_rank:
+                inject(poison, trainer, views[0])
+        return train_step(trainer, *views, measure=measure)
+
+    Trainer.train_step = step_with_poison  # type: ignore[method-assign]
+    code = toy.command(argv)
+    after = state_of(trainers[0])
+    untouched = all(torch.equal(after[name], value) for name, value in before.items())
+    report.write_text(json.dumps({"untouched": untouched, "finite": all(map(is_finite, after.values()))}))
+    return code
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights, teacher and centres."""
+    networks = {"student": trainer.student.state_dict(), "teacher": trainer.teacher.state_dict()}
+    named = {f"{who}/{name}": value.clone() for who, state in networks.items() for name, value in state.items()}
+    named |= {f"center/{name}": value.clone() for name, value in trainer.centers.items()}
+    # Statistics that BatchNorm keeps are for evaluation and move with every forward.
+    return {name: value for name, value in named.items() if "running_" not in name and "num_batches" not in name}
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
+
+
+def inject(poison: str, trainer: Trainer, views: Views) -> None:
+    if poison.endswith("image"):
+        views.global_images[0] = float(poison.split()[0])
+    else:
+        parameter = next(p for p in trainer.student.parameters() if p.requires_grad)
+        parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+
+
+def non_finite(scale: Scale) -> Outcome:
+    """One rank with each poison, and one of two ranks with nan."""
+    tally, workplace = Tally(), toy.prepare(scale.folder)
+    for poison in _POISONS:
+        out, report = scale.folder / poison.replace(" ", "_"), scale.folder / "report.json"
+        argv = toy.arguments(workplace, out)
+        with Child(poisoned, argv, poison, 0, report, log=toy.log_of(out)) as child:
+            code = child.wait()
+        tally.add(_stopped_clean(out, code, [report], rois=2), f"{poison}: {code}, {child.output()[-300:]}")
+    out = scale.folder / "two_ranks"
+    argv = toy.arguments(workplace, out, "optim.batch_size=4")
+    reports = [scale.folder / f"report-{number}.json" for number in (0, 1)]
+    ranks = two_ranks(out, poisoned, *((argv, _POISONS[0], 1, report) for report in reports))
+    try:
+        codes = [child.wait() for child in ranks]
+    finally:
+        for child in ranks:
+            child.kill()
+    same = codes[0] == codes[1] and _stopped_clean(out, codes[0], reports, rois=4)
+    tally.add(same, f"nan on one of two ranks: {codes}, {ranks[0].output()[-300:]}")
+    return tally.outcome()
+
+
+def _stopped_clean(out: Path, code: int, reports: Sequence[Path], rois: int) -> bool:
+    if code != EXIT_NON_FINITE:
+        return False
+    told = json.loads((out / f"non_finite_step_{_BAD_STEP}.json").read_text())
+    found, problems = checkpoint.latest(out)
+    kept = found == checkpoint.folder_of(out, _BAD_STEP - 1) and not problems
+    sound = found is not None and all(map(is_finite, checkpoint.read_tensors(found, "teacher").values()))
+    memory = [json.loads(report.read_text()) for report in reports]
+    named = len(told["roi_ids"]) == rois and any(word in told["error"] for word in ("loss", "gradient norm"))
+    return kept and sound and named and memory == [{"untouched": True, "finite": True}] * len(reports)
+
+
+def two_ranks(out: Path, function: Callable[..., int], first: tuple[Any, ...], second: tuple[Any, ...]) -> list[Child]:
+    """Two processes that find each other as those that torchrun starts; each with its arguments."""
+    port = free_port()
+    return [
+        Child(
+            function,
+            *arguments,
+            log=out.with_name(f"{out.name}-{number}.log"),
+            env=rank_environment(number, 2, port),
+        )
+        for number, arguments in enumerate((first, second))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- T5
+
+
+def _while_starting(out: Path, child: Child) -> None:
+    wait_until(lambda: "muse_fast" in child.output() or child.poll() is not None, 60)
+
+
+def _in_warm_up(out: Path, child: Child) -> None:
+    toy.wait_for_step(out, 1, child)
+
+
+def _in_an_evaluation(out: Path, child: Child) -> None:
+    toy.wait_for_step(out, 6, child)  # of training; the evaluation of this step follows
+
+
+def _while_saving(out: Path, child: Child) -> None:
+    wait_until(lambda: any((out / "checkpoints").glob(".tmp-*")) or child.poll() is not None, 60)
+
+
+def _at_a_step(out: Path, child: Child) -> None:
+    toy.wait_for_step(out, 3, child)
+
+
+# Moment, signals, settings.
+_MOMENTS: dict[str, tuple[Callable[[Path, Child], None], int, tuple[str, ...]]] = {
+    "while starting": (_while_starting, 1, ()),
+    "in warm-up": (_in_warm_up, 1, ()),
+    "twice": (_at_a_step, 2, ()),
+    "in an evaluation": (_in_an_evaluation, 1, ()),
+    "while saving": (_while_saving, 1, ("train.checkpoint_every=2",)),
+}
+
+
+def told_to_stop(scale: Scale) -> Outcome:
+    """SIGTERM at five moments of a run on one rank; by torchrun's launcher, and to one of two ranks."""
+    tally, workplace = Tally(), toy.prepare(scale.folder)
+    unbroken = scale.folder / "unbroken"
+    assert toy.finish(workplace, unbroken) == 0
+    for name, (reached, signals, settings) in _MOMENTS.items():
+        out = scale.folder / name.replace(" ", "_")
+        with toy.start(workplace, out, *(settings or ("train.checkpoint_every=1000",))) as child:
+            reached(out, child)
+            for _ in range(signals):
+                child.signal(signal.SIGTERM)
+                time.sleep(0.05)
+            code = child.wait()
+        problem = _not_resumable(workplace, out, code, unbroken)
+        tally.add(not problem, f"{name}: {problem}")
+    if not scale.quick:
+        ran = tests("tests/test_distributed.py", "-k", "sigterm and (launcher or (rank and 1))")
+        for number in range(2):
+            tally.add(ran.injected >= 2 and ran.survived == ran.injected, f"torchrun {number}: {ran.notes}")
+    return tally.outcome()
+
+
+def _not_resumable(workplace: Path, out: Path, code: int, unbroken: Path) -> str:
+    """What is wrong with a run that was told to stop; nothing if it saved at its last step and goes on exactly."""
+    if code != EXIT_STOPPED:
+        return f"ended with {name_of(code)}: {toy.log_of(out).read_text()[-300:]}"
+    told = json.loads((out / "exit.json").read_text())
+    found, problems = checkpoint.latest(out)
+    at = toy.last_step(out)
+    if (told["code"], told["step"]) != (code, at) or found != checkpoint.folder_of(out, at) or problems:
+        return f"exit.json {told}, checkpoint {found}, last row {at}, {problems}"
+    if toy.finish(workplace, out) != 0 or toy.losses(out) != toy.losses(unbroken):
+        return "it does not go on to the same losses"
+    return "" if toy.weights_hash(out) == toy.weights_hash(unbroken) else "it ends with other weights"
+
+
+# ---------------------------------------------------------------------------------------------------------------- T6
+
+
+def lost_workers(scale: Scale) -> Outcome:
+    """A loader process killed, crashed or stopped: the run ends, names process and ROIs, and leaves nobody behind."""
+    tally, workplace = Tally(), toy.prepare(scale.folder)
+    took = []
+    for number, kind in enumerate([signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP] * scale.of(4, 1)):
+        out = scale.folder / f"{kind.name}-{number}"
+        with toy.start(workplace, out, "data.workers=2", "data.timeout=3", "optim.steps=1000") as child:
+            toy.wait_for_step(out, scale.rng.randint(1, 4), child)
+            workers = children_of(child.pid)
+            os.kill(scale.rng.choice(workers), kind)
+            began = time.monotonic()
+            code = child.wait(60)
+            took.append(time.monotonic() - began)
+            said = child.output()
+        told = code == 2 and "loader process" in said and "ROIs [" in said and "Traceback" not in said
+        left = [pid for pid in workers if is_alive(pid)]
+        tally.add(told and not left and took[-1] < 30, f"{kind.name}: {code}, left {left}, said {said[-600:]!r}")
+    return tally.outcome(f"ended after {max(took):.1f} s at the latest")
+
+
+# ---------------------------------------------------------------------------------------------------------------- T7
+
+
+def starved(argv: Sequence[str], megabytes: int) -> int:
+    """The command, with so little memory left from its third step on."""
+    train_step = Trainer.train_step
+
+    def step_in_little_memory(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
+        if trainer.step == 2:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + (megabytes << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return train_step(trainer, *views, measure=measure)
+
+    Trainer.train_step = step_in_little_memory  # type: ignore[method-assign]
+    return toy.command(argv)
+
+
+def out_of_memory(scale: Scale) -> Outcome:
+    """No more address space from step 3 on."""
+    tally, workplace = Tally(), toy.prepare(scale.folder)
+    large = ("views.global_size=128", "views.num_locals=8", "views.global_mpp_max=0.3", "optim.batch_size=8")
+    for megabytes in (4, 40, 100)[: scale.of(3, 1)]:
+        out = scale.folder / f"starved-{megabytes}"
+        argv = toy.arguments(workplace, out, "train.checkpoint_every=1", *large)
+        with Child(starved, argv, megabytes, log=toy.log_of(out)) as child:
+            code, said = child.wait(), child.output()
+        words = ("step 3", "8 ROIs", "2 x 128 px", "8 x 32 px", "MiB", "optim.accumulate=2", "model.recompute=selective")
+        missing = [word for word in words if word not in said]
+        kept = checkpoint.latest(out) == (checkpoint.folder_of(out, 2), [])
+        told = code == 2 and not missing and "Traceback" not in said
+        tally.add(told and kept, f"{megabytes} MiB: {code}, missing {missing}, {said[-600:]!r}")
+    return tally.outcome()
+
+
+ROWS = [
+    Row("C2", "a killed run goes on exactly", "20 of 20: losses and all weights bit-identical", exact_resume),
+    Row(
+        "T1",
+        "a value that is not finite stops the run before anything changes",
+        "4 of 4: weights, teacher, checkpoint untouched; term, step and ROIs named",
+        non_finite,
+    ),
+    Row(
+        "T5",
+        "SIGTERM saves and leaves with code 75",
+        "7 of 7: checkpoint of the last step, exit.json, exact continuation",
+        told_to_stop,
+    ),
+    Row(
+        "T6",
+        "a loader process that dies or stalls is told",
+        "killed, crashed, stopped, 4 times each: process and ROIs named, nobody left behind",
+        lost_workers,
+    ),
+    Row(
+        "T7",
+        "out of memory explains itself",
+        "step, shapes, peak and three settings to lower; the last checkpoint untouched",
+        out_of_memory,
+    ),
+]

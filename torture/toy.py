@@ -1,0 +1,95 @@
+"""A pretraining of seconds: a small ROI set and a small network, by the real command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from muse_fast import pretrain
+from muse_fast.cli import run as run_command
+from muse_fast.data.roiset import RoiSetWriter
+from muse_fast.data.synthetic import synthetic_image
+from muse_fast.train import checkpoint
+from muse_fast.train.progress import read_metrics
+from torture.processes import Child, wait_until
+
+STEPS = 12
+SETTINGS = """
+views: {global_size: 64, local_size: 32, num_locals: 1}
+model: {arch: vit_tiny, drop_path: 0.1}
+head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
+loss: {centering: sinkhorn}
+optim: {steps: 12, batch_size: 2, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
+train: {precision: fp32, log_every: 1, checkpoint_every: 2, eval_every: 6, eval_rois: 4}
+"""
+STEMS = ("student", "teacher", "optimizer", "state")
+
+
+def prepare(folder: Path, nuclei: Sequence[int | None] = (None,) * 5) -> Path:
+    """A folder with ``rois`` and ``toy.yaml``; of each ROI so many nuclei, None: all."""
+    with RoiSetWriter(folder / "rois", provenance={}) as writer:
+        for seed, count in enumerate(nuclei):
+            image, xy, _ = synthetic_image(seed, 160, 0.25)
+            writer.add(image, mpp=0.25, xy=xy[:count], slide=f"s{seed}")
+    (folder / "toy.yaml").write_text(SETTINGS)
+    return folder
+
+
+def arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
+    """Of the command."""
+    fixed = ["--config", str(workplace / "toy.yaml"), "--out", str(out), f"data.roiset={workplace / 'rois'}"]
+    return [*fixed, "data.workers=0", "train.device=cpu", *overrides]
+
+
+def command(argv: Sequence[str]) -> int:
+    """``python -m muse_fast.pretrain`` with ``argv``; the exit code."""
+    return run_command(pretrain.main, argv)
+
+
+def start(workplace: Path, out: Path, *overrides: str) -> Child:
+    return Child(command, arguments(workplace, out, *overrides), log=log_of(out))
+
+
+def finish(workplace: Path, out: Path, *overrides: str) -> int:
+    """Start, and wait for the end; the exit code."""
+    with start(workplace, out, *overrides) as child:
+        return child.wait()
+
+
+def log_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.log")
+
+
+def last_step(out: Path) -> int:
+    rows = read_metrics(out / "metrics.jsonl")
+    return rows[-1]["step"] if rows else -1
+
+
+def wait_for_step(out: Path, step: int, child: Child) -> None:
+    """Until the row of a step is there."""
+    wait_until(lambda: last_step(out) >= step or child.poll() is not None, 120, f"step {step} was not logged")
+    if last_step(out) < step:
+        raise AssertionError(f"ended before step {step}: {child.output()[-500:]}")
+
+
+def losses(out: Path) -> list[tuple[int, str]]:
+    """Step and loss of every row, every bit of it."""
+    rows = read_metrics(out / "metrics.jsonl")
+    return [(row["step"], float(row["loss"]).hex()) for row in rows if "loss" in row]
+
+
+def weights_hash(out: Path, step: int = STEPS) -> str:
+    """Of all tensors of a checkpoint: weights, teacher, moments and centres."""
+    digest = hashlib.sha256()
+    for stem in STEMS:
+        for name, tensor in sorted(checkpoint.read_tensors(checkpoint.folder_of(out, step), stem).items()):
+            digest.update(f"{stem}/{name}".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def orphans(out: Path) -> list[str]:
+    """Temporary files and folders that are left in a run folder."""
+    return [os.path.relpath(path, out) for path in out.rglob(".*")]
