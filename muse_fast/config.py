@@ -9,6 +9,7 @@ the wrong type or out of range is refused with the key to change.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,7 +267,7 @@ def load_as(kind: type[_Config], path: str | Path | None, overrides: Sequence[st
     Raises:
         UserError: no such file, bad YAML, unknown key (with the nearest known one), wrong type, out of range.
     """
-    known = known_keys(kind)
+    defaults = dict(flatten(dataclasses.asdict(kind())))
     schema = OmegaConf.structured(kind())
     OmegaConf.set_readonly(schema, False)
     layers: list[tuple[str, DictConfig]] = []
@@ -278,12 +279,14 @@ def load_as(kind: type[_Config], path: str | Path | None, overrides: Sequence[st
         layers.append((f"'{override}'", OmegaConf.from_dotlist([override])))
     merged = schema
     for origin, layer in layers:
-        _refuse_unknown_keys(layer, origin, known)
+        _check_keys(layer, origin, defaults)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             key = error.full_key or "?"
             raise UserError(f"{origin}: {key}: {str(error).splitlines()[0]}") from None
+    for key, value in flatten(OmegaConf.to_container(merged)):  # type: ignore[arg-type]
+        require(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, kind)
     return config
@@ -315,7 +318,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _refuse_unknown_keys(layer: DictConfig, origin: str, known: list[str]) -> None:
+def _check_keys(layer: DictConfig, origin: str, defaults: dict[str, Any]) -> None:
+    """Refuse keys that are not known, and numbers that OmegaConf would take for yes and no."""
+    known = list(defaults)
     sections = {key.split(".")[0] for key in known if "." in key}
     raw = OmegaConf.to_container(layer)
     assert isinstance(raw, dict)
@@ -324,6 +329,8 @@ def _refuse_unknown_keys(layer: DictConfig, origin: str, known: list[str]) -> No
             continue
         if key not in known:
             raise UserError(f"{origin}: no setting '{key}'{_suggest(key, known)}")
+        is_yes_or_no = not isinstance(defaults[key], bool) or not isinstance(value, int | float) or value in (0, 1)
+        require(is_yes_or_no, f"{origin}: {key}", value, "true or false")
 
 
 def _suggest(key: str, known: list[str]) -> str:

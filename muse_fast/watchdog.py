@@ -1,10 +1,10 @@
 """Of several ranks, the one that keeps the others waiting.
 
-A rank that hangs leaves the others in a collective, and torch, which ends that after half an hour, names neither rank nor
-step. So each rank tells through the job's store, from a thread of its own, that it lives, at which step it is and how
-many collectives it has begun. Who makes no progress for some time looks at all of them: a rank that says nothing more is
-stopped or gone, and one that is behind in collectives is the one that the others wait for. The job ends, as no rank can
-leave a collective that another does not enter.
+A rank that hangs leaves the others in a collective, and torch, which ends that after half an hour, names neither rank
+nor step. So each rank tells through the job's store, from a thread of its own, that it lives, at which step it is and
+how many collectives it has begun. Who makes no progress for some time looks at all of them: a rank that says nothing
+more is stopped or gone, and one that is behind in collectives is the one that the others wait for. The job ends, as no
+rank can leave a collective that another does not enter.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -73,10 +74,8 @@ class Watchdog:
     def _watch(self) -> None:
         place, since = self._place(), time.monotonic()
         while not self._ended.wait(self._beat):
-            try:
+            with suppress(dist.DistError):  # whoever holds the store is gone or stopped: found out below
                 self._give_sign()
-            except dist.DistError:  # whoever holds the store is gone or stopped: found out below
-                pass
             if self._place() != place:
                 place, since = self._place(), time.monotonic()
             elif time.monotonic() - since > self._timeout:

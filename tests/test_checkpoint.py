@@ -1,11 +1,8 @@
 """Checkpoints: kills, flips, cuts, hostile files, full disks, order of deletion."""
 
 import json
-import os
 import pickle
-import random
-import signal
-import time
+import stat
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,9 @@ import torch
 
 from muse_fast.errors import UserError
 from muse_fast.train import checkpoint
+from torture.checkpoints import flips_and_cuts, kills
+from torture.rows import Scale
+from torture.security import Payload
 
 
 def tensors(step: int, size: int = 50) -> dict[str, dict[str, torch.Tensor]]:
@@ -31,6 +31,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(read["a"], torch.full((50,), 7.0)) and read["b"] == 7
 
 
+def test_permissions_are_those_of_other_files(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (tmp_path / "other").touch()
+    expected = (tmp_path / "other").stat().st_mode
+    assert {stat.filemode(path.stat().st_mode) for path in folder.iterdir()} == {stat.filemode(expected)}
+
+
 def test_last_two_and_every_nth_are_kept(tmp_path: Path) -> None:
     for step in range(1, 12):
         save(tmp_path, step, keep_every=4)
@@ -43,21 +50,8 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_every_flip_and_every_cut_is_refused_by_name_and_the_one_before_taken(tmp_path: Path) -> None:
-    good, bad = save(tmp_path, 1), save(tmp_path, 2)
-    rng = random.Random(0)
-    for path in sorted(bad.iterdir()):
-        whole = path.read_bytes()
-        for _ in range(15):
-            flipped = bytearray(whole)
-            flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-            cut = whole[: rng.randrange(len(whole))]
-            for content in (bytes(flipped), cut):
-                path.write_bytes(content)
-                found, problems = checkpoint.latest(tmp_path)
-                assert found == good, path.name
-                assert len(problems) == 1 and str(bad) in problems[0]
-        path.write_bytes(whole)
-    assert checkpoint.latest(tmp_path) == (bad, [])
+    outcome = flips_and_cuts(Scale(True, tmp_path))
+    assert outcome.survived == outcome.injected == 121, outcome.notes
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "state.json", "MANIFEST.json"])
@@ -78,14 +72,6 @@ def test_extra_file_and_escaping_name(tmp_path: Path) -> None:
     (folder / "MANIFEST.json").write_text(json.dumps({**manifest, "../../x": {"bytes": 1, "sha256": ""}}))
     with pytest.raises(checkpoint.CheckpointError, match="no sound entry"):
         checkpoint.verify(folder)
-
-
-class Payload:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_in_place_of_a_checkpoint_does_not_run(tmp_path: Path) -> None:
@@ -115,38 +101,6 @@ def test_full_disk_keeps_the_old_one_and_says_why(tmp_path: Path, monkeypatch: p
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [good.name]
 
 
-def fork_writer(run: Path) -> tuple[int, int]:
-    """A child that saves for ever and writes each step to a pipe once its save returned; (pid, end to read)."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        step = (checkpoint.steps(run) or [0])[-1]
-        while True:
-            step += 1
-            full = {s: {str(i): torch.full((20_000,), float(step)) for i in range(4)} for s in ("student", "teacher")}
-            checkpoint.save(run, step, full, {"step": step}, keep_every=0)
-            os.write(write, step.to_bytes(4, "big"))
-    os.close(write)
-    return pid, read
-
-
 def test_kills_while_saving_lose_nothing_acknowledged(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    for _ in range(40):
-        pid, read = fork_writer(tmp_path)
-        acknowledged = os.read(read, 4)  # at least one
-        time.sleep(rng.uniform(0, 0.03))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        while more := os.read(read, 4):
-            acknowledged = more
-        os.close(read)
-        found, _ = checkpoint.latest(tmp_path)
-        assert found is not None
-        step = checkpoint.read_state(found)["step"]
-        assert step >= int.from_bytes(acknowledged, "big")
-        for stem in ("student", "teacher"):
-            values = checkpoint.read_tensors(found, stem)
-            assert {value for tensor in values.values() for value in tensor.unique().tolist()} == {float(step)}
-    checkpoint.remove_temporary(tmp_path)
-    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+    outcome = kills(Scale(True, tmp_path))
+    assert outcome.survived == outcome.injected == 40, outcome.notes

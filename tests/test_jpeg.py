@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import jpeg_corpus as corpus
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muse_fast.data import jpeg, jpeg_rows
-from muse_fast.data.roiset import RoiSet, RoiSetWriter
-from muse_fast.data.roiset_format import Roi
 from muse_fast.errors import UserError
+from torture import jpeg_corpus as corpus
+from torture.data import NAMED, attempt, damaged_pixels, header_bombs, roi_of
+from torture.processes import Child
+from torture.rows import Scale
 
 VALID, BAD = corpus.valid(), corpus.bad()
-NAMED = r"the set, ROI 7: the JPEG cannot be decoded \(.+\)"  # what every refusal must say
 COMPILED = jpeg.cutter is not jpeg_rows
 CUTTERS = [pytest.param(jpeg_rows, id="python"), pytest.param(jpeg.cutter, id="cpp")]
 needs_cpp = pytest.mark.skipif(not COMPILED, reason="muse_fast/_jpeg was not built")
@@ -38,11 +35,6 @@ def cutter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
         pytest.skip("muse_fast/_jpeg was not built")
     monkeypatch.setattr(jpeg, "cutter", request.param)
     return request.param
-
-
-def roi_of(data: bytes, width: int = corpus.WIDTH, height: int = corpus.HEIGHT) -> Roi:
-    xy, label, score = np.zeros((0, 2), np.float32), np.zeros(0, np.int16), np.zeros(0, np.float32)
-    return Roi(7, data, width, height, 0.5, "s", "", (0, 0), xy, label, score, Path("the set"))
 
 
 @pytest.mark.skipif(not COMPILED and "MUSE_FAST_LIBRARY" not in os.environ, reason="muse_fast/_jpeg was not built")
@@ -186,16 +178,6 @@ def test_bad_files_are_refused_by_name(name: str, cutter: ModuleType) -> None:
     assert time.perf_counter() - begin < 2
 
 
-def attempt(read: Callable[..., Any], *arguments: int) -> Any:
-    """What it returns, or None where it refuses and names the ROI; any other error passes."""
-    try:
-        return read(*arguments)
-    except UserError as error:
-        if re.search(NAMED, str(error)) is None:
-            raise
-        return None
-
-
 def test_mutants_decode_or_are_refused_by_name(cutter: ModuleType) -> None:
     """500 files with random changes: no crash, no other error, and nothing takes long."""
     rng, names, refused = np.random.default_rng(1), sorted(VALID), 0
@@ -212,77 +194,29 @@ def test_mutants_decode_or_are_refused_by_name(cutter: ModuleType) -> None:
     assert 250 < refused < 500  # most are damaged, and not all
 
 
-def test_damage_in_the_scan(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+def test_damage_in_the_scan(tmp_path: Path) -> None:
     """Eight bytes overwritten: the set's hash finds them all. Strict decoding alone finds fewer than in files without
     restart markers, behind which the decoder is in step again."""
-    image = corpus.picture()
-    with RoiSetWriter(tmp_path / "set", provenance={}) as writer:
-        writer.add(image, mpp=0.5, xy=[], slide="s")
-    rois, shard = RoiSet(tmp_path / "set"), tmp_path / "set" / "shard-00000.bin"
-    sound, rng = shard.read_bytes(), np.random.default_rng(0)
-    by_hash = by_decoding = 0
-    for _ in range(300):
-        damaged = sound
-        while damaged == sound:
-            damaged = corpus.replaced(sound, int(rng.integers(corpus.scan(sound) + 14, len(sound) - 10)), rng.bytes(8))
-        shard.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"shard-00000.bin, ROI 0: the bytes differ"):
-            rois[0]
-        by_hash += 1
-        try:
-            roi_of(damaged).decode()
-        except UserError:
-            by_decoding += 1
-    record_property("detected by strict decoding alone", by_decoding / 300)
-    assert by_hash == 300
-    assert by_decoding >= 0.8 * 300
+    outcome = damaged_pixels(Scale(True, tmp_path))
+    assert outcome.survived == outcome.injected >= 200
+    by_decoding = re.search(r"finds (\d+) % of 8 bytes", outcome.notes)
+    assert by_decoding is not None and int(by_decoding[1]) >= 75
 
 
 # ----------------------------------------------------------------------------------------------------------- bombs
 
-MEMORY = """
-import sys
-import simplejpeg
-from muse_fast.data.jpeg import read
-sys.path.insert(0, "tests")
-import jpeg_corpus as corpus
 
-def claiming(width, height):
-    data = corpus.save(**corpus.ROWS)
-    size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
-    return corpus.replaced(data, corpus.frame(data) + 5, size)
-
-def peak():
-    status = open("/proc/self/status").read()  # getrusage still knows the peak of the process that started this one
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-read(corpus.save(), corpus.WIDTH, corpus.HEIGHT)
-before = peak()
-for size, index in [((65000, 65000), (200, 152)), ((65000, 65000), (65000, 65000)), ((16384, 16384), (16384, 16384))]:
-    try:
-        read(claiming(*size), *index)
-    except ValueError as error:
-        print(error)
-print(peak() - before)
-try:
-    simplejpeg.decode_jpeg(claiming(6000, 6000), "RGB", strict=False)
-except ValueError:
-    pass
-print(peak() - before)
-"""
-
-
-def test_header_bombs_are_refused_before_memory_is_taken() -> None:
-    command = [sys.executable, "-c", MEMORY]
-    printed = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
-    *reasons, growth, without_checks = printed.splitlines()
-    assert [reason.split(" ", 1)[1] for reason in reasons] == [
+def test_header_bombs_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    with Child(header_bombs, tmp_path / "report.json", log=tmp_path / "log") as child:
+        assert child.wait() == 0, child.output()
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [said.split(" ", 1)[1] for said in found["said"]] == [
         "header says 65000 x 65000, the index 200 x 152",
         "x 65000 px, expected at most 16384 a side",
         "bytes are too few for 16384 x 16384 px",
     ]
-    assert float(growth) < 64  # MiB
-    assert float(without_checks) > 64  # the measurement would have shown it
+    assert found["growth"] < 64  # MiB
+    assert found["without checks"] > 64  # the measurement would have shown it
 
 
 @pytest.mark.parametrize("name", ["500 scans, progressive", "500 scans, baseline"])

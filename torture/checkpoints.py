@@ -173,7 +173,7 @@ def _limited_file_size(scale: Scale, notes: str) -> Outcome:
 
 
 def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
-    """Other files take the room away while the run is at work; once there is room again, it goes on as if nothing was."""
+    """Other files take the room away while the run is at work; once there is room, it goes on as if nothing was."""
     workplace = toy.prepare(scale.folder)
     assert toy.finish(workplace, scale.folder / "unbroken") == 0
     place = scale.folder / "larger"

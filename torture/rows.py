@@ -90,7 +90,7 @@ class Tally:
         self.injected += 1
         self.survived += survived
         if not survived:
-            self._failures.append(what)
+            self._failures.append(what[:600])
 
     def outcome(self, notes: str = "") -> Outcome:
         failures = [f"FAILED {failure}" for failure in self._failures[:5]]

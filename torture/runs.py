@@ -28,7 +28,7 @@ from torture.suite import tests
 
 
 def exact_resume(scale: Scale) -> Outcome:
-    """Killed at a random step and moment, started again, with and without loader processes: the same to the last bit."""
+    """Killed at a random step and moment, started again, with and without loader processes: the same bit for bit."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     unbroken = scale.folder / "unbroken"
     assert toy.finish(workplace, unbroken) == 0
@@ -266,7 +266,15 @@ def out_of_memory(scale: Scale) -> Outcome:
         argv = toy.arguments(workplace, out, "train.checkpoint_every=1", *large)
         with Child(starved, argv, megabytes, log=toy.log_of(out)) as child:
             code, said = child.wait(), child.output()
-        words = ("step 3", "8 ROIs", "2 x 128 px", "8 x 32 px", "MiB", "optim.accumulate=2", "model.recompute=selective")
+        words = (
+            "step 3",
+            "8 ROIs",
+            "2 x 128 px",
+            "8 x 32 px",
+            "MiB",
+            "optim.accumulate=2",
+            "model.recompute=selective",
+        )
         missing = [word for word in words if word not in said]
         kept = checkpoint.latest(out) == (checkpoint.folder_of(out, 2), [])
         told = code == 2 and not missing and "Traceback" not in said

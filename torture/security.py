@@ -78,7 +78,7 @@ def _is(node: ast.expr | None, value: bool) -> bool:
     return isinstance(node, ast.Constant) and node.value is value
 
 
-# ---------------------------------------------------------------------------------------------------------- S1: payloads
+# --------------------------------------------------------------------------------------------------------- S1: payloads
 
 
 class Payload:
@@ -176,8 +176,10 @@ def loaders(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], Any]]]:
     for name in ("roiset.json", "index.bin", "nuclei.bin", "shard-00000.bin"):
         yield f"a ROI set's {name}", name, roiset_with(name)
     yield "load_config", "config.yaml", load_config
-    yield "pretrain --config", "config.yaml", lambda file: _command(
-        pretrain.main, "--config", str(file), "--out", str(file.parent / "o")
+    yield (
+        "pretrain --config",
+        "config.yaml",
+        lambda file: _command(pretrain.main, "--config", str(file), "--out", str(file.parent / "o")),
     )
     yield "map_npy", "array.npy", map_npy
     yield "read_npy_mapping", "labels.npy", lambda file: read_npy_mapping(file, ("inst_map", "type_map"))
@@ -185,14 +187,22 @@ def loaders(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], Any]]]:
     yield "read_image", "image.png", read_image
     yield "read_geojson_points", "cells.geojson", read_geojson_points
     yield "detector weights", "detector.safetensors", read_detector
-    yield "predict --weights", "detector.safetensors", lambda file: _command(
-        predict.main, "--weights", str(file), "--out", str(file.parent / "o"), str(file)
+    yield (
+        "predict --weights",
+        "detector.safetensors",
+        lambda file: _command(predict.main, "--weights", str(file), "--out", str(file.parent / "o"), str(file)),
     )
-    yield "export", "weights.pth", lambda file: _command(
-        export.main, str(file), str(file.parent / "e.safetensors"), "--format", "safetensors"
+    yield (
+        "export",
+        "weights.pth",
+        lambda file: _command(export.main, str(file), str(file.parent / "e.safetensors"), "--format", "safetensors"),
     )
-    yield "evaluate knn", "weights.pth", lambda file: _command(
-        evaluate.main, "knn", "--weights", str(file), "--data", "synthetic:2", "--json", str(file.parent / "j")
+    yield (
+        "evaluate knn",
+        "weights.pth",
+        lambda file: _command(
+            evaluate.main, "knn", "--weights", str(file), "--data", "synthetic:2", "--json", str(file.parent / "j")
+        ),
     )
     yield "the published evaluation cache", "cache.pt", lambda file: list(open_source(f"muse:{file.parent}", mpp=0.5))
 
@@ -240,7 +250,7 @@ def no_code_runs(scale: Scale) -> Outcome:
     return tally.outcome(f"{ways} ways in x {scale.of(7, 3)} payloads, and no call that unpickles in the package")
 
 
-# ------------------------------------------------------------------------------------------------------- S2: hostile sets
+# ----------------------------------------------------------------------------------------------------- S2: hostile sets
 
 
 def hostile_sets(folder: Path) -> dict[str, Callable[[Path], None]]:
@@ -335,7 +345,7 @@ def hostile_weights(folder: Path) -> dict[str, bytes]:
 
 
 def nothing_escapes(scale: Scale) -> Outcome:
-    """Hostile ROI sets and weights: a UserError that names the file, in bounded memory, and nothing written anywhere."""
+    """Hostile ROI sets and weights: a UserError that names the file, in bounded memory, and nothing written outside."""
     import tracemalloc
 
     tally, place = Tally(), scale.folder / "place"

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from torture import checkpoints, data, outlines, ranks, runs, security
+from torture import checkpoints, data, operators, outlines, ranks, runs, security, settings
 
-ROWS = sorted([*checkpoints.ROWS, *runs.ROWS, *ranks.ROWS, *security.ROWS, *data.ROWS, *outlines.ROWS], key=lambda row: row.name)
+_ORDER = "CSDTUKO"
+_MODULES = (checkpoints, runs, security, data, ranks, settings, operators, outlines)
+
+ROWS = sorted(
+    [row for module in _MODULES for row in module.ROWS] + operators.NOT_APPLICABLE,
+    key=lambda row: (_ORDER.index(row.name[0]), row.name),
+)
 NAMES = [row.name for row in ROWS]

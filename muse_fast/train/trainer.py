@@ -274,7 +274,12 @@ class Trainer:
         for stem, network in (("student", self.student), ("teacher", self.teacher)):
             values = {name: fit(name, value) for name, value in checkpoint.read_tensors(folder, stem).items()}
             state = network.state_dict()
-            network.load_state_dict({name: like(v, state[name]) if name in state else v for name, v in values.items()})
+            try:
+                network.load_state_dict(
+                    {name: like(v, state[name]) if name in state else v for name, v in values.items()}
+                )
+            except RuntimeError as error:
+                raise UserError(f"{folder}: its {stem} does not fit these settings ({str(error)[:300]} ...)") from None
         state = checkpoint.read_tensors(folder, "state")
         for name in HEADS:
             self.centers[name].copy_(state[f"center/{name}"])

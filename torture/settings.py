@@ -1,0 +1,75 @@
+"""U1: settings that are misspelt, of another type or out of range."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import string
+from typing import Any
+
+from muse_fast.config import PretrainConfig, flatten, known_keys, load_as
+from muse_fast.errors import UserError
+from muse_fast.finetune_config import FinetuneConfig
+from torture.rows import Outcome, Row, Scale, Tally
+
+_LEAST_RIGHT = 0.95  # of the hints
+
+
+def one_edit(key: str, rng: random.Random) -> str:
+    """``key`` with one letter dropped, swapped with its neighbour, or added."""
+    letters = [i for i, c in enumerate(key) if c.isalpha()]
+    i = rng.choice(letters)
+    kind = rng.choice(["drop", "swap", "add"])
+    if kind == "drop":
+        return key[:i] + key[i + 1 :]
+    if kind == "swap" and i + 1 < len(key) and key[i + 1].isalpha() and key[i] != key[i + 1]:
+        return key[:i] + key[i + 1] + key[i] + key[i + 2 :]
+    return key[:i] + rng.choice(string.ascii_lowercase) + key[i:]
+
+
+def refusal(kind: type[Any], setting: str) -> str | None:
+    """What is said against a setting; None where it is taken."""
+    try:
+        load_as(kind, None, [setting])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def bad_settings(scale: Scale) -> Outcome:
+    """Each leaf of both configurations: random edits of its name, and values of another type."""
+    tally, right, edits = Tally(), 0, 0
+    for kind in (PretrainConfig, FinetuneConfig):
+        known = known_keys(kind)
+        for key, value in flatten(dataclasses.asdict(kind())):
+            for typo in {one_edit(key, scale.rng) for _ in range(scale.of(10, 1))} - set(known):
+                said = refusal(kind, f"{typo}=1")
+                tally.add(said is not None and "no setting" in said, f"{typo}: {said}")
+                right += f"did you mean '{key}'?" in (said or "")
+                edits += 1
+            for bad in _other_values(value):
+                said = refusal(kind, f"{key}={bad}")
+                tally.add(said is not None and key.split(".")[-1].partition("_")[0] in said, f"{key}={bad}: {said}")
+    tally.add(right >= _LEAST_RIGHT * edits, f"only {right} of {edits} hints are right")
+    return tally.outcome(f"{right} of {edits} hints are right")
+
+
+def _other_values(value: Any) -> list[str]:
+    """Of another type, or out of any range; a text may be a path, of which any is a text."""
+    if isinstance(value, bool):
+        return ["maybe", "7"]
+    if isinstance(value, int):
+        return ["fast", "1.5", "nan", "-1", "[1, 2]", "null"]
+    if isinstance(value, float):
+        return ["fast", "nan", "-1", "inf", "-inf", "[1, 2]", "null"]
+    return ["[1, 2]", "{a: 1}"]
+
+
+ROWS = [
+    Row(
+        "U1",
+        "settings that are misspelt or wrong are refused, with a hint",
+        "each key edited at random and set to other types: all refused, 95 % of the hints right",
+        bad_settings,
+    )
+]
