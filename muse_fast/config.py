@@ -267,7 +267,7 @@ def load_as(kind: type[_Config], path: str | Path | None, overrides: Sequence[st
     Raises:
         UserError: no such file, bad YAML, unknown key (with the nearest known one), wrong type, out of range.
     """
-    defaults = dict(flatten(dataclasses.asdict(kind())))
+    defaults = defaults_of(kind)
     schema = OmegaConf.structured(kind())
     OmegaConf.set_readonly(schema, False)
     layers: list[tuple[str, DictConfig]] = []
@@ -306,7 +306,12 @@ def _read_yaml(path: Path) -> DictConfig:
 
 def known_keys(kind: type[Any] = PretrainConfig) -> list[str]:
     """Every setting as a dotted key."""
-    return [key for key, _ in flatten(dataclasses.asdict(kind()))]
+    return list(defaults_of(kind))
+
+
+def defaults_of(kind: type[Any]) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    return dict(flatten(dataclasses.asdict(kind())))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

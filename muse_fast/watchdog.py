@@ -55,7 +55,7 @@ class Watchdog:
         tell: Callable[[str, int], None],
     ) -> None:
         self._beat = min(_BEAT, timeout / 10)
-        self._store = dist.PrefixStore("watchdog", store.clone())
+        self._store = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=max(5.0, 3 * self._beat)))
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._place, self._tell = place, tell

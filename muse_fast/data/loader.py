@@ -172,7 +172,7 @@ def load_views(
     """
     planned = ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu")
     place = str(dataset.roiset.path)
-    batches = UntilError(_loaded(planned, sampler, workers, pin_memory, timeout, place))
+    batches: UntilError[Any] = UntilError(_loaded(planned, sampler, workers, pin_memory, timeout, place))
     with closing(iter(batches)) as loaded:
         if backend == "cpu":
             yield from loaded

@@ -1,0 +1,183 @@
+"""The harnesses of ``python -m torture`` in quick form, and the proof that each would see what it looks for.
+
+Rows whose quick form is a test of the suite already are left out: C1 and C3 (test_checkpoint.py), C2 and D5
+(test_pretrain.py, test_distributed.py), D1 to D4 (test_jpeg.py, test_bad_points.py), T5 (test_pretrain.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from muse_fast import config, watchdog
+from muse_fast.data import jpeg, roiset
+from muse_fast.train import checkpoint
+from torture import __main__ as command
+from torture import checkpoints, data, outlines, runs, security, settings, table
+from torture.rows import Outcome, Row, Scale, run
+
+QUICK = ("C4", "S1", "S2", "T1", "T4", "T6", "T7", "U1", "O1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_survives(name: str) -> None:
+    row = table.ROWS[table.NAMES.index(name)]
+    ran = run(row, quick=True)
+    assert ran.passed, ran.outcome
+
+
+# ---------------------------------------------------------------------------- harnesses that cannot fail prove nothing
+
+
+def blind(*_: Any, **__: Any) -> None:
+    """In place of a check."""
+
+
+def fails(harness: Callable[[Scale], Outcome], folder: Path) -> bool:
+    return not run(Row("X", "", "", lambda scale: harness(Scale(True, folder))), quick=True).passed
+
+
+def test_without_the_manifest_damage_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_verify_file", blind)
+    assert fails(checkpoints.flips_and_cuts, tmp_path)
+
+
+def test_without_the_rename_kills_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files written in place, and whatever stands there taken for whole."""
+
+    def in_place(out: Path) -> Path:
+        out.mkdir(parents=True)
+        return out
+
+    monkeypatch.setattr(checkpoint.atomic, "begin", in_place)
+    monkeypatch.setattr(checkpoint.atomic, "commit", blind)
+    monkeypatch.setattr(checkpoint, "verify", blind)
+    assert fails(checkpoints.kills, tmp_path)
+
+
+def test_without_removal_orphans_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "remove_temporary", blind)
+    monkeypatch.setattr(checkpoint.atomic, "_remove_stale", blind)
+    assert fails(checkpoints.kills, tmp_path)
+
+
+def test_without_refusal_typos_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_check_keys", blind)
+    assert fails(settings.bad_settings, tmp_path)
+
+
+def test_without_the_hash_damaged_pixels_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roiset, "roi_hash", lambda *_: b"")
+    monkeypatch.setattr(roiset.RoiSet, "__getitem__", lambda self, i: None)
+    assert fails(data.damaged_pixels, tmp_path)
+
+
+def test_without_the_limit_bombs_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg, "_check_scans", blind)
+    assert fails(data.bombs, tmp_path)
+
+
+def test_without_the_checks_hostile_sets_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roiset, "check_index", blind)
+    assert fails(security.nothing_escapes, tmp_path)
+
+
+def unguarded(argv: list[str], poison: str, on_rank: int, report: Path) -> int:
+    """The command without its guard: what the look says, all is well."""
+    from muse_fast.train.guard import Guard
+
+    Guard.look = lambda self, step, terms, roi_ids, epochs: torch.ones(())  # type: ignore[method-assign]
+    Guard.check = blind  # type: ignore[method-assign]
+    return runs.poisoned(argv, poison, on_rank, report)
+
+
+@pytest.mark.slow
+def test_without_the_guard_poison_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "poisoned", unguarded)
+    monkeypatch.setattr(runs, "_POISONS", runs._POISONS[:1])
+    assert fails(runs.non_finite, tmp_path)
+
+
+def test_without_a_ring_that_closes_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muse_fast.data.geojson._closed", lambda ring: ring.tolist())
+    assert fails(outlines.geojson, tmp_path)
+
+
+def test_a_call_that_unpickles_is_seen(tmp_path: Path) -> None:
+    bad = [
+        "pickle.load(file)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text)",
+        "eval(text)",
+        "joblib.load(path)",
+    ]
+    (tmp_path / "bad.py").write_text("from pickle import loads\n" + "\n".join(bad))
+    assert len(security.unsafe_calls(tmp_path)) == len(bad) + 1
+    (tmp_path / "bad.py").write_text("torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)\nmodel.eval()\n")
+    assert security.unsafe_calls(tmp_path) == []
+
+
+def test_a_payload_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    def unpickle(file: Path) -> None:
+        pickle.loads(file.read_bytes())
+
+    monkeypatch.setattr(security, "loaders", lambda folder: iter([("a loader", "x.bin", unpickle)]))
+    assert fails(security.no_code_runs, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        Row("A1", "keeps", "2 of 2", lambda scale: Outcome(2, 2)),
+        Row("A2", "breaks", "2 of 2", lambda scale: Outcome(2, 1, "one was lost")),
+        Row("A3", "raises", "", lambda scale: Outcome(1 // 0, 1)),
+        Row("A4", "is for another", "make something", None),
+    ]
+    monkeypatch.setattr(table, "ROWS", rows)
+    monkeypatch.setattr(table, "NAMES", [row.name for row in rows])
+    assert command.main(["A1", "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["rows"]["A1"]["survived"] == 2
+    assert command.main(["--json", str(tmp_path / "b.json")]) == 1
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert {name: row["passed"] for name, row in written["rows"].items()} == {"A1": True, "A2": False, "A3": False}
+    assert "ZeroDivisionError" in written["rows"]["A3"]["notes"] and not written["passed"]
+    shown = capsys.readouterr().out
+    assert "one was lost" in shown and "not run" in shown
+    with pytest.raises(SystemExit):
+        command.main(["Z9"])
+
+
+# ---------------------------------------------------------------------------------------------------- who is waited for
+
+
+def sign(beats: int, collectives: int) -> dict[str, Any]:
+    return {"beats": beats, "step": 7, "collectives": collectives, "host": "node3", "pid": 11}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "culprits", "said"),
+    [
+        ({0: sign(1, 9), 1: sign(1, 8)}, {0: sign(4, 9), 1: sign(4, 8)}, [1], "rank 1 (step 7, pid 11 on node3) has"),
+        ({0: sign(1, 9), 1: sign(1, 9)}, {0: sign(4, 9), 1: sign(1, 9)}, [1], "no longer answers"),
+        ({0: sign(1, 9)}, {0: sign(4, 9)}, [1], "rank 1 (which never gave a sign) no longer answers"),
+        ({0: sign(1, 9), 1: sign(1, 9)}, {0: sign(4, 9), 1: sign(4, 9)}, [0, 1], "look at the network"),
+    ],
+)
+def test_who_is_waited_for(
+    before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]], culprits: list[int], said: str
+) -> None:
+    found, reason = watchdog.waited_for(before, now, 2)
+    assert found == culprits and said in reason
