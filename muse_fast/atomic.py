@@ -89,6 +89,13 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_being_written(path: Path) -> bool:
+    """Whether the process that began a temporary file or folder lives; of one on another machine that is not known."""
+    *_, pid = path.stem.replace(".", "-").split("-")
+    of_here = not path.name.startswith(".tmp-") or f"-{socket.gethostname()}-" in path.name
+    return not of_here or (pid.isdigit() and int(pid) != os.getpid() and _is_running(int(pid)))
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

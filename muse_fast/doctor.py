@@ -1,6 +1,7 @@
-"""``python -m muse_fast.doctor [ROISET]``: what is installed, which backend each op would use and why.
+"""``python -m muse_fast.doctor [[--deep] FOLDER]``: what is installed, which backend each op would use and why.
 
-With the folder of a ROI set, every byte of it is checked instead.
+With the folder of a ROI set, every byte of it is checked instead; with ``--deep`` a ROI set or a run, and what killed
+processes left in it is removed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from muse_fast import deep_check
 from muse_fast.cli import run
 from muse_fast.data import jpeg, jpeg_rows
 from muse_fast.data.roiset import RoiSet
+from muse_fast.errors import UserError
 from muse_fast.ops import backends
 
 # Distribution names; the first one that is installed counts.
@@ -36,13 +39,18 @@ PACKAGES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 when a ROI set has problems."""
+    """Exit code 0, or 1 when a ROI set or a run has problems that were not repaired."""
     parser = argparse.ArgumentParser(
         prog="muse-fast doctor", description="What is installed, and which backend each op would use."
     )
-    parser.add_argument("roiset", nargs="?", type=Path, help="folder of a ROI set: check it")
+    parser.add_argument("roiset", nargs="?", type=Path, metavar="FOLDER", help="folder of a ROI set: check it")
+    parser.add_argument("--deep", action="store_true", help="of a ROI set or a run, and repair what can be repaired")
     options = parser.parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
+    if options.deep:
+        if options.roiset is None:
+            raise UserError("--deep needs the folder of a run or of a ROI set")
+        return check_deeply(options.roiset, console)
     if options.roiset is not None:
         return check_roiset(options.roiset, console)
     console.print(machine_table())
@@ -59,6 +67,17 @@ def check_roiset(path: Path, console: Console) -> int:
         console.print(f"[red]problem[/red] {problem}")
     console.print(f"{len(problems)} problems" if problems else "no problems")
     return 1 if problems else 0
+
+
+def check_deeply(path: Path, console: Console) -> int:
+    """Print what is wrong with a run or a ROI set, and what was done about it; the exit code."""
+    what, findings = deep_check.check(path)
+    console.print(f"{path}: {what}; all of it was read")
+    left = [finding for finding in findings if finding.repair not in deep_check.REPAIRED]
+    for problem, repair in findings:
+        console.print(f"[red]problem[/red] {problem}{f': {repair}' if repair else ''}")
+    console.print(f"{len(findings)} problems, {len(findings) - len(left)} repaired" if findings else "no problems")
+    return 1 if left else 0
 
 
 def machine_table() -> Table:

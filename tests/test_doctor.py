@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from muse_fast import doctor
 from muse_fast.data.roiset import RoiSetWriter
 from muse_fast.errors import UserError
 from muse_fast.ops import backends
+from muse_fast.train import checkpoint
+from torture.checkpoints import save
 
 
 @pytest.fixture
@@ -72,3 +76,92 @@ def test_runs_as_a_module(tmp_path: Path) -> None:
     assert finished.returncode == 2
     assert "nowhere" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------- deep
+
+
+def finished_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    for step in (1, 2):
+        save(folder, step)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    return folder
+
+
+def test_a_sound_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--deep", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "run with 2 checkpoints, 2 of them sound" in shown and "no problems" in shown
+
+
+def test_what_kills_left_is_removed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone, here = finished_pid(), os.getppid()
+    left = [
+        run / "checkpoints" / f".tmp-step-00000003-{socket.gethostname()}-{gone}",
+        run / f".summary.{gone}.json",
+        run / f".metrics.{gone}.jsonl",
+    ]
+    kept = run / "checkpoints" / f".tmp-step-00000004-{socket.gethostname()}-{here}"
+    elsewhere = run / "checkpoints" / f".tmp-step-00000004-another-node-{gone}"
+    for path in (left[0], kept, elsewhere):
+        path.mkdir()
+    for path in left[1:]:
+        path.touch()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert doctor.main(["--deep", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert not any(path.exists() for path in left) and kept.exists() and elsewhere.exists()
+    assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert "6 problems, 6 repaired" in shown
+    kept.rmdir()
+    elsewhere.rmdir()
+    assert doctor.main(["--deep", str(run)]) == 0 and "no problems" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_told_and_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = checkpoint.folder_of(run, 2) / "teacher.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (run / "metrics.jsonl").write_text("no row\n")
+    assert doctor.main(["--deep", str(run)]) == 1
+    shown = capsys.readouterr().out
+    assert "1 of them sound" in shown and str(file) in shown and "row 1 is not valid JSON" in shown
+    assert "2 problems, 0 repaired" in shown and file.exists()
+    checkpoint.folder_of(run, 1).rename(checkpoint.folder_of(run, 7))
+    assert doctor.main(["--deep", str(run)]) == 1
+    shown = capsys.readouterr().out
+    assert "holds step 1" in shown and "no checkpoint is sound" in shown
+
+
+def test_a_roiset_deeply(roiset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--deep", str(roiset)]) == 0
+    assert "ROI set of 2 ROIs and 2 nuclei" in capsys.readouterr().out
+    left = roiset.parent / f".tmp-{roiset.name}-{socket.gethostname()}-{finished_pid()}"
+    left.mkdir()
+    (roiset / "shard-00009.bin").touch()
+    shard = roiset / "shard-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 0xFF
+    shard.write_bytes(content)
+    assert doctor.main(["--deep", str(roiset)]) == 1
+    shown = capsys.readouterr().out
+    assert "ROI 1" in shown and "cannot be repaired" in shown and "shard-00009.bin: no part of the set" in shown
+    assert "3 problems, 1 repaired" in shown and not left.exists()
+
+
+@pytest.mark.parametrize(("argv", "said"), [(["--deep"], "needs the folder"), (["--deep", "."], "neither a run")])
+def test_deep_wants_a_run_or_a_roiset(argv: list[str], said: str, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        doctor.main(argv)
