@@ -5,7 +5,7 @@ DEMO := runs/demo
 SANITIZED_TESTS := tests/test_match_nuclei.py tests/test_sample_nuclei.py tests/test_dino_loss.py tests/test_jpeg.py
 BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-fast test-heavy lint format type-check sanitize bench-ops detector clean
+.PHONY: demo test test-fast test-heavy lint format type-check sanitize torture bench-ops detector clean
 
 demo: .venv/.run $(DEMO)/rois/roiset.json
 	@test -e $(DEMO)/summary.json || \
@@ -48,6 +48,10 @@ sanitize: .venv/.test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUSE_FAST_LIBRARY=$(SANITIZED) PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest -k cpp $(SANITIZED_TESTS)
+
+# Everything that can go wrong in a long run, done to the real commands: docs/reliability.md.
+torture: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m torture
 
 bench-ops: .venv/.test
 	$(BIN)/python -m bench ops --device cpu

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from muse_fast import atomic
 from muse_fast.errors import UserError
 from muse_fast.train import checkpoint
 from torture.checkpoints import flips_and_cuts, kills
@@ -85,6 +86,35 @@ def test_a_pickle_in_place_of_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         checkpoint.read_state(folder)
     assert not trap.exists()
+
+
+def test_what_the_manifest_knows_and_is_no_checkpoint(tmp_path: Path) -> None:
+    """As someone leaves it who makes the hashes right again."""
+    folder = save(tmp_path, 1)
+    for name, content, said in (
+        ("student.safetensors", b"no tensors", r"student\.safetensors: no safetensors file"),
+        ("state.json", b"{}", r"state\.json: there is no step"),
+        ("state.json", b"[" * 100_000, r"state\.json: not valid JSON"),
+    ):
+        (folder / name).write_bytes(content)
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        manifest[name] = {"bytes": len(content), "sha256": atomic.file_sha256(folder / name)}
+        (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+        with pytest.raises(checkpoint.CheckpointError, match=said):
+            checkpoint.read_state(folder) if name == "state.json" else checkpoint.read_tensors(folder, "student")
+
+
+def test_a_disk_that_refuses_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a quota, for example: there is room, and not for us."""
+    good = save(tmp_path, 1)
+
+    def over_quota(*_: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(checkpoint, "save_file", over_quota)
+    with pytest.raises(UserError, match=r"step-00000002: cannot be written .*quota.*MiB are free"):
+        save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path) == (good, [])
 
 
 def test_full_disk_keeps_the_old_one_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

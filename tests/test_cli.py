@@ -1,3 +1,5 @@
+import errno
+import os
 import sys
 
 import pytest
@@ -13,6 +15,24 @@ def test_a_user_error_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixtu
 
     assert run(command, []) == 2
     assert capsys.readouterr().err == "error: roi.csv: row 3: x is nan\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(argv: object) -> int:
+        raise OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+
+    assert run(command, []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: runs/a/metrics.jsonl: ") and "make room" in said
+
+
+def test_other_errors_of_files_are_not_hidden() -> None:
+    def command(argv: object) -> int:
+        raise PermissionError(errno.EACCES, "no", "x")
+
+    with pytest.raises(PermissionError):
+        run(command, [])
 
 
 def test_other_errors_are_not_hidden() -> None:

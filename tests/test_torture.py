@@ -118,7 +118,9 @@ def test_a_call_that_unpickles_is_seen(tmp_path: Path) -> None:
     ]
     (tmp_path / "bad.py").write_text("from pickle import loads\n" + "\n".join(bad))
     assert len(security.unsafe_calls(tmp_path)) == len(bad) + 1
-    (tmp_path / "bad.py").write_text("torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)\nmodel.eval()\n")
+    (tmp_path / "bad.py").write_text(
+        "torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)\nmodel.eval()\nbuild().eval()\n"
+    )
     assert security.unsafe_calls(tmp_path) == []
 
 

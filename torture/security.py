@@ -61,7 +61,7 @@ def _why_unsafe(call: ast.Call) -> str | None:
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     if owner in _PICKLE_MODULES and name in _UNPICKLERS:
         return f"{owner}.{name}"
-    if name in _EVALUATORS and not owner:
+    if name in _EVALUATORS and isinstance(function, ast.Name):
         return name
     if owner == "torch" and name == "load" and not _is(given.get("weights_only"), True):
         return "torch.load without weights_only=True"

@@ -172,12 +172,13 @@ def load_views(
     """
     planned = ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu")
     place = str(dataset.roiset.path)
-    batches: UntilError[Any] = UntilError(_loaded(planned, sampler, workers, pin_memory, timeout, place))
-    with closing(iter(batches)) as loaded:
-        if backend == "cpu":
-            yield from loaded
-        else:
-            yield from rendered(loaded, backend, dataset.config, torch.device(device), workers)
+    with closing(_loaded(planned, sampler, workers, pin_memory, timeout, place)) as items:
+        batches: UntilError[Any] = UntilError(items)
+        with closing(iter(batches)) as loaded:
+            if backend == "cpu":
+                yield from loaded
+            else:
+                yield from rendered(loaded, backend, dataset.config, torch.device(device), workers)
     if batches.error is not None:
         raise batches.error
 

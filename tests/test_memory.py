@@ -1,0 +1,51 @@
+"""What is said where memory is short; ``torture`` starves real runs (row T7)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_trainer import toy
+
+from muse_fast.config import load_config
+from muse_fast.errors import UserError
+from muse_fast.train.memory import explained_out_of_memory, remedies
+from muse_fast.train.trainer import Trainer
+
+
+@pytest.mark.parametrize(
+    ("settings", "rois", "ranks", "first"),
+    [
+        ([], 256, 1, ["model.recompute=selective", "optim.accumulate=2", "optim.batch_size=128"]),
+        (["model.recompute=selective"], 256, 1, ["model.recompute=full", "optim.accumulate=2", "optim.batch_size=128"]),
+        (["model.recompute=full", "loss.logit_free=false"], 32, 8,
+         ["loss.logit_free=true", "train.parallel=fsdp", "optim.accumulate=2"]),
+        (["model.arch=resnet50", "optim.batch_size=1"], 1, 1,
+         ["views.num_locals=4", "head.prototypes=32768", "a smaller views.global_size"]),
+        (["model.arch=resnet50", "optim.batch_size=24"], 3, 8,
+         ["train.parallel=fsdp", "optim.batch_size=8", "views.num_locals=4"]),
+    ],
+)  # fmt: skip
+def test_three_settings_to_lower(settings: list[str], rois: int, ranks: int, first: list[str]) -> None:
+    found = remedies(load_config(None, settings), rois, ranks)
+    assert [setting.partition(" (")[0] for setting in found[:3]] == first
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+        MemoryError(),
+    ],
+)
+def test_an_allocators_error_is_explained(error: Exception) -> None:
+    trainer = Trainer(toy(), torch.device("cpu"))
+    said = r"out of memory at step 1 on cpu .*peak was \d+ MiB.*Set one of: "
+    with pytest.raises(UserError, match=said), explained_out_of_memory(trainer):
+        raise error
+
+
+def test_other_errors_pass() -> None:
+    trainer = Trainer(toy(), torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="a bug"), explained_out_of_memory(trainer):
+        raise RuntimeError("a bug")
