@@ -23,8 +23,8 @@ from muse_fast import cli, evaluate, export, load_backbone, predict, pretrain
 from muse_fast.atomic import file_sha256
 from muse_fast.config import load_config
 from muse_fast.data import roiset_format
-from muse_fast.data.detector import read_detector
 from muse_fast.data.geojson import read_geojson_points
+from muse_fast.data.nucleus_finder import read_finder
 from muse_fast.data.plain_npy import map_npy, read_npy_mapping
 from muse_fast.data.roiset import RoiSet
 from muse_fast.data.sources import open_source
@@ -186,7 +186,7 @@ def loaders(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], Any]]]:
     yield "read_points", "points.csv", lambda file: read_points(file, 100, 100, 2)
     yield "read_image", "image.png", read_image
     yield "read_geojson_points", "cells.geojson", read_geojson_points
-    yield "detector weights", "detector.safetensors", read_detector
+    yield "detector weights", "detector.safetensors", read_finder
     yield (
         "predict --weights",
         "detector.safetensors",
