@@ -36,6 +36,7 @@ from muse_fast.models import backbone, resnet, vit
 from muse_fast.train import checkpoint
 from muse_fast.train.progress import read_metrics
 from muse_fast.train.trainer import Trainer
+from torture.processes import children_of, is_alive, wait_until
 
 TOY = """
 views: {global_size: 64, local_size: 32, num_locals: 1}
@@ -436,21 +437,7 @@ class Job(subprocess.Popen[str]):
 
     def left(self) -> set[int]:
         """Ranks and their loaders that were there when a step was waited for, and still are."""
-        return {pid for pid in self.seen if status_of(pid)[0] not in "ZX"}
-
-
-def status_of(pid: int) -> tuple[str, int]:
-    """State letter of a process, X where there is none, and its parent."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:2]
-    except OSError:
-        return "X", 0
-    return state, int(parent)
-
-
-def children_of(pid: int) -> list[int]:
-    everyone = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [each for each in everyone if status_of(each)[1] == pid]
+        return {pid for pid in self.seen if is_alive(pid)}
 
 
 def environment_of(pid: int) -> dict[str, str]:
@@ -524,14 +511,6 @@ def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
         assert [each.get("address") for each in stores] == [str(number).encode()] * 3
     with pytest.raises(torch.distributed.DistStoreError):
         store_of_this_start(store, 1, 3, timedelta(seconds=0))
-
-
-def wait_until(happened: Callable[[], bool], seconds: float) -> None:
-    began = time.monotonic()
-    while not happened():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.02)
-    print(f"after {time.monotonic() - began:.1f} s")
 
 
 @pytest.mark.slow

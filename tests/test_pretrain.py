@@ -16,39 +16,18 @@ import torch
 from muse_fast.batch import Views
 from muse_fast.cli import run as run_command
 from muse_fast.config import load_config
-from muse_fast.data.roiset import RoiSetWriter
-from muse_fast.data.synthetic import synthetic_image
 from muse_fast.errors import UserError
 from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED, main
 from muse_fast.train import checkpoint
 from muse_fast.train.flops import step_flops
 from muse_fast.train.progress import read_metrics
 from muse_fast.train.trainer import Metrics, Trainer
-
-TOY = """
-views: {global_size: 64, local_size: 32, num_locals: 1}
-model: {arch: vit_tiny, drop_path: 0.1}
-head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
-loss: {centering: sinkhorn}
-optim: {steps: 12, batch_size: 2, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
-train: {precision: fp32, log_every: 1, checkpoint_every: 2, eval_every: 6, eval_rois: 4}
-"""
+from torture.toy import arguments, losses, prepare
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrain")
-    with RoiSetWriter(folder / "rois", provenance={}) as writer:
-        for seed in range(5):
-            image, xy, _ = synthetic_image(seed, 160, 0.25)
-            writer.add(image, mpp=0.25, xy=xy, slide=f"s{seed}")
-    (folder / "toy.yaml").write_text(TOY)
-    return folder
-
-
-def arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
-    fixed = ["--config", str(workplace / "toy.yaml"), "--out", str(out), f"data.roiset={workplace / 'rois'}"]
-    return [*fixed, "data.workers=0", *overrides]
+    return prepare(tmp_path_factory.mktemp("pretrain"))
 
 
 def start(workplace: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -83,11 +62,6 @@ def crash_at_step(step: int, argv: list[str], monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(Trainer, "train_step", crashing)
         with pytest.raises(SystemExit, match="crash"):
             main(argv)
-
-
-def losses(out: Path) -> list[tuple[int, str]]:
-    rows = read_metrics(out / "metrics.jsonl")
-    return [(row["step"], float(row["loss"]).hex()) for row in rows if "loss" in row]
 
 
 @pytest.fixture(scope="module")
