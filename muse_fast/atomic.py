@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -89,11 +90,29 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_being_written(path: Path) -> bool:
-    """Whether the process that began a temporary file or folder lives; of one on another machine that is not known."""
-    *_, pid = path.stem.replace(".", "-").split("-")
-    of_here = not path.name.startswith(".tmp-") or f"-{socket.gethostname()}-" in path.name
-    return not of_here or (pid.isdigit() and int(pid) != os.getpid() and _is_running(int(pid)))
+def writer_of(path: Path) -> int | None:
+    """The process of this machine that began a temporary file or folder; None for what is none, or is not from here.
+
+    The names of files do not say which machine they are from.
+    """
+    if path.name.startswith(".tmp-"):
+        place, _, pid = path.name.rpartition("-")
+        return int(pid) if pid.isdigit() and place.endswith(f"-{socket.gethostname()}") else None
+    named = re.fullmatch(r"\..+?\.(\d+)(\.[^.]*)?", path.name)
+    return int(named[1]) if named else None
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine, other than this one, lives."""
+    if pid == os.getpid():  # a namesake of ours that was killed
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _fsync(path: Path) -> None:
@@ -112,17 +131,5 @@ def _remove_stale(out: Path) -> None:
     """Remove what killed writers of ``out`` left behind on this machine."""
     for path in out.parent.iterdir():
         pid = path.name.removeprefix(_temporary_prefix(out))
-        if pid != path.name and pid.isdigit() and not _is_running(int(pid)):
+        if pid != path.name and pid.isdigit() and not is_running(int(pid)):
             shutil.rmtree(path)
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():  # a namesake of ours that was killed
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from muse_fast.errors import UserError
 from muse_fast.train import checkpoint
 
 REPAIRED = ("removed", "row removed", "left alone")
+_YOUNG = 60  # seconds; files do not say which machine they are from
 
 
 class Finding(NamedTuple):
@@ -82,10 +84,13 @@ def _check_run(path: Path) -> tuple[str, list[Finding]]:
 
 
 def _leftovers(folder: Path, pattern: str) -> Iterator[Finding]:
-    """Drop what killed processes left; what one that lives is about to finish stays."""
+    """Drop what killed processes left; what one that lives, or may live elsewhere, is about to finish stays."""
     for path in sorted(folder.glob(pattern)):
-        if atomic.is_being_written(path):
-            yield Finding(f"{path}: another process is writing it", "left alone")
+        pid = atomic.writer_of(path)
+        if pid is None and not path.name.startswith(".tmp-"):
+            continue
+        if pid is None or atomic.is_running(pid) or (path.is_file() and time.time() - path.stat().st_mtime < _YOUNG):
+            yield Finding(f"{path}: another process may be writing it", "left alone")
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield Finding(f"{path}: left by a process that was killed", "removed")

@@ -76,7 +76,9 @@ def check_deeply(path: Path, console: Console) -> int:
     left = [finding for finding in findings if finding.repair not in deep_check.REPAIRED]
     for problem, repair in findings:
         console.print(f"[red]problem[/red] {problem}{f': {repair}' if repair else ''}")
-    console.print(f"{len(findings)} problems, {len(findings) - len(left)} repaired" if findings else "no problems")
+    console.print(
+        f"{len(findings)} problems, {len(findings) - len(left)} repaired or left alone" if findings else "no problems"
+    )
     return 1 if left else 0
 
 

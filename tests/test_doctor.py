@@ -116,15 +116,20 @@ def test_what_kills_left_is_removed(run: Path, capsys: pytest.CaptureFixture[str
         path.mkdir()
     for path in left[1:]:
         path.touch()
+        os.utime(path, (0, 0))
+    others = [run / f".summary.{gone}.yaml", run / ".gitignore"]  # young, and none of ours
+    for path in others:
+        path.touch()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
     assert doctor.main(["--deep", str(run)]) == 0
     shown = capsys.readouterr().out
     assert not any(path.exists() for path in left) and kept.exists() and elsewhere.exists()
     assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert "6 problems, 6 repaired" in shown
-    kept.rmdir()
-    elsewhere.rmdir()
+    assert "7 problems, 7 repaired or left alone" in shown and all(path.exists() for path in others)
+    for path in (kept, elsewhere):
+        path.rmdir()
+    others[0].unlink()
     assert doctor.main(["--deep", str(run)]) == 0 and "no problems" in capsys.readouterr().out
 
 
@@ -137,7 +142,7 @@ def test_a_damaged_checkpoint_is_told_and_kept(run: Path, capsys: pytest.Capture
     assert doctor.main(["--deep", str(run)]) == 1
     shown = capsys.readouterr().out
     assert "1 of them sound" in shown and str(file) in shown and "row 1 is not valid JSON" in shown
-    assert "2 problems, 0 repaired" in shown and file.exists()
+    assert "2 problems, 0 repaired or left alone" in shown and file.exists()
     checkpoint.folder_of(run, 1).rename(checkpoint.folder_of(run, 7))
     assert doctor.main(["--deep", str(run)]) == 1
     shown = capsys.readouterr().out
@@ -157,7 +162,7 @@ def test_a_roiset_deeply(roiset: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert doctor.main(["--deep", str(roiset)]) == 1
     shown = capsys.readouterr().out
     assert "ROI 1" in shown and "cannot be repaired" in shown and "shard-00009.bin: no part of the set" in shown
-    assert "3 problems, 1 repaired" in shown and not left.exists()
+    assert "3 problems, 1 repaired or left alone" in shown and not left.exists()
 
 
 @pytest.mark.parametrize(("argv", "said"), [(["--deep"], "needs the folder"), (["--deep", "."], "neither a run")])

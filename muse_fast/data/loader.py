@@ -229,7 +229,7 @@ def _iterate(loader: DataLoader[_Batch]) -> Iterator[_Batch]:
     handler = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     return iterator
 
 
