@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -242,15 +243,20 @@ def lost_workers(scale: Scale) -> Outcome:
 # ---------------------------------------------------------------------------------------------------------------- T7
 
 
-def starved(argv: Sequence[str], megabytes: int) -> int:
-    """The command, with so little memory left from its third step on."""
+def starved(argv: Sequence[str]) -> int:
+    """The command, whose process in its third step may grow no more and has no free memory left."""
     train_step = Trainer.train_step
+    ballast: list[torch.Tensor] = []
 
     def step_in_little_memory(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
         if trainer.step == 2:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + (megabytes << 20)
+            limit = pages * resource.getpagesize() + (64 << 20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            for size in (16 << 20, 1 << 20, 256 << 10):
+                with suppress(RuntimeError):
+                    while True:
+                        ballast.append(torch.empty(size, dtype=torch.uint8))
         return train_step(trainer, *views, measure=measure)
 
     Trainer.train_step = step_in_little_memory  # type: ignore[method-assign]
@@ -258,27 +264,23 @@ def starved(argv: Sequence[str], megabytes: int) -> int:
 
 
 def out_of_memory(scale: Scale) -> Outcome:
-    """No more address space from step 3 on."""
+    """No more memory in step 3, in runs of different settings, of which the advice depends."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     large = ("views.global_size=128", "views.num_locals=8", "views.global_mpp_max=0.3", "optim.batch_size=8")
-    for megabytes in (4, 40, 100)[: scale.of(3, 1)]:
-        out = scale.folder / f"starved-{megabytes}"
-        argv = toy.arguments(workplace, out, "train.checkpoint_every=1", *large)
-        with Child(starved, argv, megabytes, log=toy.log_of(out)) as child:
+    kinds = {
+        "": ("8 ROIs", "model.recompute=selective", "optim.accumulate=2", "optim.batch_size=4"),
+        "model.recompute=selective": ("8 ROIs", "model.recompute=full", "optim.accumulate=2", "optim.batch_size=4"),
+        "optim.accumulate=2": ("4 ROIs", "model.recompute=selective", "optim.accumulate=4", "optim.batch_size=4"),
+    }
+    for number, (setting, said_of_it) in enumerate([*kinds.items()][: scale.of(3, 1)]):
+        out = scale.folder / f"starved-{number}"
+        argv = toy.arguments(workplace, out, "train.checkpoint_every=1", *large, *filter(None, [setting]))
+        with Child(starved, argv, log=toy.log_of(out)) as child:
             code, said = child.wait(), child.output()
-        words = (
-            "step 3",
-            "8 ROIs",
-            "2 x 128 px",
-            "8 x 32 px",
-            "MiB",
-            "optim.accumulate=2",
-            "model.recompute=selective",
-        )
-        missing = [word for word in words if word not in said]
+        missing = [word for word in ("step 3", "2 x 128 px", "8 x 32 px", "MiB", *said_of_it) if word not in said]
         kept = checkpoint.latest(out) == (checkpoint.folder_of(out, 2), [])
         told = code == 2 and not missing and "Traceback" not in said
-        tally.add(told and kept, f"{megabytes} MiB: {code}, missing {missing}, {said[-600:]!r}")
+        tally.add(told and kept, f"{setting}: {code}, missing {missing}, {said[-600:]!r}")
     return tally.outcome()
 
 
