@@ -233,15 +233,19 @@ def test_unknown_detectors() -> None:
         load_finder("no/such.safetensors")
 
 
-def _in_worker(name: str) -> tuple[int, int]:
+def _in_worker(name: str) -> tuple[int, set[int]]:
+    """Nuclei found, and with how many threads."""
     image, _, _ = synthetic_image(0, 256, 0.5)
-    return len(load_finder(name)(image, 0.5)[0]), torch.get_num_threads()
+    finder, threads = load_finder(name), set()
+    assert isinstance(finder, LearnedFinder)
+    finder.network.register_forward_pre_hook(lambda *_: threads.add(torch.get_num_threads()))
+    return len(finder(image, 0.5)[0]), threads
 
 
-def test_in_a_spawned_worker_with_one_thread() -> None:
+def test_a_spawned_worker_finds_the_same_with_one_thread() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         count, threads = pool.submit(_in_worker, "resnet18").result()
-    assert (count, threads) == (_in_worker("resnet18")[0], 1)
+    assert (count, threads) == _in_worker("resnet18") and threads == {1} and count > 0
 
 
 # -------------------------------------------------------------------------------------------------- shipped weights
