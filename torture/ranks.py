@@ -27,7 +27,7 @@ def same_numbers(scale: Scale) -> Outcome:
 
 
 def killed_rank(scale: Scale) -> Outcome:
-    return tests("tests/test_distributed.py", "-k", "killed_rank")
+    return tests("tests/test_torchrun.py", "-k", "killed_rank")
 
 
 def hanging(argv: Sequence[str], on_rank: int) -> int:

@@ -197,7 +197,7 @@ def told_to_stop(scale: Scale) -> Outcome:
         problem = _not_resumable(workplace, out, code, unbroken)
         tally.add(not problem, f"{name}: {problem}")
     if not scale.quick:
-        ran = tests("tests/test_distributed.py", "-k", "sigterm and (launcher or (rank and 1))")
+        ran = tests("tests/test_torchrun.py", "-k", "sigterm and (launcher or (rank and 1))")
         for number in range(2):
             tally.add(ran.injected >= 2 and ran.survived == ran.injected, f"torchrun {number}: {ran.notes}")
     return tally.outcome()
