@@ -334,8 +334,8 @@ def _check_keys(layer: DictConfig, origin: str, defaults: dict[str, Any]) -> Non
             continue
         if key not in known:
             raise UserError(f"{origin}: no setting '{key}'{_suggest(key, known)}")
-        is_yes_or_no = not isinstance(defaults[key], bool) or not isinstance(value, int | float) or value in (0, 1)
-        require(is_yes_or_no, f"{origin}: {key}", value, "true or false")
+        if isinstance(defaults[key], bool) and isinstance(value, int | float):
+            require(value in (0, 1), f"{origin}: {key}", value, "true or false")
 
 
 def _suggest(key: str, known: list[str]) -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +43,13 @@ def read_image(path: Path, data: bytes | None = None) -> NDArray[np.uint8]:
     Raises:
         UserError: no RGB image of at most ``MAX_SIDE`` a side, or damaged; names the file.
     """
-    try:
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
-            if image.mode not in ("RGB", "RGBA") or max(image.size) > MAX_SIDE:
-                found = f"{image.mode}, {image.width} x {image.height} px"
-                raise UserError(f"{path}: {found}; expected 8-bit RGB, at most {MAX_SIDE} a side")
-            if image.format == "JPEG":
-                return jpeg.read(path.read_bytes() if data is None else data, image.width, image.height)
-            return np.array(image.convert("RGB"))
-    except UserError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
-        raise UserError(f"{path}: not a readable image ({error})") from error
+    with _opened(path, data) as image:
+        if image.mode not in ("RGB", "RGBA") or max(image.size) > MAX_SIDE:
+            found = f"{image.mode}, {image.width} x {image.height} px"
+            raise UserError(f"{path}: {found}; expected 8-bit RGB, at most {MAX_SIDE} a side")
+        if image.format == "JPEG":
+            return jpeg.read(path.read_bytes() if data is None else data, image.width, image.height)
+        return np.array(image.convert("RGB"))
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -62,10 +58,20 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: no image; names the file.
     """
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
+    """The image in a file, or in ``data`` from it; what goes wrong in the block names the file."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
+            yield image
+    except UserError:
+        raise
+    # SyntaxError: a broken PNG. ZeroDivisionError: a TIFF's fraction.
+    except (OSError, ValueError, SyntaxError, ZeroDivisionError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error})") from error
 
 
@@ -260,13 +266,10 @@ def tiff_mpp(path: Path) -> float | None:
     Raises:
         UserError: no readable image.
     """
-    try:
-        with Image.open(path) as image:
-            tags = getattr(image, "tag_v2", {})
-            per_unit = [float(tags.get(tag, 0)) for tag in (282, 283)]  # XResolution, YResolution
-            um = {2: 25_400.0, 3: 10_000.0}.get(tags.get(296, 2))  # an inch, the default, or a centimetre
-    except (OSError, ValueError, SyntaxError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from error
+    with _opened(path) as image:
+        tags = getattr(image, "tag_v2", {})
+        per_unit = [float(tags.get(tag, 0)) for tag in (282, 283)]  # XResolution, YResolution
+        um = {2: 25_400.0, 3: 10_000.0}.get(tags.get(296, 2))  # an inch, the default, or a centimetre
     if um is None or not all(per_unit):
         return None
     x, y = (um / one for one in per_unit)
