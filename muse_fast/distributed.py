@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from muse_fast.errors import UserError
 from muse_fast.watchdog import Place, Watchdog
 
 _TIMEOUT = timedelta(minutes=30)  # for one collective: the other ranks wait in one while the main one saves or draws
@@ -43,6 +44,9 @@ def process_group(device: torch.device, timeout: float, tell: Callable[[str, int
 
     A rank that makes no progress for ``timeout`` seconds says which rank it waits for, calls ``tell`` with that and
     its step, and ends with code 4.
+
+    Raises:
+        UserError: the connection to another rank broke.
     """
     if not launched():
         yield
@@ -57,9 +61,23 @@ def process_group(device: torch.device, timeout: float, tell: Callable[[str, int
         world_size=world_size,
         device_id=device if device.type == "cuda" else None,
     )
-    with Watchdog(store, rank, world_size, timeout, lambda: _place, tell):
+    with Watchdog(store, rank, world_size, timeout, lambda: _place, tell), _lost_rank_told(rank):
         yield
     dist.destroy_process_group()  # not after an error, when other ranks may be gone: it would wait for them
+
+
+@contextmanager
+def _lost_rank_told(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # all that gloo says
+        if not isinstance(error, dist.DistBackendError) and "gloo/transport" not in str(error):
+            raise
+        raise UserError(
+            f"step {_place.step}: rank {rank} lost its connection to another rank, which was killed or has ended: look "
+            f"for what that one said ({str(error).splitlines()[0]}); the newest checkpoint is untouched: start again "
+            "to go on"
+        ) from error
 
 
 def store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from muse_fast.ndc.score_detector import detect_images, split_source_options
 from muse_fast.train import checkpoint
 from muse_fast.train.finetuner import Finetuner
 from muse_fast.train.guard import NonFiniteError
+from muse_fast.train.memory import explained_out_of_memory, finetuning
 from muse_fast.train.progress import (
     RunReport,
     StopSignal,
@@ -50,7 +52,7 @@ from muse_fast.train.run import find_start, refuse_other_settings, report_non_fi
 PICTURE = "detections.png"
 
 # Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
-_FREE_ON_RESUME = ("data.workers", "train.log_every")
+_FREE_ON_RESUME = ("data.workers", "data.timeout", "train.log_every")
 _MOST_DRAWN = 6  # images in the picture
 
 
@@ -124,7 +126,8 @@ def finetune(
     (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     checkpoint.remove_temporary(out)
     _announce(tuner, out, data, weights, start, train, val)
-    return _run(tuner, out, train, val)
+    with explained_out_of_memory(device, partial(finetuning, tuner)):
+        return _run(tuner, out, train, val)
 
 
 def new_detector(
@@ -174,7 +177,14 @@ def _run(tuner: Finetuner, out: Path, train: Sequence[LabelledImage], val: Seque
     )
     began = time.time()
     stop, watch = StopSignal(), Stopwatch()
-    batches = load_batches(dataset, sampler, workers=config.data.workers, pin_memory=tuner.device.type == "cuda")
+    batches = load_batches(
+        dataset,
+        sampler,
+        workers=config.data.workers,
+        named=lambda numbers: f"images {', '.join(train[number].name for number in numbers)}",
+        pin_memory=tuner.device.type == "cuda",
+        timeout=config.data.timeout,
+    )
     progress = TrainingProgress(tuner.step, steps, "finetune", _gist)
     with (
         closing(batches),

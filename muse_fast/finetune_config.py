@@ -36,6 +36,8 @@ class SamplesConfig:
     """Blur every other sample."""
     workers: int = 2
     """Loader processes. The run is the same with any number of them; 0 loads in the training process."""
+    timeout: int = 300
+    """Seconds without a batch after which a loader process is called stalled and the run ends."""
 
     def __post_init__(self) -> None:
         low, high = MPP_RANGE
@@ -46,6 +48,7 @@ class SamplesConfig:
         for key in ("jitter", "grey"):
             require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "0 to 1")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.timeout >= 1, "data.timeout", self.timeout, "1 or more")
 
     def colours(self) -> ViewsConfig:
         """The same colour augmentation as pretraining, of these strengths."""

@@ -32,7 +32,7 @@ from muse_fast.ssl.retrieval import nucleus_retrieval
 from muse_fast.train import checkpoint
 from muse_fast.train.flops import step_flops
 from muse_fast.train.guard import NonFiniteError
-from muse_fast.train.memory import explained_out_of_memory
+from muse_fast.train.memory import explained_out_of_memory, pretraining
 from muse_fast.train.progress import (
     RunReport,
     StopSignal,
@@ -119,7 +119,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
             checkpoint.remove_temporary(out)
             _announce(config, out, roiset, len(roi_ids), trainer, start)
         distributed.wait_for_all()  # nobody looks for checkpoints any more
-        with explained_out_of_memory(trainer):
+        with explained_out_of_memory(device, partial(pretraining, trainer)):
             return _run(trainer, out, dataset, roi_ids, sampler, stop)
 
 

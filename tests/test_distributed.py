@@ -32,7 +32,7 @@ from muse_fast.train.progress import read_metrics
 from muse_fast.train.trainer import Trainer
 
 # The other settings. Single precision is for a gentle run: see `Change.smooth`.
-PLAIN = ("loss.centering=ema", "loss.logit_free=false", "head.input_norm=false", "head.hidden_dim=256", "optim.lr=1e-4")
+PLAIN = ("loss.centering=ema", "loss.logit_free=false", "head.input_norm=false", "head.hidden_dim=256", "optim.lr=1e-5")
 ENGINES = ("ddp", "fsdp")
 MIDWAY = 36  # a checkpoint with prototypes still frozen, hence without their moments
 
@@ -77,7 +77,7 @@ def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
 def test_two_ranks_equal_one(runs: Runs, engine: str) -> None:
     """Double precision; Sinkhorn, norm ahead of the heads, drop path, clipping, prototypes frozen and then free."""
     one, two = runs("fp64", "one"), runs("fp64", engine)
-    assert_same_losses(two, one, 1e-12)
+    assert_same_losses(two, one, 1e-13)
     assert_same_weights(two, one, 1e-12)
     assert all(row["grad_norm"] > 0.3 for row in training_rows(one))
     assert evaluations(two) == evaluations(one)
@@ -86,12 +86,14 @@ def test_two_ranks_equal_one(runs: Runs, engine: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_equal_one_in_single_precision(runs: Runs, engine: str) -> None:
-    """A running mean as centre, stored logits."""
+    """A running mean as centre, stored logits. Rounding is 1e-7 from the first step on, and Adam multiplies it."""
     one, two = (
         runs("fp32", each, "train.precision=fp32", *PLAIN, change=Change(smooth=True)) for each in ("one", engine)
     )
-    assert_same_losses(two, one, 1e-5)
+    assert_same_losses(two, one, 1e-6, keys=["loss"])
+    assert_same_losses(two, one, 2e-6)
     assert_same_weights(two, one, 1e-5)
+    assert training_rows(one)[-1]["loss"] < 0.99 * training_rows(one)[0]["loss"]
 
 
 @pytest.mark.slow
@@ -125,7 +127,7 @@ def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
 def test_a_checkpoint_continues_on_any_number_of_ranks(runs: Runs, tmp_path: Path, before: str, after: str) -> None:
     unbroken = runs("fp64", before)
     resumed = resume(runs, unbroken, after, tmp_path)
-    assert [row["step"] for row in training_rows(resumed)] == list(range(MIDWAY + 1, 51))
+    assert [row["step"] for row in training_rows(resumed)] == list(range(MIDWAY + 1, 61))
     assert_same_losses(resumed, unbroken, 1e-12)
     assert_same_weights(resumed, unbroken, 1e-12)
 

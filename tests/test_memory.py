@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from test_trainer import toy
 
-from muse_fast.config import load_config
+from muse_fast.config import load_as, load_config
 from muse_fast.errors import UserError
-from muse_fast.train.memory import explained_out_of_memory, remedies
+from muse_fast.finetune_config import FinetuneConfig
+from muse_fast.train.memory import explained_out_of_memory, finetuning_remedies, pretraining, remedies
 from muse_fast.train.trainer import Trainer
 
 
@@ -41,11 +44,33 @@ def test_three_settings_to_lower(settings: list[str], rois: int, ranks: int, fir
 def test_an_allocators_error_is_explained(error: Exception) -> None:
     trainer = Trainer(toy(), torch.device("cpu"))
     said = r"out of memory at step 1 on cpu .*peak was \d+ MiB.*Set one of: "
-    with pytest.raises(UserError, match=said), explained_out_of_memory(trainer):
+    with pytest.raises(UserError, match=said), explained_out_of_memory(trainer.device, partial(pretraining, trainer)):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "found"),
+    [
+        ([], "cuda", ["optim.batch_size=2", "data.sample_size=512", "detector.stride=16"]),
+        (["train.precision=fp32"], "cuda", ["train.precision=bf16", "optim.batch_size=2", "data.sample_size=512"]),
+        (["optim.batch_size=1", "data.sample_size=48", "detector.stride=16"], "cpu",
+         ["weights of a smaller architecture"]),
+        (["optim.batch_size=1", "data.sample_size=80", "train.precision=fp32"], "cpu",
+         ["data.sample_size=32", "detector.stride=16", "weights of a smaller architecture"]),
+    ],
+)  # fmt: skip
+def test_settings_to_lower_in_fine_tuning(settings: list[str], device: str, found: list[str]) -> None:
+    config = load_as(FinetuneConfig, None, settings)
+    ours = [setting.partition(" (")[0] for setting in finetuning_remedies(config, device)[:3]]
+    assert ours == found
+    for change in ours[:-1]:
+        load_as(FinetuneConfig, None, [*settings, change])  # is allowed
 
 
 def test_other_errors_pass() -> None:
     trainer = Trainer(toy(), torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="a bug"), explained_out_of_memory(trainer):
+    with (
+        pytest.raises(RuntimeError, match="a bug"),
+        explained_out_of_memory(trainer.device, partial(pretraining, trainer)),
+    ):
         raise RuntimeError("a bug")

@@ -1,18 +1,14 @@
-"""torchrun, on the network as it is: ranks that are killed, told to stop, or refuse; nothing is left of them."""
+"""torchrun, on the network as it is: ranks that are told to stop, or refuse. ``torture`` kills them (row T3)."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,48 +18,9 @@ from toy_runs import Runs, assert_same_bits, assert_same_losses, toy_runs, train
 from muse_fast import pretrain
 from muse_fast.distributed import store_of_this_start
 from muse_fast.train import checkpoint
-from torture.processes import children_of, is_alive, wait_until
+from torture.torchrun import Job
 
 SHORT = ("optim.steps=16", "train.log_every=2", "train.checkpoint_every=4", "data.workers=1")
-
-
-class Job(subprocess.Popen[str]):
-    """``torchrun`` with two ranks; all that is left of it is killed at the end."""
-
-    def __init__(self, argv: Sequence[str], *options: str) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-        super().__init__(
-            [*launcher, "-m", "muse_fast.pretrain", *argv],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self.seen: set[int] = set()
-
-    def __exit__(self, *raised: Any) -> None:
-        self.kill()
-        for pid in self.left():
-            os.kill(pid, signal.SIGKILL)
-        super().__exit__(*raised)
-
-    def wait_for_step(self, out: Path, step: int) -> dict[int, int]:
-        """Until it is logged; returns the process of each rank."""
-        while not any(row["step"] >= step for row in training_rows(out)):
-            assert self.poll() is None, self.communicate()
-            time.sleep(0.02)
-        ranks = {environment_of(pid).get("RANK", ""): pid for pid in children_of(self.pid)}
-        self.seen |= {child for pid in ranks.values() for child in (pid, *children_of(pid))}
-        return {number: ranks[str(number)] for number in (0, 1)}
-
-    def left(self) -> set[int]:
-        """Ranks and their loaders that were there when a step was waited for, and still are."""
-        return {pid for pid in self.seen if is_alive(pid)}
-
-
-def environment_of(pid: int) -> dict[str, str]:
-    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def finish(runs: Runs, out: Path) -> None:
@@ -80,11 +37,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks) -> Runs:
 def unbroken(runs: Runs) -> Path:
     """A run under torchrun, whose output the main rank alone has written."""
     out = runs.folder / "unbroken"
-    with Job(runs.argv(out, *SHORT)) as job:
-        printed, _ = job.communicate()
-        assert job.returncode == 0
-    steps = [line.split()[1] for line in printed.splitlines() if line.startswith("step ")]
-    assert steps == [f"{step}/16" for step in range(2, 17, 2)]
+    with Job(runs.argv(out, *SHORT), log=runs.folder / "unbroken.log") as job:
+        assert job.wait() == 0, job.output()
+        printed = job.output()
+        assert job.steps() == list(range(2, 17, 2))
     assert printed.count("muse_fast ") == printed.count("done: ") == printed.count("summary: ") == 1
     return out
 
@@ -93,34 +49,6 @@ def unbroken(runs: Runs) -> Path:
 def test_torchrun_equals_one_rank(runs: Runs, unbroken: Path, tmp_path: Path) -> None:
     assert pretrain.main(runs.argv(tmp_path / "one", *SHORT)) == 0
     assert_same_losses(unbroken, tmp_path / "one", 1e-12)
-
-
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_others(runs: Runs, tmp_path: Path) -> None:
-    out = tmp_path / "ended"
-    with Job(runs.argv(out, *SHORT)) as job:
-        os.kill(job.wait_for_step(out, 6)[1], signal.SIGKILL)
-        wait_until(lambda: not job.left(), 10)
-    assert checkpoint.steps(out)
-
-
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_job_and_torchrun_starts_it_again(runs: Runs, unbroken: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    with Job(runs.argv(out, *SHORT), "--max-restarts", "1") as job:
-        first = job.wait_for_step(out, 6)
-        os.kill(first[1], signal.SIGKILL)
-        wait_until(lambda: not job.left(), 10)
-        checkpoints = checkpoint.steps(out)
-        assert job.poll() is None and checkpoints
-
-        second = job.wait_for_step(out, 10)
-        assert not set(first.values()) & set(second.values())
-        os.kill(second[0], signal.SIGKILL)
-        wait_until(lambda: not job.left() and job.poll() is not None, 10)
-        assert job.returncode == 1
-    finish(runs, out)
-    assert_same_bits(out, unbroken)
 
 
 def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
@@ -144,11 +72,12 @@ def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
 def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, told: str) -> None:
     """They agree at the next row. torchrun keeps code 75 to itself: its own is 1."""
     out = tmp_path / "told"
-    with Job(runs.argv(out, *SHORT, "train.checkpoint_every=1000")) as job:
-        ranks = job.wait_for_step(out, 4)
+    with Job(runs.argv(out, *SHORT, "train.checkpoint_every=1000"), log=tmp_path / "told.log") as job:
+        job.wait_for_steps(2)
+        ranks = job.ranks()
         os.kill({"launcher": job.pid, "rank 0": ranks[0], "rank 1": ranks[1]}[told], signal.SIGTERM)
-        printed, _ = job.communicate()
-        assert job.returncode == 1 and not job.left()
+        assert job.wait() == 1 and not job.processes()
+        printed = job.output()
     written = json.loads((out / "exit.json").read_text())
     assert written["code"] == pretrain.EXIT_STOPPED and written["step"] in (4, 6, 8)
     assert written["reason"] == ("another rank was told to stop" if told == "rank 1" else "SIGTERM")
@@ -163,9 +92,9 @@ def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, 
 @pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused_by_every_rank(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "odd"
-    with Job(runs.argv(out, *SHORT, "optim.batch_size=3")) as job:
-        _, printed = job.communicate(timeout=60)
-        assert job.returncode == 1
+    with Job(runs.argv(out, *SHORT, "optim.batch_size=3"), log=tmp_path / "odd.log") as job:
+        assert job.wait(60) == 1
+        printed = job.output()
     assert printed.count("error: optim.batch_size=3: expected a multiple of 2 ranks x 1 micro-batches") == 2
     assert "exitcode  : 2" in printed and "muse_fast/train" not in printed
     assert not out.exists()

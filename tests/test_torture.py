@@ -18,10 +18,10 @@ from muse_fast import config, watchdog
 from muse_fast.data import roiset
 from muse_fast.train import checkpoint
 from torture import __main__ as command
-from torture import checkpoints, data, outlines, runs, security, settings, table
-from torture.rows import Outcome, Row, Scale, run
+from torture import checkpoints, data, outlines, runs, security, settings, table, toy
+from torture.rows import Outcome, Row, Scale, Tally, run
 
-QUICK = ("C4", "S1", "S2", "T1", "T4", "T6", "T7", "U1", "O1")
+QUICK = ("C4", "S1", "S2", "T1", "T3", "T4", "T6", "T7", "U1", "O1")
 
 
 @pytest.mark.slow
@@ -96,8 +96,13 @@ def unguarded(argv: list[str], poison: str, on_rank: int, report: Path) -> int:
 @pytest.mark.slow
 def test_without_the_guard_poison_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "poisoned", unguarded)
-    monkeypatch.setattr(runs, "_POISONS", runs._POISONS[:1])
-    assert fails(runs.non_finite, tmp_path)
+
+    def one_poison(scale: Scale) -> Outcome:
+        tally = Tally()
+        runs.poison_one_rank(tally, scale, toy.prepare(tmp_path), ["nan in an image"])
+        return tally.outcome()
+
+    assert fails(one_poison, tmp_path)
 
 
 def test_without_a_ring_that_closes_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 # Children are forked from a process that has imported the commands and done nothing else: it has neither threads nor
 # autograd, after which a fork would not work, and a child needs no seconds to import torch.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["muse_fast.pretrain", "torch.utils.tensorboard", "torture.toy"])
+_CONTEXT.set_forkserver_preload(["muse_fast.pretrain", "muse_fast.finetune", "torch.utils.tensorboard", "torture.toy"])
 
 
 class Child:
@@ -118,9 +118,22 @@ def is_alive(pid: int) -> bool:
     return status_of(pid)[0] not in "ZX"
 
 
+def everyone() -> list[int]:
+    """All processes."""
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
 def children_of(pid: int) -> list[int]:
-    everyone = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [each for each in everyone if status_of(each)[1] == pid]
+    return [each for each in everyone() if status_of(each)[1] == pid]
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """Of a process, as it was when it began; nothing where there is none, or it is not ours."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def name_of(code: int) -> str:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from muse_fast.batch import Views
 from muse_fast.distributed import rank
 from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED
 from muse_fast.train import checkpoint
+from muse_fast.train.finetuner import Finetuner
 from muse_fast.train.trainer import Metrics, Trainer
 from torture import toy
 from torture.processes import Child, children_of, free_port, is_alive, name_of, rank_environment, wait_until
@@ -33,9 +35,8 @@ def exact_resume(scale: Scale) -> Outcome:
     tally, workplace = Tally(), toy.prepare(scale.folder)
     unbroken = scale.folder / "unbroken"
     assert toy.finish(workplace, unbroken) == 0
-    count = scale.of(20, 2)
-    for number in range(count):
-        workers = f"data.workers={0 if number < count // 2 else 2}"
+    kills = scale.of(20, 1)
+    for number, workers in enumerate(["data.workers=0", "data.workers=2"] * kills):
         out = scale.folder / f"killed-{number}"
         step = scale.rng.randint(2, toy.STEPS - 1)
         with toy.start(workplace, out, workers) as child:
@@ -47,7 +48,7 @@ def exact_resume(scale: Scale) -> Outcome:
         same = same and toy.weights_hash(out) == toy.weights_hash(unbroken) and not toy.orphans(out)
         tally.add(same, f"killed at step {step}, {workers}: {code}, left {toy.orphans(out)}")
         shutil.rmtree(out)
-    return tally.outcome(f"{count // 2} without loader processes, {count - count // 2} with two")
+    return tally.outcome(f"{kills} without loader processes, {kills} with two")
 
 
 # ---------------------------------------------------------------------------------------------------------------- T1
@@ -102,12 +103,21 @@ def inject(poison: str, trainer: Trainer, views: Views) -> None:
 def non_finite(scale: Scale) -> Outcome:
     """One rank with each poison, and one of two ranks with nan."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
-    for poison in _POISONS:
+    poison_one_rank(tally, scale, workplace, _POISONS)
+    _poison_one_of_two_ranks(tally, scale, workplace)
+    return tally.outcome()
+
+
+def poison_one_rank(tally: Tally, scale: Scale, workplace: Path, poisons: Sequence[str]) -> None:
+    for poison in poisons:
         out, report = scale.folder / poison.replace(" ", "_"), scale.folder / "report.json"
         argv = toy.arguments(workplace, out)
         with Child(poisoned, argv, poison, 0, report, log=toy.log_of(out)) as child:
             code = child.wait()
         tally.add(_stopped_clean(out, code, [report], rois=2), f"{poison}: {code}, {child.output()[-300:]}")
+
+
+def _poison_one_of_two_ranks(tally: Tally, scale: Scale, workplace: Path) -> None:
     out = scale.folder / "two_ranks"
     argv = toy.arguments(workplace, out, "optim.batch_size=4")
     reports = [scale.folder / f"report-{number}.json" for number in (0, 1)]
@@ -119,7 +129,6 @@ def non_finite(scale: Scale) -> Outcome:
             child.kill()
     same = codes[0] == codes[1] and _stopped_clean(out, codes[0], reports, rois=4)
     tally.add(same, f"nan on one of two ranks: {codes}, {ranks[0].output()[-300:]}")
-    return tally.outcome()
 
 
 def _stopped_clean(out: Path, code: int, reports: Sequence[Path], rois: int) -> bool:
@@ -224,9 +233,14 @@ def lost_workers(scale: Scale) -> Outcome:
     """A loader process killed, crashed or stopped: the run ends, names process and ROIs, and leaves nobody behind."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     took = []
-    for number, kind in enumerate([signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP] * scale.of(4, 1)):
+    endless = ("data.workers=2", "data.timeout=3")
+    pretraining = partial(toy.arguments, workplace), toy.command, (*endless, "optim.steps=1000"), "ROIs ["
+    finetuning = partial(toy.finetuning_arguments, workplace), toy.finetuning_command, endless, "images synthetic"
+    kinds = [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP]
+    cases = [(pretraining, kind) for kind in kinds * scale.of(4, 1)] + [(finetuning, kind) for kind in kinds]
+    for number, ((arguments, command, settings, items), kind) in enumerate(cases[: scale.of(15, 3)]):
         out = scale.folder / f"{kind.name}-{number}"
-        with toy.start(workplace, out, "data.workers=2", "data.timeout=3", "optim.steps=1000") as child:
+        with Child(command, arguments(out, *settings), log=toy.log_of(out)) as child:
             toy.wait_for_step(out, scale.rng.randint(1, 4), child)
             workers = children_of(child.pid)
             os.kill(scale.rng.choice(workers), kind)
@@ -234,21 +248,23 @@ def lost_workers(scale: Scale) -> Outcome:
             code = child.wait(60)
             took.append(time.monotonic() - began)
             said = child.output()
-        told = code == 2 and "loader process" in said and "ROIs [" in said and "Traceback" not in said
+        told = code == 2 and "loader process" in said and items in said and "Traceback" not in said
         left = [pid for pid in workers if is_alive(pid)]
-        tally.add(told and not left and took[-1] < 30, f"{kind.name}: {code}, left {left}, said {said[-600:]!r}")
+        tally.add(
+            told and not left and took[-1] < 30, f"{kind.name}, {items}: {code}, left {left}, said {said[-600:]!r}"
+        )
     return tally.outcome(f"ended after {max(took):.1f} s at the latest")
 
 
 # ---------------------------------------------------------------------------------------------------------------- T7
 
 
-def starved(argv: Sequence[str]) -> int:
-    """The command, whose process in its third step may grow no more and has no free memory left."""
-    train_step = Trainer.train_step
+def starved(command: Callable[[Sequence[str]], int], kind: type[Trainer] | type[Finetuner], argv: Sequence[str]) -> int:
+    """A command, whose process in its third step may grow no more and has no free memory left."""
+    train_step: Callable[..., Metrics] = kind.train_step
     ballast: list[torch.Tensor] = []
 
-    def step_in_little_memory(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
+    def step_in_little_memory(trainer: Trainer | Finetuner, *batch: Any, measure: bool) -> Metrics:
         if trainer.step == 2:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + (64 << 20)
@@ -257,14 +273,14 @@ def starved(argv: Sequence[str]) -> int:
                 with suppress(RuntimeError):
                     while True:
                         ballast.append(torch.empty(size, dtype=torch.uint8))
-        return train_step(trainer, *views, measure=measure)
+        return train_step(trainer, *batch, measure=measure)
 
-    Trainer.train_step = step_in_little_memory  # type: ignore[method-assign]
-    return toy.command(argv)
+    kind.train_step = step_in_little_memory  # type: ignore[method-assign]
+    return command(argv)
 
 
 def out_of_memory(scale: Scale) -> Outcome:
-    """No more memory in step 3, in runs of different settings, of which the advice depends."""
+    """No more memory in step 3, in runs of different settings, on which the advice depends, and in a fine-tuning."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     large = ("views.global_size=128", "views.num_locals=8", "views.global_mpp_max=0.3", "optim.batch_size=8")
     kinds = {
@@ -275,17 +291,32 @@ def out_of_memory(scale: Scale) -> Outcome:
     for number, (setting, said_of_it) in enumerate([*kinds.items()][: scale.of(3, 1)]):
         out = scale.folder / f"starved-{number}"
         argv = toy.arguments(workplace, out, "train.checkpoint_every=1", *large, *filter(None, [setting]))
-        with Child(starved, argv, log=toy.log_of(out)) as child:
-            code, said = child.wait(), child.output()
-        missing = [word for word in ("step 3", "2 x 128 px", "8 x 32 px", "MiB", *said_of_it) if word not in said]
-        kept = checkpoint.latest(out) == (checkpoint.folder_of(out, 2), [])
-        told = code == 2 and not missing and "Traceback" not in said
-        tally.add(told and kept, f"{setting}: {code}, missing {missing}, {said[-600:]!r}")
+        with Child(starved, toy.command, Trainer, argv, log=toy.log_of(out)) as child:
+            tally.add(*_explained(out, child, ("2 x 128 px", "8 x 32 px", *said_of_it)))
+    out = scale.folder / "finetuning"
+    argv = toy.finetuning_arguments(workplace, out, "data.sample_size=256")
+    with Child(starved, toy.finetuning_command, Finetuner, argv, log=toy.log_of(out)) as child:
+        remedies = ("optim.batch_size=2", "data.sample_size=128", "detector.stride=16")
+        tally.add(*_explained(out, child, ("4 images of 256 px", "1024 proposals", *remedies)))
     return tally.outcome()
 
 
+def _explained(out: Path, child: Child, words: Sequence[str]) -> tuple[bool, str]:
+    """Whether a starved run said all that, step and peak, and kept its newest checkpoint; and what it did instead."""
+    code, said = child.wait(), child.output()
+    missing = [word for word in ("step 3", "MiB", *words) if word not in said]
+    kept = checkpoint.latest(out) == (checkpoint.folder_of(out, 2), [])
+    told = code == 2 and not missing and "Traceback" not in said
+    return told and kept, f"{out.name}: {code}, kept {kept}, missing {missing}, {said[-600:]!r}"
+
+
 ROWS = [
-    Row("C2", "a killed run goes on exactly", "20 of 20: losses and all weights bit-identical", exact_resume),
+    Row(
+        "C2",
+        "a killed run goes on exactly",
+        "20 of 20 without and with loader processes: losses and all weights bit-identical",
+        exact_resume,
+    ),
     Row(
         "T1",
         "a value that is not finite stops the run before anything changes",
@@ -301,7 +332,7 @@ ROWS = [
     Row(
         "T6",
         "a loader process that dies or stalls is told",
-        "killed, crashed, stopped, 4 times each: process and ROIs named, nobody left behind",
+        "killed, crashed, stopped, 5 times each, once in a fine-tuning: process and ROIs or images named, nobody left",
         lost_workers,
     ),
     Row(

@@ -1,4 +1,4 @@
-"""A pretraining of seconds: a small ROI set and a small network, by the real command."""
+"""Runs of seconds, by the real commands: a small ROI set, a small network, and a fine-tuning of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from muse_fast import pretrain
+from muse_fast import finetune, pretrain
 from muse_fast.cli import run as run_command
 from muse_fast.data.roiset import RoiSetWriter
 from muse_fast.data.synthetic import synthetic_image
@@ -24,16 +24,23 @@ loss: {centering: sinkhorn}
 optim: {steps: 12, batch_size: 2, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
 train: {precision: fp32, log_every: 1, checkpoint_every: 2, eval_every: 6, eval_rois: 4}
 """
+FINETUNING = """
+data: {sample_size: 64}
+detector: {hidden_dim: 16}
+optim: {epochs: 30, batch_size: 4}
+train: {precision: fp32, device: cpu, log_every: 1, eval_every: 30}
+"""
 STEMS = ("student", "teacher", "optimizer", "state")
 
 
 def prepare(folder: Path, nuclei: Sequence[int | None] = (None,) * 5) -> Path:
-    """A folder with ``rois`` and ``toy.yaml``; of each ROI so many nuclei, None: all."""
+    """A folder with ``rois``, ``toy.yaml`` and ``finetuning.yaml``; of each ROI so many nuclei, None: all."""
     with RoiSetWriter(folder / "rois", provenance={}) as writer:
         for seed, count in enumerate(nuclei):
             image, xy, _ = synthetic_image(seed, 160, 0.25)
             writer.add(image, mpp=0.25, xy=xy[:count], slide=f"s{seed}")
     (folder / "toy.yaml").write_text(SETTINGS)
+    (folder / "finetuning.yaml").write_text(FINETUNING)
     return folder
 
 
@@ -46,6 +53,16 @@ def arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
 def command(argv: Sequence[str]) -> int:
     """``python -m muse_fast.pretrain`` with ``argv``; the exit code."""
     return run_command(pretrain.main, argv)
+
+
+def finetuning_arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
+    fixed = ["--config", str(workplace / "finetuning.yaml"), "--out", str(out), "--data", "synthetic:7"]
+    return [*fixed, "--weights", "random:vit_tiny", "source.size=96", "data.workers=0", *overrides]
+
+
+def finetuning_command(argv: Sequence[str]) -> int:
+    """``python -m muse_fast.finetune`` with ``argv``; the exit code."""
+    return run_command(finetune.main, argv)
 
 
 def start(workplace: Path, out: Path, *overrides: str) -> Child:

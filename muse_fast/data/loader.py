@@ -11,7 +11,7 @@ import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import count, islice, pairwise
@@ -171,8 +171,11 @@ def load_views(
             stalled, with the ROIs that it was to read.
     """
     planned = ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu")
-    place = str(dataset.roiset.path)
-    with closing(_loaded(planned, sampler, workers, pin_memory, timeout, place)) as items:
+
+    def named(roi_ids: Sequence[int]) -> str:
+        return f"ROIs {roi_ids} of {dataset.roiset.path}"
+
+    with closing(_loaded(planned, sampler, workers, pin_memory, timeout, named)) as items:
         batches: UntilError[Any] = UntilError(items)
         with closing(iter(batches)) as loaded:
             if backend == "cpu":
@@ -184,10 +187,20 @@ def load_views(
 
 
 def load_batches(
-    dataset: Dataset[_Batch | UserError], sampler: StepSampler, *, workers: int, pin_memory: bool = False
+    dataset: Dataset[_Batch | UserError],
+    sampler: StepSampler,
+    *,
+    workers: int,
+    named: Callable[[Sequence[int]], str],
+    pin_memory: bool = False,
+    timeout: int = _STALLED_AFTER,
 ) -> Generator[_Batch]:
-    """Batches of any dataset that takes a list of samples, in the sampler's order, as `load_views` loads them."""
-    for batch in _loaded(dataset, sampler, workers, pin_memory):
+    """Batches of any dataset that takes a list of samples, in the sampler's order, as `load_views` loads them.
+
+    Args:
+        named: numbers of items -> what a message calls them.
+    """
+    for batch in _loaded(dataset, sampler, workers, pin_memory, timeout, named):
         if isinstance(batch, UserError):
             raise batch
         yield batch
@@ -198,13 +211,13 @@ def _loaded(
     sampler: StepSampler,
     workers: int,
     pin_memory: bool,
-    timeout: int = _STALLED_AFTER,
-    place: str = "the images",
+    timeout: int,
+    named: Callable[[Sequence[int]], str],
 ) -> Generator[_Batch]:
     """What the loader gives.
 
     Raises:
-        UserError: a process died or gave nothing for ``timeout`` seconds; names it and what of ``place`` it was at.
+        UserError: a process died or gave nothing for ``timeout`` seconds; names it and what it was at.
     """
     batches: Any = _iterate(_loader(dataset, sampler, workers, pin_memory))
     processes = _Processes(getattr(batches, "_workers", []), timeout)
@@ -218,7 +231,7 @@ def _loaded(
                     return
                 except (RuntimeError, OSError, EOFError) as error:  # all that torch says, of whatever happened
                     if processes.have_died():
-                        raise processes.lost(sampler, number, place) from error
+                        raise processes.lost(sampler, number, named) from error
                     if "timed out" not in str(error):
                         raise
         yield batch
@@ -268,7 +281,7 @@ class _Processes:
         """Whether one has; waits a moment, as a connection breaks before its process is gone."""
         return bool(self._processes) and bool(wait([process.sentinel for process in self._processes], 0.2))
 
-    def lost(self, sampler: StepSampler, number: int, place: str) -> UserError:
+    def lost(self, sampler: StepSampler, number: int, named: Callable[[Sequence[int]], str]) -> UserError:
         """Why batch ``number`` does not come; ends the others."""
         if self._states:
             culprits = [worker for worker, state in enumerate(self._states) if state in "TD"]
@@ -280,9 +293,9 @@ class _Processes:
         ahead = range(number, number + len(self._processes))
         batch = next((n for n in ahead if n % len(self._processes) in culprits), number)
         worker = batch % len(self._processes)
-        roi_ids = [roi_id for _, roi_id in next(islice(sampler, batch, None), [])]
+        items = [item for _, item in next(islice(sampler, batch, None), [])]
         who = f"loader process {worker} of {len(self._processes)} (pid {self._processes[worker].pid})"
-        at = f"at or before ROIs {roi_ids} of {place}"
+        at = f"at or before {named(items)}"
         again = "the newest checkpoint is untouched: start again to go on"
         if self._states:
             state = {"T": ", it was stopped", "D": ", it waited for a disk"}.get(self._states[worker], "")

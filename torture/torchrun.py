@@ -1,0 +1,67 @@
+"""``torchrun`` with two ranks, and every process that descends from it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torture.processes import children_of, environment_of, everyone, is_alive, wait_until
+
+_MARK = "MUSE_FAST_JOB"  # in the environment of a job's processes, which whoever they start inherits
+
+
+class Job(subprocess.Popen[bytes]):
+    """The launcher of ``python -m muse_fast.pretrain``; all that is left of the job is killed at the end.
+
+    Args:
+        argv: of the command.
+        options: of torchrun.
+        log: file for what the launcher and the ranks say.
+    """
+
+    def __init__(self, argv: Sequence[str], *options: str, log: Path) -> None:
+        self.log, self._name = log, uuid.uuid4().hex
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+        with open(log, "ab") as file:
+            super().__init__(
+                [*launcher, "-m", "muse_fast.pretrain", *argv],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", _MARK: self._name},
+            )
+
+    def __exit__(self, *raised: Any) -> None:
+        self.kill()
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        super().__exit__(*raised)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def steps(self) -> list[int]:
+        """The steps that were told, of all starts."""
+        return [int(step) for step in re.findall(r"^step (\d+)/", self.output(), re.MULTILINE)]
+
+    def wait_for_steps(self, count: int, seconds: float = 120) -> float:
+        """Until so many steps were told, of all starts; returns the seconds that took."""
+        took = wait_until(lambda: len(self.steps()) >= count or self.poll() is not None, seconds, f"{count} steps")
+        assert len(self.steps()) >= count, f"ended with {self.poll()}: {self.output()[-2000:]}"
+        return took
+
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank."""
+        found = {environment_of(pid).get("RANK", ""): pid for pid in children_of(self.pid)}
+        return {number: found[str(number)] for number in (0, 1)}
+
+    def processes(self) -> set[int]:
+        """Ranks, their loaders and whatever else the launcher has brought forth, as far as they live."""
+        ours = {pid for pid in everyone() if environment_of(pid).get(_MARK) == self._name and is_alive(pid)}
+        return ours - {self.pid}
