@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Build, test, sanitize and time the ops, the training step and the data path on a machine with a GPU; no network needed.
+# Build, test, sanitize and time the ops, the training step and the data path on a machine with a GPU, and see what short
+# runs learn there; no network needed.
 #
-#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data; all, in this order, when none is named
+#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data ablation; all, in this order, when none is named
 #
 # Exit code 1 when a stage failed; the stages after it still run. Each stage ends within 8 minutes.
-# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json, step-*.json
-# and data.json.
+# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json, step-*.json,
+# data.json and ablation.json.
 #
 # Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu tries the script out),
-# COMMIT (what the JSON files name; by default git is asked).
+# COMMIT (what the JSON files name; by default git is asked), ROIS (the set of configs/ablation.yaml),
+# SECONDS_OF_ABLATION (420; no run is begun that might end later).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-STAGES=(build test sanitize ops step lfov data)
+STAGES=(build test sanitize ops step lfov data ablation)
 OUT=$(realpath -m "${OUT:-runs/gpu}")
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
@@ -88,6 +90,20 @@ stage_data() {
   local arguments=(--rounds 5)
   [[ $DEVICE == cpu ]] && arguments=(--rounds 2 --rois 1 --side 512 --size 224)
   timeout 470 "$PYTHON" -m bench data --device "$DEVICE" --json "$OUT/data.json" "${arguments[@]}"
+}
+
+# What the losses and the scales of views each bring; on a CPU two steps on procedural ROIs.
+stage_ablation() {
+  local rois=${ROIS:-} arguments=(--seconds "${SECONDS_OF_ABLATION:-420}")
+  if [[ $DEVICE == cpu ]]; then
+    rois=$OUT/rois
+    arguments=(--variant "both losses" --seed 0 --mpp 0.25 model.arch=vit_tiny optim.steps=2 optim.warmup_steps=1
+      optim.batch_size=2 data.workers=0 train.precision=fp32 train.log_every=1 train.eval_rois=2)
+    [[ -d $rois ]] || "$PYTHON" -m muse_fast.prepare synthetic:7 "$rois" size=320 mpp=0.25 || return
+  fi
+  [[ -n $rois ]] || { echo "ROIS is not set: the ROI set that configs/ablation.yaml tells how to make"; return 1; }
+  timeout 470 "$PYTHON" -m bench ablation --device "$DEVICE" --rois "$rois" --out "$OUT/ablation" \
+    --json "$OUT/ablation.json" "${arguments[@]}"
 }
 
 # ARCH SIZE ROIS; on a CPU a small stand-in.
