@@ -11,7 +11,7 @@
 #
 # Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu tries the script out),
 # COMMIT (what the JSON files name; by default git is asked), ROIS (the set of configs/ablation.yaml),
-# BUDGET.
+# BUDGET, WHEELS (folder of packages that the machine lacks, installed first), WORKERS (4; of the tests, with pytest-xdist).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 STAGES=(build test sanitize ops step lfov data ablation)
@@ -30,6 +30,9 @@ within() {
 
 # Editable: the tests import muse_fast from the checkout, so the library and the kernels must be found there.
 stage_build() {
+  if [[ -n ${WHEELS:-} ]]; then
+    "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl || return
+  fi
   MUSE_FAST_BUILD=require timeout "$(within 420)" \
     "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation -v -e . || return
   "$PYTHON" - "$DEVICE" <<'PYTHON'
@@ -47,13 +50,14 @@ PYTHON
 
 # The tests of every op and kernel, and of everything else that asks for a GPU.
 stage_test() {
-  local files op
+  local files op workers=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "${WORKERS:-4}") # kernels compile side by side
   mapfile -t files < <(
     for op in muse_fast/ops/*.py kernels/*.py; do ls "tests/test_$(basename "$op")" 2>/dev/null; done
     grep -lE 'mark\.gpu' tests/test_*.py
   )
   mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
-  timeout "$(within 470)" "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+  timeout "$(within 470)" "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${files[@]}"
 }
 
 # Out-of-bounds accesses, races in shared memory and reads of what nobody wrote, on the smallest inputs. Without torch's
