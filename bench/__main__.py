@@ -1,4 +1,4 @@
-"""``python -m bench {ops|step|data} --help``"""
+"""``python -m bench {ops|step|data|ablation} --help``"""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from bench import data_command, ops_command, step_command
+from bench import ablation_command, data_command, ops_command, step_command
 
-COMMANDS = {"ops": ops_command, "step": step_command, "data": data_command}
+COMMANDS = {"ops": ops_command, "step": step_command, "data": data_command, "ablation": ablation_command}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Time the ops, the training step and the data path."
+        prog="python -m bench",
+        description="Time the ops, the training step and the data path; compare what runs learn.",
     )
     what = parser.add_subparsers(dest="what", required=True)
     for name, command in COMMANDS.items():

@@ -1,25 +1,39 @@
 #!/usr/bin/env bash
-# Build, test, sanitize and time the ops, the training step and the data path on a machine with a GPU; no network needed.
+# Build, test, sanitize and time the ops, the training step and the data path on a machine with a GPU, and see what short
+# runs learn there; no network needed.
 #
-#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data; all, in this order, when none is named
+#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data ablation; all, in this order, when none is named
 #
-# Exit code 1 when a stage failed; the stages after it still run. Each stage ends within 8 minutes.
-# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json, step-*.json
-# and data.json.
+# Exit code 1 when a stage failed; the stages after it still run. Each stage ends within 8 minutes, and all within BUDGET
+# seconds where that is set: what a lease leaves. A stage for which no minute is left does not begin and counts as failed.
+# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json, step-*.json,
+# data.json and ablation.json.
 #
 # Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu tries the script out),
-# COMMIT (what the JSON files name; by default git is asked).
+# COMMIT (what the JSON files name; by default git is asked), ROIS (the set of configs/ablation.yaml),
+# BUDGET, WHEELS (folder of packages that the machine lacks, installed first), WORKERS (4; of the tests, with pytest-xdist).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-STAGES=(build test sanitize ops step lfov data)
+STAGES=(build test sanitize ops step lfov data ablation)
 OUT=$(realpath -m "${OUT:-runs/gpu}")
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
+BUDGET=${BUDGET:-86400}
+BEGAN=$EPOCHSECONDS
 export PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin
+
+# SECONDS -> as many of them as the budget leaves.
+within() {
+  local left=$((BUDGET - (EPOCHSECONDS - BEGAN)))
+  echo $(($1 < left ? $1 : left > 1 ? left : 1))
+}
 
 # Editable: the tests import muse_fast from the checkout, so the library and the kernels must be found there.
 stage_build() {
-  MUSE_FAST_BUILD=require timeout 420 \
+  if [[ -n ${WHEELS:-} ]]; then
+    "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl || return
+  fi
+  MUSE_FAST_BUILD=require timeout "$(within 420)" \
     "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation -v -e . || return
   "$PYTHON" - "$DEVICE" <<'PYTHON'
 import sys
@@ -36,13 +50,14 @@ PYTHON
 
 # The tests of every op and kernel, and of everything else that asks for a GPU.
 stage_test() {
-  local files op
+  local files op workers=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "${WORKERS:-4}") # kernels compile side by side
   mapfile -t files < <(
     for op in muse_fast/ops/*.py kernels/*.py; do ls "tests/test_$(basename "$op")" 2>/dev/null; done
     grep -lE 'mark\.gpu' tests/test_*.py
   )
   mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
-  timeout 470 "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+  timeout "$(within 470)" "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${files[@]}"
 }
 
 # Out-of-bounds accesses, races in shared memory and reads of what nobody wrote, on the smallest inputs. Without torch's
@@ -51,13 +66,13 @@ stage_sanitize() {
   local tool
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; return 1; }
   for tool in memcheck racecheck initcheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 155 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(within 155)" compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$PYTHON" -m bench.tiny --device "$DEVICE" || return
   done
 }
 
 stage_ops() {
-  timeout 470 "$PYTHON" -m bench ops --device "$DEVICE" --json "$OUT/ops.json"
+  timeout "$(within 470)" "$PYTHON" -m bench ops --device "$DEVICE" --json "$OUT/ops.json"
 }
 
 # Whole steps at 224 px, at the batch of a GPU and at the one of the paper.
@@ -76,9 +91,9 @@ stage_lfov() {
   step vit_small 512 16 || failed=1
   step vit_base 512 16 || failed=1
   if [[ $DEVICE == cuda ]]; then
-    timeout 115 "$PYTHON" -m bench step --device cuda --arch vit_base --lfov 1024 --json "$OUT/step-1024.json" || failed=1
+    timeout "$(within 115)" "$PYTHON" -m bench step --device cuda --arch vit_base --lfov 1024 --json "$OUT/step-1024.json" || failed=1
   else
-    timeout 115 "$PYTHON" -m bench step --device cpu --lfov 64 --json "$OUT/step-1024.json" || failed=1
+    timeout "$(within 115)" "$PYTHON" -m bench step --device cpu --lfov 64 --json "$OUT/step-1024.json" || failed=1
   fi
   return $failed
 }
@@ -87,7 +102,21 @@ stage_lfov() {
 stage_data() {
   local arguments=(--rounds 5)
   [[ $DEVICE == cpu ]] && arguments=(--rounds 2 --rois 1 --side 512 --size 224)
-  timeout 470 "$PYTHON" -m bench data --device "$DEVICE" --json "$OUT/data.json" "${arguments[@]}"
+  timeout "$(within 470)" "$PYTHON" -m bench data --device "$DEVICE" --json "$OUT/data.json" "${arguments[@]}"
+}
+
+# What the losses and the scales of views each bring; on a CPU two steps on procedural ROIs.
+stage_ablation() {
+  local rois=${ROIS:-} arguments=(--seconds "$(within 430)")
+  if [[ $DEVICE == cpu ]]; then
+    rois=$OUT/rois
+    arguments=(--variant "both losses" --seed 0 --mpp 0.25 model.arch=vit_tiny optim.steps=2 optim.warmup_steps=1
+      optim.batch_size=2 data.workers=0 train.precision=fp32 train.log_every=1 train.eval_rois=2)
+    [[ -d $rois ]] || "$PYTHON" -m muse_fast.prepare synthetic:7 "$rois" size=320 mpp=0.25 || return
+  fi
+  [[ -n $rois ]] || { echo "ROIS is not set: the ROI set that configs/ablation.yaml tells how to make"; return 1; }
+  timeout "$(within 470)" "$PYTHON" -m bench ablation --device "$DEVICE" --rois "$rois" --out "$OUT/ablation" \
+    --json "$OUT/ablation.json" "${arguments[@]}"
 }
 
 # ARCH SIZE ROIS; on a CPU a small stand-in.
@@ -96,7 +125,7 @@ step() {
   if [[ $DEVICE == cpu ]]; then
     arguments=(--arch vit_tiny --batch 1 --seconds 0 views.global_size=64 views.local_size=32 head.prototypes=64)
   fi
-  timeout 115 "$PYTHON" -m bench step --device "$DEVICE" --json "$OUT/step-$1-$2-$3.json" "${arguments[@]}"
+  timeout "$(within 115)" "$PYTHON" -m bench step --device "$DEVICE" --json "$OUT/step-$1-$2-$3.json" "${arguments[@]}"
 }
 
 # STAGE EXIT_CODE SECONDS, for every stage so far -> stages.json
@@ -133,7 +162,12 @@ failed=0
 for stage in "${@:-${STAGES[@]}}"; do
   echo "== $stage"
   SECONDS=0
-  "stage_$stage" 2>&1 | tee "$OUT/$stage.log"
+  if (($(within 60) < 60)); then
+    echo "no minute of the budget is left"
+    false
+  else
+    "stage_$stage"
+  fi 2>&1 | tee "$OUT/$stage.log"
   code=${PIPESTATUS[0]}
   results+=("$stage" "$code" "$SECONDS")
   ((code == 0)) || failed=1

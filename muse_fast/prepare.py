@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from muse_fast import __version__, prepare_slurm
 from muse_fast.cli import key_values, run
 from muse_fast.data import audit
-from muse_fast.data.build import build_set, counted, print_summary
+from muse_fast.data.build import Item, build_set, counted, print_summary
 from muse_fast.data.roiset import RoiSetWriter
 from muse_fast.data.slides import Slides
-from muse_fast.data.sources import Source, SourceImage, open_source, source_kinds
+from muse_fast.data.sources import Source, open_source, source_kinds
+from muse_fast.data.sources.prepared import Prepared
 from muse_fast.errors import UserError
 from muse_fast.prepare_slides import prepare_slides
 from muse_fast.ticker import ticked
@@ -100,22 +101,23 @@ def _prepare_images(source: Source, out: Path, provenance: dict[str, Any], quali
     started = time.monotonic()
     writer = RoiSetWriter(out, provenance=provenance, label_names=source.label_names, quality=quality)
     total = len(source) if isinstance(source, Sized) else None
-    images = ticked(_some(source, provenance["source"]), total, "ROIs")
+    items = source.rois() if isinstance(source, Prepared) else source  # JPEGs that exist are not made anew
+    images = ticked(_some(items, source, provenance["source"]), total, "ROIs")
     summary = build_set(writer, images, lambda folder: {"dropped": dict(source.dropped)})
     print_summary(out, summary, time.monotonic() - started)
     return 0
 
 
-def _some(source: Source, spec: str) -> Iterator[SourceImage]:
-    """The images of a source.
+def _some(items: Iterable[Item], source: Source, spec: str) -> Iterator[Item]:
+    """What a source gives.
 
     Raises:
         UserError: at the end, if there was none.
     """
     none = True
-    for image in source:
+    for item in items:
         none = False
-        yield image
+        yield item
     if none:
         raise UserError(f"{spec} gave no ROI; left out: {counted(source.dropped)}")
 

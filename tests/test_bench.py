@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,15 @@ def test_gpu_script_refuses_an_unknown_stage_before_it_starts(stages: list[str],
     assert finished.returncode == 2
     assert f"unknown stage '{stages[-1]}'" in finished.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_gpu_script_begins_no_stage_that_the_budget_does_not_hold(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    environment = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable, "BUDGET": "30"}
+    finished = subprocess.run([script, "ops", "data"], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 1 and finished.stdout.count("no minute of the budget is left") == 2
+    stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
+    assert [(row["stage"], row["exit_code"]) for row in stages] == [("ops", 1), ("data", 1)]
 
 
 def test_commit_is_named_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from small_slides import write_slide
 
 from muse_fast.config import ViewsConfig
+from muse_fast.data.slide import Slide
 from muse_fast.data.sources import open_source, puma
 from muse_fast.data.surroundings import GLASS, cut_square
 from muse_fast.data.synthetic import synthetic_image
@@ -134,6 +136,58 @@ def test_ocelots_tissue_patch_lies_where_the_metadata_says(tmp_path: Path) -> No
     (tmp_path / "metadata.json").write_text(json.dumps({"sample_pairs": {"001": entry}}))
     with pytest.raises(UserError, match=r"metadata.json: the cell patch of 001, .* lies outside"):
         open_source(f"ocelot:{tmp_path}")
+
+
+def brcam2c_of_a_slide(folder: Path, slide: Path, place: tuple[int, int, int, int]) -> None:
+    """BRCA-M2C with one image at 0.5 um/px, cut from x, y, width, height of a slide; a nucleus at its pixel 40, 60."""
+    x, y, width, height = place
+    opened = Slide(slide)
+    name = f"{slide.stem}_{x}_{y}_{width}_{height}_{4 * opened.mpp:g}"
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    size = round(width * opened.mpp / 0.5), round(height * opened.mpp / 0.5)
+    image = Image.fromarray(opened.read(x, y, width, height)).resize(size, Image.Resampling.BICUBIC)
+    image.save(folder / "images" / f"{name}.png")
+    (folder / "labels" / f"{name}_gt_class_coords.txt").write_text("60 40 2\n")
+    for split in ("train", "val", "test"):
+        (folder / f"brca_ds_{split}.txt").write_text(f"{name}.png\n" if split == "train" else "")
+
+
+def test_around_an_image_of_brcam2c_stands_its_slide(tmp_path: Path, shared_data: Path) -> None:
+    slide = shared_data / "wsi" / "cmu-1-small-region.svs"
+    place = x, y, width, height = (300, 900, 402, 320)
+    brcam2c_of_a_slide(tmp_path / "set", slide, place)
+    source = open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(slide.parent))
+    (image,) = read_splits(source, ("train",), 0.5, sample_size=1024)["train"]
+    # The slide ends 300 px (of 0.499 um) to the left of the image; 1024 - 401 px are the most to be seen elsewhere.
+    assert image.corner == (299, 705) and image.image.shape == (3, 2 * 705 + 319, 299 + 401 + 623)
+    np.testing.assert_allclose(image.xy, [[40 + 299, 60 + 705]])
+    opened = Slide(slide)
+    across, down = width / 401, height / 319
+    field = (x - 299 * across, y - 705 * down, x + width + 623 * across, y + height + 705 * down)
+    whole = Image.fromarray(opened.read(0, 0, opened.width, opened.height))
+    expected = np.asarray(whole.resize(image.image.shape[:0:-1], Image.Resampling.BICUBIC, box=field))
+    error = np.abs(image.image.permute(1, 2, 0).numpy().astype(int) - expected)
+    # The filter sees what lies beyond a border, two pixels wide: of the image, and of what was read of the slide.
+    for rows in (slice(0, 2), slice(703, 707), slice(1022, 1026), slice(-2, None)):
+        error[rows] = 0
+    for columns in (slice(0, 2), slice(297, 301), slice(698, 702), slice(-2, None)):
+        error[:, columns] = 0
+    assert error.max() <= 1 and expected.std() > 20
+
+    (alone,) = read_splits(open_source(f"brcam2c:{tmp_path / 'set'}"), ("train",), 0.5, sample_size=1024)["train"]
+    assert bool(alone.region.all()) and torch.equal(alone.image, image.image[:, 705:1024, 299:700])
+
+
+def test_a_slide_that_does_not_hold_its_image_is_named(tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "slides" / "a.tif", synthetic_image(5, 640, 0.5)[0])
+    brcam2c_of_a_slide(tmp_path / "set", slide, (100, 100, 300, 300))
+    write_slide(slide, synthetic_image(5, 320, 0.5)[0])
+    source = open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(slide.parent))
+    with pytest.raises(UserError, match=r"a.tif: 320 x 320 px, expected a larger image that holds its ROI"):
+        read_splits(source, ("train",), 0.5, sample_size=512)
+    with pytest.raises(UserError, match=r"none: no such file or folder"):
+        open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(tmp_path / "none"))
 
 
 def test_a_damaged_or_smaller_context_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from small_slides import Mpp, damage, page_with_tissue, write_slide
 
 from muse_fast.data import slide as slide_module
@@ -43,6 +44,21 @@ def test_real_slides(shared_data: Path) -> None:
     assert Slide(shared_data / "wsi" / "cmu-1-small-region.svs").mpp == 0.499
     with pytest.raises(UserError, match=r"tcga-cr-7395-01a-01-ts1\.svs: the header does not tell um per pixel"):
         Slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs")
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.0, 3.1, 9.0])
+def test_a_part_of_a_real_slide_of_two_levels_at_any_scale(shared_data: Path, scale: float) -> None:
+    """Against level 0 as a whole, shrunk by Pillow: the other level was shrunk and compressed by somebody else."""
+    slide = Slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs", mpp=0.5)
+    field, size = (800.5, 600.25, 2600.5, 1500.25), (round(1800 / scale), round(900 / scale))
+    found = slide.resized(field, size)
+    level0 = Image.fromarray(slide.read(0, 0, slide.width, slide.height))
+    expected = np.asarray(level0.resize(size, Image.Resampling.BICUBIC, box=field))
+    error = np.abs(found.astype(int) - expected)
+    assert found.shape == (size[1], size[0], 3) and expected.std() > 20
+    assert error.mean() < (0.5 if scale < 2 else 6)
+    shifted = np.abs(found[:, 1:].astype(int) - expected[:, :-1]).mean()
+    assert error.mean() < shifted / 2  # a pixel off would be seen
 
 
 def test_a_file_that_is_no_slide(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_synthetic_splits_and_repeats() -> None:
         ("synthetic:2", {"size": "64.5"}, r"size=64.5, expected a whole number from 32 to 8192"),
         ("synthetic:2", {"mpp": "40"}, r"mpp=40, expected a number from 0.05 to 5"),
         ("synthetic:2", {"mpp": "nan"}, r"mpp=nan"),
-        ("brcam2c:x", {"mpp": "0.5"}, r"brcam2c: no option 'mpp' among none"),
+        ("brcam2c:x", {"mpp": "0.5"}, r"brcam2c: no option 'mpp' among slides"),
     ],
 )
 def test_mistakes_in_source_and_options(spec: str, options: dict[str, str], message: str) -> None:

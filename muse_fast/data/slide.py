@@ -73,6 +73,25 @@ class Slide:
         page.paste(region, mask=region.getchannel("A"))
         return np.asarray(page)
 
+    def resized(self, field: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """A part of the slide, left, top, right and bottom in level-0 pixels, as ``[h, w, 3]`` RGB of ``size`` (w, h).
+
+        It is read from the coarsest level that is finer than that, and shrunk with a filter that lets nothing alias.
+
+        Raises:
+            UserError: the pixels are damaged.
+        """
+        left, top, right, bottom = field
+        finest = min((right - left) / size[0], (bottom - top) / size[1])
+        level = self._handle.get_best_level_for_downsample(max(1.0, finest))
+        downsample = self._handle.level_downsamples[level]
+        x, y = math.floor(left), math.floor(top)
+        width, height = (math.ceil((far - near) / downsample) for near, far in ((x, right), (y, bottom)))
+        pixels = Image.fromarray(self.read(x, y, width, height, level))
+        near, far = (left - x, top - y), (right - x, bottom - y)
+        box = near[0] / downsample, near[1] / downsample, far[0] / downsample, far[1] / downsample
+        return np.array(pixels.resize(size, Image.Resampling.BICUBIC, box=box))
+
     def thumbnail(self, um: float, max_unreadable: float = 0) -> NDArray[np.uint8]:
         """The slide at about ``um`` per pixel, ``[ceil(H * mpp / um), ceil(W * mpp / um), 3]`` RGB.
 

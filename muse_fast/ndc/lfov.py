@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,9 +22,8 @@ from muse_fast.config import ViewsConfig
 from muse_fast.data.augment import apply_colour, draw_colour
 from muse_fast.data.loader import Sample
 from muse_fast.data.sources import Source, SourceImage
-from muse_fast.data.sources.base import Context
+from muse_fast.data.sources.base import Context, Field
 from muse_fast.data.surroundings import cut_square, inside
-from muse_fast.data.tables import read_image
 from muse_fast.data.views import ViewBox
 from muse_fast.errors import UserError
 from muse_fast.ndc.tiles import resample
@@ -97,23 +95,18 @@ def _with_context(
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """``image`` in the middle of what lies around it at the same scale, and the x, y at which it stands there."""
     height, width = image.shape[:2]
-    larger = read_image(context.path)
     x0, y0, x1, y1 = context.box
-    if not (0 <= x0 < x1 <= larger.shape[1] and 0 <= y0 < y1 <= larger.shape[0]):
-        sides = f"{larger.shape[1]} x {larger.shape[0]} px"
-        raise UserError(f"{context.path}: {sides}, expected a larger image that holds its ROI at {context.box}")
     across, down = (x1 - x0) / width, (y1 - y0) / height  # pixels of the larger image per pixel of this one
     room_x, room_y = max(0, sample_size - width), max(0, sample_size - height)
-    left, right = min(room_x, int(x0 / across)), min(room_x, int((larger.shape[1] - x1) / across))
-    top, bottom = min(room_y, int(y0 / down)), min(room_y, int((larger.shape[0] - y1) / down))
-    field = (
-        max(0.0, x0 - left * across),
-        max(0.0, y0 - top * down),
-        min(float(larger.shape[1]), x1 + right * across),
-        min(float(larger.shape[0]), y1 + bottom * down),
-    )
-    size = (left + width + right, top + height + bottom)
-    whole = np.array(Image.fromarray(larger).resize(size, Image.Resampling.BICUBIC, box=field))
+    left, top = min(room_x, int(x0 / across)), min(room_y, int(y0 / down))
+
+    def around(whole_width: int, whole_height: int) -> tuple[Field, tuple[int, int]]:
+        right, bottom = min(room_x, int((whole_width - x1) / across)), min(room_y, int((whole_height - y1) / down))
+        near = max(0.0, x0 - left * across), max(0.0, y0 - top * down)
+        far = min(float(whole_width), x1 + right * across), min(float(whole_height), y1 + bottom * down)
+        return (*near, *far), (left + width + right, top + height + bottom)
+
+    whole = context.read(around)
     whole[top : top + height, left : left + width] = image  # it may have more pixels per um
     return whole, (left, top)
 

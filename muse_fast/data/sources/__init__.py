@@ -26,11 +26,12 @@ def source_kinds() -> dict[str, type[Source]]:
     from muse_fast.data.sources.muse import Muse
     from muse_fast.data.sources.ocelot import Ocelot
     from muse_fast.data.sources.pannuke import PanNuke
+    from muse_fast.data.sources.prepared import Prepared
     from muse_fast.data.sources.puma import Puma
     from muse_fast.data.sources.synthetic import Synthetic
 
     datasets = (BrcaM2C, Ocelot, Puma, CoNSeP, PanNuke, Lizard, CellViT, Muse, QuPath, Points)
-    return {source.kind: source for source in (*datasets, Slides, Images, Synthetic)}
+    return {source.kind: source for source in (*datasets, Slides, Images, Prepared, Synthetic)}
 
 
 def open_source(spec: str, **options: Any) -> Source:

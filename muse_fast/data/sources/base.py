@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from muse_fast.data.slide import Slide
 from muse_fast.data.tables import read_image
 from muse_fast.errors import UserError, did_you_mean
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
+Field: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 _MAX_OUTSIDE = 0.1  # share of outlines whose centre may lie beyond the image they were drawn on
 
 
@@ -26,11 +30,40 @@ class Context:
 
     Attributes:
         path: of the larger image.
-        box: left, top, right and bottom of the annotated image in pixels of the larger one, fractions too.
+        box: left, top, right and bottom of the annotated image in pixels of the larger one, of level 0 where that is a
+            slide; fractions too.
+        is_slide: the larger image is a slide, of which only what is asked for is read.
     """
 
     path: Path
-    box: tuple[float, float, float, float]
+    box: Field
+    is_slide: bool = False
+
+    def read(self, choose: Callable[[int, int], tuple[Field, tuple[int, int]]]) -> NDArray[np.uint8]:
+        """Pixels of the larger image, ``[h, w, 3]`` RGB.
+
+        Args:
+            choose: width and height of the larger image -> left, top, right and bottom of what is to be read, and the
+                width and height to resize it to.
+
+        Raises:
+            UserError: the image or slide is damaged, or does not hold ``box``.
+        """
+        if self.is_slide:
+            with closing(Slide(self.path, mpp=1.0)) as slide:  # scales follow from the box alone
+                self._check(slide.width, slide.height)
+                return slide.resized(*choose(slide.width, slide.height))
+        larger = read_image(self.path)
+        height, width = larger.shape[:2]
+        self._check(width, height)
+        field, size = choose(width, height)
+        return np.array(Image.fromarray(larger).resize(size, Image.Resampling.BICUBIC, box=field))
+
+    def _check(self, width: int, height: int) -> None:
+        left, top, right, bottom = self.box
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            sides = f"{width} x {height} px"
+            raise UserError(f"{self.path}: {sides}, expected a larger image that holds its ROI at {self.box}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from muse_fast.data.sources.base import SPLITS, Dataset, Entry, Nuclei, need_file
+from muse_fast.data.slide import find_slides
+from muse_fast.data.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need_file
 from muse_fast.errors import UserError
 
 
@@ -16,17 +18,23 @@ class BrcaM2C(Dataset):
 
     An image is called ``{slide}_{x}_{y}_{w}_{h}_{4 * mpp of the slide}.png`` with x, y, w, h in level-0 pixels; its
     labels are rows ``y x class``. The images were resampled to 0.5 um per pixel whatever the slide had.
+
+    Options:
+        slides: folder with slides of TCGA, which hold the tissue around the images; those that are not there have none.
     """
 
     kind = "brcam2c"
     title = "BRCA-M2C"
     layouts = (("images/*.png", "labels/*_gt_class_coords.txt", *(f"brca_ds_{split}.txt" for split in SPLITS)),)
     label_names = ("lymphocyte", "tumour", "stromal")
+    options: ClassVar[dict[str, tuple[type, float, float]]] = {"slides": (str, 0, 0)}
     MPP = 0.5
-    _NAME = re.compile(r"(?P<slide>[^_]+)_(?P<x>\d+)_(?P<y>\d+)_\d+_\d+_[\d.]+\.png")
+    _NAME = re.compile(r"(?P<slide>[^_]+)_(?P<x>\d+)_(?P<y>\d+)_(?P<width>\d+)_(?P<height>\d+)_[\d.]+\.png")
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, slides: str = "") -> None:
         super().__init__(folder)
+        # A slide's file is called as the slide, a dot, and more.
+        self._slides = {path.name.split(".")[0]: path for path in find_slides(Path(slides))} if slides else {}
         self.entries = [self._entry(name, split) for name, split in self._split_of().items()]
 
     def _split_of(self) -> dict[str, str]:
@@ -45,8 +53,11 @@ class BrcaM2C(Dataset):
         if parts is None:
             raise UserError(f"{self.folder / name}: expected a name like {{slide}}_x_y_w_h_{{4 * mpp}}.png")
         labels = self.folder / "labels" / f"{Path(name).stem}_gt_class_coords.txt"
-        origin = int(parts["x"]), int(parts["y"])
-        return Entry(name, parts["slide"], split, self.folder / "images" / name, labels, self.MPP, origin)
+        x, y, width, height = (int(parts[key]) for key in ("x", "y", "width", "height"))
+        path = self._slides.get(parts["slide"])
+        context = None if path is None else Context(path, (x, y, x + width, y + height), is_slide=True)
+        image = self.folder / "images" / name
+        return Entry(name, parts["slide"], split, image, labels, self.MPP, (x, y), context=context)
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
         path = need_file(entry.labels, "an image without nuclei needs an empty file")
