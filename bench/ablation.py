@@ -24,6 +24,7 @@ from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.ndc.benchmark import TASKS, Subject
 from muse_fast.ndc.features import extract_features
 from muse_fast.ndc.tiles import Tile, tiles_by_split
+from muse_fast.train.run import find_start, refuse_other_settings
 
 Row: TypeAlias = dict[str, Any]
 Tiles: TypeAlias = dict[float, dict[str, list[Tile]]]  # um/px, split
@@ -47,6 +48,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 # In the paper the first is better than the second.
 EXPECTED = ((BOTH, NUCLEUS), (NUCLEUS, IMAGE), (BOTH, FIXED_20X), (BOTH, FIXED_40X), (BOTH, UNTRAINED))
 SPLITS = ("train", "val", "test")
+_FREE = ("data.workers", "data.roiset", "train.device")  # settings in which a finished run may differ from the others
 
 
 def label_names(rois: Path) -> tuple[str, ...]:
@@ -85,10 +87,13 @@ def trained(out: Path, config: Path, settings: Sequence[str]) -> Row:
     """Pretrain, unless that was done before; figures of the run.
 
     Raises:
-        UserError: it cannot run, or did not end well; what it said is in ``OUT.log``.
+        UserError: it cannot run, or did not end well; what it said is in ``OUT.log``. Or what was done before had other
+            settings.
     """
     log = out.with_name(f"{out.name}.log")
-    if not (out / "summary.json").exists():
+    if (out / "summary.json").exists():
+        refuse_other_settings(find_start(out, "auto") or out, load_config(config, settings), _FREE)
+    else:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file, contextlib.redirect_stdout(file):
             code = pretrain.main(["--config", str(config), "--out", str(out), *settings])

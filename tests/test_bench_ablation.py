@@ -77,6 +77,9 @@ def test_report(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(argv) == 0
     assert checkpoint.folder_of(workplace / "runs" / "both-losses-3", 2).stat().st_mtime_ns == before
     assert without_times(json.loads(out.read_text())["results"]) == without_times(report["results"])
+    with pytest.raises(SystemExit):
+        main([*argv, "optim.steps=3"])
+    assert "other settings: optim.steps=3 (was 2); give another --out" in capsys.readouterr().err
 
 
 def test_the_untrained_network_is_where_a_run_begins(workplace: Path, tmp_path: Path) -> None:
