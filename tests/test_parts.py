@@ -41,8 +41,8 @@ def slide_files(folder: Path) -> list[SlideFile]:
 
 
 def states(folder: Path) -> dict[str, int]:
-    """When each part was finished."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/part.json")}
+    """When each part was finished; one that a kill has left unnamed is none."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*/part.json")}
 
 
 def test_finished_parts_are_left_alone(cohort: Path, tmp_path: Path) -> None:
