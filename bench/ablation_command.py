@@ -65,7 +65,7 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
         trained = f"{row['steps']} steps in {row['seconds_of_last_start']:.0f} s, " if "steps" in row else ""
         mpp, scores = next(iter(row["scores"].items()))
         balanced = ", ".join(f"{name} {figures['balanced']:.1%}" for name, figures in scores.items())
-        out.print(f"{variant}, seed {seed}: {trained}balanced accuracy at {mpp} um/px: {balanced}")
+        out.print(f"{variant}, seed {seed}: {trained}balanced accuracy at {mpp} um/px: {balanced}", soft_wrap=True)
         if options.json:
             write_json(options.json, report)
     kinds = [(f"{mpp:g}", figure) for mpp in scales for figure in FIGURES]
