@@ -17,6 +17,7 @@ from muse_fast.errors import UserError
 from muse_fast.watchdog import Place, Watchdog
 
 _TIMEOUT = timedelta(minutes=30)  # for one collective: the other ranks wait in one while the main one saves or draws
+_LOST = ("gloo/transport", "ncclRemoteError")  # in what the two say where another rank is gone
 
 
 def launched() -> bool:
@@ -70,8 +71,8 @@ def process_group(device: torch.device, timeout: float, tell: Callable[[str, int
 def _lost_rank_told(rank: int) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # all that gloo says
-        if not isinstance(error, dist.DistBackendError) and "gloo/transport" not in str(error):
+    except RuntimeError as error:
+        if not any(said in str(error) for said in _LOST):
             raise
         raise UserError(
             f"step {_place.step}: rank {rank} lost its connection to another rank, which was killed or has ended: look "

@@ -16,7 +16,8 @@ from ranks import Ranks
 from toy_runs import Runs, assert_same_bits, assert_same_losses, toy_runs, training_rows
 
 from muse_fast import pretrain
-from muse_fast.distributed import store_of_this_start
+from muse_fast.distributed import _lost_rank_told, store_of_this_start
+from muse_fast.errors import UserError
 from muse_fast.train import checkpoint
 from torture.torchrun import Job
 
@@ -65,6 +66,28 @@ def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
         assert [each.get("address") for each in stores] == [str(number).encode()] * 3
     with pytest.raises(torch.distributed.DistStoreError):
         store_of_this_start(store, 1, 3, timedelta(seconds=0))
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:30096",
+            True,
+        ),
+        (
+            "NCCL error in: NCCLUtils.cpp:94\nncclRemoteError: a remote process exited or there was a network error",
+            True,
+        ),
+        ("NCCL error in: NCCLUtils.cpp:94\nncclInvalidUsage: Duplicate GPU detected", False),
+        ("a bug", False),
+    ],
+)
+def test_what_is_taken_for_a_lost_rank(said: str, lost: bool) -> None:
+    expected = UserError if lost else torch.distributed.DistBackendError
+    with pytest.raises(expected) as raised, _lost_rank_told(3):
+        raise torch.distributed.DistBackendError(said)
+    assert said.splitlines()[0] in str(raised.value) and ("rank 3 lost its" in str(raised.value)) == lost
 
 
 @pytest.mark.slow
