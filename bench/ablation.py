@@ -47,22 +47,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 # In the paper the first is better than the second.
 EXPECTED = ((BOTH, NUCLEUS), (NUCLEUS, IMAGE), (BOTH, FIXED_20X), (BOTH, FIXED_40X), (BOTH, UNTRAINED))
-SPLITS = ("train", "val", "test")
 _FREE = ("data.workers", "data.roiset", "train.device")  # settings in which a finished run may differ from the others
 
 
-def label_names(rois: Path) -> tuple[str, ...]:
-    return tuple(open_source(f"roiset:{rois}").label_names)
-
-
-def cut(rois: Path, scales: Sequence[float]) -> Tiles:
-    """The labelled nuclei of a ROI set in tiles of 224 px.
+def cut(rois: Path, scales: Sequence[float]) -> tuple[Tiles, int]:
+    """The labelled nuclei of a ROI set in tiles of 224 px, and the number of their classes.
 
     Raises:
         UserError: a split has none.
     """
     source = open_source(f"roiset:{rois}")
-    return {mpp: tiles_by_split(source, SPLITS, mpp=mpp) for mpp in scales}
+    return {mpp: tiles_by_split(source, mpp=mpp) for mpp in scales}, len(source.label_names)
 
 
 def runs(
@@ -130,7 +125,16 @@ def scores(backbone: Backbone, tiles: Tiles, num_classes: int, device: str, seed
 
 
 def measured(
-    variant: str, seed: int, *, rois: Path, out: Path, config: Path, settings: Sequence[str], device: str, tiles: Tiles
+    variant: str,
+    seed: int,
+    *,
+    rois: Path,
+    out: Path,
+    config: Path,
+    settings: Sequence[str],
+    device: str,
+    tiles: Tiles,
+    num_classes: int,
 ) -> Row:
     """One variant with one seed, trained and scored."""
     settings = [f"seed={seed}", f"data.roiset={rois}", f"train.device={device}", *settings]
@@ -141,7 +145,7 @@ def measured(
     else:
         row |= trained(out / name, config, [*settings, *VARIANTS[variant]])
         backbone = load_backbone(None, str(out / name))
-    return row | {"scores": scores(backbone, tiles, len(label_names(rois)), device, seed)}
+    return row | {"scores": scores(backbone, tiles, num_classes, device, seed)}
 
 
 def spread(rows: Sequence[Row], mpp: str, figure: str) -> dict[str, dict[str, tuple[float, float, float]]]:

@@ -46,6 +46,7 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     report: dict[str, Any] = {"environment": environment(options.device), "settings": options.settings}
     report |= {"config": options.config.name, "results": [], "left_out": []}
     scales = options.mpp or [0.5, 0.25]
+    tiles, num_classes = ablation.cut(options.rois, scales)
     run = partial(
         ablation.measured,
         rois=options.rois,
@@ -53,7 +54,8 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
         config=options.config,
         settings=options.settings,
         device=options.device,
-        tiles=ablation.cut(options.rois, scales),
+        tiles=tiles,
+        num_classes=num_classes,
     )
     variants, seeds = options.variant or list(ablation.VARIANTS), options.seed or [0, 1]
     for variant, seed, row in ablation.runs(variants, seeds, options.seconds, run):

@@ -19,7 +19,7 @@ from muse_fast.train.trainer import Metrics, Trainer
 from torture import toy
 from torture.processes import is_alive, name_of, wait_until
 from torture.rows import Outcome, Row, Scale, Tally
-from torture.runs import two_ranks
+from torture.runs import codes_of, two_ranks
 from torture.suite import tests
 from torture.torchrun import Job
 
@@ -95,12 +95,7 @@ def _argv(workplace: Path, out: Path, steps: int) -> list[str]:
 
 def _finish_on_two_ranks(workplace: Path, out: Path, steps: int) -> list[int]:
     argv = _argv(workplace, out, steps)
-    ranks = two_ranks(out, toy.command, (argv,), (argv,))
-    try:
-        return [child.wait() for child in ranks]
-    finally:
-        for child in ranks:
-            child.kill()
+    return codes_of(two_ranks(out, toy.command, (argv,), (argv,)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- T4

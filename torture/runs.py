@@ -122,11 +122,7 @@ def _poison_one_of_two_ranks(tally: Tally, scale: Scale, workplace: Path) -> Non
     argv = toy.arguments(workplace, out, "optim.batch_size=4")
     reports = [scale.folder / f"report-{number}.json" for number in (0, 1)]
     ranks = two_ranks(out, poisoned, *((argv, _POISONS[0], 1, report) for report in reports))
-    try:
-        codes = [child.wait() for child in ranks]
-    finally:
-        for child in ranks:
-            child.kill()
+    codes = codes_of(ranks)
     same = codes[0] == codes[1] and _stopped_clean(out, codes[0], reports, rois=4)
     tally.add(same, f"nan on one of two ranks: {codes}, {ranks[0].output()[-300:]}")
 
@@ -155,6 +151,15 @@ def two_ranks(out: Path, function: Callable[..., int], first: tuple[Any, ...], s
         )
         for number, arguments in enumerate((first, second))
     ]
+
+
+def codes_of(ranks: Sequence[Child]) -> list[int]:
+    """How each has ended; none is left where one did not."""
+    try:
+        return [child.wait() for child in ranks]
+    finally:
+        for child in ranks:
+            child.kill()
 
 
 # ---------------------------------------------------------------------------------------------------------------- T5
