@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-SANITIZED_TESTS := tests/test_match_nuclei.py tests/test_sample_nuclei.py tests/test_dino_loss.py tests/test_jpeg.py
+SANITIZED_TESTS := tests/ops/test_match_nuclei.py tests/ops/test_sample_nuclei.py tests/ops/test_dino_loss.py tests/images/test_jpeg.py
 BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .PHONY: demo test test-fast test-heavy lint format type-check sanitize torture bench-ops detector clean
@@ -56,7 +56,7 @@ torture: .venv/.test
 bench-ops: .venv/.test
 	$(BIN)/python -m bench ops --device cpu
 
-# The weights in muse_fast/data/weights, from a folder of BRCA-M2C: 15 minutes on one core.
+# The weights in muse_fast/finders/weights, from a folder of BRCA-M2C: 15 minutes on one core.
 BRCAM2C ?= ../shared/data/brcam2c
 detector: .venv/.run
 	$(BIN)/python -m muse_fast.train_detector --data brcam2c:$(BRCAM2C) --out runs/detector

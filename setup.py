@@ -116,7 +116,10 @@ def announce(message: str) -> None:
 setup(
     # kernels/ depends on torch and triton alone, so that the folder can be copied out of the checkout; the package that
     # it becomes once installed is muse_fast.kernels, for PyPI has another called "kernels".
-    packages=[*find_packages(include=["muse_fast", "muse_fast.*"]), "muse_fast.kernels", "muse_fast.kernels.blocked"],
+    packages=[
+        *find_packages(include=["muse_fast", "muse_fast.*"]),
+        *("muse_fast.kernels", "muse_fast.kernels.blocked", "muse_fast.kernels.fused"),
+    ],
     package_dir={"muse_fast.kernels": "kernels"},
     ext_modules=[Extension(name, sources=[], optional=True) for name in (LIBRARY, MODULE)],
     cmdclass={"build_ext": CMakeBuild},

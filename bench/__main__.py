@@ -7,7 +7,10 @@ import sys
 
 import torch
 
-from bench import ablation_command, data_command, ops_command, step_command
+from bench.ablation import command as ablation_command
+from bench.data import command as data_command
+from bench.ops import command as ops_command
+from bench.step import command as step_command
 
 COMMANDS = {"ops": ops_command, "step": step_command, "data": data_command, "ablation": ablation_command}
 

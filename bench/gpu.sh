@@ -53,8 +53,8 @@ stage_test() {
   local files op workers=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "${WORKERS:-4}") # kernels compile side by side
   mapfile -t files < <(
-    for op in muse_fast/ops/*.py kernels/*.py; do ls "tests/test_$(basename "$op")" 2>/dev/null; done
-    grep -lE 'mark\.gpu' tests/test_*.py
+    ls tests/ops/test_*.py tests/kernels/test_*.py
+    grep -rlE --include='test_*.py' 'mark\.gpu' tests
   )
   mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
   timeout "$(within 470)" "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${files[@]}"
@@ -67,7 +67,7 @@ stage_sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; return 1; }
   for tool in memcheck racecheck initcheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(within 155)" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$PYTHON" -m bench.tiny --device "$DEVICE" || return
+      "$PYTHON" -m bench.ops.tiny --device "$DEVICE" || return
   done
 }
 

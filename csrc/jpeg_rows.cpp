@@ -1,5 +1,5 @@
 // Cuts a band of rows out of a JPEG by its restart markers, without decoding anything. Host code that takes no tensors:
-// the Python module muse_fast._jpeg. muse_fast/data/jpeg_rows.py says the same in Python and explains the method; the
+// the Python module muse_fast._jpeg. muse_fast/images/jpeg_rows.py says the same in Python and explains the method; the
 // results are equal, byte for byte and None for None.
 //
 // The bytes may be anything: every read is checked against their end.
@@ -207,7 +207,7 @@ size_t count_scans(const py::bytes& jpeg) {
 }  // namespace
 
 PYBIND11_MODULE(_jpeg, module) {
-  module.doc() = "The compiled form of muse_fast.data.jpeg_rows.";
+  module.doc() = "The compiled form of muse_fast.images.jpeg_rows.";
   module.def("cut_rows", &cut_rows, py::arg("jpeg"), py::arg("top"), py::arg("bottom"));
   module.def("count_scans", &count_scans, py::arg("jpeg"));
 }

@@ -1,5 +1,5 @@
 // The packed nuclei on the device, and what the kernels of match_nuclei.cuh and nulo_rows.cuh share. The three know
-// nothing of torch: tests/cuda_on_cpu.h runs them on the CPU.
+// nothing of torch: tests/support/cuda_on_cpu.h runs them on the CPU.
 #pragma once
 
 #include <cstdint>

@@ -3,23 +3,8 @@
 The folder needs torch, triton for its kernels, and nothing of muse_fast: it can be copied out and imported as it is.
 """
 
-import sys
-import types
-from typing import Any
-
 from .dinov2 import patch_dinov2
 from .functional import dino_loss, linear_dino_loss, soft_cross_entropy
 from .modules import DINOLoss, IBOTPatchLoss
 
 __all__ = ["DINOLoss", "IBOTPatchLoss", "dino_loss", "linear_dino_loss", "patch_dinov2", "soft_cross_entropy"]
-
-
-class _Package(types.ModuleType):
-    """Keeps a function in its place when the Triton file of the same name is imported, which happens on first use."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in __all__ and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -53,7 +53,7 @@ def dino_loss(
     arguments = (student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
     check_dino_loss(*arguments)
     if _runs_triton("dino_loss", backend, student_logits, teacher_logits, center):
-        from .dino_loss import dino_loss as fused
+        from .fused.dino_loss import dino_loss as fused
 
         return fused(*arguments)
     return reference.dino_loss(*arguments)
@@ -95,7 +95,7 @@ def linear_dino_loss(
     arguments = (*features, teacher_rows, student_rows, student_temp, teacher_temp)
     check_linear_dino_loss(*arguments)
     if _runs_triton("linear_dino_loss", backend, *features):
-        from .linear_dino_loss import linear_dino_loss as fused
+        from .fused.linear_dino_loss import linear_dino_loss as fused
 
         return fused(*arguments)
     return blocked_linear_dino_loss(*arguments)
@@ -123,7 +123,7 @@ def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float, *, b
     """
     check_soft_cross_entropy(student_logits, target, temp)
     if _runs_triton("soft_cross_entropy", backend, student_logits, target):
-        from .soft_cross_entropy import soft_cross_entropy as fused
+        from .fused.soft_cross_entropy import soft_cross_entropy as fused
 
         return fused(student_logits, target, temp)
     return reference.soft_cross_entropy(student_logits, target, temp)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from muse_fast.cli import EXIT_USER_ERROR, run
 from muse_fast.errors import did_you_mean
+from muse_fast.runtime.cli import EXIT_USER_ERROR, run
 
 COMMANDS = {
     "prepare": "slides or labelled images to a ROI set",

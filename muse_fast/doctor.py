@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from muse_fast import deep_check
-from muse_fast.cli import run
-from muse_fast.data import jpeg, jpeg_rows
-from muse_fast.data.roiset import RoiSet
 from muse_fast.errors import UserError
+from muse_fast.images import jpeg, jpeg_rows
 from muse_fast.ops import backends
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime.cli import run
+from muse_fast.training import deep_check
 
 # Distribution names; the first one that is installed counts.
 PACKAGES = {

@@ -3,8 +3,8 @@
 Nucleus classification with the published protocol: features of labelled nuclei, classified by their nearest
 neighbours, by a linear probe, or by the network fine-tuned. Several weights are compared in one table, those of others
 by ``timm:NAME[@FILE]``, see `muse_fast.models.timm_backbone`; and ``--baseline-random`` sets the same architecture
-untrained beside each. ``evaluate points`` scores files of detected points, see `muse_fast.ndc.score_files`, ``evaluate
-detect`` a fine-tuned detector, see `muse_fast.ndc.score_detector`.
+untrained beside each. ``evaluate points`` scores files of detected points, see `muse_fast.detection.score_files`, and
+``evaluate detect`` a fine-tuned detector, see `muse_fast.detection.score_detector`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 import muse_fast
-from muse_fast.atomic import write_json
+from muse_fast.classification.features import Progress, extract_features
+from muse_fast.classification.probes import majority
+from muse_fast.classification.tasks import TASKS, Options, Row, Subject, parse_options
+from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.config import ARCHS
-from muse_fast.data.sources import open_source
-from muse_fast.device import pick_device
+from muse_fast.detection import score_detector, score_files
 from muse_fast.errors import UserError
 from muse_fast.models import timm_backbone
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.timm_backbone import TimmBackbone
-from muse_fast.ndc import score_detector, score_files
-from muse_fast.ndc.benchmark import TASKS, Options, Row, Subject, parse_options
-from muse_fast.ndc.classification import majority
-from muse_fast.ndc.features import Progress, extract_features
-from muse_fast.ndc.tiles import VALID, Tile, tiles_by_split
+from muse_fast.runtime.atomic import write_json
+from muse_fast.runtime.device import pick_device
+from muse_fast.sources import open_source
 
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("muse", "exact")
@@ -219,7 +219,7 @@ def _networks_of_timm(weights: str, args: argparse.Namespace, options: Options) 
 
 def _origin(weights: Path, default_seed: int) -> tuple[int, int]:
     """Seed and image size that a run or checkpoint started from; a bare file does not tell."""
-    from muse_fast.train import checkpoint
+    from muse_fast.runtime import checkpoint
 
     folder = checkpoint.latest(weights)[0] or weights
     if not (folder / checkpoint.STATE).exists():
@@ -307,6 +307,6 @@ def _progress(console: Console, name: str) -> Iterator[Progress]:
 
 
 if __name__ == "__main__":
-    from muse_fast.cli import run
+    from muse_fast.runtime.cli import run
 
     raise SystemExit(run(main))

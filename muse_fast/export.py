@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from muse_fast import __version__, atomic
-from muse_fast.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from muse_fast import __version__
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import VIT_DIMS_AND_HEADS
 from muse_fast.models.official import EXACT, PREFIX
@@ -38,7 +37,8 @@ from muse_fast.models.weights import (
     is_timm_folder,
     load_backbone,
 )
-from muse_fast.train import checkpoint
+from muse_fast.runtime import atomic, checkpoint
+from muse_fast.views.colours import IMAGENET_MEAN, IMAGENET_STD
 
 WHICH = ("teacher", "student")
 
@@ -205,6 +205,6 @@ def _check(network: Trained, written: Path) -> None:
 
 
 if __name__ == "__main__":
-    from muse_fast.cli import run
+    from muse_fast.runtime.cli import run
 
     raise SystemExit(run(main))

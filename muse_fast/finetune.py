@@ -1,6 +1,6 @@
 """``python -m muse_fast.finetune --config FILE --data SOURCE --weights W --out DIR [--resume ...] [key=value ...]``
 
-Fine-tunes a nucleus detector (paper, "Downstream Fine-Tuning"); `muse_fast.ndc.detector.load_detector` opens it.
+Fine-tunes a nucleus detector (paper, "Downstream Fine-Tuning"); `muse_fast.detection.detector.load_detector` opens it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from muse_fast import __version__, distributed, load_backbone, pictures
-from muse_fast.atomic import write_json
+from muse_fast import __version__, load_backbone
 from muse_fast.config import ARCHS, load_as
-from muse_fast.data.loader import StepSampler, load_batches
-from muse_fast.data.sources import open_source
-from muse_fast.device import peak_memory, pick_device
+from muse_fast.detection.config import FinetuneConfig
+from muse_fast.detection.detector import Detector, DetectorSettings, load_detector
+from muse_fast.detection.finetuner import Finetuner
+from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names, describe, read_splits
+from muse_fast.detection.score_detector import detect_images, split_source_options
+from muse_fast.detection.scores import Points, Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
-from muse_fast.finetune_config import FinetuneConfig
 from muse_fast.models.weights import COMPATS, stored_image_size
-from muse_fast.ndc.detector import Detector, DetectorSettings, load_detector
-from muse_fast.ndc.lfov import LabelledImage, LfovDataset, class_names, describe, read_splits
-from muse_fast.ndc.metrics import Points, Scores, evaluate, evaluate_all, scores_table
-from muse_fast.ndc.score_detector import detect_images, split_source_options
-from muse_fast.train import checkpoint
-from muse_fast.train.finetuner import Finetuner
-from muse_fast.train.guard import NonFiniteError
-from muse_fast.train.memory import explained_out_of_memory, finetuning
-from muse_fast.train.progress import (
+from muse_fast.preparing import pictures
+from muse_fast.runtime import checkpoint, distributed
+from muse_fast.runtime.atomic import write_json
+from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.sources import open_source
+from muse_fast.training.guard import NonFiniteError
+from muse_fast.training.memory import explained_out_of_memory, finetuning
+from muse_fast.training.report import (
     RunReport,
     StopSignal,
     Stopwatch,
@@ -47,7 +47,8 @@ from muse_fast.train.progress import (
     read_back,
     read_metrics,
 )
-from muse_fast.train.run import find_start, refuse_other_settings, report_non_finite, report_stopped
+from muse_fast.training.run import find_start, refuse_other_settings, report_non_finite, report_stopped
+from muse_fast.views.loader import StepSampler, load_batches
 
 PICTURE = "detections.png"
 
@@ -337,6 +338,6 @@ def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: 
 
 
 if __name__ == "__main__":
-    from muse_fast.cli import run
+    from muse_fast.runtime.cli import run
 
     raise SystemExit(run(main))

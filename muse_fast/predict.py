@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 
-from muse_fast import __version__, atomic
-from muse_fast.cli import run
-from muse_fast.data.slides import listed, reason_of, usable_cpus
-from muse_fast.data.tables import MPP_RANGE
-from muse_fast.device import peak_memory, pick_device
+from muse_fast import __version__
+from muse_fast.classification.tasks import parse_options
 from muse_fast.errors import UserError, require
-from muse_fast.ndc.benchmark import parse_options
-from muse_fast.ticker import Ticker
-from muse_fast.wsi.detectors import NUCLEI, TileDetector, open_detector
-from muse_fast.wsi.files import CellFiles
-from muse_fast.wsi.pages import PageFile, find_pages
-from muse_fast.wsi.pipeline import Prediction
+from muse_fast.images.tables import MPP_RANGE
+from muse_fast.predicting.detectors import NUCLEI, TileDetector, open_detector
+from muse_fast.predicting.files import CellFiles
+from muse_fast.predicting.pages import PageFile, find_pages
+from muse_fast.predicting.pipeline import Prediction
+from muse_fast.runtime import atomic
+from muse_fast.runtime.cli import run
+from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.runtime.progress_bar import Ticker
+from muse_fast.sources.wsi import listed, reason_of, usable_cpus
 
 _SUMMARY = "summary.json"
 _RECORD = "predict.json"  # what all folders of DIR were made with

@@ -9,17 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from muse_fast import __version__, prepare_slurm
-from muse_fast.cli import key_values, run
-from muse_fast.data import audit
-from muse_fast.data.build import Item, build_set, counted, print_summary
-from muse_fast.data.roiset import RoiSetWriter
-from muse_fast.data.slides import Slides
-from muse_fast.data.sources import Source, open_source, source_kinds
-from muse_fast.data.sources.prepared import Prepared
+from muse_fast import __version__
 from muse_fast.errors import UserError
-from muse_fast.prepare_slides import prepare_slides
-from muse_fast.ticker import ticked
+from muse_fast.preparing import audit
+from muse_fast.preparing import slurm as prepare_slurm
+from muse_fast.preparing.build import Item, build_set, counted, print_summary
+from muse_fast.preparing.slides import prepare_slides
+from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.runtime.cli import key_values, run
+from muse_fast.runtime.progress_bar import ticked
+from muse_fast.sources import Source, open_source, source_kinds
+from muse_fast.sources.prepared import Prepared
+from muse_fast.sources.wsi import Slides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["audit"]:
         return audit.main(arguments[1:])
     if arguments[:1] == ["inspect"]:
-        from muse_fast.inspection import main as inspect
+        from muse_fast.preparing.inspection import main as inspect
 
         return inspect(arguments[1:])
     args = argument_parser().parse_intermixed_args(arguments)  # options may stand before or after key=value

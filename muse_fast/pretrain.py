@@ -17,31 +17,24 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from muse_fast import __version__, distributed, pictures
-from muse_fast.atomic import write_json
+from muse_fast import __version__
 from muse_fast.batch import Pairs, Views
 from muse_fast.config import PretrainConfig, load_config
-from muse_fast.data import renderers
-from muse_fast.data.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
-from muse_fast.data.roiset import RoiSet
-from muse_fast.device import peak_flops, peak_memory, pick_device
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone
 from muse_fast.ops import match_nuclei
-from muse_fast.ssl.retrieval import nucleus_retrieval
-from muse_fast.train import checkpoint
-from muse_fast.train.flops import step_flops
-from muse_fast.train.guard import NonFiniteError
-from muse_fast.train.memory import explained_out_of_memory, pretraining
-from muse_fast.train.progress import (
-    RunReport,
-    StopSignal,
-    Stopwatch,
-    collected_between_steps,
-    read_back,
-    read_metrics,
-)
-from muse_fast.train.run import (
+from muse_fast.preparing import pictures
+from muse_fast.pretraining.flops import step_flops
+from muse_fast.pretraining.retrieval import nucleus_retrieval
+from muse_fast.pretraining.trainer import Trainer
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime import checkpoint, distributed
+from muse_fast.runtime.atomic import write_json
+from muse_fast.runtime.device import peak_flops, peak_memory, pick_device
+from muse_fast.training.guard import NonFiniteError
+from muse_fast.training.memory import explained_out_of_memory, pretraining
+from muse_fast.training.report import RunReport, StopSignal, Stopwatch, collected_between_steps, read_back, read_metrics
+from muse_fast.training.run import (
     EXIT_NON_FINITE,
     EXIT_STOPPED,
     find_start,
@@ -50,7 +43,8 @@ from muse_fast.train.run import (
     report_stalled,
     report_stopped,
 )
-from muse_fast.train.trainer import Trainer
+from muse_fast.views import renderers
+from muse_fast.views.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
 
 __all__ = ["EXIT_NON_FINITE", "EXIT_STOPPED", "argument_parser", "main", "pretrain"]
 
@@ -349,6 +343,6 @@ def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) 
 
 
 if __name__ == "__main__":
-    from muse_fast.cli import run
+    from muse_fast.runtime.cli import run
 
     raise SystemExit(run(main))

@@ -14,10 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from muse_fast import cluster, pretrain
+from muse_fast import pretrain
 from muse_fast.config import PretrainConfig, load_config
-from muse_fast.data.roiset import RoiSet
 from muse_fast.errors import require
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime import cluster
 
 WARNED_BEFORE = 180  # seconds from Slurm's warning to the end: for the steps to the next log line and the checkpoint
 _MAX_TIMEOUTS = 1_000  # a run is over when its steps are done, however often its time was up
@@ -155,6 +156,7 @@ def _slurm_parameters(options: argparse.Namespace, config: PretrainConfig) -> di
 
 
 if __name__ == "__main__":
-    from muse_fast import cli, slurm  # so that the pickled job is muse_fast.slurm's, not __main__'s
+    from muse_fast import slurm
+    from muse_fast.runtime import cli  # so that the pickled job is muse_fast.slurm's, not __main__'s
 
     raise SystemExit(cli.run(slurm.main))

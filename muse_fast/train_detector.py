@@ -20,27 +20,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from muse_fast import __version__, atomic
-from muse_fast.cli import run
-from muse_fast.data.nucleus_finder import (
-    ClassicalFinder,
-    LearnedFinder,
-    NucleusFinder,
-    resampled,
-    write_finder,
-)
-from muse_fast.data.sources import Source, open_source
+from muse_fast import __version__
+from muse_fast.classification.tasks import parse_options
+from muse_fast.detection.crops import Annotated, Crops, draw_crops
+from muse_fast.detection.scores import Points, Score, evaluate
 from muse_fast.errors import UserError, require
-from muse_fast.models.nucleus_net import MULTIPLE, NucleusNet
-from muse_fast.ndc.benchmark import parse_options
-from muse_fast.ndc.metrics import Points, Score, evaluate
-from muse_fast.train.nucleus_crops import Annotated, Crops, draw_crops
-from muse_fast.train.progress import MetricsLog
-from muse_fast.train.schedules import warmup_cosine
+from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, NucleusFinder, resampled, write_finder
+from muse_fast.finders.network import MULTIPLE, NucleusNet
+from muse_fast.runtime import atomic
+from muse_fast.runtime.cli import run
+from muse_fast.sources import Source, open_source
+from muse_fast.training.report import MetricsLog
+from muse_fast.training.schedules import warmup_cosine
 
 SPLITS = ("train", "val", "test")
 WEIGHTS = "detector.safetensors"
-PROTOCOL = "max-matching"  # of muse_fast.ndc.protocols: 3 um, as many pairs as possible
+PROTOCOL = "max-matching"  # of muse_fast.detection.protocols: 3 um, as many pairs as possible
 DRAWS = 2000
 DISTANCES_UM = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 THRESHOLDS = np.arange(0.1, 0.701, 0.02).tolist()

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks
+
+from tests.support.ranks import Ranks
 
 if not torch.cuda.is_available():  # before any kernel is imported: Triton reads it when it decorates
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -58,7 +58,7 @@ def test_wheel_holds_the_library_and_the_kernels(checkout: Path) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     contents = wheel_contents(checkout)
     assert {"muse_fast/_C.so", MODULE, "muse_fast/kernels/__init__.py", "muse_fast/ops/reference.py"} <= contents
-    weights = "muse_fast/data/weights"
+    weights = "muse_fast/finders/weights"
     assert {f"{weights}/nuclei_resnet18.safetensors", f"{weights}/README.md", f"{weights}/LICENSE.BRCA-M2C"} <= contents
     assert not {name.split("/")[0] for name in contents} & {"kernels", "bench", "tests", "csrc"}
 

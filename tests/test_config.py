@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from muse_fast.config import PretrainConfig, known_keys, load_as, load_config
+from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
-from muse_fast.finetune_config import FinetuneConfig
 from torture.settings import one_edit
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

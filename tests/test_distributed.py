@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks, counted_collectives
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from toy_runs import (
+
+from muse_fast import pretrain
+from muse_fast.config import load_config
+from muse_fast.pretraining.trainer import Trainer
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime import checkpoint, cli
+from muse_fast.training.report import read_metrics
+from muse_fast.views.loader import StepSampler, ViewDataset, load_views
+from tests.support.ranks import Ranks, counted_collectives
+from tests.support.toy_runs import (
     Change,
     Runs,
     assert_same_bits,
@@ -22,14 +30,6 @@ from toy_runs import (
     training_rows,
     write_rois,
 )
-
-from muse_fast import cli, pretrain
-from muse_fast.config import load_config
-from muse_fast.data.loader import StepSampler, ViewDataset, load_views
-from muse_fast.data.roiset import RoiSet
-from muse_fast.train import checkpoint
-from muse_fast.train.progress import read_metrics
-from muse_fast.train.trainer import Trainer
 
 # The other settings. Single precision is for a gentle run: see `Change.smooth`.
 PLAIN = ("loss.centering=ema", "loss.logit_free=false", "head.input_norm=false", "head.hidden_dim=256", "optim.lr=1e-5")

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from muse_fast import doctor
-from muse_fast.data.roiset import RoiSetWriter
 from muse_fast.errors import UserError
 from muse_fast.ops import backends
-from muse_fast.train import checkpoint
+from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.runtime import checkpoint
 from torture.checkpoints import save
 
 

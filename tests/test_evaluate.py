@@ -13,12 +13,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from muse_fast.data.sources import open_source
+from muse_fast.classification.tasks import FinetuneOptions, KnnOptions, parse_options
 from muse_fast.errors import UserError
 from muse_fast.evaluate import main
 from muse_fast.models.backbone import build_backbone
-from muse_fast.ndc.benchmark import FinetuneOptions, KnnOptions, parse_options
-from muse_fast.train import checkpoint
+from muse_fast.runtime import checkpoint
+from muse_fast.sources import open_source
 
 
 @pytest.fixture(scope="module")

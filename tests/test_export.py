@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 import timm
 import torch
-from filled import fill
 from safetensors import safe_open
 from torch import Tensor
 
 from muse_fast import load_backbone
 from muse_fast.config import PretrainConfig, load_config
-from muse_fast.data.augment import normalise
-from muse_fast.data.sources import open_source
 from muse_fast.errors import UserError
 from muse_fast.export import FORMATS, export, main
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.official import official_pos_embed
 from muse_fast.models.weights import POS_EMBED
-from muse_fast.ssl.distill import Network
-from muse_fast.train import checkpoint
+from muse_fast.pretraining.distill import Network
+from muse_fast.runtime import checkpoint
+from muse_fast.sources import open_source
+from muse_fast.views.colours import normalise
+from tests.support.filled import fill
 
 NAMES = {"safetensors": "x.safetensors", "timm": "x", "muse-official": "x.pth"}
 
@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_nothing(kind: str, run: Run, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("muse_fast.train.checkpoint.save_file", full)
+        patch.setattr("muse_fast.runtime.checkpoint.save_file", full)
         patch.setattr("torch.save", full)
         with pytest.raises(UserError, match=r"x.* was not written: .*No space left"):
             export(str(run.folder), tmp_path / NAMES[kind], kind)

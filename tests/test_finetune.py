@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from muse_fast.cli import run as run_command
 from muse_fast.config import load_as
-from muse_fast.data.sources import open_source
-from muse_fast.data.tables import read_points
+from muse_fast.detection.config import FinetuneConfig
+from muse_fast.detection.detector import load_detector
+from muse_fast.detection.finetuner import Finetuner, assign, proposal_places
+from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, read_splits
+from muse_fast.detection.score_detector import detect_images
+from muse_fast.detection.scores import evaluate
 from muse_fast.evaluate import main as evaluate_main
 from muse_fast.finetune import main, new_detector, truth
-from muse_fast.finetune_config import FinetuneConfig
-from muse_fast.ndc.detector import load_detector
-from muse_fast.ndc.lfov import ANNOTATED, LfovBatch, LfovDataset, read_splits
-from muse_fast.ndc.metrics import evaluate
-from muse_fast.ndc.score_detector import detect_images
-from muse_fast.train import checkpoint
-from muse_fast.train.finetuner import Finetuner, assign, proposal_places
-from muse_fast.train.progress import read_metrics
-from muse_fast.train.run import EXIT_NON_FINITE, EXIT_STOPPED
+from muse_fast.images.tables import read_points
+from muse_fast.runtime import checkpoint
+from muse_fast.runtime.cli import run as run_command
+from muse_fast.sources import open_source
+from muse_fast.training.report import read_metrics
+from muse_fast.training.run import EXIT_NON_FINITE, EXIT_STOPPED
 
 TOY = """
 data: {sample_size: 64, workers: 0}

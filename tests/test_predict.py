@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
-from small_slides import damage, page_with_tissue, tifffile, write_slide
 
 from muse_fast import evaluate
 from muse_fast import predict as command
-from muse_fast.data.detect_nuclei import detect_nuclei
-from muse_fast.data.tables import write_points
-from muse_fast.ndc.pairing import Points
+from muse_fast.detection.pairing import Points
+from muse_fast.finders.classical import detect_nuclei
+from muse_fast.images.tables import write_points
 from muse_fast.predict import main
+from tests.support.planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
+from tests.support.small_slides import damage, page_with_tissue, tifffile, write_slide
 
 
 def positions(folder: Path) -> np.ndarray:
@@ -284,9 +284,8 @@ def test_what_is_done_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def in_a_child(pause: float, *words: object, then: str = "") -> list[str]:
     """A command line that predicts with `planted.main`, and then runs ``then``."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import planted; code = planted.main({pause})"
-    )
+    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})"
+    code = f"{path}; from tests.support import planted; code = planted.main({pause})"
     return [sys.executable, "-c", f"{code}; {then}", *map(str, words), "tissue=false"]
 
 

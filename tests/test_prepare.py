@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_slides import damage, page_with_tissue, write_slide
 
-from muse_fast.data.roiset import RoiSet
-from muse_fast.data.synthetic import synthetic_image
+from muse_fast.images.synthetic import synthetic_image
 from muse_fast.prepare import main
+from muse_fast.roiset.roiset import RoiSet
+from tests.support.small_slides import damage, page_with_tissue, write_slide
 
 
 def test_synthetic_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

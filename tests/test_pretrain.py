@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from muse_fast.batch import Views
-from muse_fast.cli import run as run_command
 from muse_fast.config import load_config
 from muse_fast.errors import UserError
 from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED, main
-from muse_fast.train import checkpoint
-from muse_fast.train.flops import step_flops
-from muse_fast.train.progress import read_metrics
-from muse_fast.train.trainer import Metrics, Trainer
+from muse_fast.pretraining.flops import step_flops
+from muse_fast.pretraining.trainer import Metrics, Trainer
+from muse_fast.runtime import checkpoint
+from muse_fast.runtime.cli import run as run_command
+from muse_fast.training.report import read_metrics
 from torture.toy import arguments, losses, prepare
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from muse_fast import pretrain, slurm
-from muse_fast.cli import run
-from muse_fast.data.roiset import RoiSetWriter
-from muse_fast.data.synthetic import synthetic_image
 from muse_fast.errors import UserError
-from muse_fast.train import checkpoint
-from muse_fast.train.progress import StopSignal, read_metrics
+from muse_fast.images.synthetic import synthetic_image
+from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.runtime import checkpoint
+from muse_fast.runtime.cli import run
+from muse_fast.training.report import StopSignal, read_metrics
 
 pytest.importorskip("submitit")
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks
-from toy_runs import Runs, assert_same_bits, assert_same_losses, toy_runs, training_rows
 
 from muse_fast import pretrain
-from muse_fast.distributed import _lost_rank_told, store_of_this_start
 from muse_fast.errors import UserError
-from muse_fast.train import checkpoint
+from muse_fast.runtime import checkpoint
+from muse_fast.runtime.distributed import _lost_rank_told, store_of_this_start
+from tests.support.ranks import Ranks
+from tests.support.toy_runs import Runs, assert_same_bits, assert_same_losses, toy_runs, training_rows
 from torture.torchrun import Job
 
 SHORT = ("optim.steps=16", "train.log_every=2", "train.checkpoint_every=4", "data.workers=1")

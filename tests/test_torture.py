@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from muse_fast import config, watchdog
-from muse_fast.data import roiset
-from muse_fast.train import checkpoint
+from muse_fast import config
+from muse_fast.roiset import roiset
+from muse_fast.runtime import checkpoint, watchdog
 from torture import __main__ as command
 from torture import checkpoints, data, outlines, runs, security, settings, table, toy
 from torture.rows import Outcome, Row, Scale, Tally, run
@@ -86,7 +86,7 @@ def test_without_the_checks_hostile_sets_are_seen(tmp_path: Path, monkeypatch: p
 
 def unguarded(argv: list[str], poison: str, on_rank: int, report: Path) -> int:
     """The command without its guard: what the look says, all is well."""
-    from muse_fast.train.guard import Guard
+    from muse_fast.training.guard import Guard
 
     Guard.look = lambda self, step, terms, roi_ids, epochs: torch.ones(())  # type: ignore[method-assign]
     Guard.check = blind  # type: ignore[method-assign]
@@ -106,7 +106,7 @@ def test_without_the_guard_poison_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_without_a_ring_that_closes_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muse_fast.data.geojson._closed", lambda ring: ring.tolist())
+    monkeypatch.setattr("muse_fast.images.geojson._closed", lambda ring: ring.tolist())
     assert fails(outlines.geojson, tmp_path)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from muse_fast.data.nucleus_finder import ClassicalFinder, LearnedFinder, read_finder
-from muse_fast.data.synthetic import synthetic_image
+from muse_fast.detection.crops import Crops
 from muse_fast.errors import UserError
-from muse_fast.train.nucleus_crops import Crops
+from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, read_finder
+from muse_fast.images.synthetic import synthetic_image
 from muse_fast.train_detector import (
     DISTANCES_UM,
     THRESHOLDS,

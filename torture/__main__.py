@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from muse_fast.atomic import write_json
+from muse_fast.runtime.atomic import write_json
 from torture import table
 from torture.rows import Ran, Row, run
 

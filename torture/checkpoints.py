@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from muse_fast.errors import UserError
-from muse_fast.train import checkpoint
+from muse_fast.runtime import checkpoint
 from torture import toy
 from torture.rows import Outcome, Row, Scale, Tally
 

@@ -16,13 +16,13 @@ import simplejpeg
 import torch
 
 from muse_fast.config import ViewsConfig
-from muse_fast.data import jpeg, jpeg_rows
-from muse_fast.data.plan import draw_plan, pack
-from muse_fast.data.renderers import render_batch
-from muse_fast.data.roiset import RoiSet, RoiSetWriter
-from muse_fast.data.roiset_format import Roi, nucleus_records
 from muse_fast.errors import UserError
-from muse_fast.train.progress import read_metrics
+from muse_fast.images import jpeg, jpeg_rows
+from muse_fast.roiset.records import Roi, nucleus_records
+from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
+from muse_fast.training.report import read_metrics
+from muse_fast.views.plan import draw_plan, pack
+from muse_fast.views.renderers import render_batch
 from torture import jpeg_corpus as corpus
 from torture import toy
 from torture.processes import Child, name_of
@@ -226,7 +226,7 @@ def bad_coordinates(scale: Scale) -> Outcome:
         seen = draw_plan(roi, 0, number, config).nuclei().xy
         tally.add(agreed and bool(((seen >= 0) & (seen < 64)).all()), f"points {xy.tolist()}")
     if not scale.quick:
-        table = tests("tests/test_bad_points.py")
+        table = tests("tests/roiset/test_bad_points.py")
         tally.injected += table.injected
         tally.survived += table.survived
         return tally.outcome(f"10,000 random tables and the {table.injected} of the test suite {table.notes}")

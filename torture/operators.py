@@ -15,9 +15,9 @@ _PROTOTYPES = 65_536
 
 def registered(scale: Scale) -> Outcome:
     """opcheck of every op, gradients in double precision, and (full run) the bugs planted in copies of the sources."""
-    files = [path for op in ops.__all__ for path in ROOT.glob(f"tests/test_{op}.py")]
-    ran = tests(*map(str, files), "tests/test_reference_gradients.py", "-k", "opcheck or grad")
-    caught = tests("tests/test_seeded_bugs.py", "-m", "heavy", "-k", "is_caught")
+    files = [path for op in ops.__all__ for path in ROOT.glob(f"tests/ops/test_{op}.py")]
+    ran = tests(*map(str, files), "tests/ops/test_reference_gradients.py", "-k", "opcheck or grad")
+    caught = tests("tests/ops/test_seeded_bugs.py", "-m", "heavy", "-k", "is_caught")
     notes = f"{ran.injected} checks {ran.notes}, {caught.survived} of {caught.injected} bugs caught {caught.notes}"
     return Outcome(ran.injected + caught.injected, ran.survived + caught.survived, notes)
 

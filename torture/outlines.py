@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from muse_fast.data.geojson import read_shapes, write_outlines
-from muse_fast.data.tissue import write_tissue
+from muse_fast.images.geojson import read_shapes, write_outlines
+from muse_fast.images.tissue import write_tissue
 from torture.rows import Outcome, Row, Scale, Tally
 
 

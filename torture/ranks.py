@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from muse_fast.batch import Views
-from muse_fast.distributed import rank
-from muse_fast.train import checkpoint
-from muse_fast.train.run import EXIT_STALLED
-from muse_fast.train.trainer import Metrics, Trainer
+from muse_fast.pretraining.trainer import Metrics, Trainer
+from muse_fast.runtime import checkpoint
+from muse_fast.runtime.distributed import rank
+from muse_fast.training.run import EXIT_STALLED
 from torture import toy
 from torture.processes import is_alive, name_of, wait_until
 from torture.rows import Outcome, Row, Scale, Tally

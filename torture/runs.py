@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from muse_fast.batch import Views
-from muse_fast.distributed import rank
+from muse_fast.detection.finetuner import Finetuner
 from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED
-from muse_fast.train import checkpoint
-from muse_fast.train.finetuner import Finetuner
-from muse_fast.train.trainer import Metrics, Trainer
+from muse_fast.pretraining.trainer import Metrics, Trainer
+from muse_fast.runtime import checkpoint
+from muse_fast.runtime.distributed import rank
 from torture import toy
 from torture.processes import Child, children_of, free_port, is_alive, name_of, rank_environment, wait_until
 from torture.rows import Outcome, Row, Scale, Tally

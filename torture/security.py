@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from muse_fast import cli, evaluate, export, load_backbone, predict, pretrain
-from muse_fast.atomic import file_sha256
+from muse_fast import evaluate, export, load_backbone, predict, pretrain
 from muse_fast.config import load_config
-from muse_fast.data import roiset_format
-from muse_fast.data.geojson import read_geojson_points
-from muse_fast.data.nucleus_finder import read_finder
-from muse_fast.data.plain_npy import map_npy, read_npy_mapping
-from muse_fast.data.roiset import RoiSet
-from muse_fast.data.sources import open_source
-from muse_fast.data.tables import read_image, read_points
 from muse_fast.errors import UserError
-from muse_fast.train import checkpoint
+from muse_fast.finders.learned import read_finder
+from muse_fast.images.geojson import read_geojson_points
+from muse_fast.images.plain_npy import map_npy, read_npy_mapping
+from muse_fast.images.tables import read_image, read_points
+from muse_fast.roiset import records as roiset_format
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime import checkpoint, cli
+from muse_fast.runtime.atomic import file_sha256
+from muse_fast.sources import open_source
 from torture import toy
 from torture.checkpoints import filled
 from torture.rows import Outcome, Row, Scale, Tally

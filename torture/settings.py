@@ -8,8 +8,8 @@ import string
 from typing import Any
 
 from muse_fast.config import PretrainConfig, flatten, known_keys, load_as
+from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
-from muse_fast.finetune_config import FinetuneConfig
 from torture.rows import Outcome, Row, Scale, Tally
 
 _LEAST_RIGHT = 0.95  # of the hints

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from muse_fast import finetune, pretrain
-from muse_fast.cli import run as run_command
-from muse_fast.data.roiset import RoiSetWriter
-from muse_fast.data.synthetic import synthetic_image
-from muse_fast.train import checkpoint
-from muse_fast.train.progress import read_metrics
+from muse_fast.images.synthetic import synthetic_image
+from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.runtime import checkpoint
+from muse_fast.runtime.cli import run as run_command
+from muse_fast.training.report import read_metrics
 from torture.processes import Child, wait_until
 
 STEPS = 12

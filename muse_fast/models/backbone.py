@@ -83,7 +83,7 @@ def build_backbone(
     Args:
         arch: one of `ARCHS`; UserError otherwise.
         drop_path: stochastic depth of the last layer, from 0 at the first. It acts where a training step gives the
-            encoder the scales that `muse_fast.ssl.drop_path` draws, not by itself.
+            encoder the scales that `muse_fast.pretraining.drop_path` draws, not by itself.
         image_size: side in pixels that a ViT stores its position embedding for (any allowed side runs).
         attention: of a ViT, see `muse_fast.models.attention`.
         recompute: of a ViT, ``none``, ``selective`` or ``full``: activations that the backward computes again.

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muse_fast.distributed import gather_over_ranks, sum_over_ranks, world_size
+from muse_fast.runtime.distributed import gather_over_ranks, sum_over_ranks, world_size
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 

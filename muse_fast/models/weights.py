@@ -136,7 +136,7 @@ def _read(path: Path) -> _Found:
 
 
 def _read_checkpoint(folder: Path) -> _Found:
-    from muse_fast.train import checkpoint
+    from muse_fast.runtime import checkpoint
 
     folder = find_checkpoint(folder)
     arch = checkpoint.read_state(folder)["config"]["model"]["arch"]
@@ -145,7 +145,7 @@ def _read_checkpoint(folder: Path) -> _Found:
 
 def find_checkpoint(folder: Path) -> Path:
     """The newest sound checkpoint of a run, or the checkpoint that ``folder`` is; UserError where it is neither."""
-    from muse_fast.train import checkpoint
+    from muse_fast.runtime import checkpoint
 
     if (folder / "checkpoints").is_dir():
         newest, problems = checkpoint.latest(folder)

@@ -56,7 +56,7 @@ def dino_loss(
     if chosen == "cpp":
         return torch.ops.muse_fast.dino_loss_fwd(*arguments)[0]
     if chosen == "triton":
-        from muse_fast.kernels.dino_loss import dino_loss as fused  # with its fake and autograd; needs triton
+        from muse_fast.kernels.fused.dino_loss import dino_loss as fused  # with its fake and autograd; needs triton
 
         return fused(*arguments)
     return reference.dino_loss(*arguments)

@@ -66,7 +66,7 @@ def linear_dino_loss(
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in features])
     chosen = backends.choose("linear_dino_loss", student_z.device.type, backend, dtype)
     if chosen == "triton":
-        from muse_fast.kernels.linear_dino_loss import linear_dino_loss as fused  # needs triton
+        from muse_fast.kernels.fused.linear_dino_loss import linear_dino_loss as fused  # needs triton
 
         return fused(*arguments)
     if chosen == "blocked":

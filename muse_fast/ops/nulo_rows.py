@@ -177,7 +177,7 @@ if backends.library_error() is None:
         ctx.resolutions = [_layout(global_levels, global_size), _layout(local_levels, local_size)]
 
     def _backward(ctx: Any, _: Tensor, gradient: Tensor, *of_integers: Tensor) -> tuple[Any, ...]:
-        from muse_fast.kernels.sample_nuclei import sample_nuclei_bwd  # needs triton
+        from muse_fast.kernels.fused.sample_nuclei import sample_nuclei_bwd  # needs triton
 
         xy, offsets, kept = ctx.saved_tensors
         points = F.pad(xy, (0, 0, 0, 1))[kept]  # -1 takes what was added

@@ -34,7 +34,7 @@ def projection_stats(x: Tensor, weight: Tensor, *, backend: str | None = None) -
     _check(x, weight)
     chosen = backends.choose("projection_stats", x.device.type, backend, x.dtype)
     if chosen == "triton":
-        from muse_fast.kernels.projection_stats import projection_stats as fused  # needs triton
+        from muse_fast.kernels.fused.projection_stats import projection_stats as fused  # needs triton
 
         return fused(x, weight)
     if chosen == "blocked":

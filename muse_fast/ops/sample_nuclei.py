@@ -47,7 +47,9 @@ def sample_nuclei(
     if chosen == "cpp":
         return torch.ops.muse_fast.sample_nuclei_fwd(*arguments)
     if chosen == "triton":
-        from muse_fast.kernels.sample_nuclei import sample_nuclei as fused  # with its fake and autograd; needs triton
+        from muse_fast.kernels.fused.sample_nuclei import (
+            sample_nuclei as fused,  # with its fake and autograd; needs triton
+        )
 
         return fused(*arguments)
     with torch.autocast(xy.device.type, enabled=False):

@@ -1,0 +1,209 @@
+"""Times every op: its versions, the check that they compute the same, and the figures of the report."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.measure import Rates, evaluate, extra_memory, interleaved, quantiles, relative_error, tensors_of
+from bench.ops.baselines import EAGER, LITERAL
+from bench.ops.cases import CASES, WORK, Case, Work
+from muse_fast import ops
+from muse_fast.ops import backends
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative L2 against float64; an error of 1 % is refused
+LEVELS = {"augment_views": 0.02}  # values are whole grey levels: at a tie two versions are one of 256 apart
+LENGTHS_FROM_DATA = ("match_nuclei", "nulo_rows", "augment_views")  # torch.compile leaves most of them to eager
+BASELINES = ("literal", "eager", "compile")
+
+Row = dict[str, Any]
+
+
+class Version(NamedTuple):
+    """One way to compute an op; ``kind`` is one of BASELINES, or ``fast`` for a backend."""
+
+    name: str
+    kind: str
+    call: Callable[..., Any]
+
+
+def selected(device: str, only: str | None = None, name: str = "") -> list[Case]:
+    """The cases of a device, of one op where it is given, with ``name`` somewhere in theirs."""
+    return [
+        case
+        for case in CASES
+        if device in case.devices and only in (None, case.op) and name.lower() in case.name.lower()
+    ]
+
+
+def run_case(case: Case, device: str, rates: Rates) -> list[Row]:
+    """One row per version: its figures, or under ``wrong`` or ``skipped`` why it has none."""
+    torch.compiler.reset()  # what was compiled for the sizes of another case would make these dynamic
+    arguments = arguments_of(case, device)
+    truth = expected(case, arguments)
+    work = WORK[case.op](truth, *arguments)
+    versions = {version.name: version for version in versions_of(case.op, device)}
+    rows = {name: check(case.op, version, arguments, truth) for name, version in versions.items()}
+    sound = {name: versions[name].call for name, row in rows.items() if row.keys() == {"relative_error"}}
+    for name, times in interleaved(sound, arguments, device).items():
+        rows[name] |= figures(times, extra_memory(sound[name], arguments, device), work, rates)
+
+    about = {"op": case.op, "case": case.name, "inputs": [describe(tensor) for tensor in tensors_of(arguments)]}
+    report = [about | {"version": name, "kind": versions[name].kind} | row for name, row in rows.items()]
+    add_ratios(report)
+    add_targets(report, case, device)
+    return report + [about | row for row in left_out(case.op, device)]
+
+
+def arguments_of(case: Case, device: str) -> tuple[Any, ...]:
+    """On the device: float32 for the CPU, bfloat16 for CUDA, where a case lets its inputs have any dtype."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return mapped(case.inputs(torch.Generator().manual_seed(0), dtype), lambda tensor: tensor.to(device))
+
+
+def expected(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
+    """The literal version in float64."""
+    return evaluate(
+        LITERAL[case.op],
+        mapped(arguments, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor),
+    )
+
+
+def mapped(arguments: Sequence[Any], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """Leaves again, that ask for a gradient where they did."""
+
+    def apply(argument: Any) -> Any:
+        if isinstance(argument, list):
+            return [apply(item) for item in argument]
+        if not isinstance(argument, Tensor):
+            return argument
+        return change(argument.detach()).requires_grad_(argument.requires_grad)
+
+    return tuple(apply(argument) for argument in arguments)
+
+
+def versions_of(op: str, device: str) -> list[Version]:
+    """The literal version; each eager form, also compiled; every fast backend that runs here."""
+    eager = [Version(f"eager {form}".strip(), "eager", call) for form, call in EAGER[op].items()]
+    compiled = [
+        Version(version.name.replace("eager", "compile"), "compile", torch.compile(version.call, dynamic=False))
+        for version in eager
+        if op not in LENGTHS_FROM_DATA
+    ]
+    fast = [
+        Version(backend, "fast", partial(getattr(ops, op), backend=backend))
+        for backend in backends.HOMES[op]
+        if backends.why_not(op, backend, device) is None
+    ]
+    return [Version("literal", "literal", LITERAL[op]), *eager, *compiled, *fast]
+
+
+def left_out(op: str, device: str) -> list[Row]:
+    """The versions that `versions_of` does not hold, and why."""
+    reasons = {backend: backends.why_not(op, backend, device) for backend in backends.HOMES[op]}
+    rows = [{"version": backend, "kind": "fast", "skipped": reason} for backend, reason in reasons.items() if reason]
+    if op in LENGTHS_FROM_DATA:
+        reason = "lengths in it depend on the data, so that it would run in eager mode"
+        rows.append({"version": "compile", "kind": "compile", "skipped": reason})
+    return rows
+
+
+def check(op: str, version: Version, arguments: Sequence[Any], truth: Sequence[Tensor]) -> Row:
+    """The error of the results and gradients of a version, with ``wrong`` where it is too large or there are none.
+
+    That torch.compile cannot compile a form is no error of ours: ``skipped``.
+    """
+    try:
+        error = relative_error(evaluate(version.call, arguments), truth)
+    except Exception as exception:  # whatever it is, the report names it
+        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
+        return {"skipped" if version.kind == "compile" else "wrong": reason}
+    tolerance = LEVELS.get(op, max(TOLERANCE.get(tensor.dtype, 0.0) for tensor in tensors_of(arguments)))
+    if version.kind in BASELINES:
+        tolerance *= 2  # PyTorch adds up in bfloat16 here and there
+    if error <= tolerance:
+        return {"relative_error": error}
+    return {"relative_error": error, "wrong": f"relative error {error:.0e}, above {tolerance:.0e}"}
+
+
+def figures(times: list[float], extra: int, work: Work, rates: Rates) -> Row:
+    """Quantiles, memory, and the least work there is over the median time: the rate at which it was done."""
+    row = quantiles(times)
+    bytes_per_second, flops = work.bytes / row["median_ms"] * 1e3, work.flops / row["median_ms"] * 1e3
+    return row | {
+        "extra_bytes": extra,
+        "least_bytes": work.bytes,
+        "least_flops": work.flops,
+        "gb_per_s": bytes_per_second / 1e9,
+        "gflop_per_s": flops / 1e9,
+        "of_copy": bytes_per_second / rates.copy,
+        "of_matmul": flops / rates.matmul,
+    }
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """``speedup_X`` and ``memory_X``: how much less time and extra memory than the fastest version of kind X."""
+    timed = [row for row in rows if "median_ms" in row]
+    for kind in BASELINES:
+        of_kind = [row for row in timed if row["kind"] == kind]
+        if not of_kind:
+            continue
+        baseline = min(of_kind, key=lambda row: row["median_ms"])
+        for row in timed:
+            row[f"speedup_{kind}"] = baseline["median_ms"] / row["median_ms"]
+            row[f"memory_{kind}"] = baseline["extra_bytes"] / max(1, row["extra_bytes"])
+
+
+def add_targets(rows: list[Row], case: Case, device: str) -> None:
+    """To the backend that the op takes by itself: each target, what it reached, and whether that is enough."""
+    for row in rows:
+        if row["version"] == backends.choose(case.op, device, None) and "median_ms" in row:
+            row["targets"] = [
+                {"figure": figure, "at_least": least, "reached": row[figure], "met": row[figure] >= least}
+                for where, figure, least in case.targets
+                if where == device and figure in row
+            ]
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def environment(device: str) -> dict[str, Any]:
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cpus": len(os.sched_getaffinity(0)),
+    }
+
+
+def processor() -> str:
+    """The model that Linux names, else what Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of the checkout; ``$COMMIT`` names it where the sources were copied without their history."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:  # no git
+        return "unknown"

@@ -1,0 +1,140 @@
+"""Time whole training steps of the engine beside two baselines in eager PyTorch, from the same weights on the same
+views; or, with --lfov, forward and backward of a backbone on large images."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench.measure import machine_rates
+from bench.ops.timing import environment
+from bench.report import console, number, print_machine, print_verdicts, table, write_json
+from bench.step import lfov
+from bench.step import timing as step
+from muse_fast.config import ARCHS, ATTENTION, load_config
+from muse_fast.errors import UserError
+from muse_fast.runtime.device import peak_flops
+
+ARCH = {"cpu": "vit_tiny", "cuda": "vit_small"}
+BATCH = {"cpu": 4, "cuda": 64}
+PRECISION = {"cpu": "fp32", "cuda": "bf16"}
+LOCAL_SIZE = {224: 96, 512: 208}
+FIGURES = {
+    "speedup_literal": "{}x faster than literal",
+    "speedup_fair": "{}x faster than fair",
+    "memory_literal": "1/{} of the memory of literal's step",
+    "memory_fair": "1/{} of the memory of fair's step",
+    "mfu": "MFU {}",
+}
+COLUMNS = (
+    *("version", "ms", "p20 .. p80", "img/s", "x literal", "x fair", "TFLOP/s", "of matmul", "MFU"),
+    *("step MB", "x literal", "x fair", "peak MB", "error"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", choices=ARCHS, help="vit_tiny on a CPU, vit_small on CUDA")
+    parser.add_argument("--size", type=int, choices=LOCAL_SIZE, default=224, help="of global views; locals: 96 or 208")
+    parser.add_argument("--batch", type=int, metavar="ROIS", help=" or ".join(f"{n} on {d}" for d, n in BATCH.items()))
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on a CPU, bf16 on CUDA")
+    parser.add_argument(
+        "--attention", choices=ATTENTION, action="append", help="of the engine; may be given again, for a version each"
+    )
+    parser.add_argument("--compile", action="store_true", help="the engine with torch.compile too")
+    parser.add_argument("--seconds", type=float, default=20, help="to time each version for; three repeats at least")
+    parser.add_argument("--lfov", type=int, metavar="SIDE", help="forward and backward of images of SIDE pixels")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run, as for pretraining")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints a table; exit code 1 when a version is wrong or the engine did not run."""
+    device = options.device
+    options.arch, options.precision = options.arch or ARCH[device], options.precision or PRECISION[device]
+    options.batch = options.batch or (lfov.BATCH if options.lfov else BATCH[device])
+    out, machine, rates = console(), environment(device), machine_rates(device)
+    print_machine(out, machine, rates)
+    peak = peak_flops(torch.device(device))
+    try:
+        report = (large_images if options.lfov else steps)(options, out, rates.matmul, peak)
+    except UserError as error:
+        options.parser.error(str(error))
+    print_verdicts(out, report["results"], FIGURES)
+    if options.json:
+        write_json(options.json, {"environment": machine, "rates": rates._asdict(), "peak_flops": peak, **report})
+    engine = [row for row in report["results"] if row["kind"] == "fast"]
+    return 1 if any("wrong" in row for row in report["results"]) or all("skipped" in row for row in engine) else 0
+
+
+def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float | None) -> dict[str, Any]:
+    shared = [
+        f"model.arch={options.arch}",
+        f"views.global_size={options.size}",
+        f"views.local_size={LOCAL_SIZE[options.size]}",
+        f"optim.batch_size={options.batch}",
+        f"train.precision={options.precision}",
+        *options.settings,
+    ]
+    config = load_config(None, shared)
+    inputs = step.describe(config)
+    out.print(
+        f"\n{config.model.arch}, {config.train.precision}, {inputs['rois']} ROIs of {config.views.num_globals} x "
+        f"{config.views.global_size} and {config.views.num_locals} x {config.views.local_size} px, "
+        f"{inputs['rows']:.0f} nuclei and {inputs['pairs']:.0f} pairs per ROI, {config.head.prototypes} prototypes ..."
+    )
+    rows = step.run(versions(options), shared, options.device, options.seconds, matmul, peak)
+    chip = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    step.add_targets(rows, step.targets(chip, config))
+    out.print(table(COLUMNS, [cells(row) for row in rows if "median_ms" in row]))
+    for row in rows:
+        if "profile" in row:
+            out.print(f"{row['version']}: where the time of a step goes")
+            out.print(table(("operation", "calls", "ms", "share"), [profile_cells(line) for line in row["profile"]]))
+    return {"settings": shared, "inputs": inputs, "results": rows}
+
+
+def versions(options: argparse.Namespace) -> list[step.Version]:
+    fast = []
+    backends = options.attention or ["sdpa"]
+    for attention, compiled in product(backends, (False, True) if options.compile else (False,)):
+        settings = (f"model.attention={attention}", f"train.compile={compiled}")
+        name = " ".join(["fast", *[attention] * (len(backends) > 1), *["compiled"] * compiled])
+        fast.append(step.Version(name, "fast", settings))
+    return [step.Version("literal", "literal"), step.Version("fair", "fair"), *fast]
+
+
+def large_images(options: argparse.Namespace, out: Console, matmul: float, peak: float | None) -> dict[str, Any]:
+    out.print(f"\n{options.arch}, {options.precision}, {options.batch} x {options.lfov} px, forward and backward ...")
+    rows = lfov.run(options.arch, options.lfov, options.batch, options.precision, options.device, matmul, peak)
+    out.print(table(COLUMNS, [cells(row) for row in rows if "median_ms" in row]))
+    return {"settings": [f"model.arch={options.arch}", f"image={options.lfov}"], "results": rows}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    def figure(name: str, form: str = "") -> str:
+        return "" if name not in row else format(row[name], form) if form else number(row[name])
+
+    return [
+        row["version"],
+        number(row["median_ms"]),
+        f"{number(row['p20_ms'])} .. {number(row['p80_ms'])}",
+        number(row["img_per_s"]),
+        *(figure(f"speedup_{kind}") for kind in step.BASELINES),
+        number(row["gflop_per_s"] / 1e3),
+        f"{row['of_matmul']:.0%}",
+        figure("mfu", ".1%"),
+        number(row["step_bytes"] / 1e6),
+        *(figure(f"memory_{kind}") for kind in step.BASELINES),
+        number(row["peak_bytes"] / 1e6),
+        figure("relative_error", ".0e"),
+    ]
+
+
+def profile_cells(line: dict[str, Any]) -> list[str]:
+    name = line["name"]
+    return [name if len(name) < 80 else f"{name[:79]}…", str(line["calls"]), number(line["ms"]), f"{line['share']:.1%}"]

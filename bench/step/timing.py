@@ -1,0 +1,357 @@
+"""Times whole training steps of three versions in one process: *literal*, *fair* and *fast* (the engine).
+
+All start from the same weights and see the same views, which already lie on the device. Before anything is timed, their
+losses over several steps must agree.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.measure import held_and_peak, quantiles
+from bench.step.fair import FairTrainer
+from bench.step.literal import LiteralTrainer
+from muse_fast.batch import PackedNuclei, Views
+from muse_fast.config import PretrainConfig, load_config
+from muse_fast.errors import UserError
+from muse_fast.ops.reference import match_nuclei
+from muse_fast.pretraining.flops import step_flops
+from muse_fast.pretraining.trainer import Trainer
+from muse_fast.views.boxes import draw_boxes
+from muse_fast.views.loader import collate
+
+LOSSES = ("loss_image", "loss_nucleus")
+BASELINES = ("literal", "fair")
+
+ROI_SIDE, ROI_MPP = 2048, 0.25
+NUCLEI_PER_GLOBAL = 60  # in a view of 224 px, on average; as many per area in all others
+
+# Three steps that each must feel the one before: no warm-up, and a teacher and centres that move.
+GATE = {
+    "model.drop_path": 0.0,
+    "optim.warmup_steps": 0,
+    "optim.freeze_prototypes_steps": 0,
+    "optim.lr": 2e-5,
+    "optim.ema_start": 0.5,
+}
+GATE_STEPS = 3
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # relative, of every loss of every step; an error of 1 % is refused
+GATE_ROIS = 4  # of the further gate in float32 that a run in bfloat16 passes
+
+MIN_REPEATS, MAX_REPEATS = 3, 20
+STEPS_PER_REPEAT = {"cpu": 1, "cuda": 5}  # back to back: no wait for the device between them
+WARMUP_STEPS = {"cpu": 1, "cuda": 3}
+TOP = 20
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Version:
+    """One way to train; ``kind`` is one of BASELINES, or ``fast``."""
+
+    name: str
+    kind: str
+    settings: tuple[str, ...] = ()  # ``key=value``, on top of those that all versions share
+
+    def config(self, shared: Sequence[str]) -> PretrainConfig:
+        return load_config(None, [*shared, *self.settings])
+
+    def build(self, config: PretrainConfig, weights: dict[str, Tensor], device: torch.device) -> Any:
+        if self.kind == "fast":  # its weights are `weights`: those that it draws for the seed
+            return Trainer(config, device)
+        return {"literal": LiteralTrainer, "fair": FairTrainer}[self.kind](config, weights, device)
+
+
+# --- inputs
+
+
+def synthetic_views(config: PretrainConfig, seed: int = 0) -> Views:
+    """A batch of random pixels; boxes drawn as in training, over nuclei that lie evenly in their ROI."""
+    rng = np.random.default_rng(seed)
+    pixels = torch.Generator().manual_seed(seed)
+    size = config.views.global_size
+    mean_side = size * rms(config.views.global_mpp_min, config.views.global_mpp_max) / ROI_MPP
+    nuclei = round(NUCLEI_PER_GLOBAL * (size / 224) ** 2 * (ROI_SIDE / mean_side) ** 2)
+    return collate([roi_views(config, roi, nuclei, rng, pixels) for roi in range(config.optim.batch_size)])
+
+
+def roi_views(
+    config: PretrainConfig, roi: int, nuclei: int, rng: np.random.Generator, pixels: torch.Generator
+) -> Views:
+    globals_, locals_ = draw_boxes(rng, ROI_SIDE, ROI_SIDE, ROI_MPP, config.views)
+    boxes = globals_ + locals_
+    xy = rng.uniform(0, ROI_SIDE, (nuclei, 2)).astype(np.float32)
+    seen = [box.nuclei(xy) for box in boxes]
+    counts = [len(index) for _, index in seen]
+    return Views(
+        global_images=torch.randn(len(globals_), 3, *[config.views.global_size] * 2, generator=pixels),
+        local_images=torch.randn(len(locals_), 3, *[config.views.local_size] * 2, generator=pixels),
+        nuclei=PackedNuclei(
+            xy=torch.from_numpy(np.concatenate([points for points, _ in seen])),
+            index=torch.from_numpy(np.concatenate([index for _, index in seen])),
+            offsets=torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
+        ),
+        mpp=torch.tensor([box.mpp(ROI_MPP) for box in boxes]),
+        roi_ids=torch.tensor([roi]),
+        epochs=torch.tensor([0]),
+        num_global_nuclei=sum(counts[: len(globals_)]),
+    )
+
+
+def rows_per_roi(views: Views) -> tuple[float, float]:
+    """Nuclei of all views, and those of the globals."""
+    return len(views.nuclei.xy) / views.num_rois, views.num_global_nuclei / views.num_rois
+
+
+def describe(config: PretrainConfig) -> dict[str, float]:
+    """The size of the batch that `run` trains on."""
+    views = synthetic_views(config)
+    pairs = match_nuclei(views.nuclei.index, views.nuclei.offsets, views.num_rois, views.num_globals)[0]
+    rows, teacher_rows = rows_per_roi(views)
+    return {
+        "rois": views.num_rois,
+        "rows": rows,
+        "teacher_rows": teacher_rows,
+        "pairs": len(pairs) / views.num_rois,
+    }
+
+
+def rms(low: float, high: float) -> float:
+    """Root of the mean square of what is uniform between the two."""
+    return math.sqrt((low * low + low * high + high * high) / 3)
+
+
+# --- the whole run
+
+
+def run(
+    versions: Sequence[Version], shared: Sequence[str], device: str, seconds: float, matmul: float, peak: float | None
+) -> list[Row]:
+    """One row per version: its figures, or under ``wrong`` or ``skipped`` why it has none.
+
+    Args:
+        shared: settings of the run, ``key=value``.
+        seconds: of timed steps per version; every version gets at least MIN_REPEATS.
+        matmul, peak: FLOP per second of a large matrix product here, and of this chip by its data sheet if known.
+    """
+    config = load_config(None, shared)
+    rows: dict[str, Row] = {version.name: {"version": version.name, "kind": version.kind} for version in versions}
+    views = synthetic_views(config)
+    for gate in gates(config):
+        check(sound(versions, rows), [*shared, *gate], device, rows)
+    timed = sound(versions, rows)
+    for name, times in interleaved(timed, shared, views.to(device), device, seconds, rows).items():
+        rows[name] |= figures(times, views.num_rois, step_flops(config, rows_per_roi(views)), matmul, peak)
+    add_ratios(list(rows.values()))
+    return list(rows.values())
+
+
+def sound(versions: Sequence[Version], rows: dict[str, Row]) -> list[Version]:
+    return [v for v in versions if not rows[v.name].keys() & {"wrong", "skipped"}]
+
+
+@contextmanager
+def refusals(row: Row) -> Iterator[None]:
+    """Notes why a version cannot run here: it is refused, or the memory does not suffice."""
+    try:
+        yield
+    except UserError as error:
+        row["skipped"] = str(error)
+    except torch.OutOfMemoryError:
+        row["skipped"] = "out of memory"
+    if "skipped" in row:
+        release()
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- the gate
+
+
+def gates(config: PretrainConfig) -> list[list[str]]:
+    """Settings of each check: the run's own precision and batch; if it is coarser, float32 on few ROIs too."""
+    own = [f"{key}={value}" for key, value in GATE.items()]
+    if config.train.precision == "fp32":
+        return [own]
+    few = min(config.optim.batch_size, GATE_ROIS)
+    return [[*own, "train.precision=fp32", f"optim.batch_size={few}"], own]
+
+
+def check(versions: Sequence[Version], settings: Sequence[str], device: str, rows: dict[str, Row]) -> None:
+    """The losses of every version against those of the first one that runs, and the memory of the last step."""
+    views = synthetic_views(load_config(None, settings)).to(device)
+    weights: dict[str, Tensor] = {}
+    truth: list[float] = []
+    for version in versions:
+        row = rows[version.name]
+        release()
+        with refusals(row):
+            config = version.config(settings)
+            weights = weights or initial_weights(config, device)
+            losses, memory = trial(version, config, weights, views, device)
+            truth = truth or losses
+            error, tolerance = relative_error(losses, truth), TOLERANCE[config.train.precision]
+            row |= memory | {"relative_error": max(error, row.get("relative_error", 0.0))}
+            if not error <= tolerance:
+                row["wrong"] = (
+                    f"losses of {GATE_STEPS} steps in {config.train.precision} differ by {error:.0e} from those of "
+                    f"{versions[0].name}, above {tolerance:.0e}"
+                )
+
+
+def initial_weights(config: PretrainConfig, device: str) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in Trainer(config, torch.device(device)).student.state_dict().items()}
+
+
+def trial(
+    version: Version, config: PretrainConfig, weights: dict[str, Tensor], views: Views, device: str
+) -> tuple[list[float], Row]:
+    """Losses of the steps of the gate; bytes that a version holds between steps, and at the peak of one."""
+    trainers, losses = [], []
+
+    def first_steps() -> None:
+        trainers.append(version.build(config, weights, torch.device(device)))
+        for _ in range(GATE_STEPS - 1):
+            last_step()
+        for parameter in trainers[0].student.parameters():  # some drop their gradients only when a step begins
+            parameter.grad = None
+
+    def last_step() -> None:
+        losses.append(trainers[0].train_step(views))
+
+    held, peak = held_and_peak(first_steps, last_step, device)
+    values = [float(step[name]) for step in losses for name in LOSSES]
+    return values, {"held_bytes": held, "peak_bytes": peak, "step_bytes": peak - held}
+
+
+def relative_error(losses: Sequence[float], truth: Sequence[float]) -> float:
+    """The largest; NaN where a loss is none, so that no comparison holds."""
+    errors = [abs(a - b) / abs(b) for a, b in zip(losses, truth, strict=True)]
+    return max(errors) if all(map(math.isfinite, errors)) else math.nan
+
+
+# --- the times
+
+
+def interleaved(
+    versions: Sequence[Version], shared: Sequence[str], views: Views, device: str, seconds: float, rows: dict[str, Row]
+) -> dict[str, list[float]]:
+    """Milliseconds per step; the versions take turns, so that drift of the machine hits all alike."""
+    trainers: dict[str, Any] = {}
+    weights = None
+    for version in versions:
+        with refusals(rows[version.name]):
+            config = version.config([*shared, "optim.freeze_prototypes_steps=0"])  # but for its first epoch
+            weights = weights or initial_weights(config, device)
+            trainer = version.build(config, weights, torch.device(device))
+            steps_ms(trainer, views, device, WARMUP_STEPS[device])
+            trainers[version.name] = trainer
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(MAX_REPEATS):
+        for name in list(trainers):
+            if len(times[name]) >= MIN_REPEATS and sum(times[name]) * STEPS_PER_REPEAT[device] > seconds * 1e3:
+                continue
+            with refusals(rows[name]):
+                times[name].append(steps_ms(trainers[name], views, device, STEPS_PER_REPEAT[device]))
+            if "skipped" in rows[name]:
+                del trainers[name], times[name]
+                release()
+    for version in versions:
+        if version.kind == "fast" and version.name in trainers:
+            trainers[version.name].check()  # it times nothing to train on numbers that are none
+            rows[version.name]["profile"] = top(trainers[version.name], views, device)
+    return times
+
+
+def steps_ms(trainer: Any, views: Views, device: str, steps: int) -> float:
+    """Mean time of steps that follow one another without a wait for the device."""
+    options = {"measure": False} if isinstance(trainer, Trainer) else {}
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step(views, **options)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3 / steps
+
+
+def top(trainer: Any, views: Views, device: str) -> list[Row]:
+    """The operations (on CUDA the kernels) that take the most time of one step, themselves without what they call."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        steps_ms(trainer, views, device, 1)
+    key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    events = [e for e in profile.key_averages() if getattr(e, key) > 0]
+    total = sum(getattr(event, key) for event in events)
+    events.sort(key=lambda event: -getattr(event, key))
+    return [
+        {"name": e.key, "calls": e.count, "ms": getattr(e, key) / 1e3, "share": getattr(e, key) / total}
+        for e in events[:TOP]
+    ]
+
+
+# --- the figures
+
+
+def figures(times: list[float], rois: int, flops: float, matmul: float, peak: float | None) -> Row:
+    row: Row = quantiles(times)
+    return row | efficiency(rois / row["median_ms"] * 1e3, flops, matmul, peak)
+
+
+def efficiency(rate: float, flops: float, matmul: float, peak: float | None) -> Row:
+    """Images per second, each of so many useful FLOPs, set beside what the machine could do."""
+    row = {"img_per_s": rate, "gflop_per_s": rate * flops / 1e9, "of_matmul": rate * flops / matmul}
+    return row if peak is None else row | {"mfu": rate * flops / peak}
+
+
+def add_ratios(rows: Sequence[Row]) -> None:
+    """``speedup_X``, ``memory_X``, ``peak_X``: how much less than X a version takes of time, of memory for a step, and
+    of memory in all."""
+    keys = {"speedup": "median_ms", "memory": "step_bytes", "peak": "peak_bytes"}
+    for baseline in (row for row in rows if row["kind"] in BASELINES):
+        for row in rows:
+            for figure, key in keys.items():
+                if key in row and key in baseline:
+                    row[f"{figure}_{baseline['kind']}"] = baseline[key] / max(1, row[key])
+
+
+def targets(chip: str, config: PretrainConfig) -> dict[str, float]:
+    """Figures that the engine is to reach at least, where the project has set itself any."""
+    arch, size, rois = config.model.arch, config.views.global_size, config.optim.batch_size
+    if chip == "cpu":
+        return {"speedup_literal": 1.5, "speedup_fair": 1.0, "memory_literal": 2.0}
+    if "H100" not in chip:
+        return {}
+    if (size, rois) == (224, 16):
+        return {"vit_small": {"speedup_literal": 4.0}, "vit_base": {"speedup_literal": 3.0}}.get(arch, {})
+    if (size, rois) in ((224, 64), (512, 16)):
+        large_batch = {"vit_small": (2.5, 0.40), "vit_base": (1.8, 0.50)}
+        if arch in large_batch:
+            return dict(zip(("speedup_fair", "mfu"), large_batch[arch], strict=True)) | {"memory_fair": 2.0}
+    return {}
+
+
+def add_targets(rows: Sequence[Row], wanted: dict[str, float]) -> None:
+    """To the first fast version: each target, what it reached, and whether that is enough."""
+    for row in [row for row in rows if row["kind"] == "fast"][:1]:
+        row["targets"] = [
+            {"figure": figure, "at_least": least, "reached": row[figure], "met": row[figure] >= least}
+            for figure, least in wanted.items()
+            if figure in row
+        ]

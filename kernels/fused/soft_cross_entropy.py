@@ -1,0 +1,188 @@
+"""Cross-entropy between given probabilities and a softmax, without a stored softmax.
+
+With m the largest entry of a row x and s its log-sum-exp after subtracting m, both at temperature tau,
+
+    log q_k     = (x_k - m) / tau - s
+    loss        = -sum_k t_k log q_k  =  s sum_k t_k - sum_k t_k (x_k - m) / tau
+    d loss / dx = (q sum_k t_k - t) / tau
+
+The forward reads logits and targets once: whenever a lane meets a larger entry, its sums move over to the new one. The
+backward writes the gradient once. Memory holds three numbers per row besides the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..namespace import NAMESPACE
+from .dino_loss import LOWEST, block_size, rows_of
+
+
+@triton.jit
+def soft_loss_kernel(
+    student,  # [N, K]
+    target,  # [N, K]
+    stats,  # [N, 3] float32: largest entry, log-sum-exp after subtracting it, sum of the targets
+    loss,  # [N] float32
+    student_stride,
+    target_stride,
+    inverse_temp,
+    NUM_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row. Every lane keeps a maximum and sums of its own; they meet at the end."""
+    row = tl.program_id(0).to(tl.int64)
+    peak = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)  # of exp((x - peak) / tau)
+    mass = tl.zeros([BLOCK], tl.float32)  # of t
+    score = tl.zeros([BLOCK], tl.float32)  # of t (x - peak) / tau
+    for start in range(0, NUM_COLUMNS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < NUM_COLUMNS
+        x = tl.load(student + row * student_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x, LOWEST)  # not by the load: float16 would make it -inf
+        t = tl.load(target + row * target_stride + column, mask=inside, other=0.0).to(tl.float32)
+        new_peak = tl.maximum(peak, x)
+        moved = (peak - new_peak) * inverse_temp
+        below = (x - new_peak) * inverse_temp
+        total = total * tl.exp(moved) + tl.exp(below)
+        score += mass * moved + t * below
+        mass += t
+        peak = new_peak
+    row_peak = tl.max(peak, 0)
+    moved = (peak - row_peak) * inverse_temp
+    log_total = tl.log(tl.sum(total * tl.exp(moved), 0))
+    row_mass = tl.sum(mass, 0)
+    tl.store(stats + row * 3, row_peak)
+    tl.store(stats + row * 3 + 1, log_total)
+    tl.store(stats + row * 3 + 2, row_mass)
+    tl.store(loss + row, log_total * row_mass - tl.sum(score + mass * moved, 0))
+
+
+@triton.jit
+def soft_gradient_kernel(
+    student,  # [N, K]
+    target,  # [N, K]
+    stats,  # [N, 3] float32
+    loss_gradient,  # [N] float32
+    gradient,  # [N, K], contiguous
+    student_stride,
+    target_stride,
+    inverse_temp,
+    NUM_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row and block of columns."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < NUM_COLUMNS
+    x = tl.load(student + row * student_stride + column, mask=inside, other=0.0).to(tl.float32)
+    t = tl.load(target + row * target_stride + column, mask=inside, other=0.0).to(tl.float32)
+    peak, log_total = tl.load(stats + row * 3), tl.load(stats + row * 3 + 1)
+    mass = tl.load(stats + row * 3 + 2)
+    prediction = tl.exp((x - peak) * inverse_temp - log_total)
+    out = (prediction * mass - t) * (tl.load(loss_gradient + row) * inverse_temp)
+    tl.store(gradient + row * NUM_COLUMNS + column, out.to(gradient.dtype.element_ty), mask=inside)
+
+
+def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float) -> Tensor:
+    """``-sum_k target_k log_softmax(student_logits / temp)_k`` of every row, with a gradient for the logits.
+
+    Args:
+        student_logits: ``[..., K]`` float32, float16 or bfloat16.
+        target: ``[..., K]`` float32, float16 or bfloat16; a row may sum to anything.
+        temp: above 0.
+
+    Returns:
+        ``[...]`` float32.
+    """
+    num_columns = student_logits.shape[-1]
+    student, targets = (rows_of(tensor.reshape(-1, num_columns)) for tensor in (student_logits, target))
+    return soft_cross_entropy_fwd(student, targets, temp)[0].view(student_logits.shape[:-1])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::soft_cross_entropy_fwd", mutates_args=())
+def soft_cross_entropy_fwd(student_logits: Tensor, target: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    """The loss ``[N]``, and of every row its largest entry, log-sum-exp and sum of targets: ``[N, 3]``."""
+    student, target = rows_of(student_logits), rows_of(target)
+    num_rows, num_columns = student.shape
+    loss, stats = empty_outputs(student)
+    if num_rows == 0:
+        return loss, stats
+    with torch.cuda.device_of(student):
+        soft_loss_kernel[(num_rows,)](
+            student,
+            target,
+            stats,
+            loss,
+            student.stride(0),
+            target.stride(0),
+            1 / temp,
+            NUM_COLUMNS=num_columns,
+            BLOCK=block_size(num_columns),
+        )
+    return loss, stats
+
+
+@soft_cross_entropy_fwd.register_fake
+def _(student_logits: Tensor, target: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    return empty_outputs(student_logits)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::soft_cross_entropy_bwd", mutates_args=())
+def soft_cross_entropy_bwd(
+    loss_gradient: Tensor, student_logits: Tensor, target: Tensor, stats: Tensor, temp: float
+) -> Tensor:
+    """The gradient of the logits ``[N, K]``, contiguous, in their dtype."""
+    student, target = rows_of(student_logits), rows_of(target)
+    num_rows, num_columns = student.shape
+    gradient = torch.empty((num_rows, num_columns), dtype=student.dtype, device=student.device)
+    if num_rows == 0:
+        return gradient
+    block = block_size(num_columns)
+    with torch.cuda.device_of(student):
+        soft_gradient_kernel[(num_rows, triton.cdiv(num_columns, block))](
+            student,
+            target,
+            stats,
+            loss_gradient.contiguous(),
+            gradient,
+            student.stride(0),
+            target.stride(0),
+            1 / temp,
+            NUM_COLUMNS=num_columns,
+            BLOCK=block,
+        )
+    return gradient
+
+
+@soft_cross_entropy_bwd.register_fake
+def _(loss_gradient: Tensor, student_logits: Tensor, target: Tensor, stats: Tensor, temp: float) -> Tensor:
+    return torch.empty(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    student, target, ctx.temp = inputs
+    _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(student, target, stats)
+
+
+def _backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
+    gradient = None
+    if ctx.needs_input_grad[0]:
+        gradient = soft_cross_entropy_bwd(loss_gradient, *ctx.saved_tensors, ctx.temp)
+    return gradient, None, None
+
+
+soft_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def empty_outputs(student: Tensor) -> tuple[Tensor, Tensor]:
+    loss = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
+    return loss, loss.new_empty(student.shape[0], 3)

@@ -1,0 +1,95 @@
+"""Nucleus features of evaluation tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from muse_fast.classification.tiles import Tile
+from muse_fast.views.colours import normalise
+
+Progress = Callable[[int, int, str], None]  # done, total, what is being counted
+
+
+class NucleusFeatures(Protocol):
+    """What a backbone must offer here; ``muse_fast.models.Backbone`` does."""
+
+    def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NucleusSet:
+    """The nuclei of one split, one row each."""
+
+    features: Tensor  # [N, D] float32
+    labels: Tensor  # [N] int64
+    slides: Tensor  # [N] int64, which slide a nucleus comes from; nuclei of one slide are not independent
+
+    def to(self, device: torch.device | str) -> NucleusSet:
+        return NucleusSet(self.features.to(device), self.labels.to(device), self.slides.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class TileBatch:
+    """Tiles stacked for a backbone."""
+
+    images: Tensor  # [I, 3, size, size] float32, ImageNet-normalised
+    xy: Tensor  # [N, 2] float32, pixels
+    image_index: Tensor  # [N] int64
+    labels: Tensor  # [N] int64
+
+
+def stack_tiles(tiles: Sequence[Tile], device: torch.device | str = "cpu") -> TileBatch:
+    """One batch of ``tiles`` on ``device``; pixels travel as uint8."""
+    counts = torch.tensor([len(tile.label) for tile in tiles])
+    pixels = torch.from_numpy(np.stack([tile.image for tile in tiles])).to(device)
+    return TileBatch(
+        images=normalise(pixels.permute(0, 3, 1, 2)).contiguous(),
+        xy=torch.from_numpy(np.concatenate([tile.xy for tile in tiles])).to(device),
+        image_index=torch.repeat_interleave(torch.arange(len(tiles)), counts).to(device),
+        labels=torch.from_numpy(np.concatenate([tile.label for tile in tiles])).to(device),
+    )
+
+
+def extract_features(
+    backbone: NucleusFeatures,
+    tiles: Mapping[str, Sequence[Tile]],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+    bf16: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, NucleusSet]:
+    """Features of every nucleus of every split, on the CPU. The caller puts the backbone in eval mode on ``device``."""
+    total = sum(len(found) for found in tiles.values())
+    done = 0
+    sets = {}
+    for split, found in tiles.items():
+        rows = []
+        for start in range(0, len(found), batch_size):
+            chunk = found[start : start + batch_size]
+            rows.append(_features(backbone, stack_tiles(chunk, device), bf16).cpu())
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total, "tiles")
+        sets[split] = NucleusSet(torch.cat(rows), *_labels_and_slides(found))
+    return sets
+
+
+@torch.inference_mode()
+def _features(backbone: NucleusFeatures, batch: TileBatch, bf16: bool) -> Tensor:
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+        return backbone.nucleus_features(batch.images, batch.xy, batch.image_index).float()
+
+
+def _labels_and_slides(tiles: Sequence[Tile]) -> tuple[Tensor, Tensor]:
+    numbers: dict[str, int] = {}
+    slides = [numbers.setdefault(tile.slide, len(numbers)) for tile in tiles]
+    counts = [len(tile.label) for tile in tiles]
+    labels = torch.from_numpy(np.concatenate([tile.label for tile in tiles]))
+    return labels, torch.from_numpy(np.repeat(np.array(slides, dtype=np.int64), counts))

@@ -1,0 +1,258 @@
+"""The nucleus detector of fine-tuning (paper, figure 5), and how it is applied to images.
+
+Proposals stand on a regular grid. The backbone's unified map is read at each, and two independent heads turn that row
+into an offset, which moves the proposal onto a nucleus, and into a type, which may be background. Shapes in this file:
+
+    I  images    R  side in pixels    P  proposals of an image = (R / stride) ** 2    D  feature width    C  classes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+from torch import Tensor, nn
+
+from muse_fast import ops
+from muse_fast.config import check_arch
+from muse_fast.detection.pairing import Points
+from muse_fast.errors import UserError, require
+from muse_fast.images.squares import SURROUNDINGS, cut_square
+from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.vit import PATCH, check_image_size
+from muse_fast.models.weights import find_checkpoint
+from muse_fast.runtime import checkpoint
+from muse_fast.views.colours import normalise
+
+BEST = "best"
+"""Folder inside a run that holds its best detector, as a checkpoint of its own."""
+
+STEM = "detector"
+"""File of a checkpoint that holds the network, and key of its state that holds the settings."""
+
+_REACH_UM = 32.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectorSettings:
+    """What a saved detector needs beside its weights."""
+
+    arch: str
+    class_names: tuple[str, ...]
+    mpp: float
+    """um per pixel of the images it takes."""
+    sample_size: int
+    """Side in pixels of the samples that it was trained on, in which it sees images later too."""
+    surroundings: str = "reflect"
+    """What stands beyond the border of an image, see `muse_fast.images.squares`."""
+    image_size: int = 224
+    """Side that a ViT stores its position embedding for."""
+    stride: int = 8
+    """Pixels between proposals."""
+    hidden_dim: int = 256
+    """Width of both heads."""
+    min_score: float = 0.5
+    """Least probability of a nucleus."""
+    nms_um: float = 3.0
+    """Of two nuclei nearer than this the less probable is dropped."""
+
+    def __post_init__(self) -> None:
+        check_arch(self.arch)
+        check_image_size(self.sample_size)
+        require(len(self.class_names) > 0, "class_names", self.class_names, "one or more")
+        require(self.surroundings in SURROUNDINGS, "surroundings", self.surroundings, " or ".join(SURROUNDINGS))
+        require(self.stride > 0 and PATCH % self.stride == 0, "stride", self.stride, f"a divisor of {PATCH}")
+
+
+class Proposals(NamedTuple):
+    """What the network says at every proposal, in float32."""
+
+    xy: Tensor  # [P, 2] pixels, where they stand; the same in every image
+    points: Tensor  # [I, P, 2] pixels, where they see a nucleus
+    logits: Tensor  # [I, P, C + 1], background last
+
+
+class Detector(nn.Module):
+    """Backbone and heads. `load_detector` opens a trained one; a new one has random heads that move no proposal.
+
+    Attributes:
+        settings: see `DetectorSettings`.
+        mpp: um per pixel of the images that it takes.
+        class_names: of the labels 0, 1, ...
+        tile_size: side in pixels that it works on at a time; an image of another size is padded, or cut in windows.
+        reach_um: pixels farther away than this matter little to a prediction, so windows overlap by twice as much:
+            32 um, about three nuclei, but at most a quarter of ``tile_size``. A ViT attends to its whole tile, so the
+            figure is a choice, not a limit.
+    """
+
+    def __init__(self, backbone: Backbone, settings: DetectorSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.backbone = backbone
+        width, hidden = backbone.dense_dim, settings.hidden_dim
+        offset, types = nn.Linear(hidden, 2), nn.Linear(hidden, len(settings.class_names) + 1)
+        nn.init.zeros_(offset.weight)
+        nn.init.zeros_(offset.bias)
+        self.reg_head, self.type_head = _mlp(width, hidden, offset), _mlp(width, hidden, types)
+
+    @property
+    def mpp(self) -> float:
+        return self.settings.mpp
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.settings.class_names
+
+    @property
+    def tile_size(self) -> int:
+        return self.settings.sample_size
+
+    @property
+    def reach_um(self) -> float:
+        return min(_REACH_UM, self.mpp * (self.tile_size // 4))
+
+    def forward(self, images: Tensor) -> Proposals:
+        """Proposals of images ``[I, 3, R, R]``, normalised floats, R a multiple of 16 up to 1024."""
+        count, side = len(images), images.shape[-1]
+        levels = self.backbone(images).levels
+        xy = grid(side, self.settings.stride).to(images.device)
+        image_index = torch.arange(count, device=images.device).repeat_interleave(len(xy))
+        rows = ops.sample_nuclei(levels, xy.repeat(count, 1), image_index, side)
+        offsets = self.settings.stride * self.reg_head(rows).float().unflatten(0, (count, len(xy)))
+        return Proposals(xy, xy + offsets, self.type_head(rows).float().unflatten(0, (count, len(xy))))
+
+    @torch.inference_mode()
+    def detect(self, images: Tensor) -> list[Points]:
+        """Nuclei of images ``[B, 3, H, W]`` uint8 RGB at ``mpp``, any H and W; runs in evaluation mode.
+
+        Images smaller than ``tile_size`` are padded as in training, larger ones seen in overlapping windows. Autocast
+        is the caller's.
+
+        Returns:
+            Per image xy ``[n, 2]`` float32 in pixels of the image, inside it; label ``[n]`` int64; score ``[n]``
+            float32, the probability of a nucleus; the most probable first.
+
+        Raises:
+            UserError: another shape or dtype.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or 0 in images.shape[2:]:
+            raise UserError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+        was_training = self.training
+        self.eval()
+        height, width = images.shape[2:]
+        margin = math.ceil(self.reach_um / self.mpp)
+        found: list[list[Points]] = [[] for _ in range(len(images))]
+        for top, *rows in windows(height, self.tile_size, margin):
+            for left, *columns in windows(width, self.tile_size, margin):
+                square = cut_square(images, left, top, self.tile_size, self.settings.surroundings)
+                area = (columns[0], rows[0], columns[1], rows[1])
+                for one, points in zip(found, self._detect_square(square, (left, top), (width, height)), strict=True):
+                    one.append(_within(points, area))
+        self.train(was_training)
+        return [suppress(_join(parts), self.settings.nms_um / self.mpp) for parts in found]
+
+    def _detect_square(self, squares: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> list[Points]:
+        """Predictions ``[B]`` of squares, in pixels of their images, of proposals inside those."""
+        device = next(self.parameters()).device
+        xy, points, logits = self(normalise(squares.to(device)))
+        limit = torch.tensor(size, dtype=torch.float32, device=device)
+        origin = torch.tensor(corner, dtype=torch.float32, device=device)
+        standing = xy + origin
+        in_image = ((standing >= 0) & (standing < limit)).all(dim=-1)
+        nuclei = torch.minimum((points + origin).clamp_min(0), limit.nextafter(torch.zeros_like(limit)))
+        probabilities = logits.softmax(dim=-1)
+        score = 1 - probabilities[..., -1]
+        label = probabilities[..., :-1].argmax(dim=-1)
+        keep = in_image & (score >= self.settings.min_score)
+        arrays = (tensor.cpu().numpy() for tensor in (nuclei, label, score, keep))
+        return [Points(x[k], kind[k], s[k]) for x, kind, s, k in zip(*arrays, strict=True)]
+
+
+def grid(side: int, stride: int) -> Tensor:
+    """Proposals ``[P, 2]`` float32 of an image of ``side`` pixels, row by row, each in the middle of its cell."""
+    middle = (torch.arange(side // stride, dtype=torch.float32) + 0.5) * stride
+    y, x = torch.meshgrid(middle, middle, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+def windows(length: int, size: int, margin: int) -> list[tuple[int, int, int]]:
+    """Windows of ``size`` pixels over ``length``: where each starts, and from where to where its results count.
+
+    Neighbours overlap by two margins at least, and share the overlap in its middle. What is shorter than a window lies
+    in its middle.
+    """
+    if length <= size:
+        return [((length - size) // 2, 0, length)]
+    count = math.ceil((length - 2 * margin) / (size - 2 * margin))
+    starts = [round(i * (length - size) / (count - 1)) for i in range(count)]
+    cuts = [0, *((left + size + right) // 2 for left, right in pairwise(starts)), length]
+    return list(zip(starts, cuts[:-1], cuts[1:], strict=True))
+
+
+def suppress(points: Points, radius: float) -> Points:
+    """Non-maximum suppression: the most confident point stays, those within ``radius`` pixels go, and so on.
+
+    Of equal confidence the earlier stays. The result is sorted by falling confidence.
+    """
+    order = np.argsort(-points.confidence(), kind="stable")
+    xy = points.xy[order].astype(np.float64)
+    keep = np.ones(len(xy), bool)
+    if len(xy) and radius > 0:
+        pairs = cKDTree(xy).query_pairs(radius, output_type="ndarray")  # first below second, in the sorted order
+        for better, worse in pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].tolist():
+            if keep[better]:  # final: all pairs in which it is the worse one came before
+                keep[worse] = False
+    return _take(points, order[keep])
+
+
+def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detector:
+    """A trained detector in evaluation mode, float32.
+
+    Args:
+        path: a run folder of ``muse_fast.finetune`` (its best detector), or a checkpoint folder.
+        device: where to put it.
+
+    Raises:
+        UserError: nothing there, or no detector.
+        CheckpointError: a file is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a run of muse_fast.finetune, or one of its checkpoints")
+    folder = find_checkpoint(path / BEST if (path / BEST).is_dir() else path)
+    state = checkpoint.read_state(folder)
+    if STEM not in state:
+        raise UserError(f"{folder}: no detector, but a checkpoint of pretraining; run muse_fast.finetune on it first")
+    settings = DetectorSettings(**{**state[STEM], "class_names": tuple(state[STEM]["class_names"])})
+    with torch.device("meta"):  # no memory and no random draws for values that the file replaces
+        detector = Detector(build_backbone(settings.arch, image_size=settings.image_size), settings)
+    detector = detector.to_empty(device="cpu")
+    detector.load_state_dict(checkpoint.read_tensors(folder, STEM))
+    return detector.to(device).eval()
+
+
+def _mlp(in_dim: int, hidden_dim: int, last: nn.Linear) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), last)
+
+
+def _take(points: Points, which: NDArray[Any]) -> Points:
+    return Points(points.xy[which], points.label[which], None if points.score is None else points.score[which])
+
+
+def _within(points: Points, area: tuple[int, int, int, int]) -> Points:
+    """The points in the rectangle from (x0, y0) to (x1, y1), the far borders outside."""
+    inside = (points.xy >= area[:2]) & (points.xy < area[2:])
+    return _take(points, np.flatnonzero(inside.all(axis=1)))
+
+
+def _join(parts: Sequence[Points]) -> Points:
+    xy, label, score = zip(*((part.xy, part.label, part.confidence()) for part in parts), strict=True)
+    return Points(np.concatenate(xy), np.concatenate(label), np.concatenate(score))

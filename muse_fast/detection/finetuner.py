@@ -1,0 +1,206 @@
+"""The fine-tuning step on one page, and the state that it moves."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from muse_fast.detection.assignment import match
+from muse_fast.detection.config import FinetuneConfig
+from muse_fast.detection.detector import BEST, STEM, Detector, Proposals
+from muse_fast.detection.losses import UNKNOWN, consistency_weight, pseudo_labels, regression_loss, type_loss
+from muse_fast.detection.samples import ANNOTATED, UNLABELLED, LfovBatch
+from muse_fast.pretraining.trainer import Metrics
+from muse_fast.runtime import checkpoint
+from muse_fast.training.guard import Guard
+from muse_fast.training.optim import build_adam, load_moments, moments
+from muse_fast.training.schedules import cosine
+from muse_fast.views.colours import normalise
+
+TERMS = ("reg", "type", "cons")
+
+
+class Targets(NamedTuple):
+    """What the annotated nuclei of a batch ask of its proposals, of all images one after the other."""
+
+    type: Tensor  # [I * P] int64; UNKNOWN outside annotated regions and at nuclei of unknown class
+    matched: Tensor  # [M] int64, rows of proposals that answer for a nucleus
+    nuclei: Tensor  # [M, 2], where those are
+
+
+class Finetuner:
+    """A detector, its optimiser, and the step that moves them.
+
+    Attributes:
+        step: completed steps.
+        steps: length of the run.
+        best: step, epoch and F1 of the best evaluation up to now; empty before the first.
+    """
+
+    def __init__(self, config: FinetuneConfig, detector: Detector, device: torch.device, num_images: int) -> None:
+        self.config, self.device, self.num_images, self.step = config, device, num_images, 0
+        self.steps = -(-config.optim.epochs * num_images // config.optim.batch_size)
+        self.best: dict[str, Any] = {}
+        self.detector = detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.guard = Guard([*(f"{name} loss" for name in TERMS), "gradient norm"], device)
+        self.optimizer = build_adam(self.detector, self.guard)
+
+    def epoch_of(self, step: int) -> int:
+        """Whole epochs in the first ``step`` steps."""
+        return step * self.config.optim.batch_size // self.num_images
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    def train_step(self, batch: LfovBatch, *, measure: bool = True) -> Metrics:
+        """One optimisation step (equation 9); returns its measurements if ``measure``.
+
+        Values that are not finite keep the step, and every later one, from changing the detector; `check` tells.
+        """
+        config, optim = self.config.loss, self.config.optim
+        epoch = self.epoch_of(self.step)
+        weights = {
+            "reg": config.lambda_reg,
+            "type": config.lambda_type,
+            "cons": consistency_weight(epoch, optim.epochs, config.lambda_cons),
+        }
+
+        # Forward: everything in the sample is detected, then split by the annotated region.
+        places = proposal_places(batch.places, self.detector.settings.stride).to(self.device)
+        pseudo_view = self._logits_in_plain_colours(batch) if weights["cons"] and self._looks_twice else None
+        self.detector.train()
+        with self.autocast():
+            proposals = self.detector(self._to_network(batch.images))
+        targets = assign(proposals, places, batch, config.match_distance)
+        points, logits = proposals.points.flatten(0, 1), proposals.logits.flatten(0, 1)
+        unlabelled = (places == UNLABELLED).flatten()
+        pseudo = pseudo_labels((logits.detach() if pseudo_view is None else pseudo_view), config.confidence)
+        pseudo = torch.where(unlabelled, pseudo, UNKNOWN)
+        losses = {
+            "reg": regression_loss(points[targets.matched], targets.nuclei),
+            "type": type_loss(logits, targets.type, config.background_weight),
+            "cons": type_loss(logits, pseudo, config.background_weight),
+        }
+        loss = torch.stack([weights[name] * losses[name] for name in TERMS]).sum()
+
+        # Backward, and a last look before anything is changed.
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for p in self.detector.parameters() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.guard.look(self.step + 1, [*losses.values(), grad_norm], batch.image_ids, batch.epochs)
+        if optim.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, optim.clip_grad, grad_norm)
+        lr = cosine(optim.lr, optim.min_lr, self.step, self.steps)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.step += 1
+
+        if not measure:
+            return {}
+        return {
+            "loss": loss.detach(),
+            **{f"loss_{name}": value.detach() for name, value in losses.items()},
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "lambda_cons": weights["cons"],
+            "epoch": epoch,
+            "nuclei_per_image": len(targets.matched) / len(batch.images),
+            "annotated": (places == ANNOTATED).double().mean(),
+            "pseudo_labelled": (pseudo != UNKNOWN).sum() / unlabelled.sum().clamp_min(1),
+        }
+
+    @property
+    def _looks_twice(self) -> bool:
+        return self.config.loss.pseudo_view == "plain"
+
+    @torch.no_grad()
+    def _logits_in_plain_colours(self, batch: LfovBatch) -> Tensor:
+        """Logits ``[I * P, C + 1]`` of the network as it would be applied, on the samples as they are."""
+        self.detector.eval()
+        with self.autocast():
+            proposals: Proposals = self.detector(self._to_network(batch.plain))
+        return proposals.logits.flatten(0, 1)
+
+    def _to_network(self, images: Tensor) -> Tensor:
+        return normalise(images.to(self.device, non_blocking=True))
+
+    def check(self) -> None:
+        """Ask whether all steps up to now were finite; the host waits.
+
+        Raises:
+            NonFiniteError: for the first that was not.
+        """
+        self.guard.check()
+
+    def save(self, run: Path) -> Path:
+        """Write a checkpoint of everything that the next step depends on.
+
+        Raises:
+            NonFiniteError: the state is not worth keeping.
+        """
+        self.check()
+        tensors = {STEM: self.detector.state_dict(), "optimizer": moments(self.detector, self.optimizer)}
+        return checkpoint.save(run, self.step, tensors, self._state(), keep_every=0)
+
+    def save_best(self, run: Path) -> Path:
+        """Write the detector alone, as the run's best."""
+        return checkpoint.save(run / BEST, self.step, {STEM: self.detector.state_dict()}, self._state(), keep_every=0)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "num_images": self.num_images,
+            "best": self.best,
+            "config": dataclasses.asdict(self.config),
+            STEM: dataclasses.asdict(self.detector.settings),
+        }
+
+    def load(self, folder: Path) -> None:
+        """Continue from the checkpoint ``folder``.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        state = checkpoint.read_state(folder)
+        self.step, self.best = state["step"], state["best"]
+        self.detector.load_state_dict(checkpoint.read_tensors(folder, STEM))
+        load_moments(self.detector, self.optimizer, checkpoint.read_tensors(folder, "optimizer"))
+
+
+def proposal_places(places: Tensor, stride: int) -> Tensor:
+    """The value at every proposal: ``[I, R, R]`` -> ``[I, P]``, in the order of `detection.detector.grid`."""
+    return places[:, stride // 2 :: stride, stride // 2 :: stride].flatten(1)
+
+
+def assign(proposals: Proposals, places: Tensor, batch: LfovBatch, distance_weight: float) -> Targets:
+    """Match the annotated nuclei of each image with proposals that stand in its annotated region.
+
+    Background is the target of the proposals there that no nucleus got. The matching runs on the host.
+    """
+    points = proposals.points.detach().cpu().numpy()
+    probabilities = proposals.logits.detach().softmax(dim=-1).cpu().numpy()
+    annotated = (places == ANNOTATED).cpu().numpy()
+    count, size = annotated.shape
+    background = probabilities.shape[-1] - 1
+    target = np.where(annotated, background, UNKNOWN).astype(np.int64)
+    bounds = np.cumsum(batch.counts.numpy())[:-1]
+    all_xy, all_labels = (np.split(array.numpy(), bounds) for array in (batch.xy, batch.label))
+    matched, nuclei = [], []
+    for i in range(count):
+        rows, xy, label = np.flatnonzero(annotated[i]), all_xy[i], all_labels[i]
+        proposal, nucleus = match(points[i][rows], probabilities[i][rows], xy, label, distance_weight=distance_weight)
+        target[i, rows[proposal]] = label[nucleus]
+        matched.append(i * size + rows[proposal])
+        nuclei.append(xy[nucleus])
+    device = proposals.points.device
+    return Targets(
+        torch.from_numpy(target.ravel()).to(device),
+        torch.from_numpy(np.concatenate(matched)).to(device),
+        torch.from_numpy(np.concatenate(nuclei)).to(proposals.points),
+    )

@@ -1,0 +1,177 @@
+"""The named protocols by which nucleus detection is scored, each as its published code does it.
+
+| name | radius | pairs | figures |
+|---|---|---|---|
+| ``ocelot`` | <= 3 um (15 px at 0.2) | per class, by confidence | of sums over images, rounded to 4 decimals |
+| ``mcspatnet`` | < 3.048 um (6 px at 0.508) | per class, true points row by row | of sums |
+| ``promptnucseg`` | <= 3 um (12 px at 0.25) | per class, by confidence | of sums |
+| ``puma`` | < 3.75 um (15 px at 0.25) | per class, true points in their order | means over files, of seen classes |
+| ``hovernet`` | <= 3 um (12 px at 0.25) | any class, least total distance | of sums, see below |
+| ``max-matching`` | <= 3 um (each data set's own there) | per class, as many as possible | of sums |
+
+Detection ignores classes. ``ocelot`` and ``puma`` publish no such figure; theirs here is their rule with all points of
+one class. ``hovernet`` (CellViT's too) finds pairs once. A pair of unlike classes is then a false positive of one class
+and a false negative of the other, and each counts twice: ``F1 = 2 TP / (2 TP + FP + FN)`` with those weights in FP and
+FN.
+
+Where a figure would be 0 / 0 it is 0, but 1 for ``mcspatnet``, as in the published codes (those of ``hovernet`` and
+``max-matching`` give NaN). The mean of F1 is over all classes; for ``puma`` over those that occur in any file, true or
+predicted, for ``hovernet`` over those that occur in the truth.
+
+Not taken over: rounding to pixels, so that points fall together (``mcspatnet``); a placeholder at the origin for
+images without nuclei (``hovernet``); float32 for distances and figures (``ocelot``, ``promptnucseg``). PUMA's scores
+were made on ROIs at 40x; where those count as 0.23 um/px, its 15 px are 3.45 um.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muse_fast.detection.pairing import (
+    Pairs,
+    Points,
+    Rule,
+    as_many_as_possible,
+    by_confidence,
+    by_raster,
+    by_total_distance,
+    by_truth,
+    find_candidates,
+)
+from muse_fast.errors import UserError, did_you_mean
+
+Counts = NDArray[np.int64]
+"""``[..., 3]``: true positives, false positives and false negatives, as the protocol weighs them."""
+
+Figures = NDArray[np.float64]
+"""``[..., 3]``: precision, recall and F1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How points are counted and figures made of the counts."""
+
+    name: str
+    radius_um: float
+    count: Callable[[Points, Points, float, int], Counts]
+    """Predictions and truth of one image, radius in pixels, number of classes -> ``[classes + 1, 3]``; the last row is
+    detection."""
+    figures: Callable[[NDArray[Any]], Figures]
+    """Counts ``[..., 3]`` -> figures ``[..., 3]``."""
+    per_file: bool = False
+    """Means of the images' figures instead of the figures of summed counts."""
+    occurs: Callable[[NDArray[Any]], NDArray[np.bool_]] = lambda counts: np.ones(counts.shape[:-1], bool)
+    """Which classes count in the mean of F1, by their counts ``[..., 3]`` over all images."""
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of that name; UserError with the nearest one where there is none."""
+    if name not in PROTOCOLS:
+        raise UserError(f"no protocol '{name}' among {', '.join(PROTOCOLS)}{did_you_mean(name, PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+# ----------------------------------------------------------------------------------------------------------- counting
+
+
+def _per_class(
+    predictions: Points, truths: Points, radius: float, num_classes: int, *, rule: Rule, strict: bool
+) -> Counts:
+    """Pairs within each class, and once more whatever the class."""
+    near = find_candidates(predictions, truths, radius, strict)
+    # Points of different classes share no candidate, so one call pairs all classes as calls of their own would.
+    alike = near.take(predictions.label[near.prediction] == truths.label[near.truth])
+    pairs = rule(alike, predictions, truths)
+    detected = rule(near, predictions.unlabelled(), truths.unlabelled())
+    tp = np.bincount(truths.label[pairs[:, 1]], minlength=num_classes)
+    return _counts(
+        tp, _sizes(predictions, num_classes) - tp, _sizes(truths, num_classes) - tp, detected, predictions, truths
+    )
+
+
+def _then_class(predictions: Points, truths: Points, radius: float, num_classes: int) -> Counts:
+    """Pairs whatever the class; those of unlike classes count twice against both."""
+    pairs = by_total_distance(predictions, truths, radius)
+    predicted, true = predictions.label[pairs[:, 0]], truths.label[pairs[:, 1]]
+    tp = np.bincount(true[predicted == true], minlength=num_classes)
+    confused_as = np.bincount(predicted[predicted != true], minlength=num_classes)
+    confused = np.bincount(true[predicted != true], minlength=num_classes)
+    fp = _sizes(predictions, num_classes) - tp + confused_as
+    fn = _sizes(truths, num_classes) - tp + confused
+    return _counts(tp, fp, fn, pairs, predictions, truths)
+
+
+def _counts(
+    tp: NDArray[Any], fp: NDArray[Any], fn: NDArray[Any], detected: Pairs, predictions: Points, truths: Points
+) -> Counts:
+    hits = len(detected)
+    detection = np.array([[hits, len(predictions.xy) - hits, len(truths.xy) - hits]])
+    return np.concatenate([np.stack([tp, fp, fn], axis=1), detection])
+
+
+def _sizes(points: Points, num_classes: int) -> NDArray[np.int64]:
+    return np.bincount(points.label, minlength=num_classes)
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def _harmonic(counts: NDArray[Any], *, epsilon: float = 0.0, undefined: float = 0.0) -> Figures:
+    """F1 as the harmonic mean of precision and recall; ``undefined`` where the latter are 0 / 0."""
+    tp, fp, fn = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
+    precision = _divide(tp, tp + fp + epsilon, undefined)
+    recall = _divide(tp, tp + fn + epsilon, undefined)
+    f1 = _divide(2 * precision * recall, precision + recall + epsilon, 0.0)
+    return np.stack([precision, recall, f1], axis=-1)
+
+
+def _rounded(counts: NDArray[Any]) -> Figures:
+    """`_harmonic` to 4 decimals, by Python's exact rounding."""
+    figures = _harmonic(counts, epsilon=1e-7)
+    return np.array([round(value, 4) for value in figures.ravel().tolist()]).reshape(figures.shape)
+
+
+def _weighted(counts: NDArray[Any]) -> Figures:
+    tp, fp, fn = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
+    figures = _divide(tp, tp + fp, 0.0), _divide(tp, tp + fn, 0.0), _divide(2 * tp, 2 * tp + fp + fn, 0.0)
+    return np.stack(figures, axis=-1)
+
+
+def _divide(a: NDArray[Any], b: NDArray[Any], undefined: float) -> NDArray[np.float64]:
+    return np.divide(a, b, out=np.full_like(b, undefined), where=b > 0)
+
+
+PROTOCOLS = {
+    one.name: one
+    for one in (
+        Protocol("ocelot", 3.0, partial(_per_class, rule=by_confidence, strict=False), _rounded),
+        Protocol(
+            "mcspatnet",
+            3.048,
+            partial(_per_class, rule=by_raster, strict=True),
+            partial(_harmonic, undefined=1.0),
+        ),
+        Protocol(
+            "promptnucseg",
+            3.0,
+            partial(_per_class, rule=by_confidence, strict=False),
+            partial(_harmonic, epsilon=1e-7),
+        ),
+        Protocol(
+            "puma",
+            3.75,
+            partial(_per_class, rule=by_truth, strict=True),
+            _harmonic,
+            per_file=True,
+            occurs=lambda counts: counts.sum(axis=-1) > 0,
+        ),
+        Protocol("hovernet", 3.0, _then_class, _weighted, occurs=lambda counts: counts[..., 0] + counts[..., 2] > 0),
+        Protocol("max-matching", 3.0, partial(_per_class, rule=as_many_as_possible, strict=False), _harmonic),
+    )
+}

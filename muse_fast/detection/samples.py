@@ -1,0 +1,253 @@
+"""Samples with a large field of view for fine-tuning (paper, "LFoV Samples", equation 8).
+
+The annotated region of an image stands anywhere inside a larger square, whose rest is tissue without annotation: that
+of the source's context image, where it has one; beyond it stand mirrored tissue or glass
+(`muse_fast.images.squares`). Every random choice of a sample derives from (seed, epoch, image).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from muse_fast.classification.tiles import resample
+from muse_fast.config import ViewsConfig
+from muse_fast.errors import UserError
+from muse_fast.images.squares import cut_square, inside
+from muse_fast.sources import Source, SourceImage
+from muse_fast.sources.base import Context, Field
+from muse_fast.views.boxes import ViewBox
+from muse_fast.views.colours import apply_colour, draw_colour
+from muse_fast.views.loader import Sample
+
+UNLABELLED, ANNOTATED, EMPTY = 0, 1, 2
+"""What a place of a sample is: tissue without annotation, annotated, or glass in the place of unknown tissue."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """An image at the scale of training, and the nuclei of its annotated region."""
+
+    name: str
+    image: Tensor  # [3, H, W] uint8
+    region: Tensor  # [H, W] bool, where nuclei are annotated; any shape
+    xy: NDArray[np.float32]  # [n, 2] pixels
+    label: NDArray[np.int64]  # [n], -1 unknown
+    scale: tuple[float, float]  # pixels of this image per pixel of the source's, along x and y
+    corner: tuple[int, int] = (0, 0)  # x, y of the source's image in this one
+
+    def box(self) -> tuple[int, int, int, int]:
+        """x, y, width and height of the region."""
+        y, x = (self.region.any(dim=axis).nonzero().flatten() for axis in (1, 0))
+        return int(x[0]), int(y[0]), int(x[-1] - x[0]) + 1, int(y[-1] - y[0]) + 1
+
+
+def class_names(source: Source) -> tuple[str, ...]:
+    """Of the labels of its images; one class where it names none."""
+    return tuple(source.label_names) or ("nucleus",)
+
+
+def labels(image: SourceImage, classes: int) -> NDArray[np.int64]:
+    """Labels ``[n]`` of its nuclei below ``classes``, -1 where unknown; with one class all are of it."""
+    if classes == 1 or image.label is None:
+        return np.full(len(image.xy), 0 if classes == 1 else -1, np.int64)
+    return image.label.astype(np.int64)
+
+
+def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: int = 0) -> LabelledImage:
+    """``source`` at ``mpp``, all of it annotated, with as much of its context as samples of ``sample_size`` can show.
+
+    Nuclei beyond its border are left out.
+
+    Raises:
+        UserError: the context image is damaged, or does not hold the image.
+    """
+    image, xy = resample(source, mpp)
+    height, width = image.shape[:2]
+    label = labels(source, classes)
+    keep = ((xy >= 0) & (xy < (width, height))).all(axis=1)
+    whole, (left, top) = image, (0, 0)
+    if source.context is not None:
+        whole, (left, top) = _with_context(image, source.context, sample_size)
+    region = torch.zeros(whole.shape[:2], dtype=torch.bool)
+    region[top : top + height, left : left + width] = True
+    return LabelledImage(
+        name=source.name,
+        image=torch.from_numpy(np.ascontiguousarray(whole.transpose(2, 0, 1))),
+        region=region,
+        xy=(xy[keep] + (left, top)).astype(np.float32),
+        label=label[keep],
+        scale=(width / source.image.shape[1], height / source.image.shape[0]),
+        corner=(left, top),
+    )
+
+
+def _with_context(
+    image: NDArray[np.uint8], context: Context, sample_size: int
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """``image`` in the middle of what lies around it at the same scale, and the x, y at which it stands there."""
+    height, width = image.shape[:2]
+    x0, y0, x1, y1 = context.box
+    across, down = (x1 - x0) / width, (y1 - y0) / height  # pixels of the larger image per pixel of this one
+    room_x, room_y = max(0, sample_size - width), max(0, sample_size - height)
+    left, top = min(room_x, int(x0 / across)), min(room_y, int(y0 / down))
+
+    def around(whole_width: int, whole_height: int) -> tuple[Field, tuple[int, int]]:
+        right, bottom = min(room_x, int((whole_width - x1) / across)), min(room_y, int((whole_height - y1) / down))
+        near = max(0.0, x0 - left * across), max(0.0, y0 - top * down)
+        far = min(float(whole_width), x1 + right * across), min(float(whole_height), y1 + bottom * down)
+        return (*near, *far), (left + width + right, top + height + bottom)
+
+    whole = context.read(around)
+    whole[top : top + height, left : left + width] = image  # it may have more pixels per um
+    return whole, (left, top)
+
+
+def read_splits(
+    source: Source, splits: Sequence[str], mpp: float, sample_size: int = 0
+) -> dict[str, list[LabelledImage]]:
+    """The images of each of ``splits`` at ``mpp``, held in memory; "" stands for all images.
+
+    Args:
+        sample_size: of the samples that will be drawn; context images are read for it.
+
+    Raises:
+        UserError: a split has no image, or no nucleus; or what `labelled_image` raises.
+    """
+    found: dict[str, list[LabelledImage]] = {split: [] for split in splits}
+    seen: Counter[str] = Counter()
+    for item in source:
+        seen[item.split] += 1
+        wanted = [split for split in splits if split in ("", item.split)]
+        if wanted:
+            image = labelled_image(item, mpp, len(class_names(source)), sample_size)
+            for split in wanted:
+                found[split].append(image)
+    held = ", ".join(f"{count} in {split or 'no split'}" for split, count in sorted(seen.items()))
+    for split, images in found.items():
+        if not images:
+            raise UserError(f"no image in the split {split!r}; the source holds {held or 'no image at all'}")
+        if not any(len(image.xy) for image in images):
+            raise UserError(f"the {len(images)} images of the split {split!r} hold no nucleus")
+    return found
+
+
+class LfovSample(NamedTuple):
+    """One image as a sample of R x R pixels."""
+
+    plain: Tensor  # [3, R, R] uint8, in the colours of the image
+    image: Tensor  # [3, R, R] uint8, colours augmented
+    places: Tensor  # [R, R] uint8: UNLABELLED, ANNOTATED or EMPTY
+    xy: NDArray[np.float32]  # [n, 2] pixels of the sample
+    label: NDArray[np.int64]  # [n]
+
+
+class LfovBatch(NamedTuple):
+    """Samples for one step."""
+
+    plain: Tensor  # [I, 3, R, R] uint8
+    images: Tensor  # [I, 3, R, R] uint8
+    places: Tensor  # [I, R, R] uint8
+    xy: Tensor  # [N, 2] float32
+    label: Tensor  # [N] int64
+    counts: Tensor  # [I] int64, nuclei of each
+    image_ids: Tensor  # [I] int64
+    epochs: Tensor  # [I] int64
+
+
+def draw_corner(rng: np.random.Generator, box: tuple[int, int, int, int], size: int) -> tuple[int, int]:
+    """Top-left pixel of a sample of ``size`` that shows the region ``box`` (x, y, width, height): equation 8.
+
+    Each axis is drawn alone: the region lies uniformly anywhere inside the sample. An axis along which the region is
+    the larger one has the sample uniformly anywhere inside the region.
+    """
+    x, y, width, height = box
+    offsets = [int(rng.integers(min(0, size - side), max(0, size - side) + 1)) for side in (width, height)]
+    return x - offsets[0], y - offsets[1]
+
+
+class LfovDataset(Dataset["LfovBatch | UserError"]):
+    """``dataset[samples]`` is the batch of ``samples``, pairs of an epoch and a position in ``images``.
+
+    Args:
+        images: what to draw samples of.
+        size: R, pixels along a side.
+        surroundings: what stands beyond an image, ``reflect`` or ``mask``.
+        turns: flips and quarter turns.
+        colours: its jitter, grey and blur are drawn as for a local view of pretraining.
+        seed: of all draws.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[LabelledImage],
+        *,
+        size: int,
+        surroundings: str,
+        turns: bool,
+        colours: ViewsConfig,
+        seed: int,
+    ) -> None:
+        self.images, self.size, self.surroundings = images, size, surroundings
+        self.turns, self.colours, self.seed = turns, colours, seed
+
+    def __getitem__(self, samples: Sequence[Sample]) -> LfovBatch | UserError:
+        drawn = [self.sample(epoch, image) for epoch, image in samples]
+        return LfovBatch(
+            plain=torch.stack([sample.plain for sample in drawn]),
+            images=torch.stack([sample.image for sample in drawn]),
+            places=torch.stack([sample.places for sample in drawn]),
+            xy=torch.from_numpy(np.concatenate([sample.xy for sample in drawn])),
+            label=torch.from_numpy(np.concatenate([sample.label for sample in drawn])),
+            counts=torch.tensor([len(sample.xy) for sample in drawn]),
+            image_ids=torch.tensor([image for _, image in samples]),
+            epochs=torch.tensor([epoch for epoch, _ in samples]),
+        )
+
+    def sample(self, epoch: int, number: int) -> LfovSample:
+        """The sample of image ``number`` in ``epoch``."""
+        rng = np.random.default_rng([self.seed, epoch, number])
+        source = self.images[number]
+        left, top = draw_corner(rng, source.box(), self.size)
+        flip, turns = (bool(rng.integers(2)), int(rng.integers(4))) if self.turns else (False, 0)
+        colour = draw_colour(rng, "local", self.colours)
+
+        xy = source.xy - np.array([left, top], np.float32)
+        shown = ((xy >= 0) & (xy < self.size)).all(axis=1)
+        plain = _turn(cut_square(source.image, left, top, self.size, self.surroundings), flip, turns)
+        box = ViewBox(left, top, self.size, self.size, flip, turns)
+        return LfovSample(
+            plain=plain,
+            image=apply_colour(plain, colour),
+            places=_turn(self._places(source.region, left, top), flip, turns),
+            xy=box.map_points(source.xy[shown]),
+            label=source.label[shown],
+        )
+
+    def _places(self, region: Tensor, left: int, top: int) -> Tensor:
+        height, width = region.shape
+        in_image = inside(left, top, self.size, width, height)
+        places = torch.full((self.size, self.size), EMPTY if self.surroundings == "mask" else UNLABELLED)
+        places[in_image] = UNLABELLED
+        places[in_image & cut_square(region, left, top, self.size, "reflect")] = ANNOTATED
+        return places.to(torch.uint8)
+
+
+def _turn(square: Tensor, flip: bool, turns: int) -> Tensor:
+    """As `ViewBox` moves points: mirrored left to right, then turned counter-clockwise by quarters."""
+    return torch.rot90(square.flip(-1) if flip else square, turns, (-2, -1)).contiguous()
+
+
+def describe(images: Sequence[LabelledImage], names: Sequence[str]) -> dict[str, Any]:
+    """Images, nuclei, and nuclei of each class."""
+    label = np.concatenate([image.label for image in images])
+    counts = {name: int((label == kind).sum()) for kind, name in enumerate(names)}
+    return {"images": len(images), "nuclei": len(label), **counts}

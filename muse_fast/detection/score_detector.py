@@ -1,0 +1,187 @@
+"""``python -m muse_fast.evaluate detect --weights RUN_OR_CHECKPOINT --data SOURCE [--split test] [--json OUT]``
+
+Detects the nuclei of a split with a fine-tuned detector and scores them by every protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from muse_fast import __version__
+from muse_fast.classification.features import Progress
+from muse_fast.detection.detector import Detector, load_detector
+from muse_fast.detection.samples import LabelledImage, class_names, labelled_image, labels
+from muse_fast.detection.score_files import Bar
+from muse_fast.detection.scores import Points, evaluate_all, scores_table
+from muse_fast.errors import UserError, require
+from muse_fast.images.tables import write_points
+from muse_fast.runtime.atomic import write_json
+from muse_fast.runtime.device import pick_device
+from muse_fast.sources import SourceImage, open_source
+
+
+def main(argv: Sequence[str], bar: Bar) -> int:
+    """Run the command; ``bar`` shows its progress.
+
+    Raises:
+        UserError: no detector, a source with other classes, no image in the split, or a place that exists already.
+    """
+    args = _parse(argv)
+    began = time.perf_counter()
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    device = pick_device(args.device, "--device")
+    detector = load_detector(args.weights, device)
+    images = _read(args, detector.class_names)
+
+    with bar(console, "detection") as progress, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        classes = len(detector.class_names)
+        at_scale = [labelled_image(image, detector.mpp, classes, detector.tile_size) for image in images]
+        found = detect_images(detector, at_scale, progress)
+    found = [in_source_pixels(points, one) for points, one in zip(found, at_scale, strict=True)]
+    truths = [_known(Points(image.xy, labels(image, classes))) for image in images]
+    detected, annotated = (sum(len(points.xy) for points in some) for some in (found, truths))
+    console.print(
+        f"{args.data}, {args.split or 'all'}: {detected} nuclei in {len(images)} images, {annotated} annotated"
+    )
+    with bar(console, "scoring") as progress:
+        scores, left_out = evaluate_all(
+            found,
+            truths,
+            [image.mpp for image in images],
+            classes,
+            args.radius,
+            draws=args.draws,
+            seed=args.seed,
+            progress=progress,
+        )
+    console.print(scores_table(scores, detector.class_names))
+    for name, reason in left_out.items():
+        console.print(f"{name} left out: {reason}")
+    if args.csv is not None:
+        for image, points in zip(images, found, strict=True):
+            write_points(args.csv / f"{Path(image.name).stem}.csv", points.xy, points.label, points.confidence())
+        console.print(f"points in {args.csv}")
+    if args.json is not None:
+        report = {
+            "weights": args.weights,
+            "data": args.data,
+            "split": args.split,
+            "detector": dataclasses.asdict(detector.settings),
+            "images": len(images),
+            "detected": detected,
+            "annotated": annotated,
+            "protocols": {name: dataclasses.asdict(one) for name, one in scores.items()},
+            "left_out": left_out,
+            "bootstrap": {"draws": args.draws, "seed": args.seed},
+            "muse_fast": __version__,
+            "seconds": time.perf_counter() - began,
+        }
+        write_json(args.json, report)
+        console.print(f"numbers in {args.json}")
+    return 0
+
+
+def detect_images(
+    detector: Detector, images: Sequence[LabelledImage], progress: Progress | None = None
+) -> list[Points]:
+    """Nuclei of the annotated regions of images at the detector's um per pixel, in pixels of those images.
+
+    Of the tissue around a region it sees as much on either side as fills a tile.
+    """
+    device = next(detector.parameters()).device
+    found = []
+    for done, one in enumerate(images, start=1):
+        x, y, width, height = one.box()
+        across, down = (max(0, detector.tile_size - side) // 2 for side in (width, height))
+        left, top = max(0, x - across), max(0, y - down)
+        field = one.image[:, top : y + height + down, left : x + width + across]
+        (points,) = detector.detect(field[None].to(device))
+        xy = points.xy + np.array([left, top], np.float32)
+        column, row = np.minimum(xy.astype(np.int64), (one.image.shape[2] - 1, one.image.shape[1] - 1)).T
+        inside = one.region.numpy()[row, column]
+        found.append(Points(xy[inside], points.label[inside], points.confidence()[inside]))
+        if progress is not None:
+            progress(done, len(images), "images")
+    return found
+
+
+def in_source_pixels(points: Points, image: LabelledImage) -> Points:
+    """Points of ``image`` in pixels of the source's image that it was made from."""
+    xy = (points.xy - np.array(image.corner)) / np.array(image.scale)
+    return Points(xy.astype(np.float32), points.label, points.score)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("muse-fast evaluate detect", description="Scores of a fine-tuned detector.")
+    parser.add_argument("--weights", required=True, help="run of muse_fast.finetune (its best), or a checkpoint")
+    parser.add_argument("--data", required=True, help="annotated source, e.g. brcam2c:DIR")
+    parser.add_argument("--split", default="test", help="of the source (test); '' takes all images")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16")
+    parser.add_argument(
+        "--radius", type=float, metavar="UM", help="um within which points may pair; else the protocol's"
+    )
+    parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of those samples (0)")
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="write what was detected here; must not exist")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
+    parser.add_argument("options", nargs="*", metavar="source.key=value", help="options of the source")
+    args = parser.parse_intermixed_args(argv)
+    args.source_options, others = split_source_options(args.options)
+    if others:
+        raise UserError(f"'{others[0]}': only options of the source are taken here, as source.key=value")
+    require(args.draws >= 0, "--draws", args.draws, "0 or more")
+    require(args.seed >= 0, "--seed", args.seed, "0 or more")
+    for key in ("csv", "json"):
+        place = getattr(args, key)
+        if place is not None and place.exists():
+            raise UserError(f"{place} exists already; remove it or choose another --{key}")
+    return args
+
+
+def split_source_options(items: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of the source among ``key=value`` items, which begin with ``source.``, and the other items.
+
+    Raises:
+        UserError: one of them has no ``=``.
+    """
+    options, others = {}, []
+    for item in items:
+        prefix, _, rest = item.partition(".")
+        if prefix != "source":
+            others.append(item)
+            continue
+        key, separator, value = rest.partition("=")
+        if not separator:
+            raise UserError(f"'{item}': options of the source are given as source.key=value")
+        options[key] = value
+    return options, others
+
+
+def _read(args: argparse.Namespace, names: tuple[str, ...]) -> list[SourceImage]:
+    source = open_source(args.data, **args.source_options)
+    classes = class_names(source)
+    if classes != names:
+        raise UserError(
+            f"{args.data} has the classes {', '.join(classes)}, but {args.weights} was trained on "
+            f"{', '.join(names)}: their labels do not compare"
+        )
+    images = [image for image in source if args.split in ("", image.split)]
+    if not images:
+        raise UserError(f"{args.data} holds no image in the split {args.split!r}; --split '' takes all")
+    return images
+
+
+def _known(points: Points) -> Points:
+    """The nuclei of known class."""
+    known = points.label >= 0
+    return Points(points.xy[known], points.label[known])

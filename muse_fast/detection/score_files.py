@@ -1,0 +1,156 @@
+"""``python -m muse_fast.evaluate points --predictions DIR --truth DIR --mpp 0.5 [--protocol NAME] [--json OUT]``
+
+Scores files of points against files of points. Each folder holds one CSV per image, ``x,y[,label][,score]`` in pixels;
+files of one image have the same name. What `muse_fast.predict` left, ``IMAGE/cells.csv``, stands for ``IMAGE.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from muse_fast import __version__
+from muse_fast.classification.features import Progress
+from muse_fast.detection.protocols import PROTOCOLS, find_protocol
+from muse_fast.detection.scores import Points, evaluate, evaluate_all, figures_table, scores_table
+from muse_fast.errors import UserError, require
+from muse_fast.images.tables import check_mpp, read_class_names, read_points
+from muse_fast.runtime.atomic import write_json
+
+ALL = "all"
+CELLS = "cells.csv"  # in a folder per image, by `muse_fast.predicting.files`
+Bar = Callable[[Console, str], AbstractContextManager[Progress]]
+
+
+def main(argv: Sequence[str], bar: Bar) -> int:
+    """Run the command; ``bar`` shows its progress.
+
+    Raises:
+        UserError: files are missing, left over or not readable, labels stand on one side alone, or as `evaluate`.
+    """
+    args = _parse(argv)
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    predictions, truths, classes = _read(args)
+    boxes = sum(len(points.xy) for points in predictions), sum(len(points.xy) for points in truths)
+    console.print(f"{args.predictions}: {boxes[0]} points in {len(truths)} images, against {boxes[1]} in {args.truth}")
+    if all(points.score is None for points in predictions):
+        console.print("no scores: the order in the files takes the place of confidence")
+    options = {"radius_um": args.radius, "draws": args.draws, "seed": args.seed}
+    if args.protocol == ALL:
+        with bar(console, "scoring") as progress:
+            scores, left_out = evaluate_all(
+                predictions, truths, args.mpp, max(1, len(classes)), **options, progress=progress
+            )
+    else:
+        one = evaluate(predictions, truths, args.mpp, max(1, len(classes)), args.protocol, **options)
+        scores, left_out = {args.protocol: one}, {}
+        console.print(figures_table(one, classes))
+    console.print(scores_table(scores, classes))
+    for name, reason in left_out.items():
+        console.print(f"{name} left out: {reason}")
+    if args.json is not None:
+        report = {
+            "predictions": str(args.predictions),
+            "truth": str(args.truth),
+            "mpp": args.mpp,
+            "classes": classes,
+            "protocols": {name: asdict(one) for name, one in scores.items()},
+            "left_out": left_out,
+            "bootstrap": {"draws": args.draws, "seed": args.seed},
+            "muse_fast": __version__,
+        }
+        write_json(args.json, report)
+        console.print(f"numbers in {args.json}")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("muse-fast evaluate points", description="Scores of detected points.")
+    parser.add_argument("--predictions", type=Path, required=True, metavar="DIR", help="x,y[,label][,score] CSVs")
+    parser.add_argument("--truth", type=Path, required=True, metavar="DIR", help="CSVs of the same names")
+    parser.add_argument("--mpp", required=True, help="um per pixel of the images")
+    parser.add_argument("--protocol", default=ALL, help=f"{ALL} ({', '.join(PROTOCOLS)}), or one of them")
+    parser.add_argument(
+        "--radius", type=float, metavar="UM", help="um within which points may pair; else the protocol's"
+    )
+    parser.add_argument("--classes", default="", help="names of the labels 0, 1, ..., with commas between")
+    parser.add_argument("--ignore-labels", action="store_true", help="score detection alone")
+    parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of those samples (0)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
+    args = parser.parse_args(argv)
+    args.mpp = check_mpp(args.mpp, "--mpp")
+    if args.protocol != ALL:
+        find_protocol(args.protocol)
+    require(args.draws >= 0, "--draws", args.draws, "0 or more")
+    require(args.seed >= 0, "--seed", args.seed, "0 or more")
+    if args.json is not None and args.json.exists():
+        raise UserError(f"{args.json} exists already; remove it or choose another --json")
+    return args
+
+
+def _read(args: argparse.Namespace) -> tuple[list[Points], list[Points], list[str]]:
+    """Points per image, and the names of the classes; none where only detection can be scored."""
+    predicted, true = _matching_files(args.predictions, args.truth)
+    classes = [name for name in args.classes.split(",") if name]
+    tables = [(path, *read_points(path, math.inf, math.inf, len(classes))) for path in predicted + true]
+    labelled = not args.ignore_labels and any(label is not None for _, _, label, _ in tables)
+    points = []
+    for path, xy, label, score in tables:
+        if not labelled or not len(xy):
+            label = np.zeros(len(xy), np.int16)
+        elif label is None or label.min() < 0:
+            raise UserError(f"{path}: points without a label, where others have one; add it, or give --ignore-labels")
+        points.append(Points(xy, label, score))
+    if labelled:
+        highest = max(int(one.label.max(initial=0)) for one in points)
+        names = _class_names([path for path, *_ in tables], classes)
+        classes = classes or [names.get(label, str(label)) for label in range(highest + 1)]
+    return points[: len(predicted)], points[len(predicted) :], classes if labelled else []
+
+
+def _class_names(paths: Sequence[Path], classes: Sequence[str]) -> dict[int, str]:
+    """Names of the labels by ``--classes`` and the columns ``class`` of the files; UserError where they disagree."""
+    names, origin = dict(enumerate(classes)), dict.fromkeys(range(len(classes)), "--classes")
+    for path in paths:
+        for label, name in read_class_names(path).items():
+            if names.setdefault(label, name) != name:
+                raise UserError(
+                    f"{path} calls label {label} {name!r}, {origin[label]} {names[label]!r}: these labels do not "
+                    "compare. Number them alike, or score detection alone with --ignore-labels"
+                )
+            origin.setdefault(label, str(path))
+    return names
+
+
+def _matching_files(predictions: Path, truth: Path) -> tuple[list[Path], list[Path]]:
+    """The files of both folders in the same order of images; UserError unless both have the same images."""
+    found, true = _files(predictions), _files(truth)
+    if not true:
+        raise UserError(f"{truth} holds no .csv; expected one per image, x,y[,label]")
+    for folder, names, other in (
+        (predictions, true.keys() - found.keys(), truth),
+        (truth, found.keys() - true.keys(), predictions),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise UserError(
+                f"{folder} lacks {shown}, which {other} has; an image without points needs a file with the header alone"
+            )
+    return [found[name] for name in sorted(true)], [true[name] for name in sorted(true)]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """CSVs of points by the name that they have, or would have: those in ``folder``, else what predict left there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected one with a CSV of points per image")
+    plain = {path.name: path for path in folder.iterdir() if path.suffix == ".csv"}
+    return plain or {f"{path.parent.name}.csv": path for path in folder.glob(f"*/{CELLS}")}

@@ -1,0 +1,240 @@
+"""GeoJSON as QuPath, CellViT and TIAToolbox write it: points and outlines in pixels, x right, y down.
+
+The type of an object is ``objectType`` or, in older files, ``object_type``, in ``properties`` or beside them. Its class
+is ``properties.classification``: a mapping with ``name``, or with ``names`` (QuPath's classes of several parts), or a
+text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muse_fast.errors import UserError
+from muse_fast.runtime.atomic import replacing
+
+SUFFIXES = (".geojson", ".geojson.gz")
+
+# A polygon is its outline and then its holes, each a ring ``[n, 2]`` float64.
+Polygon = list[NDArray[np.float64]]
+
+_KINDS = ("Point", "MultiPoint", "Polygon", "MultiPolygon")
+_MAX_PARTS = 20  # of a MultiPolygon that is one nucleus
+_NO_NUCLEI = {"tile": "tile", "tmaCore": "TMA core", "root": "root object"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One feature of a file.
+
+    Attributes:
+        points: ``[n, 2]`` float64.
+        label: name of the feature's class, "" where it has none.
+        kind: QuPath's type of object, "detection" or "annotation" for example, "" where the file tells none.
+        where: the feature's place in the file, for messages.
+    """
+
+    points: NDArray[np.float64]
+    polygons: list[Polygon] = field(default_factory=list)
+    label: str = ""
+    kind: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GeoPoints:
+    """The nuclei of a file as points."""
+
+    xy: NDArray[np.float64]  # [n, 2] pixels: the point, or the centroid of the outline
+    area: NDArray[np.float64]  # [n] square pixels, 0 for points
+    label: list[str]  # [n] name of the class, "" where there is none
+    where: list[str]  # [n] the feature, for messages
+    left_out: Counter[str] = field(default_factory=Counter)  # objects that are no nuclei, by reason
+
+    def smaller_than(self, area: float) -> GeoPoints:
+        """Without the outlines of more than ``area`` square pixels."""
+        keep = np.flatnonzero(self.area <= area).tolist()
+        left_out = self.left_out + Counter({"outline too large for a nucleus": len(self.area) - len(keep)})
+        label, where = ([part[row] for row in keep] for part in (self.label, self.where))
+        return GeoPoints(self.xy[keep], self.area[keep], label, where, left_out)
+
+
+def read_geojson_points(path: Path, multi: str = "one") -> GeoPoints:
+    """The nuclei of a file: its detections and cells; where it has none, its annotations.
+
+    A cell counts by the outline of its nucleus, where it has one.
+
+    Args:
+        multi: a MultiPolygon is ``one`` nucleus in parts, or ``each`` part is a nucleus. MultiPoints always are many.
+
+    Raises:
+        UserError: as :func:`read_shapes`, or a MultiPolygon that can hardly be one nucleus; names file and feature.
+    """
+    shapes = list(read_shapes(path, nuclei=True))
+    detected = any(shape.kind in ("detection", "cell") for shape in shapes)
+    left_out: Counter[str] = Counter()
+    xy, area, label, where = [], [], [], []
+    for shape in shapes:
+        if shape.kind in _NO_NUCLEI:
+            left_out[_NO_NUCLEI[shape.kind]] += 1
+            continue
+        if detected and shape.kind == "annotation":
+            left_out["annotation beside detections"] += 1
+            continue
+        if multi == "one" and len(shape.polygons) > _MAX_PARTS:
+            raise UserError(
+                f"{path}, {shape.where}: a MultiPolygon of {len(shape.polygons)} parts is hardly one nucleus; "
+                "give multi=each to take every part for one, as CellViT writes them"
+            )
+        outlines = [shape.polygons] if multi == "one" and shape.polygons else [[one] for one in shape.polygons]
+        found = [(point, 0.0) for point in shape.points] + [centroid_and_area(polygons) for polygons in outlines]
+        for point, size in found:
+            xy.append(point)
+            area.append(size)
+            label.append(shape.label)
+            where.append(shape.where)
+    return GeoPoints(np.array(xy, np.float64).reshape(-1, 2), np.array(area, np.float64), label, where, left_out)
+
+
+def read_shapes(path: Path, *, nuclei: bool = False) -> Iterator[Shape]:
+    """The features of a file, plain or gzipped, with points or polygons; others, lines for example, are passed over.
+
+    A ``FeatureCollection``, a list of features, one feature and a bare geometry are all taken.
+
+    Args:
+        nuclei: of QuPath's cells take the outline of the nucleus, not that of the cell.
+
+    Raises:
+        UserError: no such file, or what stands in it is no GeoJSON; names file and feature.
+    """
+    for number, feature in enumerate(_features(path), start=1):
+        where = f"{path}, feature {number}"
+        if not isinstance(feature, dict):
+            raise UserError(f"{where}: expected a GeoJSON feature, found {type(feature).__name__}")
+        geometry = feature.get("geometry", feature)
+        if nuclei and feature.get("nucleusGeometry"):
+            geometry = feature["nucleusGeometry"]
+        properties = feature.get("properties") or {}
+        label = _class_name(properties.get("classification"))
+        named = (place.get(key) for place in (properties, feature) for key in ("objectType", "object_type"))
+        kind = str(next(filter(None, named), ""))
+        for part in geometry.get("geometries", [geometry]) if isinstance(geometry, dict) else []:
+            if isinstance(part, dict) and part.get("type") in _KINDS:
+                points, polygons = _parse(part["type"], part.get("coordinates"), where)
+                yield Shape(points, polygons, label, kind, f"feature {number}")
+
+
+def centroid_and_area(polygons: Sequence[Polygon]) -> tuple[NDArray[np.float64], float]:
+    """Centre of area ``[2]`` and area of polygons taken as one shape, holes left away, by Green's theorem.
+
+    Where that is no answer (no area, or an outline that crosses itself), the centre is the mean of the vertices.
+    """
+    total, moment = 0.0, np.zeros(2)
+    for polygon in polygons:
+        for number, ring in enumerate(polygon):
+            here = ring - ring[0]  # near zero the sums lose no digits
+            there = np.roll(here, -1, axis=0)
+            cross = here[:, 0] * there[:, 1] - there[:, 0] * here[:, 1]
+            turn = np.sign(cross.sum()) * (1 if number == 0 else -1)  # whichever way round the rings go
+            size = turn * cross.sum() / 2
+            moment += size * ring[0] + turn * ((here + there) * cross[:, None]).sum(axis=0) / 6
+            total += size
+    corners = np.concatenate([_open(polygon[0]) for polygon in polygons])
+    if total > 1e-9:
+        centre = moment / total
+        if ((corners.min(axis=0) <= centre) & (centre <= corners.max(axis=0))).all():
+            return centre, total
+    return corners.mean(axis=0), max(total, 0.0)
+
+
+def centroid(polygon: Polygon) -> NDArray[np.float64]:
+    """Centre of area ``[2]`` of one polygon."""
+    return centroid_and_area([polygon])[0]
+
+
+def write_outlines(path: Path, polygons: list[Polygon], name: str, colour: tuple[int, int, int]) -> None:
+    """Write polygons as QuPath annotations of the class ``name``. The same polygons give the same bytes."""
+    features = [
+        {
+            "type": "Feature",
+            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{path.stem}/{name}/{number}")),
+            "geometry": {"type": "Polygon", "coordinates": [_closed(ring) for ring in polygon]},
+            "properties": {"objectType": "annotation", "classification": {"name": name, "color": list(colour)}},
+        }
+        for number, polygon in enumerate(polygons)
+    ]
+    with replacing(path) as temporary:
+        text = json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False)
+        temporary.write_text(text + "\n")
+
+
+def _closed(ring: NDArray[np.float64]) -> list[list[float]]:
+    positions = ring.round(2).tolist()
+    return positions if positions[0] == positions[-1] else [*positions, positions[0]]
+
+
+def _open(ring: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Without the last vertex, where it repeats the first."""
+    return ring[:-1] if len(ring) > 1 and (ring[0] == ring[-1]).all() else ring
+
+
+def _features(path: Path) -> list[Any]:
+    try:
+        data = path.read_bytes()
+        content = json.loads((gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig"))
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: {reason}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no valid JSON ({error}), expected GeoJSON") from error
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict) and isinstance(content.get("features"), list):
+        return content["features"]
+    if isinstance(content, dict) and content.get("type") in ("Feature", "GeometryCollection", *_KINDS):
+        return [content]
+    raise UserError(f"{path}: expected GeoJSON: a FeatureCollection, a list of features, a feature or a geometry")
+
+
+def _class_name(classification: Any) -> str:
+    if isinstance(classification, dict):
+        names = classification.get("names") or ()
+        classification = classification.get("name") or ": ".join(map(str, names))
+    return str(classification or "")
+
+
+def _parse(kind: str, coordinates: Any, where: str) -> tuple[NDArray[np.float64], list[Polygon]]:
+    if kind in ("Point", "MultiPoint"):
+        return _positions([coordinates] if kind == "Point" else coordinates, where), []
+    several = [coordinates] if kind == "Polygon" else coordinates
+    if not isinstance(several, list) or not all(isinstance(rings, list) and rings for rings in several):
+        raise UserError(f"{where}: expected the rings of a {kind}")
+    return np.zeros((0, 2)), [[_ring(ring, where) for ring in rings] for rings in several]
+
+
+def _ring(coordinates: Any, where: str) -> NDArray[np.float64]:
+    ring = _positions(coordinates, where)
+    if len(ring) < 3:
+        raise UserError(f"{where}: a polygon of {len(ring)} positions, expected 3 at least")
+    return ring
+
+
+def _positions(coordinates: Any, where: str) -> NDArray[np.float64]:
+    """``[n, 2]``; a third coordinate is dropped."""
+    try:
+        positions = np.array([position[:2] for position in coordinates], np.float64).reshape(-1, 2)
+    except (TypeError, ValueError, IndexError, KeyError):
+        positions = np.full((1, 2), np.nan)
+    if not np.isfinite(positions).all():
+        raise UserError(f"{where}: expected positions [x, y] in pixels, finite numbers")
+    return positions

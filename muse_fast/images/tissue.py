@@ -1,0 +1,140 @@
+"""Where there is tissue on a slide: found by colour, or given as a mask or as outlines drawn in QuPath.
+
+A tissue mask has square pixels of ``MASK_UM``. Outlines are in level-0 pixels; writing a mask as outlines and reading
+them gives the same mask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from muse_fast.errors import UserError
+from muse_fast.images.geojson import Polygon, read_shapes, write_outlines
+
+MASK_UM = 8.0  # side of a mask pixel
+SUFFIXES = (".geojson", ".json", ".png")
+COLOUR = (0, 190, 230)  # of the outlines
+
+_SHAPE_TOLERANCE = 0.02  # of the sides' ratio between a given mask and its slide
+
+
+def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
+    """Where there is tissue: colour saturation above Otsu's threshold, gaps closed, specks removed.
+
+    Args:
+        thumbnail: ``[h, w, 3]`` uint8 RGB.
+        um: um per pixel of the thumbnail.
+
+    Returns:
+        ``[h, w]`` bool.
+    """
+    from scipy.ndimage import binary_closing, label
+    from skimage.filters import threshold_otsu
+
+    high = thumbnail.max(axis=2).astype(np.float32)
+    saturation = (high - thumbnail.min(axis=2)) / np.maximum(high, 1)
+    saturation[high < 40] = 0  # pen and holes in the scan are black
+    # On a slide that is all glass or all tissue Otsu would split noise; glass stays below 0.03, most tissue above 0.1.
+    mask = saturation > np.clip(threshold_otsu(saturation), 0.03, 0.1)
+    reach = max(1, round(20 / um))
+    mask = binary_closing(np.pad(mask, reach), iterations=reach)[reach:-reach, reach:-reach]
+    parts, _ = label(mask)
+    large = np.bincount(parts.ravel()) * um**2 >= 100.0**2
+    large[0] = False  # what is no tissue
+    return large[parts]
+
+
+def read_tissue(path: Path, shape: tuple[int, int], step: float) -> NDArray[np.bool_]:
+    """A tissue mask from a PNG of the whole slide, at any scale and 0 where there is none, or from outlines in GeoJSON.
+
+    Args:
+        shape: height and width of the mask.
+        step: level-0 pixels per pixel of the mask.
+
+    Raises:
+        UserError: the file cannot be read, the PNG has another shape than the slide, or no polygon is in the GeoJSON.
+    """
+    if path.suffix.lower() == ".png":
+        return _read_png(path, shape)
+    polygons = [polygon for feature in read_shapes(path) for polygon in feature.polygons]
+    if not polygons:
+        raise UserError(f"{path}: no polygon in it, expected outlines of tissue in level-0 pixels")
+    return fill([[ring / step for ring in polygon] for polygon in polygons], shape)
+
+
+def _read_png(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    height, width = shape
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("1", "L", "P", "I;16", "I", "RGB"):
+                raise UserError(f"{path}: {image.mode}, expected a grey or indexed mask, 0 where there is no tissue")
+            if abs(image.width / image.height * height / width - 1) > _SHAPE_TOLERANCE + 1 / min(height, width):
+                raise UserError(f"{path}: {image.width} x {image.height} px, expected the shape of the whole slide")
+            given = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a readable mask ({error})") from error
+    tissue = (given.any(axis=2) if given.ndim == 3 else given != 0).astype(np.uint8) * 255
+    return np.asarray(Image.fromarray(tissue).resize((width, height), Image.Resampling.BOX)) >= 128
+
+
+def write_tissue(path: Path, mask: NDArray[np.bool_], step: float) -> None:
+    """Write a tissue mask as outlines that QuPath loads, an annotation for each piece of tissue."""
+    polygons = [[ring * step for ring in polygon] for polygon in trace(mask)]
+    write_outlines(path, polygons, "Tissue", COLOUR)
+
+
+def trace(mask: NDArray[np.bool_]) -> list[Polygon]:
+    """The outline and holes of every piece of connected pixels; ``fill`` makes the mask of them again.
+
+    Pixels are connected by their sides. Positions are in pixels of the mask, the first with its centre at 0.5, 0.5.
+    """
+    from scipy.ndimage import find_objects, label
+    from skimage.measure import find_contours
+
+    pieces, _ = label(mask)
+    polygons = []
+    for number, (rows, columns) in enumerate(find_objects(pieces), start=1):
+        piece = np.pad(pieces[rows, columns] == number, 1).astype(np.float32)
+        rings = [_straightened(ring[:-1, ::-1]) for ring in find_contours(piece, 0.5, fully_connected="low")]
+        rings.sort(key=lambda ring: np.ptp(ring, axis=0).prod(), reverse=True)  # the outline encloses the holes
+        corner = np.array([columns.start, rows.start]) - 0.5  # the padding is one pixel, a centre half a one
+        polygons.append([ring + corner for ring in rings])
+    return polygons
+
+
+def _straightened(ring: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Without the positions on a straight line between their neighbours."""
+    (x0, y0), (x1, y1) = (ring - np.roll(ring, 1, axis=0)).T, (np.roll(ring, -1, axis=0) - ring).T
+    return ring[x0 * y1 != x1 * y0]
+
+
+def fill(polygons: list[Polygon], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """``[height, width]`` bool: pixels whose centre lies in one of the polygons and in none of its holes."""
+    mask = np.zeros(shape, bool)
+    for polygon in polygons:
+        corners = np.concatenate(polygon)
+        left, top = np.clip(np.floor(corners.min(axis=0)), 0, shape[::-1]).astype(int)
+        right, bottom = np.clip(np.ceil(corners.max(axis=0)), 0, shape[::-1]).astype(int)
+        # Walking along a row, every edge that is met changes inside to outside or back.
+        met = np.zeros((bottom - top, right - left + 1), np.int32)
+        for ring in polygon:
+            np.add.at(met, _edges(ring - (left, top), bottom - top, right - left), 1)
+        mask[top:bottom, left:right] |= met.cumsum(axis=1)[:, :-1] % 2 == 1
+    return mask
+
+
+def _edges(ring: NDArray[np.float64], height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of the first pixel centre at or right of each edge of the ring, for all rows that it crosses."""
+    (x0, y0), (x1, y1) = ring.T, np.roll(ring, -1, axis=0).T
+    first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(np.int64)
+    count = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(np.int64) - first
+    edge = np.repeat(np.arange(len(ring)), count)
+    row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    x = x0[edge] + (row + 0.5 - y0[edge]) * (x1[edge] - x0[edge]) / (y1[edge] - y0[edge])
+    return row, np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)

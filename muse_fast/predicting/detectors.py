@@ -1,0 +1,109 @@
+"""What finds nuclei in tiles: the detector that needs no training of one's own, or a fine-tuned network."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from muse_fast.detection.pairing import Points
+from muse_fast.finders import classical
+from muse_fast.finders.learned import LearnedFinder, load_finder
+
+NUCLEI = "nuclei"
+_AT_A_TIME = 2  # tiles: while nuclei are picked out of the one, the other is computed
+
+
+class TileDetector(Protocol):
+    """Finds nuclei in tiles of one scale."""
+
+    @property
+    def mpp(self) -> float:
+        """um per pixel of the tiles."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels 0, 1, ..."""
+        ...
+
+    @property
+    def tile_size(self) -> int:
+        """Side in pixels of the tiles that suit it; smaller ones do too."""
+        ...
+
+    @property
+    def reach_um(self) -> float:
+        """Pixels farther away than this have no influence on a detection, or little."""
+        ...
+
+    @property
+    def min_distance_um(self) -> float:
+        """No two nuclei of a tile are nearer to each other than this."""
+        ...
+
+    def detect(self, images: Tensor) -> list[Points]:
+        """Nuclei of tiles ``[B, 3, H, W]`` uint8 RGB, in pixels of each, with scores."""
+        ...
+
+
+class NucleusDetector:
+    """A `NucleusFinder`, as `prepare` uses it: all nuclei are of one class."""
+
+    class_names = ("nucleus",)
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._finder = load_finder(name)
+        self.reach_um = self._finder.reach_um
+        if isinstance(self._finder, LearnedFinder):
+            self._finder.network.to(device)
+            self.mpp, self.min_distance_um, self.tile_size = self._finder.mpp, self._finder.min_distance_um, 1536
+        else:
+            self.mpp, self.min_distance_um, self.tile_size = classical.WORKING_MPP, classical.MIN_DISTANCE_UM, 1024
+        self._threads = ThreadPoolExecutor(_AT_A_TIME)
+
+    def detect(self, images: Tensor) -> list[Points]:
+        """As `TileDetector`."""
+        return list(self._threads.map(self._detect, images.permute(0, 2, 3, 1).numpy()))
+
+    def _detect(self, image: NDArray[np.uint8]) -> Points:
+        xy, score = self._finder(image, self.mpp)
+        return Points(xy, np.zeros(len(xy), np.int64), score)
+
+
+class FineTunedDetector:
+    """A network of ``muse_fast.finetune``, on a GPU in bf16."""
+
+    def __init__(self, weights: str, device: torch.device) -> None:
+        from muse_fast.detection.detector import load_detector
+
+        self._network, self._device = load_detector(weights, device), device
+        self.mpp, self.class_names = self._network.mpp, self._network.class_names
+        self.tile_size, self.reach_um = self._network.tile_size, self._network.reach_um
+        self.min_distance_um = self._network.settings.nms_um
+
+    def detect(self, images: Tensor) -> list[Points]:
+        """As `TileDetector`."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            return self._network.detect(images)
+
+
+def open_detector(weights: str, device: torch.device) -> TileDetector:
+    """The detector that ``weights`` names.
+
+    Args:
+        weights: ``nuclei``: the project's own nucleus detector; ``classical``, or the ``.safetensors`` of
+            ``train_detector``: another one; else a fine-tuned run.
+
+    Raises:
+        UserError: the weights cannot be used.
+    """
+    if weights == NUCLEI:
+        return NucleusDetector("default", device)
+    if weights == "classical" or weights.endswith(".safetensors"):
+        return NucleusDetector(weights, device)
+    return FineTunedDetector(weights, device)

@@ -1,0 +1,138 @@
+"""What a prediction leaves: GeoJSON for QuPath, a table, and a picture. All are written as the nuclei come."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from muse_fast.predicting.pages import OVERLAY, Page
+from muse_fast.preparing.pictures import PALETTE, overlay
+
+OVERLAY_SIDE = 2048  # pixels, the longer one at most
+_DOT_UM = 3.0  # radius of a dot, where that can be seen
+_LINE = 24  # height of the line below the picture
+
+
+class CellFiles:
+    """``cells.geojson`` (or ``.geojson.gz``), ``cells.csv`` and ``overlay.png`` of one page, in a folder.
+
+    Args:
+        name: of the page; the ids of its nuclei derive from it.
+        compress: gzip the GeoJSON.
+
+    Attributes:
+        counts: nuclei written, by class.
+    """
+
+    def __init__(
+        self, folder: Path, page: Page, name: str, class_names: Sequence[str], compress: bool, max_unreadable: float
+    ) -> None:
+        self.counts = np.zeros(len(class_names), np.int64)
+        self._names, self._folder = class_names, folder
+        self._size = page.width, page.height
+        self._ids = uuid.uuid5(uuid.NAMESPACE_URL, f"muse_fast:{name}")
+        self._geojson_classes = [
+            json.dumps({"name": class_name, "color": list(colour(label))}, separators=(",", ":"))
+            for label, class_name in enumerate(class_names)
+        ]
+        self._csv_classes = [_csv_cell(class_name) for class_name in class_names]
+        um = max(page.mpp, max(page.width, page.height) * page.mpp / OVERLAY_SIDE)
+        self._picture = page.thumbnail(um, max_unreadable)
+        self._shrink = um / page.mpp
+        self._radius = min(max(_DOT_UM / um, 1.0), 5.0)
+        with ExitStack() as opened:
+            self._geojson = opened.enter_context(_text(folder / f"cells.geojson{'.gz' if compress else ''}"))
+            self._csv = opened.enter_context(_text(folder / "cells.csv"))
+            self._opened = opened.pop_all()
+        self._geojson.write('{"type":"FeatureCollection","features":[')
+        self._csv.write("x,y,label,class,score\n")
+
+    def write(self, xy: NDArray[np.float64], label: NDArray[np.int64], score: NDArray[np.float64]) -> None:
+        """Append nuclei: xy ``[n, 2]`` in level-0 pixels, label ``[n]``, score ``[n]``, all finite."""
+        first = int(self.counts.sum())
+        xy = np.minimum(xy.round(2), np.array(self._size) - 0.01)  # a point on the far edge would be outside
+        rows = list(zip(*xy.T.tolist(), label.tolist(), score.tolist(), strict=True))
+        self._geojson.writelines(
+            f"{',' if number else ''}\n{self._feature(number, *row)}" for number, row in enumerate(rows, start=first)
+        )
+        self._csv.writelines(
+            f"{x:.2f},{y:.2f},{kind},{self._csv_classes[kind]},{score:.4f}\n" for x, y, kind, score in rows
+        )
+        self._picture = np.asarray(overlay(self._picture, (xy / self._shrink).astype(np.float32), label, self._radius))
+        self.counts += np.bincount(label, minlength=len(self.counts))
+
+    def _feature(self, number: int, x: float, y: float, label: int, score: float) -> str:
+        return (
+            f'{{"type":"Feature","id":"{uuid.uuid5(self._ids, str(number))}",'
+            f'"geometry":{{"type":"Point","coordinates":[{x:.2f},{y:.2f}]}},'
+            f'"properties":{{"objectType":"detection","classification":{self._geojson_classes[label]},'
+            f'"measurements":{{"score":{score:.4f}}}}}}}'
+        )
+
+    def finish(self) -> None:
+        """Write the ends, and the picture."""
+        self._geojson.write("\n]}\n")
+        self.close()
+        _with_legend(self._picture, self._names, self.counts.tolist()).save(self._folder / OVERLAY)
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+def colour(label: int) -> tuple[int, int, int]:
+    """Of a class, in QuPath and in the picture."""
+    return PALETTE[label % len(PALETTE)]
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[IO[str]]:
+    """A text file to write; its bytes depend on the text alone, gzipped ones too."""
+    with open(path, "wb") as file:
+        if path.suffix != ".gz":
+            with io.TextIOWrapper(file, "utf-8", newline="") as text:
+                yield text
+            return
+        with gzip.GzipFile("", "wb", 5, file, mtime=0) as zipped, io.TextIOWrapper(zipped, "utf-8", newline="") as text:
+            yield text
+
+
+def _csv_cell(value: str) -> str:
+    cell = io.StringIO()
+    csv.writer(cell, lineterminator="").writerow([value])
+    return cell.getvalue()
+
+
+def _with_legend(picture: NDArray[np.uint8], names: Sequence[str], counts: Sequence[int]) -> Image.Image:
+    """The picture, and below it a line with the colour, name and number of every class."""
+    font = ImageFont.load_default(14)
+    texts = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)]
+    height, width, _ = picture.shape
+    lines: list[list[tuple[float, int]]] = [[]]  # where each text begins
+    x = 8.0
+    for label, text in enumerate(texts):
+        length = 34 + font.getlength(text)
+        if x + length > width and lines[-1]:
+            lines.append([])
+            x = 8.0
+        lines[-1].append((x, label))
+        x += length
+    sheet = Image.new("RGB", (max(width, 160), height + _LINE * len(lines)), (255, 255, 255))
+    sheet.paste(Image.fromarray(picture))
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        top = height + _LINE * number
+        for left, label in line:
+            draw.ellipse((left, top + 7, left + 11, top + 18), fill=colour(label), outline=(40, 40, 40))
+            draw.text((left + 17, top + 4), texts[label], (40, 40, 40), font)
+    return sheet

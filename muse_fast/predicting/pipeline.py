@@ -1,0 +1,240 @@
+"""One page from its pixels to its nuclei, with reading, detection and writing side by side.
+
+Threads read tiles a little ahead, the calling thread detects, one more thread settles seams and writes. Each waits for
+the others rather than pile up work, so memory does not grow with the page.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from muse_fast.detection.pairing import Points
+from muse_fast.errors import UserError
+from muse_fast.predicting.detectors import TileDetector
+from muse_fast.predicting.files import CellFiles
+from muse_fast.predicting.pages import ImagePage, Page, PageFile, Scale
+from muse_fast.predicting.seams import Found, Seams
+from muse_fast.predicting.tiles import Grid, Tile, Tissue
+
+_WAITING = 2  # batches that wait to be written
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Pixels = NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was done to a page, apart from the nuclei."""
+
+    tiles: int = 0
+    unreadable: int = 0
+    detecting: float = 0.0  # seconds in the detector
+    seconds: float = 0.0  # from the first tile to the last
+
+
+class Prediction:
+    """The nuclei of one page, found tile by tile.
+
+    Args:
+        file: the page; every reading thread opens it for itself.
+        tile: side in pixels of the tiles; None: what suits the detector.
+        max_unreadable: tiles that may be damaged.
+
+    Attributes:
+        page: for the calling thread.
+        tissue: where nuclei are looked for.
+        tiles: those with tissue.
+        max_unreadable_pixels: of level 0, as many as there are in ``max_unreadable`` tiles.
+
+    Raises:
+        UserError: the page cannot be used, or the tiles are too small.
+    """
+
+    def __init__(
+        self,
+        file: PageFile,
+        detector: TileDetector,
+        *,
+        everywhere: bool,
+        tile: int | None,
+        max_unreadable: int,
+    ) -> None:
+        self._file, self._detector = file, detector
+        self.page = page = file.open()
+        self._scale = Scale(page, detector.mpp)
+        self._radius = detector.min_distance_um / self._scale.mpp
+        margin = math.ceil(detector.reach_um / self._scale.mpp + self._radius)
+        side = tile or detector.tile_size
+        grid = Grid(self._scale, side, margin)
+        self._max_unreadable = max_unreadable
+        self.max_unreadable_pixels = max_unreadable * side**2 * math.prod(self._scale.step)
+        self.tissue = Tissue(page, everywhere, self.max_unreadable_pixels)
+        self.tiles = [tile for tile in grid.tiles() if self._wanted(tile)]
+        self._local, self._pages, self._lock = threading.local(), [page], threading.Lock()
+
+    def _wanted(self, tile: Tile) -> bool:
+        step_x, step_y = self._scale.step
+        return self.tissue.meets(tile.x.core * step_x, tile.y.core * step_y, tile.x.end * step_x, tile.y.end * step_y)
+
+    def run(self, files: CellFiles, *, batch: int, readers: int, done: Callable[[int], None]) -> Tally:
+        """Find the nuclei and write them to ``files``; ``done`` is told the number of tiles after every batch.
+
+        Raises:
+            UserError: too many tiles cannot be read, or the detector gave what is no number.
+        """
+        tally, started = Tally(), time.perf_counter()
+        settled = _Settled(self, files)
+        with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
+            read = _ahead(reading, self._read, self.tiles, batch + readers)
+            try:
+                results = self._detected(_batches(self._sound(read, tally), batch), tally)
+                for count in _ahead(writing, settled.add, results, _WAITING):
+                    tally.tiles += count
+                    done(count)
+                settled.finish()
+            finally:
+                for pool in (reading, writing):
+                    pool.shutdown(wait=False, cancel_futures=True)
+        tally.seconds = time.perf_counter() - started
+        return tally
+
+    def _read(self, tile: Tile) -> tuple[Tile, _Pixels | UserError]:
+        """Pixels ``[H, W, 3]`` of a tile; the error where they are damaged."""
+        try:
+            return tile, self._scale.read(self._own_page(), tile.x.start, tile.y.start, tile.x.length, tile.y.length)
+        except UserError as error:
+            return tile, error
+
+    def _own_page(self) -> Page:
+        """The page for this thread: a slide's handle that has met an error is closed under whoever shares it."""
+        if isinstance(self.page, ImagePage):
+            return self.page
+        if not hasattr(self._local, "page"):
+            page = self._file.open()
+            with self._lock:
+                self._pages.append(page)
+            self._local.page = page
+        own: Page = self._local.page
+        return own
+
+    def _sound(self, read: Iterable[tuple[Tile, _Pixels | UserError]], tally: Tally) -> Iterator[tuple[Tile, _Pixels]]:
+        """Without the tiles that are damaged, up to the limit."""
+        for tile, pixels in read:
+            if isinstance(pixels, UserError):
+                tally.unreadable += 1
+                if tally.unreadable > self._max_unreadable:
+                    raise UserError(f"{pixels}; {tally.unreadable} tiles of it cannot be read, copy the slide anew")
+                continue
+            yield tile, pixels
+
+    def _detected(
+        self, batches: Iterable[list[tuple[Tile, _Pixels]]], tally: Tally
+    ) -> Iterator[list[tuple[Tile, Points]]]:
+        for batch in batches:
+            images = torch.from_numpy(np.stack([pixels for _, pixels in batch])).permute(0, 3, 1, 2)
+            before = time.perf_counter()
+            found = self._detector.detect(images)
+            tally.detecting += time.perf_counter() - before
+            yield [(tile, points) for (tile, _), points in zip(batch, found, strict=True)]
+
+    def owned(self, tile: Tile, points: Points) -> Found:
+        """What a tile says of its core and of the seams around it, in pixels of the scale.
+
+        Raises:
+            UserError: a position or score is no number.
+        """
+        assert points.score is not None
+        xy, score = points.xy.astype(np.float64), points.score.astype(np.float64)
+        if not (np.isfinite(xy).all() and np.isfinite(score).all()):
+            raise UserError(
+                f"{self._file.path}: the detector gave positions or scores that are no numbers in the tile at "
+                f"{tile.x.start}, {tile.y.start}; its weights may be damaged"
+            )
+        xy += np.array([tile.x.start, tile.y.start])
+        core, end = np.array([tile.x.core, tile.y.core]), np.array([tile.x.end, tile.y.end])
+        near = _within(xy, core - self._radius, end + self._radius)
+        number = np.full(len(xy), tile.number)
+        return Found(xy, points.label.astype(np.int64), score, number, _within(xy, core, end)).take(near)
+
+    def on_page(self, xy: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Level-0 pixels for pixels of the scale."""
+        return xy * self._scale.step
+
+    def seams(self) -> Seams:
+        return Seams(self._radius)
+
+    def __enter__(self) -> Prediction:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for page in self._pages:
+            page.close()
+
+
+class _Settled:
+    """Collects what tiles have found, row by row, and writes what no further row can change."""
+
+    def __init__(self, prediction: Prediction, files: CellFiles) -> None:
+        self._prediction, self._files = prediction, files
+        self._seams = prediction.seams()
+        self._row: list[Found] = []
+        self._number = -1
+
+    def add(self, results: list[tuple[Tile, Points]]) -> int:
+        """Add tiles, which come in order; returns how many."""
+        for tile, points in results:
+            if tile.row != self._number and self._row:
+                self._write(tile.y.core)
+            self._number = tile.row
+            self._row.append(self._prediction.owned(tile, points))
+        return len(results)
+
+    def finish(self) -> None:
+        self._write(math.inf)
+
+    def _write(self, bottom: float) -> None:
+        found, self._row = self._seams.settle(self._row, bottom), []
+        xy = self._prediction.on_page(found.xy)
+        keep = self._prediction.tissue.holds(xy)
+        self._files.write(xy[keep], found.label[keep], found.score[keep])
+
+
+def _within(xy: NDArray[np.float64], low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.all((xy >= low) & (xy < high), axis=1)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], most: int
+) -> Iterator[_Result]:
+    """Results in the order of the items, of which at most ``most`` wait or are in work."""
+    waiting: deque[Future[_Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _batches(items: Iterable[tuple[Tile, _Pixels]], size: int) -> Iterator[list[tuple[Tile, _Pixels]]]:
+    """At most ``size`` tiles, all of one shape, in their order."""
+    batch: list[tuple[Tile, _Pixels]] = []
+    for item in items:
+        if batch and (len(batch) == size or item[1].shape != batch[0][1].shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch

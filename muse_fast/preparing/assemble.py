@@ -1,0 +1,74 @@
+"""From the parts of all slides to one ROI set: which ROIs are taken, and in which order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muse_fast.errors import require
+from muse_fast.preparing.parts import Part
+from muse_fast.roiset.roiset import Roi
+from muse_fast.sources.cut import priorities
+from muse_fast.sources.wsi import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The ROIs taken of one part: their numbers in it, from top to bottom and left to right."""
+
+    part: Part
+    ids: list[int]
+
+    @property
+    def left_out(self) -> list[int]:
+        """Numbers of the ROIs that were not sampled."""
+        return sorted(set(range(len(self.part.rois))) - set(self.ids))
+
+    def read(self) -> Iterator[Roi]:
+        yield from (self.part.rois[i] for i in self.ids)
+
+
+def choose(parts: Sequence[Part], sampling: Sampling) -> list[Chosen]:
+    """Draw at random, the same number of each group, from all ROIs of all parts.
+
+    Each ROI has a number that depends on the seed, its slide and its place alone; a group's lowest are taken. So the
+    same are taken however the work was shared out, and a larger sample holds a smaller one of the same seed.
+
+    Raises:
+        UserError: ``max_rois`` is less than the number of groups.
+    """
+    numbers = [priorities(sampling.seed, part.file.name, part.rois.origin) for part in parts]
+    in_group: dict[str, list[int]] = defaultdict(list)
+    for i, part in enumerate(parts):
+        if len(part.rois):
+            in_group[part.file.group].append(i)
+    limit = _per_group(sampling, len(in_group))
+    taken: dict[int, NDArray[np.bool_]] = {i: np.ones(len(part.rois), bool) for i, part in enumerate(parts)}
+    for members in in_group.values():
+        together = np.concatenate([numbers[i] for i in members])
+        lowest = np.zeros(len(together), bool)
+        lowest[np.argsort(together, kind="stable")[:limit]] = True
+        ends = np.cumsum([len(numbers[i]) for i in members])
+        for i, chosen in zip(members, np.split(lowest, ends[:-1]), strict=True):
+            taken[i] = chosen
+    return [Chosen(part, _in_place_order(part, taken[i])) for i, part in enumerate(parts)]
+
+
+def _per_group(sampling: Sampling, groups: int) -> int | None:
+    """The most ROIs of one group; None: all."""
+    limits = [] if sampling.per_group is None else [sampling.per_group]
+    if sampling.max_rois is not None:
+        share = sampling.max_rois // max(1, groups)
+        require(share > 0, "max_rois", sampling.max_rois, f"one at least for each of the {groups} groups")
+        limits.append(share)
+    return min(limits, default=None)
+
+
+def _in_place_order(part: Part, taken: NDArray[np.bool_]) -> list[int]:
+    ids = np.flatnonzero(taken)
+    x, y = part.rois.origin[ids].T
+    return ids[np.lexsort((x, y))].tolist()

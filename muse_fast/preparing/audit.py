@@ -1,0 +1,135 @@
+"""Which slides and patients two sets share: what stands in a test set must not stand in training.
+
+A slide of TCGA is known by its barcode, ``TCGA-XX-XXXX-...``, up to the first dot and in either case; its first twelve
+characters are the patient. Other slides are compared by whole name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from muse_fast.errors import UserError
+from muse_fast.images.slide import SUFFIXES
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime.cli import run
+from muse_fast.sources import open_source
+
+EXIT_SHARED = 1
+
+_PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
+_SLIDE_COLUMNS = ("slide", "slide_name", "image", "wsi", "wsi_name", "name")
+
+
+def slide_name(name: str) -> str:
+    """The form in which slides are compared: no folder, no suffix of a slide's file, TCGA's up to the first dot."""
+    name = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
+    if name.lower().endswith(SUFFIXES):
+        name = name[: name.rindex(".")]
+    return name.split(".", 1)[0].upper() if _PATIENT.match(name) else name
+
+
+def patient(name: str) -> str | None:
+    """``TCGA-XX-XXXX`` of a slide of TCGA, None for others."""
+    found = _PATIENT.match(slide_name(name))
+    return found[0] if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The slides and patients of one set."""
+
+    slides: frozenset[str]
+    patients: frozenset[str]
+
+    @classmethod
+    def of(cls, slides: Iterable[str]) -> Names:
+        names = frozenset(map(slide_name, slides))
+        return cls(names, frozenset(filter(None, map(patient, names))))
+
+    def __and__(self, other: Names) -> Names:
+        return Names(self.slides & other.slides, self.patients & other.patients)
+
+    def reason(self, slide: str) -> str:
+        """What of this set a slide has in common with it; "" for nothing."""
+        if (name := slide_name(slide)) in self.slides:
+            return f"slide {name}"
+        return f"patient {found}" if (found := patient(slide)) in self.patients else ""
+
+
+def read_names(side: str) -> Names:
+    """The slides of a ROI set's folder, a source or a list of names, of one split where ``@SPLIT`` follows.
+
+    A list is a CSV with a column ``slide``, or a text file with a name a line.
+
+    Raises:
+        UserError: it is none of these, names no slide, or has no such split.
+    """
+    target, split = _without_split(side)
+    if (Path(target) / "roiset.json").is_file():
+        slides = RoiSet(target).slides_of(split)
+    elif Path(target).is_file():
+        slides = _listed(Path(target))
+    elif ":" in target:
+        slides = _of_source(target, split)
+    else:
+        raise UserError(f"{side}: expected the folder of a ROI set, a source such as brcam2c:DIR, or a file of names")
+    if not slides:
+        raise UserError(f"{side} names no slide")
+    return Names.of(slides)
+
+
+def _of_source(spec: str, split: str) -> list[str]:
+    pairs = set(open_source(spec).slides())
+    splits = {name for _, name in pairs}
+    if split and split not in splits:
+        raise UserError(f"{spec}: no split {split!r}, it has {', '.join(sorted(filter(None, splits))) or 'none'}")
+    return [slide for slide, name in pairs if split in ("", name)]
+
+
+def _without_split(side: str) -> tuple[str, str]:
+    target, at, split = side.rpartition("@")
+    path = Path(side.partition(":")[2] or side)
+    return (target, split) if at and "/" not in split and not path.exists() else (side, "")
+
+
+def _listed(path: Path) -> list[str]:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = [row for row in csv.reader(file) if row and row[0].strip()]
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    columns = [header.index(name) for name in _SLIDE_COLUMNS if name in header]
+    if not columns:
+        return [row[0] for row in rows]
+    return [row[columns[0]] for row in rows[1:] if len(row) > columns[0]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 1 where the first shares a slide or a patient with one of the others."""
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.prepare audit",
+        description="Which slides and TCGA patients two sets share. Exit code 1 if there are any, 0 if none.",
+    )
+    what = "folder of a ROI set, SOURCE or file of names; @SPLIT after it takes one split"
+    parser.add_argument("first", metavar="SET", help=what)
+    parser.add_argument("others", metavar="OTHER", nargs="+", help="what it must not share a slide or patient with")
+    options = parser.parse_args(argv)
+    return run(lambda _: audit(options.first, options.others))
+
+
+def audit(first: str, others: Sequence[str]) -> int:
+    """Print what ``first`` shares with each of the others; the exit code."""
+    mine = read_names(first)
+    any_shared = False
+    print(f"{first}: {len(mine.slides)} slides, {len(mine.patients)} patients of TCGA")
+    for other in others:
+        theirs = read_names(other)
+        shared = mine & theirs
+        any_shared |= bool(shared.slides or shared.patients)
+        print(f"{other}: {len(theirs.slides)} slides, {len(theirs.patients)} patients of TCGA")
+        print(f"  shared slides   {', '.join(sorted(shared.slides)) or 'none'}")
+        print(f"  shared patients {', '.join(sorted(shared.patients)) or 'none'}")
+    return EXIT_SHARED if any_shared else 0

@@ -1,0 +1,245 @@
+"""The work folder beside a ROI set in the making: one part for each slide, which appears whole or not at all.
+
+    OUT.parts/settings.json        what all parts were made with; others are refused
+    OUT.parts/SLIDE/               a small ROI set of the slide, and beside its files
+        part.json                  the slide's file as it was, its facts, what was left out, or why it was skipped
+        tissue.geojson  thumbnail.jpg
+
+A run that was killed goes on with the slides that have no part. Several machines may share the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from muse_fast import __version__
+from muse_fast.errors import UserError
+from muse_fast.images.tissue import MASK_UM, write_tissue
+from muse_fast.preparing.pool import Pool
+from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
+from muse_fast.runtime import atomic
+from muse_fast.sources.cut import Cut, CutSettings, SlideFile, Survey, close_slides, survey
+from muse_fast.sources.wsi import reason_of
+
+_SLIDES_UNDER_WAY = 8  # enough that surveys, each by one process, keep no process waiting
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One slide's finished part.
+
+    Attributes:
+        facts: um per pixel, size, tissue area and the like; empty where the slide was skipped.
+        dropped: squares left out, by reason.
+        refused: places ``x, y`` that were read and left out, by reason.
+        skipped: why the slide gave nothing; "" where it did not fail.
+    """
+
+    file: SlideFile
+    rois: RoiSet
+    facts: dict[str, Any]
+    dropped: Counter[str]
+    refused: dict[str, list[tuple[int, int]]]
+    skipped: str
+
+    @property
+    def folder(self) -> Path:
+        return self.rois.path
+
+
+class Parts:
+    """The parts in one folder.
+
+    Raises:
+        UserError: the folder's parts were made with other settings; names them.
+    """
+
+    def __init__(self, folder: Path, settings: CutSettings, quality: int) -> None:
+        self.folder, self.settings, self.quality = folder, settings, quality
+        self.rois_written = 0  # by this process, for its progress; several threads count, so it may miss some
+        made_with = json.loads(json.dumps({"program": __version__, "quality": quality, **asdict(settings)}))
+        path = folder / "settings.json"
+        if not path.is_file():
+            atomic.write_json(path, made_with)
+        before = _read_json(path)
+        if differing := [key for key in {**before, **made_with} if before.get(key) != made_with.get(key)]:
+            told = "; ".join(f"{key}={before.get(key)}, now {made_with.get(key)}" for key in differing)
+            raise UserError(
+                f"{folder} holds parts made with other settings ({told}); give the same settings to go on, "
+                "or remove that folder to begin anew"
+            )
+
+    def place(self, file: SlideFile) -> Path:
+        return self.folder / file.name
+
+    def find(self, file: SlideFile) -> Part | None:
+        """The part of a slide, if there is a sound one of this slide as it is now with the tissue and nuclei as now."""
+        folder = self.place(file)
+        try:
+            content = _read_json(folder / "part.json")
+            if content["inputs"] != _inputs(file):
+                return None
+            refused = {reason: [(x, y) for x, y in places] for reason, places in content["refused"].items()}
+            rois = RoiSet(folder)
+            return Part(file, rois, content["facts"], Counter(content["dropped"]), refused, content["skipped"])
+        except (UserError, KeyError, TypeError, ValueError):  # absent, damaged, or half removed
+            return None
+
+    def write(self, file: SlideFile, pool: Pool) -> None:
+        """Cut one slide and write its part; a slide that cannot be used gets one that says so."""
+        surveyed = pool.call(survey, file, self.settings)
+        if isinstance(surveyed, UserError):
+            self.skip(file, reason_of(surveyed, file.path))
+            return
+        cut = Cut(surveyed, self.settings, self.quality)
+        try:
+            with self._writer(file) as writer:
+                for square, found in cut.rois(pool.map):
+                    assert isinstance(found.image, bytes)
+                    writer.add_jpeg(
+                        found.image,
+                        mpp=square.mpp,
+                        xy=found.nuclei.xy,
+                        label=found.nuclei.label,
+                        score=found.nuclei.score,
+                        slide=file.slide,
+                        split=file.split,
+                        origin=(square.x, square.y),
+                    )
+                    self.rois_written += 1
+                step = MASK_UM / surveyed.mpp
+                write_tissue(writer.folder / "tissue.geojson", surveyed.tissue, step)
+                Image.fromarray(surveyed.thumbnail).save(writer.folder / "thumbnail.jpg", quality=90)
+                self._describe(writer.folder, file, _facts(file, surveyed), cut)
+        except UserError as error:
+            self.skip(file, reason_of(error, file.path))
+
+    def skip(self, file: SlideFile, reason: str) -> None:
+        """Write the part of a slide that cannot be used."""
+        with self._writer(file) as writer:
+            self._describe(writer.folder, file, {}, skipped=reason)
+
+    def _writer(self, file: SlideFile) -> RoiSetWriter:
+        place = self.place(file)
+        if place.exists():  # of another state of the slide
+            old = place.with_name(f".old-{place.name}")
+            shutil.rmtree(old, ignore_errors=True)
+            place.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        return RoiSetWriter(place, provenance={}, label_names=self.settings.label_names, quality=self.quality)
+
+    def _describe(
+        self, folder: Path, file: SlideFile, facts: dict[str, Any], cut: Cut | None = None, skipped: str = ""
+    ) -> None:
+        content = {
+            "inputs": _inputs(file),
+            "facts": facts,
+            "dropped": dict(cut.dropped) if cut else {},
+            "refused": cut.refused if cut else {},
+            "skipped": skipped,
+        }
+        atomic.write_json(folder / "part.json", content)
+
+
+def _facts(file: SlideFile, surveyed: Survey) -> dict[str, Any]:
+    return {
+        "mpp": surveyed.mpp,
+        "mpp_from": file.mpp_from,
+        "width": surveyed.width,
+        "height": surveyed.height,
+        "side": surveyed.side,
+        "tissue_mm2": round(float(surveyed.tissue.sum()) * MASK_UM**2 / 1e6, 4),
+        "tissue_from": file.tissue.name if file.tissue else "colour",
+        "nuclei_from": file.nuclei.name if file.nuclei else "detector",
+    }
+
+
+def _inputs(file: SlideFile) -> dict[str, Any]:
+    """What a part depends on besides the settings: its files, by size and time of change, and what the tables say."""
+    stamps = {}
+    for name in ("path", "tissue", "nuclei"):
+        path: Path | None = getattr(file, name)
+        stat = path.stat() if path else None
+        stamps[name] = [path.name, stat.st_size, stat.st_mtime_ns] if path and stat else None
+    return {**stamps, "slide": file.slide, "split": file.split, "mpp": file.mpp}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove {path.parent} to begin anew") from error
+    return dict(content)
+
+
+def make_parts(
+    files: Iterable[SlideFile],
+    parts: Parts,
+    workers: int,
+    watch: Callable[[SlideFile | None], None] = lambda file: None,
+) -> None:
+    """Write the parts that are not there yet, several slides at a time.
+
+    Args:
+        workers: processes; up to 1: none but this one.
+        watch: called with each slide that is done, those done before included, and about once a second with None.
+
+    Raises:
+        OSError: a part cannot be written, for example on a full disk. Parts that are done remain.
+    """
+    left: deque[SlideFile] = deque()
+    for file in files:
+        if parts.find(file) is None:
+            left.append(file)
+        else:
+            watch(file)
+    while left:
+        # Where a process dies, of memory or a crash inside a decoder, nobody knows by which slide: each of those that
+        # were under way has another try alone.
+        for file in _make_some(left, parts, workers, min(workers, _SLIDES_UNDER_WAY), watch):
+            if _make_some(deque([file]), parts, workers, 1, watch):
+                parts.skip(file, "a process died while it was read: out of memory, or a crash inside the decoder")
+                watch(file)
+
+
+def _make_some(
+    left: deque[SlideFile],
+    parts: Parts,
+    workers: int,
+    under_way: int,
+    watch: Callable[[SlideFile | None], None],
+) -> Sequence[SlideFile]:
+    """Write parts until none is ``left`` or a process has died; returns the slides that were under way then."""
+    lost: list[SlideFile] = []
+    running: dict[Future[None], SlideFile] = {}
+    with Pool(workers) as pool, ThreadPoolExecutor(max(1, under_way)) as threads:
+        try:
+            while running or (left and not lost):
+                while left and not lost and len(running) < max(1, under_way):
+                    file = left.popleft()
+                    running[threads.submit(parts.write, file, pool)] = file
+                done, _ = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                for future in done:
+                    file = running.pop(future)
+                    try:
+                        future.result()
+                    except BrokenProcessPool:
+                        lost.append(file)
+                    else:
+                        watch(file)
+                watch(None)
+        finally:
+            pool.stop()  # after an error or Ctrl-C the threads have nothing left to wait for
+            close_slides()
+    return lost

@@ -1,0 +1,159 @@
+"""``prepare wsi:PATH``: parts of all slides, then the ROI set and its report from the parts.
+
+Repeated after a kill it goes on. Parts may come from many processes and machines; whoever has all of them assembles.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from muse_fast.errors import UserError
+from muse_fast.preparing.assemble import Chosen, choose
+from muse_fast.preparing.build import build_set, counted, print_summary
+from muse_fast.preparing.parts import Part, Parts, make_parts
+from muse_fast.preparing.report import Row, draw_slide, row_of, write_report
+from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.runtime.progress_bar import Ticker, ticked
+from muse_fast.sources.cut import SlideFile
+from muse_fast.sources.wsi import Slides, listed
+
+
+def prepare_slides(
+    source: Slides,
+    out: Path,
+    *,
+    provenance: dict[str, Any],
+    quality: int,
+    keep_parts: bool = False,
+    share: tuple[int, int] | None = None,
+) -> int:
+    """Write the ROI set of some slides; returns the exit code.
+
+    Args:
+        keep_parts: leave the work folder ``OUT.parts`` where it is.
+        share: (i, n): only write the parts of every n-th slide from the i-th on; a later call assembles.
+
+    Raises:
+        UserError: no slide can be used, none gives a ROI, or ``out`` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it or choose another place")
+    started = time.monotonic()
+    files = source.usable(source.files if share is None else _share(source.files, *share))
+    _print_left_out(source)
+    if share is None and not files:
+        raise UserError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
+    parts = Parts(parts_folder(out), source.settings, quality)
+    with Ticker(len(files), "slides") as ticker:
+        make_parts(files, parts, source.workers, lambda file: _watch(ticker, parts, file))
+    if share is not None:
+        print(f"{parts.folder}: {len(files)} slides done")
+        return 0
+    found = [_found(parts, file) for file in files]
+    try:
+        summary = _assemble(source, found, out, provenance, quality)
+    except _NoRoiError:  # with other settings these parts are of no use
+        if not keep_parts:
+            shutil.rmtree(parts.folder)
+        raise
+    if not keep_parts:
+        shutil.rmtree(parts.folder)
+    print_summary(out, summary, time.monotonic() - started)
+    print(f"           {out / 'report.html'}")
+    if skipped := summary["skipped"]:
+        print(f"skipped {len(skipped)} of {source.found} slides:")
+        print(listed(source.refused))
+    return 0
+
+
+class _NoRoiError(UserError):
+    """All slides are done and there is nothing to assemble."""
+
+
+def parts_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def _share(files: Sequence[SlideFile], task: int, tasks: int) -> list[SlideFile]:
+    """Every ``tasks``-th slide, the largest first, so that all shares are about as large."""
+    return sorted(files, key=lambda file: (-file.path.stat().st_size, file.path))[task::tasks]
+
+
+def _print_left_out(source: Slides) -> None:
+    for name, reasons in (("cannot be used", source.refused), ("are excluded", source.excluded)):
+        if reasons:
+            print(f"{len(reasons)} of {source.found} slides {name}:\n{listed(reasons)}", flush=True)
+
+
+def _watch(ticker: Ticker, parts: Parts, file: SlideFile | None) -> None:
+    text = f"{parts.rois_written} ROIs"
+    if file is None:
+        ticker.show(text)
+    else:
+        ticker.done(text)
+
+
+def _found(parts: Parts, file: SlideFile) -> Part:
+    part = parts.find(file)
+    if part is None:
+        raise UserError(f"{file.path} has changed while it was read; give the same command again")
+    return part
+
+
+def _assemble(
+    source: Slides, parts: Sequence[Part], out: Path, provenance: dict[str, Any], quality: int
+) -> dict[str, Any]:
+    """Write the set from the parts; returns its summary."""
+    source.refused |= {part.file.path: part.skipped for part in parts if part.skipped}
+    chosen = choose(parts, source.sampling)
+    left_out = [Row(path, path.stem, "skipped", reason) for path, reason in source.refused.items()]
+    left_out += [Row(path, path.stem, "excluded", reason) for path, reason in source.excluded.items()]
+    used = [row_of(slide) for slide in chosen if not slide.part.skipped]
+    dropped = sum((row.dropped for row in used), Counter[str]())
+    total = sum(row.rois for row in used)
+    if not used:
+        raise _NoRoiError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
+    if not total:
+        raise _NoRoiError(f"{provenance['source']} gave no ROI; left out: {counted(dropped)}")
+
+    def finish(folder: Path) -> dict[str, Any]:
+        rows = sorted([*used, *left_out], key=lambda row: row.file)
+        write_report(folder, rows, provenance["source"])
+        _write_pictures(folder, [slide for slide in chosen if not slide.part.skipped])
+        return {
+            "dropped": dict(dropped),
+            "rois_per_group": _rois_per_group(used),
+            "skipped": _texts(source.refused),
+            "excluded": _texts(source.excluded),
+        }
+
+    writer = RoiSetWriter(out, provenance=provenance, label_names=source.label_names, quality=quality)
+    rois = (roi for slide in chosen for roi in slide.read())
+    return build_set(writer, ticked(rois, total, "ROIs"), finish)
+
+
+def _write_pictures(folder: Path, chosen: Sequence[Chosen]) -> None:
+    """Pictures for the report, and the outlines of the tissue, which `tissue=OUT/tissue` takes back."""
+    for name in ("report", "tissue"):
+        (folder / name).mkdir()
+    for slide in chosen:
+        name = slide.part.file.name
+        draw_slide(folder / "report" / f"{name}.jpg", slide)
+        shutil.copyfile(slide.part.folder / "tissue.geojson", folder / "tissue" / f"{name}.geojson")
+
+
+def _rois_per_group(rows: Sequence[Row]) -> dict[str, int]:
+    """Empty where there are no groups."""
+    counts = Counter[str]()
+    for row in rows:
+        counts[row.group] += row.rois
+    return {group: counts[group] for group in sorted(counts) if group}
+
+
+def _texts(reasons: dict[Path, str]) -> dict[str, str]:
+    return {str(path): reason for path, reason in reasons.items()}

@@ -1,0 +1,106 @@
+"""``prepare wsi:PATH OUT --slurm-tasks N``: the slides shared out over a job array, and a last job that assembles."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from muse_fast.errors import UserError, require
+from muse_fast.preparing.parts import Parts
+from muse_fast.preparing.slides import parts_folder
+from muse_fast.runtime import cluster
+from muse_fast.sources.wsi import Slides, usable_cpus
+
+_MAX_TIMEOUTS = 1_000  # a task is over when its slides are done, however often its time was up
+_CPUS_PER_TASK = 8
+
+
+@dataclass(frozen=True)
+class PrepareJob:
+    """One job: a share of the slides, or the assembly. submitit pickles it and calls it on its node.
+
+    Attributes:
+        arguments: of ``python -m muse_fast.prepare``.
+    """
+
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> int:
+        """Run until the end.
+
+        Raises:
+            RuntimeError: the command failed; its output says why.
+        """
+        from muse_fast import prepare
+
+        if code := prepare.main(self.arguments):
+            raise RuntimeError(f"prepare ended with exit code {code}; its output says why")
+        return 0
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again when the time is over: the same, for finished slides are not done again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many machines (pip install 'muse_fast[slurm]')")
+    group.add_argument("--slurm-tasks", type=int, metavar="N", help="share the slides out over N tasks of a job array")
+    group.add_argument("--time", type=int, default=1440, metavar="MINUTES", help="until a task is queued again")
+    group.add_argument("--cpus-per-task", type=int, default=_CPUS_PER_TASK)
+    cluster.add_arguments(group)
+
+
+def submit(options: argparse.Namespace, source: Slides) -> int:
+    """Submit the array and the job that assembles; with --local run both here. Returns the exit code.
+
+    Raises:
+        UserError: the settings cannot be used, ``OUT`` exists, or submission or a local job failed.
+    """
+    tasks = options.slurm_tasks
+    require(tasks > 0, "--slurm-tasks", tasks, "1 or more")
+    if options.task or options.out.exists():
+        problem = "--task is for what this submits" if options.task else f"{options.out} exists already"
+        raise UserError(f"{problem}; see python -m muse_fast.prepare --help")
+    logs = options.out.absolute().with_name(f"{options.out.name}.slurm")
+    with cluster.submitting():
+        executor = cluster.executor(logs, options.local, _MAX_TIMEOUTS)
+        Parts(parts_folder(options.out), source.settings, options.quality)  # refuses what the tasks would refuse
+        common = {"name": options.out.name, "timeout_min": options.time, "stderr_to_stdout": True}
+        slurm = {} if options.local else cluster.slurm_parameters(options, options.cpus_per_task)
+        executor.update_parameters(**common, **slurm)
+        with executor.batch():
+            jobs = [executor.submit(_job(options, task)) for task in range(tasks)]
+        print(f"{tasks} tasks for {len(source.files)} slides; output in {logs}", flush=True)
+        if options.local:
+            cluster.wait_for(jobs)
+        else:
+            array = jobs[0].job_id.partition("_")[0]
+            # After the tasks, also where one failed: the last job does what they have left, then assembles.
+            last = cluster.slurm_parameters(options, options.cpus_per_task, dependency=f"afterany:{array}")
+            executor.update_parameters(**last)
+        last_job = executor.submit(_job(options, None))
+        if options.local:
+            cluster.wait_for([last_job])
+            print(Path(last_job.paths.stdout).read_text(), end="")
+        else:
+            print(f"jobs {array} and {last_job.job_id}, which assembles {options.out}")
+    return 0
+
+
+def _job(options: argparse.Namespace, task: int | None) -> PrepareJob:
+    arguments = [options.source, str(options.out), "--quality", str(options.quality), *_settings(options, task)]
+    arguments += ["--keep-parts"] if options.keep_parts else []
+    arguments += [] if task is None else ["--task", f"{task}/{options.slurm_tasks}"]
+    return PrepareJob(tuple(arguments))
+
+
+def _settings(options: argparse.Namespace, task: int | None) -> Sequence[str]:
+    """key=value; tasks on this machine share its cores."""
+    if options.local and task is not None and not any(text.startswith("workers=") for text in options.options):
+        return [*options.options, f"workers={max(1, usable_cpus() // options.slurm_tasks)}"]
+    return options.options

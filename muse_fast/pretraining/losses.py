@@ -1,0 +1,95 @@
+"""The two losses of MUSE (equations 3, 6 and 7), both a centred-softmax cross-entropy over pairs of rows.
+
+A loss is pure: it reads a centre and returns values. `muse_fast.pretraining.centering` updates the centre.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from muse_fast import ops
+from muse_fast.batch import Pairs
+from muse_fast.models.heads import HeadOutput
+
+_ENTROPY_ROWS = 64  # logits of so many rows are stored at a time
+
+
+class Temperatures(NamedTuple):
+    student: float
+    teacher: float
+
+
+@lru_cache(maxsize=16)
+def image_pairs(num_rois: int, num_globals: int, num_views: int, device: torch.device) -> Pairs:
+    """Rows of CLS features to compare: every teacher global g with every student view v != g of the same ROI.
+
+    ``G * (V - 1) * B`` pairs, rows in view-major order.
+    """
+    teacher, student, roi = torch.meshgrid(
+        torch.arange(num_globals),
+        torch.arange(num_views),
+        torch.arange(num_rois),
+        indexing="ij",
+    )
+    other = teacher != student
+    pairs = Pairs(
+        teacher=teacher[other] * num_rois + roi[other],
+        student=student[other] * num_rois + roi[other],
+    )
+    return pairs.to(device)
+
+
+def distillation_loss(
+    student: HeadOutput,
+    teacher: HeadOutput,
+    center: Tensor,
+    pairs: Pairs,
+    temps: Temperatures,
+    *,
+    logit_free: bool,
+) -> Tensor:
+    """Sum over ``pairs`` of ``-sum_k softmax((t - c) / tt)_k log softmax(s / ts)_k`` of the logits t and s.
+
+    Args:
+        teacher: is not differentiated.
+        center: ``[K]``.
+        pairs: negative rows are padding.
+        logit_free: never store the logits, and compute them twice instead.
+
+    Returns:
+        a scalar in at least float32. Without any pair it is a zero that still carries a (zero) gradient, so a batch
+        without nuclei trains the rest.
+    """
+    compared = (center, pairs.teacher, pairs.student, temps.student, temps.teacher)
+    if logit_free:
+        return ops.linear_dino_loss(student.z, student.prototypes, teacher.z, teacher.prototypes, *compared).sum()
+    with torch.no_grad():
+        teacher_logits = teacher.logits()
+    return ops.dino_loss(student.logits(), teacher_logits, *compared).sum()
+
+
+@torch.no_grad()
+def assignment_entropy(output: HeadOutput, center: Tensor | None, temp: float) -> tuple[Tensor, Tensor]:
+    """Entropy of the mean assignment, and mean entropy of a row's assignment, both as shares of ln K.
+
+    A collapse to one prototype takes the first to 0; a collapse to the uniform answer takes the second to 1.
+
+    Args:
+        output: of a head, with at least one row.
+        center: ``[K]``, subtracted from the logits first; none for the student.
+    """
+    z, prototypes = output
+    sum_of_rows, sum_of_entropies = z.new_zeros(len(prototypes)), z.new_zeros(())
+    for rows in z.split(_ENTROPY_ROWS):
+        logits = F.linear(rows, prototypes)
+        p = torch.softmax((logits if center is None else logits - center) / temp, dim=1)
+        sum_of_rows += p.sum(dim=0)
+        sum_of_entropies += torch.special.entr(p).sum()
+    scale = math.log(len(prototypes))
+    return torch.special.entr(sum_of_rows / len(z)).sum() / scale, sum_of_entropies / (len(z) * scale)

@@ -1,0 +1,83 @@
+"""Data parallelism by torch's own engines: DDP, or FSDP2, which shards weights and optimiser state over the ranks.
+
+With FSDP parameters are DTensors. `full` and `like` translate between them and the plain tensors of a checkpoint, so a
+checkpoint is the same whatever wrote it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from muse_fast.pretraining.distill import Network
+from muse_fast.runtime.distributed import world_size
+
+
+def parallelise(network: Network, engine: str, precision: str) -> nn.Module:
+    """What to call for a forward whose backward adds gradients up over the ranks, divided by their number.
+
+    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it; on one rank it stays as it is.
+    """
+    if world_size() == 1:
+        return network
+    if engine == "fsdp":
+        return shard(network, precision)
+    # To a 1x1 kernel channels-last is the same order, but its strides may say either, at which DDP warns.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    # BatchNorm already gives every rank the same running statistics.
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(network: Network, precision: str) -> Network:
+    """Apply FSDP2 to ``network`` in place; without gradients (a teacher) too."""
+    # Under bf16 the layers that are nothing but matmuls and norms travel in bf16. Coordinates must not be cast.
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    backbone = network.backbone
+    for block in getattr(backbone.encoder.encoder, "blocks", []):
+        fully_shard(block, mp_policy=half if precision == "bf16" else whole)
+    fully_shard(backbone.decoder, mp_policy=whole)
+    register_fsdp_forward_method(backbone.decoder, "nucleus_rows")
+    for head in (network.image_head, network.nucleus_head):
+        fully_shard(head, mp_policy=whole)
+    # By default the outermost keeps what it gathers for the backward: a teacher has none, and would not be updated.
+    fully_shard(network, mp_policy=whole, reshard_after_forward=True)
+    return network
+
+
+@contextmanager
+def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether backwards inside exchange gradients; without, they add up on each rank until one that does."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not enabled:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The part of each tensor that lies on this rank, sharing its memory."""
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; all ranks must ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, tensor: Tensor) -> Tensor:
+    """The whole ``value``, which all ranks have, laid out as ``tensor``: its device, sharding and strides."""
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    # Fused optimisers walk through weight and moments by address: a channels-last weight needs such moments.
+    return torch.empty_like(tensor, dtype=value.dtype).copy_(value)

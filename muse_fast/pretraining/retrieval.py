@@ -1,0 +1,76 @@
+"""Nucleus retrieval@1: how well features tell nuclei apart across views, without labels.
+
+For every nucleus seen in both global views of its ROI: is its nearest feature (cosine) among all nuclei of all other
+ROIs' and its own second view the nucleus itself? The share of yes is the score; an untrained or collapsed network
+scores little above one in the number of candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from muse_fast.batch import Views
+from muse_fast.models.backbone import Backbone
+from muse_fast.pretraining.distill import encode
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    top1: float  # share of queries whose nearest neighbour is the nucleus itself
+    chance: float  # what guessing scores
+    queries: int
+
+
+@torch.no_grad()
+def nucleus_retrieval(backbone: Backbone, batches: Sequence[Views], device: torch.device | str = "cpu") -> Retrieval:
+    """Retrieval@1 between the two global views, in both directions, over all ROIs of ``batches`` at once.
+
+    The features are those that training sees: BatchNorm takes the batch's statistics. The backbone is left as it is.
+    """
+    features, keys = zip(*(global_features(backbone, views, device) for views in batches), strict=True)
+    first, second = (torch.cat([f[side] for f in features]) for side in (0, 1))
+    # A key is (batch, ROI within it, nucleus): unique over all batches.
+    numbered = [
+        [torch.cat([torch.full((len(k), 1), number), k], dim=1) for k in pair] for number, pair in enumerate(keys)
+    ]
+    first_keys, second_keys = (torch.cat([pair[side] for pair in numbered]) for side in (0, 1))
+    return retrieval_at_1(first, first_keys, second, second_keys)
+
+
+def retrieval_at_1(first: Tensor, first_keys: Tensor, second: Tensor, second_keys: Tensor) -> Retrieval:
+    """Of two sets of features ``[n, D]``, ``[m, D]`` with unique keys ``[n, j]``, ``[m, j]``: who finds its own key."""
+    same = (first_keys[:, None] == second_keys[None]).all(dim=2)
+    similarity = nn.functional.normalize(first, dim=1) @ nn.functional.normalize(second, dim=1).T
+    hits, queries, chance = 0, 0, 0.0
+    for found, score in ((same, similarity), (same.T, similarity.T)):
+        asked = found.any(dim=1)
+        if asked.any():
+            nearest = score[asked].argmax(dim=1, keepdim=True)
+            hits += int(found[asked].gather(1, nearest).sum())
+            queries += int(asked.sum())
+            chance += int(asked.sum()) / score.shape[1]
+    if queries == 0:
+        return Retrieval(top1=0.0, chance=0.0, queries=0)
+    return Retrieval(top1=hits / queries, chance=chance / queries, queries=queries)
+
+
+@torch.no_grad()
+def global_features(
+    backbone: Backbone, views: Views, device: torch.device | str
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Nucleus features of the two global views, and their keys (ROI within the batch, nucleus index), on the CPU."""
+    # A copy in training mode: batch statistics, without moving the running ones of the network under training.
+    network = copy.deepcopy(backbone).to(device).train()
+    num_rois = views.num_rois
+    nuclei = views.groups()[1][0]
+    images = views.global_images.to(device, next(network.parameters()).dtype)
+    rows = encode(network, [images], [nuclei.to(device)])[1].float().cpu()
+    image = nuclei.image_index()
+    keys = torch.stack([image % num_rois, nuclei.index.long()], dim=1)
+    split = int(nuclei.offsets[num_rois])
+    return (rows[:split], rows[split:]), (keys[:split], keys[split:])

@@ -1,0 +1,350 @@
+"""The pretraining step on one page, and the state that it moves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from muse_fast import ops
+from muse_fast.batch import PackedNuclei, Pairs, Views
+from muse_fast.config import PretrainConfig, flatten
+from muse_fast.errors import UserError
+from muse_fast.models.attention import why_not
+from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.heads import HeadOutput
+from muse_fast.models.vit import PATCH, Block, resize_pos_embed
+from muse_fast.pretraining.centering import sinkhorn_center, update_center
+from muse_fast.pretraining.distill import Network, Outputs, build_student_and_teacher, update_teacher
+from muse_fast.pretraining.drop_path import draw_scales
+from muse_fast.pretraining.losses import Temperatures, assignment_entropy, distillation_loss, image_pairs
+from muse_fast.pretraining.parallel import full, gradient_sync, like, local, parallelise, shard
+from muse_fast.runtime import checkpoint
+from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
+from muse_fast.training.guard import Guard
+from muse_fast.training.optim import apply_schedule, build_optimizer, load_moments, moments
+from muse_fast.training.schedules import Schedule, schedule_at
+
+HEADS = ("image", "nucleus")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+Metrics = dict[str, Tensor | float]
+"""Measurements of a step; tensors are 0-dim and on the device, so that the host waits only where it reads them."""
+
+
+class Batch(NamedTuple):
+    """A micro-batch on the device."""
+
+    groups: list[Tensor]  # images of one resolution each, globals first
+    nuclei: list[PackedNuclei]  # in the images of each group
+    pairs: dict[str, Pairs]  # rows that each head compares
+    num_pairs: Tensor  # [] int64, pairs of nuclei
+    scales: Tensor | None  # [branches, images], of the student's residual branches
+
+
+class Trainer:
+    """Student, teacher, optimiser and centres, and the step that moves them.
+
+    Attributes:
+        step: completed steps.
+    """
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        self.config, self.device, self.step = config, device, 0
+        dtype = DTYPES[config.train.precision]
+        if reason := why_not(config.model.attention, device, dtype):
+            raise UserError(f"model.attention={config.model.attention} cannot run: {reason}; or take sdpa")
+        precise = torch.promote_types(dtype, torch.float32)
+        self.student, self.teacher = (self._place(network, precise) for network in build_student_and_teacher(config))
+        self.student_forward = parallelise(self.student, config.train.parallel, config.train.precision)
+        if self._sharded:
+            shard(self.teacher, config.train.precision)
+        self.centers = {name: torch.zeros(config.head.prototypes, device=device, dtype=precise) for name in HEADS}
+        self.guard = Guard([*(f"{name} loss" for name in HEADS), "gradient norm"], device)
+        self.optimizer = build_optimizer(self.student, self.guard)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.config.train.parallel == "fsdp" and world_size() > 1
+
+    def _place(self, network: Network, dtype: torch.dtype) -> Network:
+        network = network.to(self.device, dtype)
+        for module in network.modules():
+            # FSDP takes weights in their own order alone; of a 1x1 kernel both orders are the same.
+            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and not self._sharded:
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+            if isinstance(module, Block) and self.config.train.compile:
+                module.compile()
+        return network
+
+    def train_step(self, *micro_batches: Views, measure: bool = True) -> Metrics:
+        """One optimisation step on this rank's share of the batch; returns its measurements if ``measure``.
+
+        The host does not wait for the device. Values that are not finite keep the step, and every later one, from
+        changing weights, teacher and centres; `check` tells.
+        """
+        config, schedule = self.config, schedule_at(self.step, self.config)
+        batches = self._prepare(micro_batches)
+        rois = micro_batches[0].num_rois * len(batches) * world_size()
+        nucleus_pairs = sum_over_ranks(torch.stack([batch.num_pairs for batch in batches]).sum())
+        num_pairs: dict[str, Tensor | int] = {
+            "image": len(batches[0].pairs["image"].teacher) * len(batches) * world_size(),
+            "nucleus": nucleus_pairs.clamp(min=1),
+        }
+
+        # Forward and backward. Gradients of all micro-batches and ranks add up to that of the mean over all pairs.
+        self.student.train()
+        self.teacher.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = Totals(config.head.bottleneck_dim, self.centers["image"])
+        for number, batch in enumerate(batches, 1):
+            last = number == len(batches)
+            with gradient_sync(self.student_forward, last):
+                losses, teacher, usage = self._forward(batch, schedule, measure and last)
+                losses = {name: losses[name] / num_pairs[name] for name in HEADS}
+                loss = config.loss.lambda_image * losses["image"] + config.loss.lambda_nucleus * losses["nucleus"]
+                (loss * world_size()).backward()  # the engines divide by the number of ranks
+            totals.add(losses, teacher)
+        totals.sum_over_ranks()
+
+        # A last look before anything is changed.
+        if not schedule.train_prototypes:
+            self.student.image_head.prototypes_v.grad = None
+            self.student.nucleus_head.prototypes_v.grad = None
+        grad_norm = full(nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None]))
+        go = self.guard.look(self.step + 1, [*totals.losses().values(), grad_norm], *_samples(micro_batches))
+
+        # Update: the centres by the teacher that was asked, the student, the teacher by the student.
+        for name, features, rows in totals.features():
+            momentum = config.loss.center_momentum
+            update_center(self.centers[name], features, rows, teacher[name].prototypes, momentum, go)
+        if config.optim.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.student.parameters(), config.optim.clip_grad, grad_norm)
+        apply_schedule(self.optimizer, schedule)
+        self.optimizer.step()
+        update_teacher(local(self.teacher.parameters()), local(self.student.parameters()), schedule.ema_momentum, go)
+        self.step += 1
+
+        if not measure:
+            return {}
+        losses = totals.losses()
+        return {
+            "loss": config.loss.lambda_image * losses["image"] + config.loss.lambda_nucleus * losses["nucleus"],
+            **{f"loss_{name}": value for name, value in losses.items()},
+            "grad_norm": grad_norm,
+            "pairs_per_roi": nucleus_pairs / rois,
+            **usage,
+            "lr": schedule.lr,
+            "weight_decay": schedule.weight_decay,
+            "teacher_temp": schedule.teacher_temp,
+            "ema_momentum": schedule.ema_momentum,
+        }
+
+    def check(self) -> None:
+        """Ask the device whether all steps up to now were finite; the host waits.
+
+        Raises:
+            NonFiniteError: for the first that was not.
+        """
+        self.guard.check()
+
+    def _prepare(self, micro_batches: Sequence[Views]) -> list[Batch]:
+        """Move this rank's views to the device, match nuclei, and draw the paths to drop."""
+        first = micro_batches[0]
+        num_views, num_rois = first.num_globals + first.num_locals, first.num_rois
+        scales = None
+        if self.config.model.drop_path:
+            rates, share = self.student.backbone.encoder.drop_rates, num_rois * len(micro_batches)
+            scales = draw_scales(rates, self.config.seed, self.step, num_views, share * world_size())
+            scales = scales[:, :, rank() * share :].split(num_rois, dim=2)
+        return [self._prepare_one(v, None if scales is None else scales[i]) for i, v in enumerate(micro_batches)]
+
+    def _prepare_one(self, views: Views, scales: Tensor | None) -> Batch:
+        views = views.to(self.device, non_blocking=True)
+        groups, nuclei = views.groups()
+        num_rois, num_globals = views.num_rois, views.num_globals
+        # To a global, a row is a student at most once, so this capacity is enough, and the host need not know more.
+        teacher_rows, student_rows, count = ops.match_nuclei(
+            views.nuclei.index,
+            views.nuclei.offsets,
+            num_rois,
+            num_globals,
+            capacity=num_globals * len(views.nuclei.index),
+        )
+        return Batch(
+            groups=[images.to(self.centers["image"].dtype) for images in groups],
+            nuclei=nuclei,
+            pairs={
+                "image": image_pairs(num_rois, num_globals, num_globals + views.num_locals, self.device),
+                "nucleus": Pairs(teacher_rows, student_rows),
+            },
+            num_pairs=count,
+            scales=None if scales is None else _move(scales.flatten(1), self.device).to(self.centers["image"].dtype),
+        )
+
+    def _forward(
+        self, batch: Batch, schedule: Schedule, measure: bool
+    ) -> tuple[dict[str, Tensor], Outputs, dict[str, Tensor]]:
+        """The undivided losses (equations 3, 6 and 7), what the teacher said, and the use of prototypes if ``measure``.
+
+        Nothing of the student is returned but its losses, so that their backward frees its prototypes as it goes.
+        """
+        config = self.config.loss
+        temps = Temperatures(config.student_temp, schedule.teacher_temp)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            teacher = self._ask_teacher(batch)
+            student = self.student_forward(batch.groups, batch.nuclei, batch.scales)
+            centers = self._centers(teacher, temps.teacher)
+            losses = {  # the same centred-softmax cross-entropy over two kinds of pairs
+                name: distillation_loss(
+                    student[name], teacher[name], centers[name], batch.pairs[name], temps, logit_free=config.logit_free
+                )
+                for name in HEADS
+            }
+        return losses, teacher, _use_of_prototypes(student, teacher, centers, temps) if measure else {}
+
+    def _ask_teacher(self, batch: Batch) -> Outputs:
+        """The teacher sees the globals alone."""
+        if self._sharded:  # FSDP keeps the weights it gathers, which autograd must know
+            with torch.no_grad():
+                return self.teacher(batch.groups[:1], batch.nuclei[:1], None)
+        with torch.inference_mode():
+            outputs = self.teacher(batch.groups[:1], batch.nuclei[:1], None)
+        # A loss may save these for its backward, which takes no tensors of inference mode.
+        return {name: HeadOutput(*(tensor.clone() for tensor in output)) for name, output in outputs.items()}
+
+    @torch.no_grad()
+    def _centers(self, teacher: Outputs, temp: float) -> dict[str, Tensor]:
+        if self.config.loss.centering == "ema":
+            return self.centers
+        return {name: sinkhorn_center(teacher[name].logits(), temp) for name in HEADS}
+
+    def save(self, run: Path) -> Path | None:
+        """Write a checkpoint of everything that the next step depends on; all ranks call it, the main one writes.
+
+        Raises:
+            NonFiniteError: the state is not worth keeping.
+        """
+        self.check()
+        tensors = {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimizer": moments(self.student, self.optimizer),
+            "state": {f"center/{name}": center for name, center in self.centers.items()},
+        }
+        whole = {stem: {name: full(t) for name, t in named.items()} for stem, named in tensors.items()}
+        if not is_main():
+            return None
+        state = {"step": self.step, "config": dataclasses.asdict(self.config)}
+        return checkpoint.save(run, self.step, whole, state, keep_every=self.config.train.keep_every)
+
+    def load(self, folder: Path) -> None:
+        """Continue from the checkpoint ``folder``, whatever number of ranks wrote it.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        self.step = checkpoint.read_state(folder)["step"]
+        self._load_networks(folder, lambda name, value: value)
+        load_moments(self.student, self.optimizer, checkpoint.read_tensors(folder, "optimizer"))
+
+    def start_from(self, folder: Path) -> None:
+        """Take weights, teacher and centres of the checkpoint ``folder``, the position embedding resized; not its step.
+
+        Raises:
+            CheckpointError: a file is damaged.
+            UserError: another architecture or other heads.
+        """
+        then = dict(flatten(checkpoint.read_state(folder)["config"]))
+        now = dict(flatten(dataclasses.asdict(self.config)))
+        other = [key for key in now if key.startswith(("model.arch", "head.")) and now[key] != then.get(key)]
+        if other:
+            settings = ", ".join(f"{key}={then.get(key)} (here {now[key]})" for key in other)
+            raise UserError(f"model.init={folder} comes from a run with {settings}; give this one the same")
+        grid = self.config.views.global_size // PATCH
+        self._load_networks(
+            folder, lambda name, value: resize_pos_embed(value, grid) if name.endswith("pos_embed") else value
+        )
+
+    def _load_networks(self, folder: Path, fit: Callable[[str, Tensor], Tensor]) -> None:
+        for stem, network in (("student", self.student), ("teacher", self.teacher)):
+            values = {name: fit(name, value) for name, value in checkpoint.read_tensors(folder, stem).items()}
+            state = network.state_dict()
+            try:
+                network.load_state_dict(
+                    {name: like(v, state[name]) if name in state else v for name, v in values.items()}
+                )
+            except RuntimeError as error:
+                raise UserError(f"{folder}: its {stem} does not fit these settings ({str(error)[:300]} ...)") from None
+        state = checkpoint.read_tensors(folder, "state")
+        for name in HEADS:
+            self.centers[name].copy_(state[f"center/{name}"])
+
+    def teacher_backbone(self) -> Backbone:
+        """The teacher's backbone, whole on every rank, to evaluate and draw; all ranks call it. Not to be trained."""
+        if not self._sharded:
+            return self.teacher.backbone
+        state = {name: full(t) for name, t in self.teacher.backbone.state_dict().items()}
+        backbone = build_backbone(self.config.model.arch, image_size=self.config.views.global_size).to(self.device)
+        backbone.load_state_dict(state)
+        return backbone.requires_grad_(False)
+
+
+class Totals:
+    """Per head the loss, the sum of the teacher's bottleneck features and their number: what a step adds up.
+
+    Args:
+        like: a tensor of the dtype and device to sum in.
+    """
+
+    def __init__(self, width: int, like: Tensor) -> None:
+        self._rows = like.new_zeros(len(HEADS), 1 + width + 1)
+
+    def add(self, losses: Mapping[str, Tensor], teacher: Outputs) -> None:
+        """Add a micro-batch."""
+        with torch.no_grad():
+            for row, name in zip(self._rows, HEADS, strict=True):
+                row[0] += losses[name]
+                row[1:-1] += teacher[name].z.sum(dim=0)
+                row[-1] += len(teacher[name].z)
+
+    def sum_over_ranks(self) -> None:
+        sum_over_ranks(self._rows)
+
+    def losses(self) -> dict[str, Tensor]:
+        return dict(zip(HEADS, self._rows[:, 0], strict=True))
+
+    def features(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Head, sum of features ``[d]``, number of rows ``[]``."""
+        for name, row in zip(HEADS, self._rows, strict=True):
+            yield name, row[1:-1], row[-1]
+
+
+def _use_of_prototypes(
+    student: Outputs, teacher: Outputs, centers: Mapping[str, Tensor], temps: Temperatures
+) -> dict[str, Tensor]:
+    """Entropies of the assignments of this rank's rows; of heads without rows, nothing."""
+    use: dict[str, Tensor] = {}
+    for name in HEADS:
+        for who, output, center, temp in (
+            ("teacher", teacher[name], centers[name], temps.teacher),
+            ("student", student[name], None, temps.student),
+        ):
+            if len(output.z):
+                of_mean, of_row = assignment_entropy(output, center, temp)
+                use |= {f"{who}_{name}_mean_entropy": of_mean, f"{who}_{name}_row_entropy": of_row}
+    return use
+
+
+def _samples(micro_batches: Sequence[Views]) -> tuple[Tensor, Tensor]:
+    """ROI ids and epochs of a step."""
+    return torch.cat([views.roi_ids for views in micro_batches]), torch.cat([views.epochs for views in micro_batches])
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """To ``device``, without a wait on a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

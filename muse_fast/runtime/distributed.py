@@ -1,0 +1,165 @@
+"""Ranks of the job; without an initialised process group there is one."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from muse_fast.errors import UserError
+from muse_fast.runtime.watchdog import Place, Watchdog
+
+_TIMEOUT = timedelta(minutes=30)  # for one collective: the other ranks wait in one while the main one saves or draws
+_LOST = ("gloo/transport", "ncclRemoteError")  # in what the two say where another rank is gone
+
+
+def launched() -> bool:
+    """Whether torchrun, or whoever sets its variables, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+_place = Place(0, 0)  # where this rank is
+
+
+def at_step(step: int) -> None:
+    """Take note of the step that begins, for the watchdog."""
+    global _place
+    _place = _place._replace(step=step)
+
+
+def _begins_collective() -> None:
+    global _place
+    _place = _place._replace(collectives=_place.collectives + 1)
+
+
+@contextmanager
+def process_group(device: torch.device, timeout: float, tell: Callable[[str, int], None]) -> Iterator[None]:
+    """The process group of a launched job: NCCL between GPUs, gloo between CPUs; nothing where there is one process.
+
+    A rank that makes no progress for ``timeout`` seconds says which rank it waits for, calls ``tell`` with that and
+    its step, and ends with code 4.
+
+    Raises:
+        UserError: the connection to another rank broke.
+    """
+    if not launched():
+        yield
+        return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    store = store_of_this_start(store, rank, world_size, _TIMEOUT)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=_TIMEOUT,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
+    with Watchdog(store, rank, world_size, timeout, lambda: _place, tell), _lost_rank_told(rank):
+        yield
+    dist.destroy_process_group()  # not after an error, when other ranks may be gone: it would wait for them
+
+
+@contextmanager
+def _lost_rank_told(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(said in str(error) for said in _LOST):
+            raise
+        raise UserError(
+            f"step {_place.step}: rank {rank} lost its connection to another rank, which was killed or has ended: look "
+            f"for what that one said ({str(error).splitlines()[0]}); the newest checkpoint is untouched: start again "
+            "to go on"
+        ) from error
+
+
+def store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A part of the job's store that nobody used before.
+
+    torchrun keeps one store over its restarts, and in it the addresses of ranks that are gone: whoever reads before
+    the new address is written connects to nobody (pytorch/pytorch#167288). The restarts that it counts are those of
+    one machine (#108158), so they tell no start from another. Hence rank 0 makes up a name, and each other rank
+    asks for it until the rank 0 that lives now has answered.
+
+    Raises:
+        torch.distributed.DistStoreError: not all ranks came within ``timeout``.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", me)
+        for other in range(1, world_size):
+            store.wait([f"{me}/{other}"], timeout)
+            store.set(f"{me}/{store.get(f'{me}/{other}').decode()}", "welcome")
+        return dist.PrefixStore(me, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", me)
+        try:
+            store.wait([f"{start}/{me}"], timedelta(seconds=1))
+            return dist.PrefixStore(start, store)
+        except dist.DistStoreError:  # that rank 0 is gone, or busy
+            if time.monotonic() > deadline:
+                raise
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rank() -> int:
+    return dist.get_rank() if _initialised() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _initialised() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Return when every rank is here."""
+    if world_size() > 1:
+        _begins_collective()
+        dist.barrier()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on any rank; all ranks wait for each other."""
+    if world_size() == 1:
+        return flag
+    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add up ``tensor`` over all ranks, in place; returns it."""
+    if world_size() > 1:
+        _begins_collective()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_over_ranks(tensor: Tensor) -> Tensor:
+    """``[...]`` of the same shape on every rank -> ``[ranks, ...]``, the same on all of them."""
+    tensor = tensor.unsqueeze(0)
+    if world_size() == 1:
+        return tensor
+    gathered = tensor.new_empty(world_size(), *tensor.shape[1:])
+    _begins_collective()
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,66 @@
+"""Where ROIs come from: public datasets, folders of images with points, procedural images, whole slides.
+
+A source yields one ``SourceImage`` at a time and never holds more than one. ``open_source("brcam2c:DIR")`` opens it.
+Each dataset has its file here; what several need is in ``muse_fast.images``: tables, geojson, instances.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from muse_fast.errors import UserError, did_you_mean
+from muse_fast.sources.base import Dataset, Source, SourceImage
+
+__all__ = ["Dataset", "Source", "SourceImage", "open_source", "source_kinds"]
+
+
+def source_kinds() -> dict[str, type[Source]]:
+    """The sources by their kind; the more a layout asks for, the earlier it stands."""
+    from muse_fast.sources.beside import Points, QuPath
+    from muse_fast.sources.brcam2c import BrcaM2C
+    from muse_fast.sources.cellvit import CellViT
+    from muse_fast.sources.consep import CoNSeP
+    from muse_fast.sources.images import Images
+    from muse_fast.sources.lizard import Lizard
+    from muse_fast.sources.muse import Muse
+    from muse_fast.sources.ocelot import Ocelot
+    from muse_fast.sources.pannuke import PanNuke
+    from muse_fast.sources.prepared import Prepared
+    from muse_fast.sources.puma import Puma
+    from muse_fast.sources.synthetic import Synthetic
+    from muse_fast.sources.wsi import Slides
+
+    datasets = (BrcaM2C, Ocelot, Puma, CoNSeP, PanNuke, Lizard, CellViT, Muse, QuPath, Points)
+    return {source.kind: source for source in (*datasets, Slides, Images, Prepared, Synthetic)}
+
+
+def open_source(spec: str, **options: Any) -> Source:
+    """Open ``KIND:TARGET``; options may be text (``"0.5"``) or values.
+
+    Raises:
+        UserError: unknown kind or option (with the nearest known name), or the target cannot be read.
+    """
+    kinds = source_kinds()
+    kind, _, target = spec.partition(":")
+    if kind not in kinds or not target:
+        hint = did_you_mean(kind, kinds) if kind not in kinds else ""
+        raise UserError(f"{spec!r} is no source, expected KIND:TARGET with KIND one of {', '.join(kinds)}{hint}")
+    source = kinds[kind]
+    return source(target, **{name: _parse_option(source, name, value) for name, value in options.items()})  # type: ignore[call-arg]
+
+
+def _parse_option(source: type[Source], name: str, value: Any) -> Any:
+    if name not in source.options:
+        known = ", ".join(source.options) or "none"
+        raise UserError(f"{source.kind}: no option {name!r} among {known}{did_you_mean(name, source.options)}")
+    kind, low, high = source.options[name]
+    if kind is str:
+        return str(value)
+    try:
+        number = kind(str(value))
+    except ValueError:
+        number = None
+    if number is None or not low <= number <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{source.kind}: {name}={value}, expected {what} from {low} to {high}")
+    return number

@@ -1,0 +1,262 @@
+"""What every source of ROIs shares: the images it yields, and the list of them that most know beforehand."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from muse_fast.errors import UserError, did_you_mean
+from muse_fast.images.slide import Slide
+from muse_fast.images.tables import read_image
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+SPLITS = ("train", "val", "test")
+Field: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
+_MAX_OUTSIDE = 0.1  # share of outlines whose centre may lie beyond the image they were drawn on
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The tissue around an annotated image: a larger one without annotation, not read before it is needed.
+
+    Attributes:
+        path: of the larger image.
+        box: left, top, right and bottom of the annotated image in pixels of the larger one, of level 0 where that is a
+            slide; fractions too.
+        is_slide: the larger image is a slide, of which only what is asked for is read.
+    """
+
+    path: Path
+    box: Field
+    is_slide: bool = False
+
+    def read(self, choose: Callable[[int, int], tuple[Field, tuple[int, int]]]) -> NDArray[np.uint8]:
+        """Pixels of the larger image, ``[h, w, 3]`` RGB.
+
+        Args:
+            choose: width and height of the larger image -> left, top, right and bottom of what is to be read, and the
+                width and height to resize it to.
+
+        Raises:
+            UserError: the image or slide is damaged, or does not hold ``box``.
+        """
+        if self.is_slide:
+            with closing(Slide(self.path, mpp=1.0)) as slide:  # scales follow from the box alone
+                self._check(slide.width, slide.height)
+                return slide.resized(*choose(slide.width, slide.height))
+        larger = read_image(self.path)
+        height, width = larger.shape[:2]
+        self._check(width, height)
+        field, size = choose(width, height)
+        return np.array(Image.fromarray(larger).resize(size, Image.Resampling.BICUBIC, box=field))
+
+    def _check(self, width: int, height: int) -> None:
+        left, top, right, bottom = self.box
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            sides = f"{width} x {height} px"
+            raise UserError(f"{self.path}: {sides}, expected a larger image that holds its ROI at {self.box}")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One image and its nuclei, as a source yields it."""
+
+    name: str
+    slide: str
+    split: str  # "" where the source knows no split
+    image: NDArray[np.uint8]  # [H, W, 3] RGB
+    mpp: float  # um per pixel
+    xy: NDArray[np.float32]  # [n, 2] pixels of the image
+    label: NDArray[np.int16] | None  # [n], position in the source's label_names, -1 unknown
+    score: NDArray[np.float32] | None  # [n]
+    origin: tuple[int, int] = (0, 0)  # x, y of the top-left corner in level-0 pixels of the slide
+    context: Context | None = None
+
+
+class Source(ABC):
+    """An iterable of ``SourceImage``. Sources that know their length before the work have ``len()``."""
+
+    kind: ClassVar[str]
+    title: ClassVar[str] = ""  # what a person calls it
+    options: ClassVar[dict[str, tuple[type, float, float]]] = {}  # name: type, lowest, highest
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = ()  # each: patterns that all match something in such a folder
+    label_names: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()  # what was left out so far, by reason
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[SourceImage]: ...
+
+    def slides(self) -> Iterator[tuple[str, str]]:
+        """Slide and split of every image; sources that need not read images for it do not."""
+        yield from ((item.slide, item.split) for item in self)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image of a data set that has not been read yet."""
+
+    name: str
+    slide: str
+    split: str
+    image: Path
+    labels: Path
+    mpp: float
+    origin: tuple[int, int] = (0, 0)
+    row: int = 0  # of this image in a file that holds many
+    context: Context | None = None
+
+
+class Nuclei(NamedTuple):
+    """The nuclei of one image."""
+
+    xy: NDArray[np.floating]  # [n, 2] pixels
+    label: NDArray[np.int16] | None
+    score: NDArray[np.float32] | None = None
+
+
+class Dataset(Source):
+    """A source that lists its images, in ``entries``, before it reads the first."""
+
+    entries: list[Entry]
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder} is no folder; expected {self.title}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[SourceImage]:
+        return map(self.read, self.entries)
+
+    def slides(self) -> Iterator[tuple[str, str]]:
+        return ((entry.slide, entry.split) for entry in self.entries)
+
+    def read(self, entry: Entry) -> SourceImage:
+        """Pixels and nuclei of one entry.
+
+        Raises:
+            UserError: a file is missing or damaged, or holds what it should not; names it and the place in it.
+        """
+        image = self._pixels(entry)
+        nuclei = self._nuclei(entry, image.shape[1], image.shape[0])
+        xy = nuclei.xy.astype(np.float32)
+        return SourceImage(
+            entry.name,
+            entry.slide,
+            entry.split,
+            image,
+            entry.mpp,
+            xy,
+            nuclei.label,
+            nuclei.score,
+            entry.origin,
+            entry.context,
+        )
+
+    def _pixels(self, entry: Entry) -> NDArray[np.uint8]:
+        return read_image(entry.image)
+
+    @abstractmethod
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+        """Nuclei of an image of ``width`` x ``height`` px, all inside it."""
+
+    def _inside(self, nuclei: Nuclei, width: int, height: int, path: Path) -> Nuclei:
+        """Drop the nuclei whose centre lies outside the image: outlines may cross its border.
+
+        Raises:
+            UserError: there are too many of them; the coordinates must be those of something else.
+        """
+        # As float32, in which they will be kept: rounding must not put one onto the border, where it is outside.
+        xy = nuclei.xy.astype(np.float32)
+        inside = ((xy >= 0) & (xy < (width, height))).all(axis=1)
+        outside = len(xy) - int(inside.sum())
+        if outside > max(1, _MAX_OUTSIDE * len(xy)):
+            x, y = xy[~inside][0]
+            raise UserError(
+                f"{path}: {outside} of {len(xy)} nuclei lie outside the image of {width} x {height} px (the first at "
+                f"{x:g}, {y:g}); expected pixels of the image, not of the slide it was cut from"
+            )
+        if outside:
+            self.dropped["nucleus outside its image"] += outside
+        label, score = nuclei.label, nuclei.score
+        return Nuclei(xy[inside], None if label is None else label[inside], None if score is None else score[inside])
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder by name, without the hidden ones that a Mac's zip brings along.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = folder.iterdir() if folder.is_dir() else ()
+    images = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    if not images:
+        raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return images
+
+
+def pair_files(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Path]]:
+    """Images of one folder, each with the file ``STEM`` + ``suffix`` of another.
+
+    Raises:
+        UserError: one of the two is missing.
+    """
+    pairs = [(path, labels / f"{path.stem}{suffix}") for path in list_images(images)]
+    found = {path.name for path in labels.glob(f"*{suffix}") if path.name[0] != "."}
+    for image, label in pairs:
+        if label.name not in found:
+            raise UserError(f"{label} is missing; expected one for each image of {images}, {image.name} too")
+    if extra := sorted(found - {label.name for _, label in pairs}):
+        raise UserError(f"{labels / extra[0]}: there is no image of that name in {images}")
+    return pairs
+
+
+def need_file(path: Path, hint: str) -> Path:
+    """``path``, if there is such a file.
+
+    Raises:
+        UserError: there is none; ``hint`` says what was expected.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {hint}")
+    return path
+
+
+def one_of(kind: str, option: str, value: str, allowed: Collection[str]) -> str:
+    """``value``, if it is allowed.
+
+    Raises:
+        UserError: it is not; names the nearest that is.
+    """
+    if value not in allowed:
+        raise UserError(f"{kind}: {option}={value}, expected {', '.join(allowed)}{did_you_mean(value, allowed)}")
+    return value
+
+
+def split_names(kind: str, text: str, parts: Sequence[str]) -> dict[str, str]:
+    """The split of each of ``parts``, from one name per part such as ``train,val,test``.
+
+    Raises:
+        UserError: not one name for each part.
+    """
+    names = text.split(",")
+    if len(names) != len(parts) or not all(names):
+        raise UserError(
+            f"{kind}: splits={text} names {len(names)}, expected one for each of {', '.join(parts)}, "
+            f"such as splits={','.join((*SPLITS, *'abcdefgh')[: len(parts)])}"
+        )
+    return dict(zip(parts, names, strict=True))

@@ -1,0 +1,114 @@
+"""Folders of images with the nuclei of each in a file of the same stem beside it: CSV points, or QuPath's GeoJSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from muse_fast.errors import UserError, did_you_mean
+from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
+from muse_fast.images.geojson import GeoPoints, read_geojson_points
+from muse_fast.images.tables import MPP_RANGE, read_mpp_table, read_points
+from muse_fast.sources.base import Dataset, Entry, Nuclei, list_images, one_of
+
+
+class Beside(Dataset):
+    """What such folders share.
+
+    The um per pixel comes from ``mpp.csv`` (``image,mpp[,slide][,split]``), else from the option ``mpp``. The option
+    ``labels`` names the classes, for example ``labels=lymphocyte,tumour,stromal``.
+    """
+
+    options: ClassVar[dict[str, tuple[type, float, float]]] = {"mpp": (float, *MPP_RANGE), "labels": (str, 0, 0)}
+    suffixes: ClassVar[tuple[str, ...]]  # of the file beside an image
+    EMPTY: ClassVar[str]  # what that file holds for an image without nuclei
+
+    def __init__(self, folder: str, mpp: float | None = None, labels: str = "") -> None:
+        super().__init__(folder)
+        self.label_names = tuple(filter(None, labels.split(",")))
+        table = read_mpp_table(self.folder)
+        images = list_images(self.folder)
+        stems = Counter(path.stem for path in images)
+        self.entries = []
+        for path in images:
+            if stems[path.stem] > 1:
+                file = path.stem + self.suffixes[0]
+                raise UserError(f"{path}: another image has the same stem, so {file} could belong to either")
+            beside, row = self._beside(path), table.get(path.name)
+            known = row.mpp if row else mpp
+            if known is None:
+                raise UserError(
+                    f"{path}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv (image,mpp)"
+                )
+            slide, split = (row.slide or path.stem, row.split) if row else (path.stem, "")
+            self.entries.append(Entry(path.name, slide, split, path, beside, known))
+
+    def _beside(self, path: Path) -> Path:
+        found = [path.with_name(path.stem + suffix) for suffix in self.suffixes]
+        found = [file for file in found if file.is_file()]
+        if not found:
+            raise UserError(
+                f"{path}: {path.stem}{self.suffixes[0]} is missing; an image without nuclei needs {self.EMPTY}"
+            )
+        if len(found) > 1:
+            raise UserError(f"{path}: both {found[0].name} and {found[1].name} are there; keep one")
+        return found[0]
+
+
+class Points(Beside):
+    """Images with a CSV each, with the header ``x,y[,label][,score]``."""
+
+    kind = "points"
+    title = "a folder of images with a CSV of points each"
+    layouts = tuple((f"*{suffix}", "*.csv") for suffix in (".png", ".jpg", ".tif"))
+    suffixes = (".csv",)
+    EMPTY = "the header alone"
+
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+        return Nuclei(*read_points(entry.labels, width, height, len(self.label_names)))
+
+
+class QuPath(Beside):
+    """Images with QuPath's export each: ``STEM.geojson`` or ``STEM.geojson.gz``, points or outlines in image pixels.
+
+    Detections are the nuclei; where a file has none, annotations are. Classes are those of ``labels``, or else all
+    that the files name, by alphabet. The option ``multi=each`` takes every part of a MultiPolygon for a nucleus, as
+    CellViT writes them, and not all parts for one.
+    """
+
+    kind = "qupath"
+    title = "a folder of images with QuPath's GeoJSON each"
+    layouts = tuple(
+        (f"*{suffix}", f"*{geojson}") for suffix in (".png", ".jpg", ".tif") for geojson in GEOJSON_SUFFIXES
+    )
+    suffixes = GEOJSON_SUFFIXES
+    EMPTY = "an empty FeatureCollection"
+    options: ClassVar[dict[str, tuple[type, float, float]]] = Beside.options | {"multi": (str, 0, 0)}
+    MAX_AREA_UM2 = 2000.0  # a disc of 50 um; no nucleus is that large, outlines of tissue are
+
+    def __init__(self, folder: str, mpp: float | None = None, labels: str = "", multi: str = "one") -> None:
+        super().__init__(folder, mpp, labels)
+        self._multi = one_of(self.kind, "multi", multi, ("one", "each"))
+        if not self.label_names:
+            named = (set(self._points(entry).label) for entry in self.entries)
+            self.label_names = tuple(sorted(set().union(*named) - {""}))
+
+    def _points(self, entry: Entry) -> GeoPoints:
+        return read_geojson_points(entry.labels, self._multi).smaller_than(self.MAX_AREA_UM2 / entry.mpp**2)
+
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+        points = self._points(entry)
+        for reason, count in points.left_out.items():
+            self.dropped[reason] += count
+        position = {name: i for i, name in enumerate(self.label_names)} | {"": -1}
+        for name, where in zip(points.label, points.where, strict=True):
+            if name not in position:
+                hint = did_you_mean(name, self.label_names)
+                raise UserError(
+                    f"{entry.labels}, {where}: class {name!r}, expected {', '.join(self.label_names)}{hint}"
+                )
+        label = np.array([position[name] for name in points.label], np.int16)
+        return self._inside(Nuclei(points.xy, label), width, height, entry.labels)

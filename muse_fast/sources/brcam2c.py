@@ -1,0 +1,76 @@
+"""BRCA-M2C."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from muse_fast.errors import UserError
+from muse_fast.images.slide import find_slides
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need_file
+
+
+class BrcaM2C(Dataset):
+    """BRCA-M2C: breast patches of TCGA at 0.5 um per pixel with three classes of nuclei.
+
+    An image is called ``{slide}_{x}_{y}_{w}_{h}_{4 * mpp of the slide}.png`` with x, y, w, h in level-0 pixels; its
+    labels are rows ``y x class``. The images were resampled to 0.5 um per pixel whatever the slide had.
+
+    Options:
+        slides: folder with slides of TCGA, which hold the tissue around the images; those that are not there have none.
+    """
+
+    kind = "brcam2c"
+    title = "BRCA-M2C"
+    layouts = (("images/*.png", "labels/*_gt_class_coords.txt", *(f"brca_ds_{split}.txt" for split in SPLITS)),)
+    label_names = ("lymphocyte", "tumour", "stromal")
+    options: ClassVar[dict[str, tuple[type, float, float]]] = {"slides": (str, 0, 0)}
+    MPP = 0.5
+    _NAME = re.compile(r"(?P<slide>[^_]+)_(?P<x>\d+)_(?P<y>\d+)_(?P<width>\d+)_(?P<height>\d+)_[\d.]+\.png")
+
+    def __init__(self, folder: str, slides: str = "") -> None:
+        super().__init__(folder)
+        # A slide's file is called as the slide, a dot, and more.
+        self._slides = {path.name.split(".")[0]: path for path in find_slides(Path(slides))} if slides else {}
+        self.entries = [self._entry(name, split) for name, split in self._split_of().items()]
+
+    def _split_of(self) -> dict[str, str]:
+        split_of: dict[str, str] = {}
+        for split in SPLITS:
+            listing = self.folder / f"brca_ds_{split}.txt"
+            need_file(listing, "expected the folder of BRCA-M2C with images/ and labels/")
+            for row, name in enumerate(listing.read_text("utf-8-sig", "replace").split(), start=1):
+                if name in split_of:
+                    raise UserError(f"{listing}, row {row}: {name} stands in the split {split_of[name]} too")
+                split_of[name] = split
+        return split_of
+
+    def _entry(self, name: str, split: str) -> Entry:
+        parts = self._NAME.fullmatch(name)
+        if parts is None:
+            raise UserError(f"{self.folder / name}: expected a name like {{slide}}_x_y_w_h_{{4 * mpp}}.png")
+        labels = self.folder / "labels" / f"{Path(name).stem}_gt_class_coords.txt"
+        x, y, width, height = (int(parts[key]) for key in ("x", "y", "width", "height"))
+        path = self._slides.get(parts["slide"])
+        context = None if path is None else Context(path, (x, y, x + width, y + height), is_slide=True)
+        image = self.folder / "images" / name
+        return Entry(name, parts["slide"], split, image, labels, self.MPP, (x, y), context=context)
+
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+        path = need_file(entry.labels, "an image without nuclei needs an empty file")
+        rows = []
+        for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), start=1):
+            values = line.split()
+            if not values:
+                continue
+            if len(values) != 3 or not all(value.isdecimal() for value in values):
+                raise UserError(f"{path}, row {number}: {line!r}, expected three integers 'y x class'")
+            y, x, label = map(int, values)
+            if y >= height or x >= width or not 1 <= label <= 3:
+                raise UserError(f"{path}, row {number}: {line!r}, expected y < {height}, x < {width}, class 1 to 3")
+            rows.append((x, y, label - 1))
+        table = np.array(rows, np.int64).reshape(-1, 3)
+        return Nuclei(table[:, :2].astype(np.float32), table[:, 2].astype(np.int16))

@@ -1,0 +1,87 @@
+"""The layout in which CellViT++ takes detection datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from muse_fast.errors import UserError, did_you_mean
+from muse_fast.images.tables import MPP_RANGE, read_bare_points
+from muse_fast.sources.base import Dataset, Entry, Nuclei, need_file, pair_files
+
+
+class CellViT(Dataset):
+    """CellViT++'s layout: ``{train,test}/{images/*.png,labels/*.csv}``, rows ``x,y,label`` counted from 0.
+
+    ``label_map.yaml`` names the labels. ``splits/fold_K/{train,val}.csv`` list stems of the train images, one a line;
+    without them all are train.
+
+    Options:
+        mpp: um per pixel; needed, as the layout does not tell.
+        fold: K (default 0).
+    """
+
+    kind = "cellvit"
+    title = "a folder in CellViT++'s layout with train/, test/ and label_map.yaml"
+    layouts = tuple(
+        ("label_map.yaml", f"{part}/images/*.{suffix}", f"{part}/labels/*.csv")
+        for part in ("train", "test")
+        for suffix in ("png", "jpg")
+    )
+    options: ClassVar[dict[str, tuple[type, float, float]]] = {"mpp": (float, *MPP_RANGE), "fold": (int, 0, 999)}
+
+    def __init__(self, folder: str, mpp: float | None = None, fold: int = 0) -> None:
+        super().__init__(folder)
+        self.label_names = self._read_label_map(need_file(self.folder / "label_map.yaml", f"expected {self.title}"))
+        if mpp is None:
+            raise UserError(f"{self.folder}: the layout does not tell um per pixel; give mpp=NUMBER")
+        self.entries = []
+        for part in ("train", "test"):
+            if not (self.folder / part).is_dir():
+                continue
+            pairs = pair_files(self.folder / part / "images", self.folder / part / "labels", ".csv")
+            split_of = self._read_fold(fold, {path.stem for path, _ in pairs}) if part == "train" else {}
+            for path, labels in pairs:
+                split = split_of.get(path.stem, "") if split_of else part
+                self.entries.append(Entry(path.name, path.stem, split, path, labels, mpp))
+        if not self.entries:
+            raise UserError(f"{self.folder} has neither train/ nor test/; expected {self.title}")
+
+    def _read_label_map(self, path: Path) -> tuple[str, ...]:
+        from omegaconf import OmegaConf
+
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(path))
+        except Exception as error:  # what PyYAML and OmegaConf raise has no base in common
+            raise UserError(f"{path}: no readable YAML ({error})") from error
+        if isinstance(content, Mapping) and isinstance(content.get("labels"), Mapping):
+            content = content["labels"]
+        names = {str(key): str(name) for key, name in content.items()} if isinstance(content, Mapping) else {}
+        wanted = [str(i) for i in range(len(names))]
+        if not names or sorted(names, key=lambda key: (len(key), key)) != wanted:
+            raise UserError(f"{path}: {content!r}, expected a name for each label 0, 1, 2, ...")
+        return tuple(names[key] for key in wanted)
+
+    def _read_fold(self, fold: int, stems: set[str]) -> dict[str, str]:
+        """Split of every train image that the fold lists; empty where there are no folds."""
+        folds = self.folder / "splits"
+        if not folds.is_dir():
+            return {}
+        split_of: dict[str, str] = {}
+        for split in ("train", "val"):
+            known = ", ".join(sorted(path.name for path in folds.iterdir())) or "nothing"
+            path = need_file(folds / f"fold_{fold}" / f"{split}.csv", f"{folds} holds {known}; choose with fold=K")
+            for row, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+                stem = line.strip().rstrip(",").removesuffix(".png")
+                if not stem:
+                    continue
+                if stem not in stems:
+                    raise UserError(f"{path}, row {row}: train/images has no {stem!r}{did_you_mean(stem, stems)}")
+                if stem in split_of:
+                    raise UserError(f"{path}, row {row}: {stem} stands in the split {split_of[stem]} already")
+                split_of[stem] = split
+        return split_of
+
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+        return Nuclei(*read_bare_points(entry.labels, width, height, range(len(self.label_names))))

@@ -1,0 +1,278 @@
+"""From one slide to its ROIs: a survey finds the squares with tissue, each square is then read and its nuclei found.
+
+Both are plain functions of what they are given, so that they run in any process, and ROIs come out the same whatever
+the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from muse_fast.errors import UserError
+from muse_fast.finders.learned import load_finder
+from muse_fast.images.nuclei_files import Nuclei, read_nuclei
+from muse_fast.images.slide import Slide
+from muse_fast.images.tissue import MASK_UM, read_tissue, tissue_mask
+from muse_fast.roiset.records import encode_jpeg
+
+THUMBNAIL_SIDE = 1024
+_HANDLES = 8  # open slides per process; several slides are under way at a time
+
+
+@dataclass(frozen=True, slots=True)
+class CutSettings:
+    """What decides the ROIs of a slide; the options of ``wsi:`` of these names."""
+
+    roi_um: float = 512.0
+    min_tissue: float = 0.5
+    min_nuclei: int = 20
+    threshold: float | None = None  # of the detector; None: its own
+    per_slide: int | None = None
+    seed: int = 0
+    max_unreadable: int = 20
+    label_names: tuple[str, ...] = ()
+    detector: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class SlideFile:
+    """A slide and what is known of it before it is opened.
+
+    Attributes:
+        name: the file's stem, by which what goes with the slide is found; ``slide`` is its name in the set.
+        mpp: um per pixel of level 0; None: the header's.
+    """
+
+    path: Path
+    name: str
+    slide: str
+    split: str = ""
+    group: str = ""
+    mpp: float | None = None
+    mpp_from: str = "header"
+    tissue: Path | None = None
+    nuclei: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Square:
+    """A place for a ROI, in level-0 pixels; its nuclei where the user has given them."""
+
+    path: Path
+    mpp: float
+    x: int
+    y: int
+    side: int
+    nuclei: Nuclei | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a slide offers.
+
+    Attributes:
+        squares: in the order in which they are to be examined.
+        dropped: squares left out already, by reason.
+        tissue: ``[h, w]`` bool, the mask with pixels of ``MASK_UM``.
+        thumbnail: ``[h, w, 3]`` uint8 RGB, at most ``THUMBNAIL_SIDE`` a side.
+    """
+
+    width: int
+    height: int
+    mpp: float
+    side: int
+    squares: list[Square]
+    dropped: Counter[str]
+    tissue: NDArray[np.bool_]
+    thumbnail: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A square's pixels ``[side, side, 3]``, or the JPEG made of them, and its nuclei."""
+
+    image: NDArray[np.uint8] | bytes
+    nuclei: Nuclei
+
+
+Examine = Callable[[Square], Found | UserError]
+# As ``map``, which is one; ``pool.Pool.map`` shares the work out.
+OrderedMap = Callable[[Examine, Iterable[Square]], Iterable[Found | UserError]]
+
+
+def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
+    """Find tissue and squares of a slide; an error is returned, so that it reaches other processes as it is."""
+    try:
+        slide = Slide(file.path, file.mpp)
+        try:
+            return _survey(slide, file, settings)
+        finally:
+            slide.close()
+    except UserError as error:
+        return error
+    except (OSError, MemoryError) as error:
+        return UserError(f"{file.path}: {type(error).__name__} ({error})")
+
+
+def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
+    side = round(settings.roi_um / slide.mpp)
+    max_unreadable = settings.max_unreadable * side**2
+    overview = slide.thumbnail(MASK_UM, max_unreadable)
+    step = MASK_UM / slide.mpp
+    mask = tissue_mask(overview, MASK_UM) if file.tissue is None else read_tissue(file.tissue, overview.shape[:2], step)
+    given = (
+        None
+        if file.nuclei is None
+        else read_nuclei(file.nuclei, slide.width, slide.height, label_names=settings.label_names)
+    )
+    squares, dropped = [], Counter[str]()
+    for y in range(0, slide.height - side + 1, side):
+        for x in range(0, slide.width - side + 1, side):
+            square = Square(file.path, slide.mpp, x, y, side)
+            if _share(mask, square) < settings.min_tissue:
+                dropped["too little tissue"] += 1
+            else:
+                squares.append(square)
+    if given is not None:
+        squares = [replace(square, nuclei=given.within(square.x, square.y, side)) for square in squares]
+    if settings.per_slide is not None:
+        order = priorities(settings.seed, file.name, np.array([(s.x, s.y) for s in squares]).reshape(-1, 2))
+        squares = [squares[i] for i in np.argsort(order, kind="stable")]
+    picture = _thumbnail(slide, overview, max_unreadable)
+    return Survey(slide.width, slide.height, slide.mpp, side, squares, dropped, mask, picture)
+
+
+def _thumbnail(slide: Slide, overview: NDArray[np.uint8], max_unreadable: int) -> NDArray[np.uint8]:
+    """The overview reduced, or a finer one of a small slide."""
+    if max(overview.shape) < THUMBNAIL_SIDE:
+        um = max(slide.width, slide.height) * slide.mpp / THUMBNAIL_SIDE
+        overview = slide.thumbnail(max(slide.mpp, um), max_unreadable)
+    picture = Image.fromarray(overview)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    return np.asarray(picture)
+
+
+def _share(mask: NDArray[np.bool_], square: Square) -> float:
+    """Share of tissue in a square."""
+    corners = (square.x, square.y, square.x + square.side, square.y + square.side)
+    left, top, right, bottom = (round(value * square.mpp / MASK_UM) for value in corners)
+    return float(mask[top : max(bottom, top + 1), left : max(right, left + 1)].mean())
+
+
+def priorities(seed: int, name: str, origins: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A number drawn for each place of a slide; the lowest are taken first, here and over all slides.
+
+    It depends on the seed, the slide's name and the place alone.
+    """
+    texts = (f"{seed}/{name}/{x}/{y}".encode() for x, y in origins.tolist())
+    digests = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") for text in texts]
+    return np.array(digests, np.uint64)
+
+
+# Handles do not survive the way to another process; each process keeps its own.
+_opened = lru_cache(maxsize=_HANDLES)(Slide)
+
+
+def close_slides() -> None:
+    """Forget the slides that this process holds open."""
+    _opened.cache_clear()
+
+
+def examine(square: Square, settings: CutSettings) -> Found | UserError:
+    """Pixels and nuclei of a square; the error where it cannot be read."""
+    side = square.side
+    reach_um = 0.0 if square.nuclei is not None else load_finder(settings.detector).reach_um
+    margin = math.ceil(reach_um / square.mpp)  # a nucleus at the border sees both
+    try:
+        slide = _opened(square.path, square.mpp)
+        block = slide.read(square.x - margin, square.y - margin, side + 2 * margin, side + 2 * margin)
+    except UserError as error:
+        return error
+    except (OSError, MemoryError) as error:
+        return UserError(f"{square.path}: {type(error).__name__} ({error})")
+    image = np.ascontiguousarray(block[margin : margin + side, margin : margin + side])
+    return Found(image, _detect(block, square, settings).within(margin, margin, side))
+
+
+def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> Nuclei:
+    """Nuclei of the pixels of a square and its margin."""
+    if square.nuclei is not None:
+        return square.nuclei
+    xy, score = load_finder(settings.detector)(block, square.mpp, threshold=settings.threshold)
+    return Nuclei(xy, score=score)
+
+
+def examine_to_jpeg(square: Square, settings: CutSettings, quality: int) -> Found | UserError:
+    """``examine`` with the pixels as JPEG, of a fifth of the bytes, where there are nuclei enough."""
+    found = examine(square, settings)
+    if isinstance(found, UserError):
+        return found
+    assert not isinstance(found.image, bytes)
+    enough = len(found.nuclei) >= settings.min_nuclei
+    return Found(encode_jpeg(found.image, quality) if enough else b"", found.nuclei)
+
+
+class Cut:
+    """The ROIs of a surveyed slide, one by one.
+
+    Attributes:
+        dropped: squares left out so far, by reason.
+        refused: places ``x, y`` that were read and left out, by reason.
+    """
+
+    def __init__(self, survey: Survey, settings: CutSettings, quality: int | None = None) -> None:
+        self._squares, self._settings = survey.squares, settings
+        self._examine: Examine = (
+            partial(examine, settings=settings)
+            if quality is None
+            else partial(examine_to_jpeg, settings=settings, quality=quality)
+        )
+        self.dropped = survey.dropped.copy()
+        self.refused: dict[str, list[tuple[int, int]]] = {"too few nuclei": [], "unreadable": []}
+
+    def rois(self, ordered_map: OrderedMap = map) -> Iterator[tuple[Square, Found]]:
+        """Examine the squares in their order.
+
+        Raises:
+            UserError: more squares than ``max_unreadable`` cannot be read.
+        """
+        limit = self._settings.per_slide
+        candidates = [square for square in self._squares if self._may_do(square)]
+        kept = examined = 0
+        for square, found in zip(candidates, ordered_map(self._examine, candidates), strict=False):
+            examined += 1
+            if isinstance(found, UserError):
+                self._refuse(square, "unreadable")
+                if (count := self.dropped["unreadable"]) > self._settings.max_unreadable:
+                    raise UserError(f"{found}; {count} ROIs of it cannot be read, copy the slide anew")
+            elif self._enough(found.nuclei, square):
+                yield square, found
+                kept += 1
+                if kept == limit:
+                    break
+        if examined < len(candidates):
+            self.dropped["beyond per_slide"] += len(candidates) - examined
+
+    def _may_do(self, square: Square) -> bool:
+        """False for a square that need not be read: the user's nuclei in it are too few."""
+        return square.nuclei is None or self._enough(square.nuclei, square)
+
+    def _enough(self, nuclei: Nuclei, square: Square) -> bool:
+        if len(nuclei) >= self._settings.min_nuclei:
+            return True
+        self._refuse(square, "too few nuclei")
+        return False
+
+    def _refuse(self, square: Square, reason: str) -> None:
+        self.dropped[reason] += 1
+        self.refused[reason].append((square.x, square.y))

@@ -1,0 +1,95 @@
+"""Lizard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from muse_fast.errors import UserError
+from muse_fast.images.instances import instance_centroids, integer_map, read_mat
+from muse_fast.images.tables import MPP_RANGE, read_rows
+from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, split_names
+
+_MAX_ID = 2**31 - 1
+
+
+class Lizard(Dataset):
+    """Lizard: colon tiles at 20x with instance maps in MATLAB files.
+
+    The PNGs, the ``.mat`` of the same stem and ``info.csv`` (``Filename,Source,Split``) are found wherever they stand
+    below the folder, as the zip files nest them in several ways.
+
+    Options:
+        splits: the names of the splits 1, 2 and 3 of ``info.csv``, ``train,val,test`` by default.
+        mpp: um per pixel, 0.5 by default: the nominal one of 20x.
+    """
+
+    kind = "lizard"
+    title = "the folder of Lizard with PNGs, .mat files and info.csv"
+    layouts = (("**/*.png", "**/*.mat", "**/info.csv"),)
+    options: ClassVar[dict[str, tuple[type, float, float]]] = {"splits": (str, 0, 0), "mpp": (float, *MPP_RANGE)}
+    label_names = ("neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective")
+
+    def __init__(self, folder: str, splits: str = ",".join(SPLITS), mpp: float = 0.5) -> None:
+        super().__init__(folder)
+        names = split_names(self.kind, splits, ("1", "2", "3"))
+        images, labels = self._by_stem("png"), self._by_stem("mat")
+        infos = self._by_stem("csv")
+        if "info" not in infos:
+            raise UserError(f"{self.folder}: info.csv is missing; expected {self.title}")
+        split_of = _read_info(infos["info"], names)
+        for stem in sorted(images.keys() | labels.keys() | split_of.keys()):
+            for what, found in (("a PNG", images), ("a .mat file", labels), (f"a row of {infos['info']}", split_of)):
+                if stem not in found:
+                    raise UserError(f"{self.folder}: {stem} lacks {what}; was every zip file unpacked here?")
+        self.entries = [Entry(stem, stem, split_of[stem], images[stem], labels[stem], mpp) for stem in sorted(images)]
+
+    def _by_stem(self, suffix: str) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for path in sorted(self.folder.rglob(f"*.{suffix}")):
+            if path.name[0] == "." or "__MACOSX" in path.parts:
+                continue
+            if path.stem in found:
+                raise UserError(f"{path}: {found[path.stem]} has the same name; keep one")
+            found[path.stem] = path
+        return found
+
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+        """``class`` has a row per nucleus, in the order of ``id``, which need be neither gapless nor ascending."""
+        path = entry.labels
+        content = read_mat(path, ("inst_map", "class"), ("id",))
+        instances = integer_map(content["inst_map"], (height, width), _MAX_ID, f"{path}: inst_map")
+        numbers, xy = instance_centroids(instances)
+        classes = content["class"].reshape(-1)
+        kinds = integer_map(classes, classes.shape, len(self.label_names), f"{path}: class")
+        ids = content["id"].reshape(-1) if "id" in content else numbers
+        if len(ids) != len(kinds):
+            raise UserError(f"{path}: {len(kinds)} classes for {len(ids)} nuclei")
+        ids = integer_map(ids, ids.shape, _MAX_ID, f"{path}: id")
+        order = np.argsort(ids, kind="stable")
+        place = np.searchsorted(ids[order], numbers)
+        known = place < len(ids)
+        known[known] = ids[order][place[known]] == numbers[known]
+        if not known.all():
+            raise UserError(f"{path}: nucleus {numbers[~known][0]} of inst_map is not among id, so it has no class")
+        label = kinds[order[place]] - 1
+        if (label < 0).any():
+            raise UserError(
+                f"{path}: class 0 of nucleus {numbers[label < 0][0]}, expected 1 to {len(self.label_names)}"
+            )
+        return Nuclei(xy, label.astype(np.int16))
+
+
+def _read_info(path: Path, names: dict[str, str]) -> dict[str, str]:
+    """Split of every file by ``info.csv``."""
+    split_of: dict[str, str] = {}
+    for row, values in read_rows(path, ("Filename", "Source", "Split")):
+        stem, part = values["Filename"].removesuffix(".png"), values["Split"]
+        if part not in names:
+            raise UserError(f"{path}, row {row}: Split is {part!r}, expected {', '.join(names)}")
+        if stem in split_of:
+            raise UserError(f"{path}, row {row}: {stem} is listed twice")
+        split_of[stem] = names[part]
+    return split_of

@@ -1,0 +1,222 @@
+"""What a person sees of a run: a progress bar, metrics.jsonl, TensorBoard events, and how a run is told to stop."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from muse_fast.runtime import atomic
+from muse_fast.runtime.distributed import is_main
+
+_T = TypeVar("_T")
+
+
+class Stopwatch:
+    """Time between two readings, and the share of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._started, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def timed(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """Pass ``batches`` on, counting the wait for each."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            self._steps += 1
+            yield batch
+
+    def read(self, rois_per_step: int) -> dict[str, float]:
+        """ROIs per second and data-wait share since the last reading; starts anew."""
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        reading = {"rois_per_second": self._steps * rois_per_step / elapsed, "data_wait": self._waited / elapsed}
+        self._restart()
+        return reading
+
+
+def read_back(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Numbers for 0-dim tensors, in one copy from the device, for which the host waits."""
+    tensors = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True))
+    return {name: numbers.get(name, value) for name, value in values.items()}
+
+
+class MetricsLog:
+    """Rows of metrics.jsonl, mirrored to TensorBoard. A resumed run first drops the rows after its step."""
+
+    def __init__(self, run: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+        self.path = run / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
+        self.is_new = not kept
+        with atomic.replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(self.path, "a")  # noqa: SIM115 - closed by __exit__
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row; it survives a kill once this returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _gist(values: Mapping[str, float]) -> str:
+    """Of a row of pretraining."""
+    return (
+        f"loss {values['loss']:.3f} (image {values['loss_image']:.3f}, nucleus {values['loss_nucleus']:.3f}) "
+        f"{values['rois_per_second']:.1f} ROI/s, data wait {100 * values['data_wait']:.0f} %"
+        + (f", MFU {100 * values['mfu']:.0f} %" if "mfu" in values else "")
+    )
+
+
+class TrainingProgress:
+    """A bar with rate, data-wait share and ETA; plain lines where the output is no terminal.
+
+    Args:
+        start_step, steps: where the run begins and ends.
+        title: stands before the bar.
+        describe: the text after it, from the row of a step.
+    """
+
+    def __init__(
+        self,
+        start_step: int,
+        steps: int,
+        title: str = "pretrain",
+        describe: Callable[[Mapping[str, float]], str] = _gist,
+    ) -> None:
+        self._console = Console()
+        self._steps, self._describe = steps, describe
+        self._started, self._start_step = time.monotonic(), start_step
+        self._bar = Progress(
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=steps, completed=start_step, text="")
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the row of ``step``."""
+        text = self._describe(values)
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, text=text)
+        else:
+            per_step = (time.monotonic() - self._started) / max(1, step - self._start_step)
+            print(f"step {step}/{self._steps}  {text}, ETA {(self._steps - step) * per_step:.0f} s", flush=True)
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+
+class RunReport:
+    """The log and the progress of a run, kept by the main rank; on the others every call does nothing.
+
+    Attributes:
+        is_new: whether the run has logged nothing yet.
+    """
+
+    def __init__(self, run: Path, start_step: int, steps: int, progress: TrainingProgress | None = None) -> None:
+        progress = progress or TrainingProgress(start_step, steps)
+        self._kept = (MetricsLog(run, start_step), progress) if is_main() else None
+        self.is_new = self._kept is not None and self._kept[0].is_new
+
+    def training(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the row of a training step, and show it."""
+        if self._kept:
+            log, progress = self._kept
+            log.write(step, values)
+            progress.show(step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the row of an evaluation."""
+        if self._kept:
+            self._kept[0].write(step, values)
+
+    def __enter__(self) -> RunReport:
+        for part in self._kept or ():
+            part.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for part in reversed(self._kept or ()):
+            part.__exit__(*raised)
+
+
+@contextmanager
+def collected_between_steps() -> Iterator[Callable[[], int]]:
+    """Keep Python's garbage collector out of the steps; gives the function to call between some of them."""
+    gc.collect()
+    gc.freeze()  # modules and the like are not looked at again: that would take 0.2 s each time
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after the step at hand."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name

@@ -1,0 +1,361 @@
+"""From a ROI set to batches of views, on the CPU, the same with any number of workers and ranks.
+
+Every random choice of a sample derives from (seed, epoch, ROI id). Which samples a step sees derives from the step
+alone: sample ``p`` of the run is ROI ``permutation(epoch)[p mod n]`` with ``epoch = p div n``, and step ``k`` takes
+samples ``k * batch_size`` onwards. So a run resumes at any step, at any world size, by knowing its step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from itertools import count, islice, pairwise
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from muse_fast.batch import PlannedViews, Views
+from muse_fast.config import ViewsConfig
+from muse_fast.errors import UserError
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.views.boxes import check_room
+from muse_fast.views.colours import apply_colour, normalise
+from muse_fast.views.plan import Plan, draw_plan, pack, view_major
+from muse_fast.views.renderers import UntilError, rendered
+
+_STALLED_AFTER = 300  # seconds without a batch before a worker is called stalled
+_POLL = 1.0  # seconds after which torch is to look whether the workers live
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
+
+Sample = tuple[int, int]  # (epoch, ROI id)
+_Batch = TypeVar("_Batch")
+
+
+class StepSampler(Sampler[list[Sample]]):
+    """The samples of this rank from ``start_step`` to ``stop_step``, in ``accumulate`` micro-batches per step."""
+
+    def __init__(
+        self,
+        roi_ids: NDArray[np.int64],
+        *,
+        seed: int,
+        batch_size: int,
+        start_step: int,
+        stop_step: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(roi_ids) == 0:
+            raise UserError("no ROI to train on: check data.roiset and data.split")
+        if batch_size % (world_size * accumulate):
+            raise UserError(
+                f"optim.batch_size={batch_size}: expected a multiple of {world_size} ranks x "
+                f"{accumulate} micro-batches (optim.accumulate)"
+            )
+        self.roi_ids, self.seed, self.batch_size = roi_ids, seed, batch_size
+        self.start_step, self.stop_step, self.accumulate = start_step, stop_step, accumulate
+        self.rank, self.world_size = rank, world_size
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # the epoch at hand and its permutation
+
+    def __len__(self) -> int:
+        return (self.stop_step - self.start_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        share = self.batch_size // self.world_size
+        size = share // self.accumulate
+        for step in range(self.start_step, self.stop_step):
+            start = step * self.batch_size + self.rank * share
+            for first in range(start, start + share, size):
+                yield [self._sample(position) for position in range(first, first + size)]
+
+    def _sample(self, position: int) -> Sample:
+        epoch, within = divmod(position, len(self.roi_ids))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.roi_ids)
+        return epoch, int(self._order[1][within])
+
+
+class ViewDataset(Dataset["Views | PlannedViews | UserError"]):
+    """``dataset[samples]`` is the batch of views of ``samples``, or with ``planned`` what the device makes them of."""
+
+    def __init__(self, roiset: RoiSet, config: ViewsConfig, seed: int, *, planned: bool = False) -> None:
+        self.roiset, self.config, self.seed, self.planned = roiset, config, seed, planned
+
+    def __getitem__(self, samples: Sequence[Sample]) -> Views | PlannedViews | UserError:
+        try:
+            if self.planned:
+                return pack([self.plan(*sample) for sample in samples])
+            return collate([self.views(*sample) for sample in samples])
+        except UserError as error:
+            return error  # as a value: raised in a worker, it would arrive wrapped in a foreign traceback
+
+    def plan(self, epoch: int, roi_id: int) -> Plan:
+        """Where the views of one ROI lie and how they look."""
+        return draw_plan(self.roiset[roi_id], epoch, self.seed, self.config)
+
+    def views(self, epoch: int, roi_id: int) -> Views:
+        """The views of one ROI, a batch of one, rendered on the CPU."""
+        return render(self.plan(epoch, roi_id), self.config)
+
+
+def render(plan: Plan, config: ViewsConfig) -> Views:
+    """Decode what the views of a ROI see of it and make them on the CPU: the reference for every other backend."""
+    _, top, _, height = plan.window()
+    rows, first_row = plan.roi.decode_rows(top, top + height)
+    image = torch.from_numpy(rows).permute(2, 0, 1)
+    boxes = [replace(box, y=box.y - first_row) for box in plan.boxes]
+    pixels = [apply_colour(box.render(image), colour) for box, colour in zip(boxes, plan.colours, strict=True)]
+    globals_, locals_ = pixels[: plan.num_globals], pixels[plan.num_globals :]
+    nuclei = plan.nuclei()
+    return Views(
+        global_images=normalise(torch.stack(globals_)),
+        local_images=normalise(torch.stack(locals_))
+        if locals_
+        else torch.empty(0, 3, config.local_size, config.local_size),
+        nuclei=nuclei,
+        num_global_nuclei=int(nuclei.offsets[plan.num_globals]),
+        mpp=torch.tensor([box.mpp(plan.roi.mpp) for box in plan.boxes]),
+        roi_ids=torch.tensor([plan.roi.id]),
+        epochs=torch.tensor([plan.epoch]),
+    )
+
+
+def collate(samples: list[Views]) -> Views:
+    """Join batches of one ROI each into one batch, from ROI-major to view-major order."""
+    return Views(
+        global_images=torch.stack([s.global_images for s in samples], dim=1).flatten(0, 1),
+        local_images=torch.stack([s.local_images for s in samples], dim=1).flatten(0, 1),
+        nuclei=view_major([s.nuclei for s in samples]),
+        num_global_nuclei=sum(s.num_global_nuclei for s in samples),
+        mpp=torch.stack([s.mpp for s in samples], dim=1).flatten(),
+        roi_ids=torch.cat([s.roi_ids for s in samples]),
+        epochs=torch.cat([s.epochs for s in samples]),
+    )
+
+
+def load_views(
+    dataset: ViewDataset,
+    sampler: StepSampler,
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    device: torch.device | str = "cpu",
+    backend: str = "cpu",
+    timeout: int = _STALLED_AFTER,
+) -> Generator[Views]:
+    """Batches of views in the sampler's order.
+
+    To close the generator ends its processes. Left open when an error ends the program, they would keep it from
+    exiting.
+
+    Args:
+        workers: processes that read and, with the ``cpu`` backend, render (0: this one does).
+        device: where the other backends render.
+        backend: one of ``config.DATA_BACKENDS``, of which `renderers.why_not` gives no reason against it.
+        timeout: seconds without a batch after which a process is called stalled.
+
+    Raises:
+        UserError: damaged data, named by path and ROI id, in the step that would have used it; or a process died or
+            stalled, with the ROIs that it was to read.
+    """
+    planned = ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu")
+
+    def named(roi_ids: Sequence[int]) -> str:
+        return f"ROIs {roi_ids} of {dataset.roiset.path}"
+
+    with closing(_loaded(planned, sampler, workers, pin_memory, timeout, named)) as items:
+        batches: UntilError[Any] = UntilError(items)
+        with closing(iter(batches)) as loaded:
+            if backend == "cpu":
+                yield from loaded
+            else:
+                yield from rendered(loaded, backend, dataset.config, torch.device(device), workers)
+    if batches.error is not None:
+        raise batches.error
+
+
+def load_batches(
+    dataset: Dataset[_Batch | UserError],
+    sampler: StepSampler,
+    *,
+    workers: int,
+    named: Callable[[Sequence[int]], str],
+    pin_memory: bool = False,
+    timeout: int = _STALLED_AFTER,
+) -> Generator[_Batch]:
+    """Batches of any dataset that takes a list of samples, in the sampler's order, as `load_views` loads them.
+
+    Args:
+        named: numbers of items -> what a message calls them.
+    """
+    for batch in _loaded(dataset, sampler, workers, pin_memory, timeout, named):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _loaded(
+    dataset: Dataset[_Batch],
+    sampler: StepSampler,
+    workers: int,
+    pin_memory: bool,
+    timeout: int,
+    named: Callable[[Sequence[int]], str],
+) -> Generator[_Batch]:
+    """What the loader gives.
+
+    Raises:
+        UserError: a process died or gave nothing for ``timeout`` seconds; names it and what it was at.
+    """
+    batches: Any = _iterate(_loader(dataset, sampler, workers, pin_memory))
+    processes = _Processes(getattr(batches, "_workers", []), timeout)
+    for number in count():
+        with processes.ended_when_stalled():
+            while True:
+                try:
+                    batch = next(batches)
+                    break
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:  # all that torch says, of whatever happened
+                    if processes.have_died():
+                        raise processes.lost(sampler, number, named) from error
+                    if "timed out" not in str(error):
+                        raise
+        yield batch
+
+
+def _iterate(loader: DataLoader[_Batch]) -> Iterator[_Batch]:
+    """Without the signal handler by which torch raises an error wherever the run is when a process dies."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return iterator
+
+
+class _Processes:
+    """The loader's processes, which end when they give nothing for too long.
+
+    torch's own limit does not hold for all waits: a batch that has arrived is fetched from the process that made it,
+    and one that is stopped does not hand it over. Nor would a program end that leaves a stopped process behind.
+    """
+
+    def __init__(self, processes: Sequence[BaseProcess], timeout: int) -> None:
+        self._processes, self._timeout = processes, timeout
+        self._states: list[str] = []  # at the end of the time
+
+    @contextmanager
+    def ended_when_stalled(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        timer = threading.Timer(self._timeout, self._end)
+        timer.daemon = True
+        if self._processes:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end(self) -> None:
+        self._states = [_state(process.pid) for process in self._processes]
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def have_died(self) -> bool:
+        """Whether one has; waits a moment, as a connection breaks before its process is gone."""
+        return bool(self._processes) and bool(wait([process.sentinel for process in self._processes], 0.2))
+
+    def lost(self, sampler: StepSampler, number: int, named: Callable[[Sequence[int]], str]) -> UserError:
+        """Why batch ``number`` does not come; ends the others."""
+        if self._states:
+            culprits = [worker for worker, state in enumerate(self._states) if state in "TD"]
+        else:
+            culprits = [worker for worker, process in enumerate(self._processes) if not process.is_alive()]
+        code = self._processes[culprits[0]].exitcode or 0 if culprits else 0
+        self._kill()
+        # Batches go to the processes in turn.
+        ahead = range(number, number + len(self._processes))
+        batch = next((n for n in ahead if n % len(self._processes) in culprits), number)
+        worker = batch % len(self._processes)
+        items = [item for _, item in next(islice(sampler, batch, None), [])]
+        who = f"loader process {worker} of {len(self._processes)} (pid {self._processes[worker].pid})"
+        at = f"at or before {named(items)}"
+        again = "the newest checkpoint is untouched: start again to go on"
+        if self._states:
+            state = {"T": ", it was stopped", "D": ", it waited for a disk"}.get(self._states[worker], "")
+            return UserError(f"{who} gave nothing for {self._timeout} s{state}, {at}; or raise data.timeout; {again}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended by itself with code {code}"
+        return UserError(f"{who} {how}, {at}; if memory was short, lower data.workers; {again}")
+
+
+def _state(pid: int | None) -> str:
+    """Letter of a process in Linux: T stopped, D in the midst of input or output; nothing where it is not known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except OSError:
+        return "?"
+
+
+def _loader(dataset: Dataset[_Batch], sampler: StepSampler, workers: int, pin_memory: bool) -> DataLoader[_Batch]:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the sampler gives whole batches
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        timeout=_POLL if workers else 0,
+        # A generator of its own: otherwise each new iterator draws a seed from the global stream, and a resumed run
+        # would drop other paths than an unbroken one.
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_live_as_the_run_does,
+    )
+
+
+def _live_as_the_run_does(worker: int) -> None:
+    """torchrun and Ctrl-C signal workers too, which the step at hand still needs: they end when told by their process.
+
+    Or with it: torch would let them notice after 5 s. Until then they hold the connections of a rank that was killed,
+    and the other ranks wait for it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def check_roiset(roiset: RoiSet, roi_ids: NDArray[np.int64], config: ViewsConfig) -> None:
+    """Refuse ROIs that are too small for the views, before a run starts.
+
+    Raises:
+        UserError: names the first such ROI.
+    """
+    shapes = np.stack([roiset.width[roi_ids], roiset.height[roi_ids], roiset.mpp[roi_ids]], axis=1)
+    for shape in np.unique(shapes, axis=0):
+        width, height, mpp = int(shape[0]), int(shape[1]), float(shape[2])
+        try:
+            check_room(width, height, mpp, config)
+        except UserError as error:
+            first = roi_ids[int(np.flatnonzero((shapes == shape).all(axis=1))[0])]
+            raise UserError(f"{roiset.path}: ROI {first}: {error}") from None
+
+
+def as_batches(dataset: ViewDataset, roi_ids: NDArray[np.int64], batch_size: int) -> list[Views]:
+    """A fixed list of batches over ``roi_ids`` (epoch 0), for evaluation."""
+    bounds = [*range(0, len(roi_ids), batch_size), len(roi_ids)]
+    return [collate([dataset.views(0, int(i)) for i in roi_ids[a:b]]) for a, b in pairwise(bounds)]

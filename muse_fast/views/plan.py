@@ -1,0 +1,112 @@
+"""What is to be made of a ROI, drawn before a pixel of it is decoded.
+
+A plan holds the views' boxes and colours. Whatever backend then renders them, pixels and nuclei agree: the boxes that
+cut the pixels are those that move the nuclei.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+import torch
+
+from muse_fast.batch import PackedNuclei, PlannedViews
+from muse_fast.config import ViewsConfig
+from muse_fast.images import jpeg
+from muse_fast.roiset.records import Roi
+from muse_fast.views.boxes import ViewBox, draw_boxes
+from muse_fast.views.colours import Colour, draw_colour
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The views of one ROI: globals first."""
+
+    roi: Roi
+    epoch: int
+    boxes: tuple[ViewBox, ...]  # [V], of the globals and then of the locals
+    colours: tuple[Colour, ...]  # [V]
+    num_globals: int
+
+    def window(self) -> tuple[int, int, int, int]:
+        """The least rectangle of ROI pixels that holds every box: x, y, width, height."""
+        left, top = min(box.x for box in self.boxes), min(box.y for box in self.boxes)
+        right, bottom = max(box.x + box.side for box in self.boxes), max(box.y + box.side for box in self.boxes)
+        return left, top, right - left, bottom - top
+
+    def cut(self) -> tuple[bytes, int]:
+        """A JPEG of the rows that the views see, and the row of the ROI that is its first; see :func:`jpeg.cut`."""
+        _, top, _, height = self.window()
+        return jpeg.cut(self.roi, top, top + height)
+
+    def nuclei(self) -> PackedNuclei:
+        """The nuclei of every view, view after view."""
+        seen = [box.nuclei(self.roi.xy) for box in self.boxes]
+        return PackedNuclei(
+            xy=torch.from_numpy(np.concatenate([points for points, _ in seen])),
+            index=torch.from_numpy(np.concatenate([index for _, index in seen])),
+            offsets=torch.from_numpy(np.cumsum([0, *(len(index) for _, index in seen)], dtype=np.int32)),
+        )
+
+
+def draw_plan(roi: Roi, epoch: int, seed: int, config: ViewsConfig) -> Plan:
+    """Draw the views of ``roi``; every choice derives from (seed, epoch, ROI id).
+
+    Raises:
+        UserError: the ROI is too small for the views.
+    """
+    rng = np.random.default_rng([seed, epoch, roi.id])
+    globals_, locals_ = draw_boxes(rng, roi.width, roi.height, roi.mpp, config)
+    roles = ["first", "second", *["local"] * len(locals_)]
+    return Plan(
+        roi=roi,
+        epoch=epoch,
+        boxes=(*globals_, *locals_),
+        colours=tuple(draw_colour(rng, role, config) for role in roles),
+        num_globals=len(globals_),
+    )
+
+
+def pack(plans: Sequence[Plan]) -> PlannedViews:
+    """A batch of plans as tensors, view-major: what loader processes hand over where the device renders.
+
+    Of every ROI, only the rows that its views see are handed over.
+
+    Raises:
+        UserError: a JPEG that cannot be what the set says; names the set and the ROI.
+    """
+    views = range(len(plans[0].boxes))
+    boxes = [(b, plan.boxes[view], plan) for view in views for b, plan in enumerate(plans)]
+    cuts = [plan.cut() for plan in plans]
+    jpegs = [np.frombuffer(data, np.uint8) for data, _ in cuts]
+    nuclei = view_major([plan.nuclei() for plan in plans])
+    num_globals = plans[0].num_globals
+    return PlannedViews(
+        jpegs=torch.from_numpy(np.concatenate(jpegs)),
+        jpeg_bounds=torch.from_numpy(np.cumsum([0, *map(len, jpegs)])),
+        shapes=torch.tensor([simplejpeg.decode_jpeg_header(data)[:2] for data, _ in cuts]),
+        boxes=torch.tensor(
+            [(b, box.x, box.y - cuts[b][1], box.side, box.flip, box.turns) for b, box, _ in boxes], dtype=torch.int32
+        ),
+        colours=torch.tensor([plan.colours[view].row() for view in views for plan in plans], dtype=torch.float32),
+        num_globals=num_globals,
+        nuclei=nuclei,
+        num_global_nuclei=int(nuclei.offsets[num_globals * len(plans)]),
+        mpp=torch.tensor([box.mpp(plan.roi.mpp) for _, box, plan in boxes]),
+        roi_ids=torch.tensor([plan.roi.id for plan in plans]),
+        epochs=torch.tensor([plan.epoch for plan in plans]),
+        path=str(plans[0].roi.path),
+    )
+
+
+def view_major(rois: Sequence[PackedNuclei]) -> PackedNuclei:
+    """Join the nuclei of the views of one ROI each: view after view, in each ROI after ROI."""
+    parts = [nuclei.images(view, view + 1) for view in range(rois[0].num_images) for nuclei in rois]
+    return PackedNuclei(
+        xy=torch.cat([part.xy for part in parts]),
+        index=torch.cat([part.index for part in parts]),
+        offsets=torch.tensor([0, *np.cumsum([len(part.index) for part in parts])], dtype=torch.int32),
+    )

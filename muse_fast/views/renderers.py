@@ -1,0 +1,165 @@
+"""Who makes pixels of planned views: ``data.backend``.
+
+cpu    the loader's processes, with torchvision; the reference, in loader.py
+dali   an NVIDIA DALI pipeline: on the GPU, or on the CPU where a run has none
+cuda   nvJPEG and the op ``augment_views``, on the GPU
+
+Boxes, colours and nuclei come from the plan, so the backends differ by roundings of pixels alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from typing import Generic, TypeVar
+
+import simplejpeg
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from muse_fast.batch import PlannedViews, Views
+from muse_fast.config import ViewsConfig
+from muse_fast.errors import UserError
+from muse_fast.images.jpeg import REMEDY
+from muse_fast.ops import augment_views, backends
+
+_T = TypeVar("_T")
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot render views for a run on ``device``, or None where it can."""
+    if backend == "cpu":
+        return None
+    if backend == "cuda":
+        if device.type != "cuda":
+            return f"it runs on CUDA GPUs alone, and the run is on {device.type}"
+        return backends.why_not("augment_views", "triton", "cuda")
+    if device.type not in ("cuda", "cpu"):
+        return f"it renders on CUDA GPUs and CPUs, and the run is on {device.type}"
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        return f"nvidia.dali cannot be imported ({error}): pip install 'muse_fast[dali]'"
+    return None
+
+
+def rendered(
+    batches: Iterable[PlannedViews], backend: str, config: ViewsConfig, device: torch.device, threads: int
+) -> Iterator[Views]:
+    """The views of every batch, on ``device``, made while the step before them runs.
+
+    Raises:
+        UserError: a JPEG that cannot be decoded, by path and ROI id.
+    """
+    if backend == "dali":
+        from muse_fast.views.dali import render_batches  # needs nvidia-dali
+
+        return render_batches(batches, config, device, threads)
+    return _one_ahead(batches, config, device)
+
+
+def render_batch(planned: PlannedViews, config: ViewsConfig, device: torch.device, backend: str | None = None) -> Views:
+    """Decode the ROIs of a batch and make its views on ``device``: nvJPEG on a GPU, simplejpeg on a CPU.
+
+    Args:
+        backend: of the op ``augment_views``, to force one.
+
+    Raises:
+        UserError: a JPEG that cannot be decoded, by path and ROI id.
+    """
+    images = _decode(planned, device)
+    planes = planned.shapes.prod(1)
+    starts = torch.cat([planes.new_zeros(1), 3 * planes.cumsum(0)[:-1]])
+    table = torch.cat([starts[:, None], planned.shapes], 1).to(device, non_blocking=True)
+    pixels = torch.cat([image.flatten() for image in images])
+    boxes = planned.boxes.to(device, non_blocking=True)
+    colours = planned.colours.to(device, non_blocking=True)
+    split = planned.num_globals * planned.num_rois
+    return planned.rendered(
+        augment_views(pixels, table, boxes[:split], colours[:split], config.global_size, backend=backend),
+        augment_views(pixels, table, boxes[split:], colours[split:], config.local_size, backend=backend),
+    )
+
+
+def _decode(planned: PlannedViews, device: torch.device) -> list[Tensor]:
+    """The ROIs of a batch, each ``[3, H, W]`` uint8 on ``device``."""
+    jpegs = [planned.jpeg(b) for b in range(planned.num_rois)]
+    try:
+        if device.type == "cuda":
+            images = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
+        else:
+            images = [_decode_strictly(jpeg).permute(2, 0, 1) for jpeg in jpegs]
+    except (RuntimeError, ValueError) as error:
+        raise damaged_jpeg(planned, error) from None
+    if [list(image.shape[1:]) for image in images] != planned.shapes.tolist():
+        raise damaged_jpeg(planned, "their sizes are not those of their headers")
+    return images
+
+
+def _decode_strictly(jpeg: Tensor) -> Tensor:
+    return torch.from_numpy(simplejpeg.decode_jpeg(jpeg.numpy(), colorspace="RGB", strict=True))
+
+
+def damaged_jpeg(planned: PlannedViews, error: object) -> UserError:
+    """The ROI for which a decoder failed with ``error``, found by decoding each strictly on the CPU."""
+    for b in range(planned.num_rois):
+        height, width = planned.shapes[b].tolist()
+        try:
+            found = _decode_strictly(planned.jpeg(b)).shape[:2]
+            if found == (height, width):
+                continue
+            reason = f"it has {found[1]} x {found[0]} px, expected {width} x {height}"
+        except ValueError as cause:
+            reason = str(cause)
+        return UserError(
+            f"{planned.path}, ROI {int(planned.roi_ids[b])}: the JPEG cannot be decoded ({reason}); {REMEDY}"
+        )
+    return UserError(
+        f"{planned.path}: ROIs {planned.roi_ids.tolist()} cannot be rendered ({error}), though the CPU decodes them; "
+        "set data.backend=cpu"
+    )
+
+
+def _one_ahead(batches: Iterable[PlannedViews], config: ViewsConfig, device: torch.device) -> Iterator[Views]:
+    """On a stream of its own: while the step at hand runs, the GPU decodes for the next."""
+    stream = torch.cuda.Stream(device)
+    ahead: deque[tuple[Views, torch.cuda.Event]] = deque()
+    failed: UserError | None = None
+    for planned in batches:
+        try:
+            with torch.cuda.stream(stream):
+                ahead.append((render_batch(planned, config, device), stream.record_event()))
+        except UserError as error:
+            failed = error  # the batch before is used first
+            break
+        if len(ahead) > 1:
+            yield _handed_over(*ahead.popleft())
+    while ahead:
+        yield _handed_over(*ahead.popleft())
+    if failed is not None:
+        raise failed
+
+
+def _handed_over(views: Views, made: torch.cuda.Event) -> Views:
+    """To the current stream, which waits until they are made and keeps their memory until it has read them."""
+    current = torch.cuda.current_stream(views.global_images.device)
+    current.wait_event(made)
+    for images in (views.global_images, views.local_images):
+        images.record_stream(current)
+    return views
+
+
+class UntilError(Generic[_T]):
+    """Items up to the first error among them. It is kept, to be raised when what was made ahead of it is used up."""
+
+    def __init__(self, items: Iterable[_T | UserError]) -> None:
+        self.error: UserError | None = None
+        self._items = items
+
+    def __iter__(self) -> Generator[_T]:
+        for item in self._items:
+            if isinstance(item, UserError):
+                self.error = item
+                return
+            yield item

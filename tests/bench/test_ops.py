@@ -1,0 +1,344 @@
+"""The benchmark times what is right, refuses what is wrong, and writes what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import __main__ as command
+from bench.measure import Rates, evaluate, extra_memory, relative_error
+from bench.ops import command as ops_command
+from bench.ops import timing as bench_ops
+from bench.ops import tiny as bench_tiny
+from bench.ops.cases import (
+    CASES,
+    WORK,
+    Case,
+    Target,
+    Work,
+    loss_inputs,
+    match_inputs,
+    nulo_inputs,
+    sample_inputs,
+    stats_inputs,
+    view_inputs,
+)
+from muse_fast.ops import backends, reference
+
+LOSS = Case(
+    op="dino_loss",
+    name="tiny",
+    inputs=loss_inputs(5, 3, 20, 7),
+    targets=(Target("cpu", "speedup_literal", 1e9), Target("cpu", "of_copy", 0.0), Target("cuda", "of_copy", 0.0)),
+)
+TINY = [
+    LOSS,
+    Case(op="linear_dino_loss", name="tiny", inputs=loss_inputs(5, 3, 20, 7, width=4)),
+    Case(op="match_nuclei", name="tiny", inputs=match_inputs(2, 3, 8)),
+    Case(op="sample_nuclei", name="tiny", inputs=sample_inputs(3, 64, 2, 5)),
+    Case(op="nulo_rows", name="tiny", inputs=nulo_inputs(2, 3, (64, 32), 2, (20, 10))),
+    Case(op="projection_stats", name="tiny", inputs=stats_inputs(2, 3, 5, 4)),
+    Case(op="augment_views", name="tiny", inputs=view_inputs(2, 2, 70, 32)),
+]
+RATES = Rates(1e10, 1e12)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small cases, few repeats, and no compiler: it takes seconds for each."""
+    monkeypatch.setattr(bench_ops, "CASES", TINY)
+    monkeypatch.setattr("bench.measure.REPEATS", 4)
+    monkeypatch.setattr(bench_ops, "LENGTHS_FROM_DATA", tuple(backends.HOMES))
+    monkeypatch.setattr(ops_command, "machine_rates", lambda device: RATES)
+
+
+def test_json_holds_numbers_and_environment(tmp_path: Path) -> None:
+    out = tmp_path / "ops.json"
+    assert command.main(["ops", "--device", "cpu", "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["environment"].keys() >= {"torch", "device", "commit", "threads", "time"}
+    assert report["rates"] == {"copy": 1e10, "matmul": 1e12}
+    timed = [row for row in report["results"] if "skipped" not in row]
+    assert {(row["op"], row["kind"]) for row in timed} >= {(case.op, k) for case in TINY for k in ("literal", "eager")}
+    for row in timed:
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["repeats"] == 4
+        assert row["relative_error"] <= bench_ops.LEVELS.get(row["op"], 1e-5)
+        assert row["extra_bytes"] >= 0
+        assert row["gb_per_s"] == pytest.approx(row["least_bytes"] / row["median_ms"] / 1e6)
+        assert row["of_copy"] == pytest.approx(row["gb_per_s"] / 10)
+        assert row["of_matmul"] == pytest.approx(row["gflop_per_s"] / 1000)
+        assert row["inputs"]
+
+
+def test_every_op_has_cases_for_both_devices() -> None:
+    for device in ("cpu", "cuda"):
+        assert {case.op for case in CASES if device in case.devices} == set(backends.HOMES)
+    assert len({(case.op, case.name) for case in CASES}) == len(CASES)
+
+
+def test_what_is_not_timed_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench_ops.run_case(LOSS, "cpu", RATES)
+    skipped = {row["version"]: row["skipped"] for row in rows if "skipped" in row}
+    assert skipped.keys() == {"triton", "compile"} | ({"cpp"} if backends.library_error() else set())
+    assert all(skipped.values())
+    assert command.main(["ops", "--device", "cpu", "--only", "dino_loss"]) == 0
+    printed = capsys.readouterr().out
+    assert "triton skipped: it takes CUDA tensors" in printed
+
+
+def test_ratios_are_to_the_fastest_of_a_kind() -> None:
+    rows = [
+        {"kind": "literal", "median_ms": 12.0, "extra_bytes": 600},
+        {"kind": "eager", "median_ms": 6.0, "extra_bytes": 300},
+        {"kind": "eager", "median_ms": 4.0, "extra_bytes": 500},
+        {"kind": "compile", "skipped": "no compiler"},
+        {"kind": "fast", "median_ms": 2.0, "extra_bytes": 10},
+        {"kind": "fast", "median_ms": 2.0, "extra_bytes": 0},
+    ]
+    bench_ops.add_ratios(rows)
+    fast = rows[4]
+    assert (fast["speedup_literal"], fast["speedup_eager"]) == (6.0, 2.0)
+    assert (fast["memory_literal"], fast["memory_eager"]) == (60.0, 50.0)
+    assert rows[5]["memory_eager"] == 500.0  # as if it had taken a byte
+    assert rows[1]["speedup_eager"] == pytest.approx(2 / 3)
+    assert "speedup_compile" not in fast
+    assert rows[3] == {"kind": "compile", "skipped": "no compiler"}
+
+
+def test_targets_judge_the_backend_that_runs_by_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = [
+        bench_ops.Version("literal", "literal", bench_ops.LITERAL["dino_loss"]),
+        bench_ops.Version("reference", "fast", reference.dino_loss),
+        bench_ops.Version("other", "fast", reference.dino_loss),
+    ]
+    monkeypatch.setattr(bench_ops, "versions_of", lambda op, device: versions)
+    monkeypatch.setenv(backends.ENVIRONMENT, "reference")
+    rows = bench_ops.run_case(LOSS, "cpu", RATES)
+    assert [row["version"] for row in rows if row.get("targets")] == ["reference"]
+    missed, met = rows[1]["targets"]
+    assert missed == {
+        "figure": "speedup_literal",
+        "at_least": 1e9,
+        "reached": rows[1]["speedup_literal"],
+        "met": False,
+    }
+    assert met["figure"] == "of_copy" and met["met"] is True
+    assert command.main(["ops", "--device", "cpu", "--only", "dino_loss"]) == 0
+    assert "faster than literal: missed" in capsys.readouterr().out
+
+
+def wrong_value(*arguments: Any) -> Tensor:
+    return reference.dino_loss(*arguments) * 1.01
+
+
+def wrong_gradient(student: Tensor, *rest: Any) -> Tensor:
+    """The right value with a gradient 1 % too large."""
+    scaled = student * 1.01
+    return reference.dino_loss(scaled + (student - scaled).detach(), *rest)
+
+
+def not_a_number(*arguments: Any) -> Tensor:
+    return reference.dino_loss(*arguments) * float("nan")
+
+
+def another_shape(*arguments: Any) -> Tensor:
+    return reference.dino_loss(*arguments).unsqueeze(0)
+
+
+def broken(*arguments: Any) -> Tensor:
+    raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize("wrong", [wrong_value, wrong_gradient, not_a_number, another_shape, broken])
+def test_a_wrong_version_gets_no_time(
+    wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench_ops.EAGER, "dino_loss", {"": wrong})
+    out = tmp_path / "ops.json"
+    assert command.main(["ops", "--device", "cpu", "--only", "dino_loss", "--json", str(out)]) == 1
+    assert "eager wrong: " in capsys.readouterr().out
+    row = next(row for row in json.loads(out.read_text())["results"] if row["version"] == "eager")
+    assert row["wrong"]
+    assert "median_ms" not in row
+
+
+@pytest.mark.parametrize("dtype", bench_ops.TOLERANCE)
+def test_no_tolerance_lets_an_error_of_one_per_cent_through(dtype: torch.dtype) -> None:
+    exact = torch.randn(1000, dtype=torch.float64)
+    assert relative_error([(exact.to(dtype) * 1.01).to(dtype)], [exact]) > bench_ops.TOLERANCE[dtype]
+    assert relative_error([exact.to(dtype)], [exact]) < bench_ops.TOLERANCE[dtype]
+
+
+def test_one_wrong_integer_is_an_error() -> None:
+    rows = torch.arange(1000)
+    other = rows.clone()
+    other[-1] += 1
+    assert relative_error([rows], [rows]) == 0
+    assert relative_error([other], [rows]) == float("inf")
+
+
+def test_what_cannot_be_compiled_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ops, "LENGTHS_FROM_DATA", ())
+    monkeypatch.setattr(torch, "compile", lambda call, **_: broken)
+    rows = bench_ops.run_case(LOSS, "cpu", RATES)
+    compiled = [row for row in rows if row["kind"] == "compile"]
+    assert len(compiled) == 2
+    assert {row["skipped"] for row in compiled} == {"RuntimeError: out of order"}
+
+
+@pytest.mark.slow
+def test_compiled_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ops, "LENGTHS_FROM_DATA", ())
+    rows = bench_ops.run_case(LOSS, "cpu", RATES)
+    compiled = {row["version"]: row for row in rows if row["kind"] == "compile"}
+    assert compiled.keys() == {"compile gather", "compile all pairs"}
+    for row in compiled.values():
+        assert "skipped" in row or row["median_ms"] > 0  # without a C++ compiler there is nothing to time
+
+
+def test_extra_memory_is_the_peak_above_what_is_left() -> None:
+    x = torch.zeros(1000, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        first = torch.empty(3_000_000, dtype=torch.uint8)
+        second = torch.empty(2_000_000, dtype=torch.uint8)
+        del first
+        third = torch.empty(500_000, dtype=torch.uint8)
+        del second, third
+        return 2 * x
+
+    evaluate(run, (x,))  # the gradient that is given stays
+    held = 4000 + 4000  # the result, and the gradient of x; neither lives at the peak
+    assert extra_memory(run, (x,), "cpu") == 5_000_000 - held
+
+
+def test_extra_memory_sees_what_the_library_allocates() -> None:
+    """Two int64 results of a known length, through torch's allocator."""
+    if (reason := backends.library_error()) is not None:
+        pytest.skip(reason)
+    index, offsets = torch.arange(1000, dtype=torch.int32).repeat(2), torch.tensor([0, 1000, 2000], dtype=torch.int32)
+    results = []
+
+    def run(*arguments: Any) -> Tensor:
+        results.extend(torch.ops.muse_fast.match_nuclei(*arguments))
+        results.clear()
+        return torch.empty(0)
+
+    assert extra_memory(run, (index, offsets, 1, 2), "cpu") >= 2 * 8 * 2000
+
+
+WORK_BY_HAND = {
+    # 10 rows in 4 images, 3 pairs
+    "match_nuclei": (
+        [torch.zeros(3)] * 2,
+        (torch.zeros(10), torch.zeros(5), 2, 2),
+        Work(4 * (10 + 5) + 3 * (8 + 8), 0),
+    ),
+    # 1 point in levels of 2 channels, 4 x 4 and 2 x 2: 4 pixels of each
+    "sample_nuclei": (
+        [],
+        ([torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)], torch.zeros(1, 2), torch.zeros(1), 16),
+        Work((16 + 4 * 16 + 4 * 4) + (16 + 4 * 4 + 4 * (32 + 8)), 2 * 2 * 16),
+    ),
+    # 2 globals of one ROI, one level; 1 row of each network in a pair, of 3; capacities 3, 3, 6
+    "nulo_rows": (
+        [torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(6), torch.zeros(6), torch.tensor([1, 1, 1])],
+        ([torch.zeros(2, 2, 4, 4)], [[torch.zeros(2, 2, 4, 4)]], [16], *map(torch.zeros, ((3, 2), (3,), (3,)))),
+        Work(48 + 4 * (8 + 8) + 4 * (6 + 6) + 8 * (6 + 6 + 3) + 48 + 4 * (6 + 64), 2 * 8 * 1 + 2 * 2 * 8 * 1),
+    ),
+    # 8 values, 3 outputs: 6 weights and 3 + 3 statistics
+    "projection_stats": (
+        [],
+        (torch.zeros(1, 2, 2, 2), torch.zeros(3, 2)),
+        Work(4 * (3 * (8 + 6) + 2 * 6), 3 * 2 * 4 * 2 * 3),
+    ),
+    # 4 student rows, 2 teacher rows, 8 prototypes, 6 pairs
+    "dino_loss": (
+        [torch.zeros(6)],
+        (torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(8)),
+        Work(2 * (4 * 8 * 6 + 4 * 8 + 20 * 6) + 4 * 4 * 8, 8 * (5 * 6 + 3 * 6 + 2 * 4 + 4 * 6)),
+    ),
+    # the same of width 3
+    "linear_dino_loss": (
+        [torch.zeros(6)],
+        (torch.zeros(4, 3), torch.zeros(8, 3), torch.zeros(2, 3), torch.zeros(8, 3), torch.zeros(8)),
+        Work(2 * (4 * 3 * (4 + 2 + 8 + 8) + 4 * 8 + 20 * 6) + 4 * 3 * (4 + 8), 2 * 8 * 3 * (4 + 2 + 4 + 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", WORK_BY_HAND)
+def test_least_work_by_hand(op: str) -> None:
+    results, arguments, expected = WORK_BY_HAND[op]
+    assert WORK[op](results, *arguments) == expected
+
+
+def test_pairs_are_those_of_a_batch() -> None:
+    """1.5 pairs for a student row: each has a teacher, half of them a second one."""
+    *_, teacher_rows, student_rows, _, _ = loss_inputs(100, 50, 8, 150)(torch.Generator(), torch.float32)
+    assert torch.bincount(student_rows).unique().tolist() == [1, 2]
+    assert torch.bincount(teacher_rows).tolist() == [3] * 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--only", "blur"], "invalid choice: 'blur'"), (["--case", "huge"], "no case of any op on cpu has 'huge'")],
+)
+def test_an_unknown_op_or_case_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["ops", "--device", "cpu", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["ops", "--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stages", [["test", "everything"], ["sanitise"]])
+def test_gpu_script_refuses_an_unknown_stage_before_it_starts(stages: list[str], tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "bench" / "gpu.sh"
+    environment = os.environ | {"OUT": str(tmp_path / "out")}
+    finished = subprocess.run([script, *stages], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert f"unknown stage '{stages[-1]}'" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_script_begins_no_stage_that_the_budget_does_not_hold(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "bench" / "gpu.sh"
+    environment = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable, "BUDGET": "30"}
+    finished = subprocess.run([script, "ops", "data"], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 1 and finished.stdout.count("no minute of the budget is left") == 2
+    stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
+    assert [(row["stage"], row["exit_code"]) for row in stages] == [("ops", 1), ("data", 1)]
+
+
+def test_commit_is_named_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMIT", "abc")
+    assert bench_ops.environment("cpu")["commit"] == "abc"
+
+
+def test_tiny_runs_every_fast_backend_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tiny", "--device", "cpu"])
+    bench_tiny.main()
+    ran = {tuple(line.split()[i] for i in (0, -1)) for line in capsys.readouterr().out.splitlines()}
+    assert ran == {(op, b) for op, homes in backends.HOMES.items() for b in homes if not backends.why_not(op, b, "cpu")}

@@ -1,0 +1,113 @@
+"""Nuclei that the user brings: three forms, one result, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from muse_fast.errors import UserError
+from muse_fast.images.nuclei_files import Nuclei, read_nuclei
+
+h5py = pytest.importorskip("h5py")
+
+XY = np.array([[3.5, 4.25], [0, 0], [99.5, 59.5]])
+
+
+def write_h5(path: Path, rows: object, key: str = "prediction") -> Path:
+    with h5py.File(path, "w") as file:
+        file[key] = rows
+    return path
+
+
+def geojson(path: Path, *features: tuple[dict, str]) -> Path:
+    rows = [
+        {"type": "Feature", "geometry": geometry, "properties": {"classification": {"name": name}} if name else {}}
+        for geometry, name in features
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": rows}))
+    return path
+
+
+def square(x: float, y: float) -> dict:
+    ring = [[x - 1, y - 1], [x + 1, y - 1], [x + 1, y + 1], [x - 1, y + 1], [x - 1, y - 1]]
+    return {"type": "Polygon", "coordinates": [ring]}
+
+
+def point(x: float, y: float) -> dict:
+    return {"type": "Point", "coordinates": [x, y]}
+
+
+def test_all_forms_give_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y,label,score\n" + "".join(f"{x},{y},1,0.5\n" for x, y in XY))
+    write_h5(tmp_path / "a.h5", np.concatenate([XY, np.ones((3, 2))], axis=1))
+    several = {"type": "MultiPoint", "coordinates": XY[1:].tolist()}
+    geojson(tmp_path / "a.geojson", (square(*XY[0]), "b"), (several, "a"))
+    table, prediction, shapes = (read_nuclei(tmp_path / f"a.{s}", 100, 60) for s in ("csv", "h5", "geojson"))
+    for nuclei in (table, prediction, shapes):
+        np.testing.assert_array_equal(nuclei.xy, XY.astype(np.float32))
+    assert table.label is not None and table.label.tolist() == [1, 1, 1]
+    assert table.score is not None and table.score.tolist() == [0.5, 0.5, 0.5]
+    assert prediction.label is shapes.label is None
+
+    named = read_nuclei(tmp_path / "a.geojson", 100, 60, ("a", "b"))
+    assert named.label is not None and named.label.tolist() == [1, 0, 0]
+
+
+def test_what_predict_wrote_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('x,y,label,class,score\n3.25,4.50,1,"odd, first",0.5\n7,8,0,even,1\n')
+    (tmp_path / "b.csv").write_text("x,y,label,score\n3.25,4.50,1,0.5\n7,8,0,1\n")
+    with_names, without = (read_nuclei(tmp_path / f"{name}.csv", 100, 60) for name in "ab")
+    for column in ("xy", "label", "score"):
+        np.testing.assert_array_equal(getattr(with_names, column), getattr(without, column))
+
+
+def test_a_multipolygon_is_a_nucleus_a_polygon(tmp_path: Path) -> None:
+    both = {"type": "MultiPolygon", "coordinates": [square(*xy)["coordinates"] for xy in ((10, 10), (30, 20))]}
+    assert read_nuclei(geojson(tmp_path / "a.geojson", (both, "")), 100, 60).xy.tolist() == [[10, 10], [30, 20]]
+
+
+def test_none(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n")
+    write_h5(tmp_path / "a.h5", np.zeros((0, 2)))
+    geojson(tmp_path / "a.geojson")
+    for suffix in ("csv", "h5", "geojson"):
+        assert read_nuclei(tmp_path / f"a.{suffix}", 100, 60, ("a",)).xy.shape == (0, 2)
+
+
+def test_within() -> None:
+    nuclei = Nuclei(XY.astype(np.float32), np.arange(3, dtype=np.int16), None).within(0, 4, 60)
+    assert nuclei.xy.tolist() == [[3.5, 0.25]]
+    assert nuclei.label is not None and nuclei.label.tolist() == [0] and nuclei.score is None
+    assert len(Nuclei(np.array([[60.0, 4]], np.float32)).within(0, 4, 60)) == 0  # the right edge is outside
+
+
+@pytest.mark.parametrize(
+    ("rows", "key", "message"),
+    [
+        ([[1.0, 2]], "cells", r"a.h5: 'prediction' is missing, expected a dataset .* found cells"),
+        ([1.0, 2], "prediction", r"a.h5: 'prediction' is of shape \[2\]"),
+        ([[1.0, 60]], "prediction", r"a.h5: nucleus 1 is at x, y = 1, 60, expected .* 0 <= x < 100 and 0 <= y < 60"),
+        ([[1.0, 2], [np.nan, 2]], "prediction", r"a.h5: nucleus 2 is at x, y = nan, 2"),
+        ([[b"a", b"b"]], "prediction", r"a.h5: no readable HDF5 file of numbers"),
+    ],
+)
+def test_hdf5_that_is_refused(tmp_path: Path, rows: object, key: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_nuclei(write_h5(tmp_path / "a.h5", rows, key), 100, 60)
+
+
+def test_others_that_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.h5").write_text("no hdf5")
+    with pytest.raises(UserError, match=r"a.h5: no readable HDF5"):
+        read_nuclei(tmp_path / "a.h5", 100, 60)
+    geojson(tmp_path / "a.geojson", (point(100, 3), "Tumour"))
+    with pytest.raises(UserError, match=r"a.geojson: nucleus 1 is at x, y = 100, 3"):
+        read_nuclei(tmp_path / "a.geojson", 100, 60)
+    with pytest.raises(UserError, match=r"'Tumour' is not among labels=tumour, stroma; did you mean 'tumour'"):
+        read_nuclei(tmp_path / "a.geojson", 100, 60, ("tumour", "stroma"))
+    (tmp_path / "a.csv").write_text("x,y\n3,60\n")
+    with pytest.raises(UserError, match=r"a.csv, row 2: y is '60'"):
+        read_nuclei(tmp_path / "a.csv", 100, 60)

@@ -1,0 +1,112 @@
+"""One slide: um per pixel of its header, its overview, and damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from muse_fast.errors import UserError
+from muse_fast.images import slide as slide_module
+from muse_fast.images.slide import Slide, find_slides
+from muse_fast.images.tissue import MASK_UM
+from tests.support.small_slides import Mpp, damage, page_with_tissue, write_slide
+
+
+@pytest.fixture(scope="module")
+def page() -> np.ndarray:
+    return page_with_tissue()
+
+
+@pytest.fixture
+def slide(tmp_path: Path, page: np.ndarray) -> Path:
+    return write_slide(tmp_path / "slide.tif", page)
+
+
+@pytest.mark.parametrize(
+    ("mpp", "message"),
+    [
+        (None, r"does not tell um per pixel; give mpp=NUMBER or list the slide in mpp.csv"),
+        (352.8, r"openslide.mpp in the header is '352.*', expected um per pixel, 0.05 to 5"),  # 72 dpi
+        ((0.5, 0.6), r"pixels are 0.5 x 0.6 um, expected squares"),
+    ],
+)
+def test_a_header_without_a_usable_mpp_is_refused(tmp_path: Path, page: np.ndarray, mpp: Mpp, message: str) -> None:
+    path = write_slide(tmp_path / "bad.tif", page[:300, :300], mpp)
+    with pytest.raises(UserError, match=rf"bad\.tif: .*{message}"):
+        Slide(path)
+    assert Slide(path, 0.3).mpp == 0.3
+
+
+def test_real_slides(shared_data: Path) -> None:
+    assert Slide(shared_data / "wsi" / "cmu-1-small-region.svs").mpp == 0.499
+    with pytest.raises(UserError, match=r"tcga-cr-7395-01a-01-ts1\.svs: the header does not tell um per pixel"):
+        Slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs")
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.0, 3.1, 9.0])
+def test_a_part_of_a_real_slide_of_two_levels_at_any_scale(shared_data: Path, scale: float) -> None:
+    """Against level 0 as a whole, shrunk by Pillow: the other level was shrunk and compressed by somebody else."""
+    slide = Slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs", mpp=0.5)
+    field, size = (800.5, 600.25, 2600.5, 1500.25), (round(1800 / scale), round(900 / scale))
+    found = slide.resized(field, size)
+    level0 = Image.fromarray(slide.read(0, 0, slide.width, slide.height))
+    expected = np.asarray(level0.resize(size, Image.Resampling.BICUBIC, box=field))
+    error = np.abs(found.astype(int) - expected)
+    assert found.shape == (size[1], size[0], 3) and expected.std() > 20
+    assert error.mean() < (0.5 if scale < 2 else 6)
+    shifted = np.abs(found[:, 1:].astype(int) - expected[:, :-1]).mean()
+    assert error.mean() < shifted / 2  # a pixel off would be seen
+
+
+def test_a_file_that_is_no_slide(tmp_path: Path) -> None:
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    with pytest.raises(UserError, match=r"broken.svs: OpenSlide cannot read it"):
+        Slide(tmp_path / "broken.svs")
+
+
+def test_a_thumbnail_in_bands_is_the_thumbnail(slide: Path, page: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Slide(slide).thumbnail(MASK_UM)
+    monkeypatch.setattr(slide_module, "_BAND_PIXELS", 100_000)
+    np.testing.assert_array_equal(Slide(slide).thumbnail(MASK_UM), whole)
+    mean = page[16:32, 320:336].reshape(-1, 3).mean(0)  # the 16 x 16 px under mask pixel (20, 1)
+    np.testing.assert_allclose(whole[1, 20], mean, atol=1)
+
+
+def test_damage_costs_its_own_place_alone(tmp_path: Path, page: np.ndarray) -> None:
+    """OpenSlide bars a handle after an error; the slide is opened anew and the rest is read."""
+    path = write_slide(tmp_path / "slide.tif", page, compression="zlib")
+    damage(path, 9)  # of 6 columns: x 768 to 1023, y 256 to 511
+    slide = Slide(path)
+    with pytest.raises(UserError, match=r"slide.tif: unreadable at 800, 300, level 0 \("):
+        slide.read(800, 300, 20, 20)
+    np.testing.assert_array_equal(slide.read(300, 300, 50, 50), page[300:350, 300:350])
+
+    with pytest.raises(UserError, match=r"slide.tif: unreadable at \d+, \d+"):
+        slide.thumbnail(MASK_UM)
+    found = slide.thumbnail(MASK_UM, max_unreadable=300_000)
+    y, x = np.argwhere((found == 255).all(axis=2)).T * 16
+    assert (found[20, 52] == 255).all()
+    assert x.min() > 768 - 256 and x.max() < 1024 + 256 and y.min() >= 256 - 256 and y.max() < 512 + 256
+    white = (found == 255).all(axis=2, keepdims=True)
+    sound = Slide(write_slide(tmp_path / "sound.tif", page)).thumbnail(MASK_UM)
+    assert np.abs(np.where(white, 0, found.astype(int) - sound)).mean() < 0.5  # the rims of white parts are mixed
+
+
+def test_slides_are_found_in_folders_within(tmp_path: Path) -> None:
+    for name in ("b.svs", "deep/er/a.NDPI", ".hidden.svs", "notes.txt", "c.tiff"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.svs").mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in find_slides(tmp_path)] == [
+        "b.svs",
+        "c.tiff",
+        "deep/er/a.NDPI",
+    ]
+    assert find_slides(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]  # OpenSlide decides on a named file
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_slides(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"folder.svs holds no slide"):
+        find_slides(tmp_path / "folder.svs")

@@ -1,0 +1,191 @@
+"""Files in the layout that the authors published: every tensor used, nothing run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from muse_fast.errors import UserError
+from muse_fast.models.backbone import build_backbone
+from muse_fast.models.official import official_pos_embed, read_official
+from muse_fast.models.weights import POS_EMBED, load_backbone
+from tests.support.filled import fill
+
+
+def write_official(path, model, **extra):
+    """Tensors under ``module.backbone.``, heads beside them, the other things that DINO's script saves."""
+    teacher = {f"module.backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    heads = {"module.head.mlp.0.weight": torch.zeros(3, 3), "module.nu_head.mlp.0.weight": torch.zeros(3, 3)}
+    content = {"teacher": teacher | heads, "epoch": 7, "args": argparse.Namespace(arch="x", lr=1e-3), **extra}
+    torch.save(content, path)
+
+
+def randomised(arch, image_size=224):
+    with torch.device("meta"):
+        return fill(build_backbone(arch, image_size=image_size))
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "vit_base", "resnet50"])
+def test_every_tensor_is_used_and_features_are_the_same(arch, tmp_path):
+    model = randomised(arch)
+    write_official(tmp_path / "official.pth", model)
+    loaded = load_backbone(arch, tmp_path / "official.pth", compat="exact")
+    (tmp_path / "official.pth").unlink()  # half a gigabyte that pytest would keep
+    assert not loaded.training
+    source, copy = model.state_dict(), loaded.state_dict()
+    assert source.keys() == copy.keys()
+    assert all(torch.equal(source[name], copy[name]) for name in source)
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        for a, b in zip(model(images).levels, loaded(images).levels, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(model.cls(images), loaded.cls(images))
+
+
+def test_published_names_of_the_vit(tmp_path):
+    """232 tensors by the list of names in the published files, written out here."""
+    layer = [f"{part}.{leaf}" for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for leaf in
+             ("weight", "bias")]  # fmt: skip
+    vit = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"]
+    vit += [f"blocks.{i}.{name}" for i in range(12) for name in layer]
+    conv_bn = ["0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    convs = [f"hyper_feats.conv_list.{i}.layer" for i in range(4)]
+    for i in (1, 2, 3):
+        convs += [f"decoder{i}.{part}.layer" for part in ("first_block", "last_block.conv1", "last_block.conv2")]
+    decoder = [f"dim_map_layers.{i}.weight" for i in range(4)] + [
+        f"{conv}.{leaf}" for conv in convs for leaf in conv_bn
+    ]
+    names = {f"encoder.encoder.{name}" for name in vit} | {f"decoder.{name}" for name in decoder}
+    assert len(names) == 232
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in build_backbone("vit_small").state_dict().items()}
+    assert shapes.keys() == names
+    assert shapes["encoder.encoder.pos_embed"] == (1, 197, 384)
+    assert shapes["decoder.dim_map_layers.3.weight"] == (768, 384, 1, 1)
+    assert shapes["decoder.decoder3.first_block.layer.0.weight"] == (384, 1152, 3, 3)
+    assert shapes["decoder.hyper_feats.conv_list.0.layer.0.weight"] == (96, 96, 1, 1)
+
+
+def keys_cubic(t, a=-0.75):
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+
+@pytest.mark.parametrize("grid", [14, 32])
+def test_position_quirk(grid):
+    table = torch.randn(1, 1 + grid * grid, 6, dtype=torch.float64)
+    moved = official_pos_embed(table)
+    maps = table[:, 1:].reshape(1, grid, grid, 6).permute(0, 3, 1, 2)
+    expected = F.interpolate(maps, scale_factor=(grid + 0.1) / grid, mode="bicubic", align_corners=False)
+    assert moved.shape == table.shape
+    torch.testing.assert_close(moved[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, -1, 6))
+    assert torch.equal(moved[:, 0], table[:, 0])
+
+    # The same by hand along the rows: Keys' cubic with a = -0.75 at (i + 1/2) / s - 1/2, s = (g + 0.1) / g.
+    signal = torch.rand(grid, dtype=torch.float64)
+    table = signal.repeat_interleave(grid)[None, :, None]  # every column holds the signal
+    rows = official_pos_embed(torch.cat([table[:, :1], table], dim=1))[0, 1:, 0].reshape(grid, grid)[:, 0]
+    for i in range(grid):
+        at = (i + 0.5) * grid / (grid + 0.1) - 0.5
+        taps = range(math.floor(at) - 1, math.floor(at) + 3)
+        by_hand = sum(keys_cubic(abs(at - j)) * signal[min(max(j, 0), grid - 1)].item() for j in taps)
+        assert rows[i].item() == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_quirk_is_the_default_for_pth_and_for_nothing_else(tmp_path):
+    from safetensors.torch import save_file
+
+    model = randomised("vit_tiny")
+    write_official(tmp_path / "a.pth", model)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    stored, moved = model.state_dict()[POS_EMBED], official_pos_embed(model.state_dict()[POS_EMBED])
+    assert not torch.allclose(stored, moved, atol=1e-3)
+    for name, compat, expected in [
+        ("a.pth", None, moved),
+        ("a.pth", "exact", stored),
+        ("a.safetensors", None, stored),
+        ("a.safetensors", "muse_official", moved),
+    ]:
+        loaded = load_backbone(None, tmp_path / name, compat=compat)
+        assert torch.equal(loaded.state_dict()[POS_EMBED], expected), (name, compat)
+
+
+def test_a_512_file_keeps_its_table(tmp_path):
+    write_official(tmp_path / "l.pth", randomised("vit_tiny", image_size=512))
+    assert load_backbone("vit_tiny", tmp_path / "l.pth").state_dict()[POS_EMBED].shape == (1, 1025, 192)
+
+
+def test_heads_are_left_out_and_named(tmp_path, caplog):
+    write_official(tmp_path / "a.pth", build_backbone("vit_tiny"))
+    with caplog.at_level(logging.INFO, logger="muse_fast"):
+        tensors = read_official(tmp_path / "a.pth").tensors
+    assert not any("head" in name for name in tensors)
+    assert "module.nu_head.mlp.0.weight" in caplog.text
+    assert "2 tensors" in caplog.text
+
+
+def test_old_file_format_loads_too(tmp_path):
+    model = build_backbone("vit_tiny")
+    teacher = {f"module.backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"teacher": teacher}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert len(read_official(tmp_path / "old.pth").tensors) == 232
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_code_in_a_file_does_not_run(tmp_path):
+    write_official(tmp_path / "evil.pth", build_backbone("vit_tiny"), optimizer=Malicious(tmp_path / "ran"))
+    with pytest.raises(UserError, match=r"evil\.pth.*could run code.*save its tensors alone"):
+        read_official(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_namespace_is_allowed_for_the_call_alone(tmp_path):
+    write_official(tmp_path / "a.pth", build_backbone("vit_tiny"))
+    read_official(tmp_path / "a.pth")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_files_that_are_something_else(tmp_path):
+    cases = {
+        "pointer.pth": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "git-LFS pointer.*git lfs pull",
+        ),
+        "page.pth": (b"<!DOCTYPE html><html>not found</html>", "damaged"),
+        "empty.pth": (b"", "damaged"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}.*{message}"):
+            read_official(tmp_path / name)
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    write_official(tmp_path / "a.pth", build_backbone("vit_tiny"))
+    content = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"cut\.pth.*damaged"):
+        read_official(tmp_path / "cut.pth")
+
+
+def test_files_without_a_teacher(tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth.*'teacher'.*\['model'\]"):
+        read_official(tmp_path / "other.pth")
+    torch.save({"teacher": {"cls_token": torch.zeros(1)}}, tmp_path / "plain.pth")
+    with pytest.raises(UserError, match=r"plain\.pth.*module\.backbone\."):
+        read_official(tmp_path / "plain.pth")

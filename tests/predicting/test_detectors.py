@@ -1,0 +1,39 @@
+"""Detectors of tiles by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from muse_fast.errors import UserError
+from muse_fast.finders.learned import load_finder
+from muse_fast.images.synthetic import synthetic_image
+from muse_fast.predicting.detectors import open_detector
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("weights", "name"), [("nuclei", "default"), ("classical", "classical")])
+def test_tiles_of_a_batch_are_looked_at_one_by_one(weights: str, name: str) -> None:
+    detector = open_detector(weights, CPU)
+    images = np.stack([synthetic_image(seed, 160, 0.5)[0] for seed in range(3)])
+    found = detector.detect(torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert detector.mpp == 0.5 and detector.class_names == ("nucleus",)
+    assert len(found) == 3
+    for image, points in zip(images, found, strict=True):
+        xy, score = load_finder(name)(image, 0.5)
+        assert len(xy) > 5
+        np.testing.assert_array_equal(points.xy, xy)
+        np.testing.assert_array_equal(points.score, score)
+        assert points.label.tolist() == [0] * len(xy)
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing.safetensors: no such file"):
+        open_detector(str(tmp_path / "nothing.safetensors"), CPU)
+    pytest.importorskip("muse_fast.detection.detector")
+    with pytest.raises(UserError, match=r"run: no such folder"):
+        open_detector(str(tmp_path / "run"), CPU)

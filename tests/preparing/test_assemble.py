@@ -1,0 +1,91 @@
+"""Which ROIs are drawn from the parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from muse_fast.errors import UserError
+from muse_fast.preparing.assemble import Chosen, choose
+from muse_fast.preparing.parts import Part
+from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
+from muse_fast.sources.cut import SlideFile
+from muse_fast.sources.wsi import Sampling
+
+COUNTS = {"a1": 30, "a2": 10, "b1": 7, "c1": 0, "d1": 25}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Part]:
+    """Slides of the groups a, b, c and d; the ROIs of each stand in no order."""
+    folder, found = tmp_path_factory.mktemp("parts"), []
+    for name, count in COUNTS.items():
+        order = np.random.default_rng(0).permutation(count)
+        with RoiSetWriter(folder / name, provenance={}) as writer:
+            for i in order.tolist():
+                corner = (i % 6 * 8, i // 6 * 8)
+                writer.add(np.zeros((8, 8, 3), np.uint8), mpp=0.5, xy=[], slide=name, origin=corner)
+        file = SlideFile(folder / name, name, name, group=name[0])
+        found.append(Part(file, RoiSet(folder / name), {}, {}, {}, ""))  # type: ignore[arg-type]
+    return found
+
+
+def drawn(chosen: list[Chosen]) -> dict[str, set[tuple[int, ...]]]:
+    return {c.part.file.name: {tuple(place) for place in c.part.rois.origin[c.ids].tolist()} for c in chosen}
+
+
+def test_all_in_the_order_of_their_places(parts: list[Part]) -> None:
+    chosen = choose(parts, Sampling(None, None, 0))
+    assert [len(slide.ids) for slide in chosen] == list(COUNTS.values())
+    for slide in chosen:
+        places = [(y, x) for x, y in slide.part.rois.origin[slide.ids].tolist()]
+        assert places == sorted(places) and slide.left_out == []
+        assert [roi.origin for roi in slide.read()] == [(x, y) for y, x in places]
+
+
+@pytest.mark.parametrize(
+    ("per_group", "max_rois", "expected"),
+    [
+        (12, None, {"a": 12, "b": 7, "c": 0, "d": 12}),
+        (None, 31, {"a": 10, "b": 7, "c": 0, "d": 10}),  # of three groups that have ROIs
+        (4, 100, {"a": 4, "b": 4, "c": 0, "d": 4}),
+        (1000, None, {"a": 40, "b": 7, "c": 0, "d": 25}),
+    ],
+)
+def test_groups_are_balanced(
+    parts: list[Part], per_group: int | None, max_rois: int | None, expected: dict[str, int]
+) -> None:
+    chosen = choose(parts, Sampling(per_group, max_rois, 0))
+    counts = dict.fromkeys(expected, 0)
+    for slide in chosen:
+        counts[slide.part.file.group] += len(slide.ids)
+        assert len(slide.ids) + len(slide.left_out) == len(slide.part.rois)
+    assert counts == expected
+
+
+def test_a_draw_depends_on_the_seed_and_nothing_else(parts: list[Part]) -> None:
+    sampling = Sampling(12, None, 3)
+    first = drawn(choose(parts, sampling))
+    assert drawn(choose(parts[::-1], sampling)) == first
+    assert {name: places for name, places in drawn(choose(parts[1:], sampling)).items() if name in ("b1", "d1")} == {
+        name: first[name] for name in ("b1", "d1")
+    }
+    assert drawn(choose(parts, Sampling(12, None, 4))) != first
+    larger = drawn(choose(parts, Sampling(14, None, 3)))
+    assert all(first[name] <= larger[name] for name in first)
+
+
+def test_every_roi_of_a_group_is_as_likely(parts: list[Part]) -> None:
+    """20 of 40 over 400 seeds: each 200 times, with a standard deviation of 10."""
+    times = {name: np.zeros(COUNTS[name]) for name in ("a1", "a2")}
+    for seed in range(400):
+        for slide in choose(parts[:2], Sampling(20, None, seed)):
+            times[slide.part.file.name][slide.ids] += 1
+    together = np.concatenate(list(times.values()))
+    assert together.sum() == 8000 and abs(together - 200).max() < 45
+    assert abs(times["a1"].mean() - 200) < 5
+
+
+def test_fewer_than_groups(parts: list[Part]) -> None:
+    with pytest.raises(UserError, match="max_rois=2: expected one at least for each of the 3 groups"):
+        choose(parts, Sampling(None, 2, 0))

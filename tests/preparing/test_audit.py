@@ -1,0 +1,85 @@
+"""Slides and patients that two sets share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from muse_fast.errors import UserError
+from muse_fast.prepare import main
+from muse_fast.preparing.audit import patient, read_names, slide_name
+from muse_fast.roiset.roiset import RoiSetWriter
+
+
+@pytest.mark.parametrize(
+    ("name", "slide", "of"),
+    [
+        ("TCGA-A7-A0DB-01Z-00-DX1", "TCGA-A7-A0DB-01Z-00-DX1", "TCGA-A7-A0DB"),
+        ("TCGA-A7-A0DB-01Z-00-DX1.4F3A-99.svs", "TCGA-A7-A0DB-01Z-00-DX1", "TCGA-A7-A0DB"),
+        ("tcga-cr-7395-01a-01-ts1", "TCGA-CR-7395-01A-01-TS1", "TCGA-CR-7395"),
+        (" some/where/TCGA-A7-A0DB.svs ", "TCGA-A7-A0DB", "TCGA-A7-A0DB"),
+        ("TCGA-A7-A0DBX", "TCGA-A7-A0DBX", None),
+        ("case.1.ndpi", "case.1", None),
+        ("Case.1", "Case.1", None),
+    ],
+)
+def test_names(name: str, slide: str, of: str | None) -> None:
+    assert (slide_name(name), patient(name)) == (slide, of)
+
+
+def audit(capsys: pytest.CaptureFixture[str], *sides: str) -> tuple[int, str]:
+    code = main(["audit", *sides])
+    out, err = capsys.readouterr()
+    return code, out + err
+
+
+def test_the_official_split_of_brcam2c(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = f"brcam2c:{shared_data / 'brcam2c'}"
+    code, said = audit(capsys, f"{source}@train", f"{source}@val")
+    assert code == 1
+    assert "shared slides   none\n" in said
+    assert "shared patients TCGA-A7-A0DB, TCGA-A7-A13G\n" in said
+    for one, other in (("train", "test"), ("val", "test")):
+        code, said = audit(capsys, f"{source}@{one}", f"{source}@{other}")
+        assert code == 0 and "shared patients none" in said
+    assert audit(capsys, f"{source}@test", f"{source}@train", source)[0] == 1  # any of the others counts
+    code, said = audit(capsys, f"{source}@tests", source)
+    assert code == 2 and "no split 'tests', it has test, train, val" in said
+
+
+@pytest.fixture
+def rois(tmp_path: Path) -> str:
+    with RoiSetWriter(tmp_path / "rois", provenance={}) as writer:
+        for slide, split in (("TCGA-AA-0001-01Z", "train"), ("case.1", "val"), ("case.1", "val")):
+            writer.add(np.zeros((8, 8, 3), np.uint8), mpp=0.5, xy=[], slide=slide, split=split)
+    return str(tmp_path / "rois")
+
+
+def test_roi_sets_and_lists(tmp_path: Path, rois: str, capsys: pytest.CaptureFixture[str]) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_text("TCGA-AA-0001-02Z.abc.svs\nother\n")
+    code, said = audit(capsys, rois, str(listing))
+    assert code == 1 and "shared slides   none" in said and "shared patients TCGA-AA-0001" in said
+    assert audit(capsys, f"{rois}@val", str(listing))[0] == 0
+    listing.write_text("\ufeffgroup,slide\nx,case.1\ny,\n")
+    code, said = audit(capsys, f"{rois}@val", str(listing))
+    assert code == 1 and "shared slides   case.1" in said
+    assert audit(capsys, f"{rois}@train", str(listing))[0] == 0
+    code, said = audit(capsys, f"{rois}@test", str(listing))
+    assert code == 2 and "no split 'test'" in said
+
+
+def test_slides_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a@b").mkdir()
+    (tmp_path / "a@b" / "case.svs").write_text("no slide")
+    assert read_names(f"wsi:{tmp_path / 'a@b'}").slides == {"case"}  # an @ in a path that exists names no split
+
+
+def test_what_names_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: expected the folder of a ROI set, a source"):
+        read_names("nowhere")
+    (tmp_path / "empty.csv").write_text("slide\n")
+    with pytest.raises(UserError, match="names no slide"):
+        read_names(str(tmp_path / "empty.csv"))

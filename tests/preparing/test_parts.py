@@ -1,0 +1,251 @@
+"""Parts: what they depend on, what becomes of slides that fail, and runs that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from muse_fast.errors import UserError
+from muse_fast.prepare import main
+from muse_fast.preparing import parts as parts_module
+from muse_fast.preparing.parts import Parts, make_parts
+from muse_fast.preparing.pool import Pool
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.sources.cut import CutSettings, SlideFile
+from tests.support.small_slides import damage, page_with_tissue, write_slide
+
+SETTINGS = CutSettings(roi_um=64, min_nuclei=1)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six slides of 700 x 600 px."""
+    folder = tmp_path_factory.mktemp("cohort")
+    for i in range(6):
+        write_slide(folder / f"s{i}.tif", page_with_tissue(i, 600, 700, 512))
+    return folder
+
+
+def slide_files(folder: Path) -> list[SlideFile]:
+    return [SlideFile(path, path.stem, path.stem) for path in sorted(folder.glob("*.tif"))]
+
+
+def states(folder: Path) -> dict[str, int]:
+    """When each part was finished; one that a kill has left unnamed is none."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*/part.json")}
+
+
+def test_finished_parts_are_left_alone(cohort: Path, tmp_path: Path) -> None:
+    files, parts = slide_files(cohort), Parts(tmp_path / "parts", SETTINGS, 95)
+    make_parts(files[:2], parts, workers=1)
+    before = states(parts.folder)
+    assert set(before) == {"s0", "s1"}
+    seen: list[SlideFile | None] = []
+    make_parts(files[:3], Parts(tmp_path / "parts", SETTINGS, 95), 1, seen.append)
+    assert states(parts.folder).items() >= before.items()
+    assert [file.name for file in seen if file] == ["s0", "s1", "s2"]
+    part = parts.find(files[0])
+    assert part is not None and len(part.rois) > 5 and part.rois.verify() == []
+    assert part.facts["mpp"] == 0.5 and 0.05 < part.facts["tissue_mm2"] < 0.08  # 0.256 mm a side
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    Parts(tmp_path, SETTINGS, 95)
+    with pytest.raises(UserError, match=r"other settings \(quality=95, now 90; seed=0, now 1\); give the same"):
+        Parts(tmp_path, replace(SETTINGS, seed=1), 90)
+    assert Parts(tmp_path, SETTINGS, 95).quality == 95
+
+
+def test_what_has_changed_is_done_anew(cohort: Path, tmp_path: Path) -> None:
+    for name in ("s0.tif", "s1.tif"):
+        shutil.copy(cohort / name, tmp_path / name)
+    (file, other), parts = slide_files(tmp_path), Parts(tmp_path / "parts", SETTINGS, 95)
+    make_parts([file, other], parts, workers=1)
+    before = states(parts.folder)
+    assert parts.find(file) is not None
+    (tmp_path / "s0.csv").write_text("x,y\n")
+    changed = [
+        SlideFile(file.path, "s0", "S1"),
+        SlideFile(file.path, "s0", "s0", split="val"),
+        SlideFile(file.path, "s0", "s0", mpp=0.5),
+        SlideFile(file.path, "s0", "s0", nuclei=tmp_path / "s0.csv"),
+    ]
+    assert [parts.find(other) for other in changed] == [None] * 4
+    write_slide(file.path, page_with_tissue(9, 600, 700, 512))
+    assert parts.find(file) is None
+    make_parts([file, other], parts, workers=1)
+    assert parts.find(file) is not None
+    assert [states(parts.folder)[name] == before[name] for name in ("s0", "s1")] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["part.json", "index.bin", "shard-00000.bin", "roiset.json"])
+def test_a_damaged_part_is_done_anew(cohort: Path, tmp_path: Path, name: str) -> None:
+    file, parts = slide_files(cohort)[0], Parts(tmp_path, SETTINGS, 95)
+    make_parts([file], parts, workers=1)
+    damaged = parts.place(file) / name
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    assert parts.find(file) is None
+    make_parts([file], parts, workers=1)
+    assert parts.find(file) is not None
+
+
+def test_a_slide_over_its_budget_is_skipped(cohort: Path, tmp_path: Path) -> None:
+    """Some of its ROIs were written already."""
+    bad = write_slide(tmp_path / "bad.tif", page_with_tissue(), compression="zlib")
+    damage(bad, 9)  # of six a row
+    settings = replace(SETTINGS, roi_um=100, min_tissue=0)
+    files = [*slide_files(tmp_path), slide_files(cohort)[0]]
+    lenient = Parts(tmp_path / "lenient", settings, 95)
+    make_parts(files, lenient, workers=1)
+    part = lenient.find(files[0])
+    assert part is not None and not part.skipped
+    count = part.dropped["unreadable"]
+    assert count > 1 and len(part.refused["unreadable"]) == count and len(part.rois) > 5
+
+    parts = Parts(tmp_path / "strict", replace(settings, max_unreadable=count - 1), 95)
+    make_parts(files, parts, workers=1)
+    part, other = parts.find(files[0]), parts.find(files[1])
+    assert part is not None and len(part.rois) == 0
+    assert f"{count} ROIs of it cannot be read, copy the slide anew" in part.skipped and str(bad) not in part.skipped
+    assert other is not None and not other.skipped and len(other.rois) > 5
+    before = states(parts.folder)
+    make_parts(files, parts, workers=1)
+    assert states(parts.folder) == before
+
+
+def kill_reader(self: Parts, file: SlideFile, pool: Pool) -> None:
+    """As where the decoder crashes: the process that reads s1 dies."""
+    if file.name == "s1":
+        pool.call(os.kill, _a_process(pool), signal.SIGKILL)
+        time.sleep(5)
+        pool.call(os.getpid)
+    else:
+        WRITE(self, file, pool)
+
+
+def _a_process(pool: Pool) -> int:
+    return pool.call(os.getpid)
+
+
+WRITE = Parts.write
+
+
+def test_a_slide_that_kills_its_reader_is_skipped(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Parts, "write", kill_reader)
+    files, parts = slide_files(cohort)[:4], Parts(tmp_path, SETTINGS, 95)
+    make_parts(files, parts, workers=2)
+    found = [parts.find(file) for file in files]
+    assert [part.skipped.split(":")[0] if part else None for part in found] == [
+        "",
+        "a process died while it was read",
+        "",
+        "",
+    ]
+
+
+def test_a_full_disk_stops_the_run(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    parts = Parts(tmp_path, SETTINGS, 95)
+    monkeypatch.setattr(parts_module, "write_tissue", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_parts(slide_files(cohort), parts, workers=2)
+    assert states(parts.folder) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+# ------------------------------------------------------------------------------------------------------ killed runs
+
+
+def arguments(cohort: Path, out: Path, *more: str) -> list[str]:
+    return [f"wsi:{cohort}", str(out), "roi_um=32", "min_nuclei=1", "per_slide=40", *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("unbroken") / "set"
+    assert main(arguments(cohort, out, "workers=1", "max_rois=150")) == 0
+    assert len(RoiSet(out)) == 150 and RoiSet(out).verify() == []
+    assert not out.with_name("set.parts").exists()
+    return contents(out)
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_ends_as_an_unbroken_one(
+    cohort: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    """kill -9 at random moments; finished slides are not done again, and no process is left over."""
+    rng, out, done = random.Random(time.time_ns()), tmp_path / "set", {}
+    parts = tmp_path / "set.parts"
+    for round_ in range(3):
+        command = [sys.executable, "-m", "muse_fast.prepare", *arguments(cohort, out, "workers=2", "max_rois=150")]
+        run = subprocess.Popen(command, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while len(states(parts)) <= round_ and time.monotonic() < deadline:
+            assert run.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        assert run.poll() is None  # it is killed in the middle
+        run.kill()
+        run.wait()
+        _wait_until_gone(run.pid)
+        assert not out.exists()
+        after = states(parts)
+        assert after.items() >= done.items()
+        done = after
+    assert 3 <= len(done) < 7
+    assert main(arguments(cohort, out, "workers=2", "max_rois=150", "--keep-parts")) == 0
+    assert states(parts).items() >= done.items()
+    assert contents(out) == unbroken
+    assert json.loads(unbroken["summary.json"])["rois"] == 150
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "set.parts"]
+
+
+def _wait_until_gone(session: int) -> None:
+    """Until no process of the killed run is left."""
+    deadline = time.monotonic() + 20
+    while any(_session(path) == session for path in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _session(process: Path) -> int | None:
+    try:
+        state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+    except (OSError, ValueError):
+        return None
+    return int(session) if state != "Z" else None
+
+
+def test_shares_of_several_tasks_make_the_same_set(cohort: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    out = tmp_path / "set"
+    for task in (1, 0):
+        assert main(arguments(cohort, out, "workers=1", "max_rois=150", "--task", f"{task}/2")) == 0
+        assert not out.exists()
+    done = states(tmp_path / "set.parts")
+    assert len(done) == 6
+    assert main(arguments(cohort, out, "workers=1", "max_rois=150", "--keep-parts")) == 0
+    assert states(tmp_path / "set.parts") == done
+    assert contents(out) == unbroken
+    shutil.rmtree(out)
+    assert main(arguments(cohort, out, "workers=1", "max_rois=60")) == 0
+    fewer = RoiSet(out)
+    assert len(fewer) == 60
+    assert all(fewer[i].jpeg in unbroken["shard-00000.bin"] for i in range(60))

@@ -1,0 +1,69 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from muse_fast.errors import UserError
+from muse_fast.runtime.device import peak_flops, peak_flops_of, peak_memory, pick_device
+
+
+def test_auto_is_a_gpu_where_there_is_one() -> None:
+    assert pick_device("auto", "device").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device("cpu", "device") == torch.device("cpu")
+
+
+def test_what_is_no_device_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.device=gpu"):
+        pick_device("gpu", "train.device")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"use train\.device=cpu"):
+        pick_device("cuda", "train.device")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 790),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 790),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_by_name(gpu: str, teraflops: float | None) -> None:
+    assert peak_flops_of(gpu) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_a_cpu_has_no_known_peak() -> None:
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_peak_memory_of_the_process_is_in_bytes() -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    assert 0.99 * resident <= peak_memory(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * page
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_of_a_gpu_holds_what_was_freed() -> None:
+    device = torch.device("cuda")
+    torch.empty(64 * 2**20, dtype=torch.uint8, device=device)
+    assert 64 * 2**20 <= peak_memory(device) < torch.cuda.get_device_properties(device).total_memory
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_answers() -> None:
+    device = torch.device("cuda")
+    assert peak_flops(device) == peak_flops_of(torch.cuda.get_device_name(device))

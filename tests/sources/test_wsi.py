@@ -1,0 +1,262 @@
+"""The source ``wsi:``: which slides are used, what goes with each, the grid, and nuclei that do not depend on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from muse_fast.errors import UserError
+from muse_fast.finders.classical import detect_nuclei
+from muse_fast.sources import SourceImage, open_source
+from muse_fast.sources.cut import Cut, CutSettings, SlideFile, survey
+from muse_fast.sources.wsi import Slides, usable_cpus
+from tests.support.small_slides import damage, page_with_tissue, write_slide
+
+EVERYTHING = {"roi_um": 100, "min_tissue": 0, "min_nuclei": 0}
+
+
+@pytest.fixture(scope="module")
+def tissue() -> np.ndarray:
+    return page_with_tissue()
+
+
+@pytest.fixture
+def slide(tmp_path: Path, tissue: np.ndarray) -> Path:
+    return write_slide(tmp_path / "slide.tif", tissue)
+
+
+def opened(path: Path, **options: object) -> Slides:
+    source = open_source(f"wsi:{path}", **options)
+    assert isinstance(source, Slides)
+    return source
+
+
+# --------------------------------------------------------------------------------------------------- um per pixel
+
+
+def test_mpp_comes_from_table_then_option_then_header(slide: Path, tmp_path: Path) -> None:
+    def first(**options: object) -> SourceImage:
+        return next(iter(opened(slide.parent, roi_um=128, **options)))
+
+    assert first().mpp == 0.5
+    assert first(mpp=0.45).mpp == 0.45
+    table = slide.parent / "mpp.csv"
+    for name in ("slide.tif", "slide"):
+        table.write_text(f"image,mpp,slide,split\n{name},0.55,S1,val\n")
+        item = first(mpp=0.45)
+        assert (item.mpp, item.slide, item.split) == (0.55, "S1", "val")
+    other = tmp_path / "other.csv"
+    other.write_text("image,mpp\nslide.tif,0.6\nabsent.tif,0.3\n")
+    assert first(mpp_csv=str(other)).mpp == 0.6
+    table.write_text("image,mpp\nabsent.tif,0.3\n")
+    assert first(mpp=0.45).mpp == 0.45
+
+
+def test_rows_of_folders_within(tmp_path: Path, tissue: np.ndarray) -> None:
+    write_slide(tmp_path / "one" / "a.tif", tissue[:300, :300], None)
+    write_slide(tmp_path / "two" / "b.tif", tissue[:300, :300], None)
+    (tmp_path / "mpp.csv").write_text("image,mpp\none/a.tif,0.4\nb.tif,0.3\n")
+    assert [(file.mpp, file.mpp_from) for file in opened(tmp_path).files] == [(0.4, "mpp.csv"), (0.3, "mpp.csv")]
+
+
+# ------------------------------------------------------------------------------------- slides that cannot be used
+
+
+def test_bad_slides_do_not_stop_the_others(slide: Path, tissue: np.ndarray) -> None:
+    folder = slide.parent
+    write_slide(folder / "nothing.tif", tissue[:300, :300], None)
+    (folder / "broken.svs").write_bytes(b"no slide")
+    write_slide(folder / "within" / "slide.tif", tissue[:300, :300])
+    source = opened(folder, roi_um=100)
+    assert {item.slide for item in source} == {"slide"}
+    told = {path.relative_to(folder).as_posix(): reason for path, reason in source.refused.items()}
+    assert set(told) == {"nothing.tif", "broken.svs", "within/slide.tif"}
+    assert told["broken.svs"].startswith("OpenSlide cannot read it")
+    assert told["nothing.tif"].startswith("the header does not tell um per pixel; give mpp=NUMBER")
+    assert "slide.tif has the same name" in told["within/slide.tif"]
+
+
+def test_when_none_can_be_used_all_are_told(tmp_path: Path, tissue: np.ndarray) -> None:
+    write_slide(tmp_path / "nothing.tif", tissue[:300, :300], None)
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    with pytest.raises(UserError) as caught:
+        list(opened(tmp_path))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "no slide can be used"
+    assert lines[1].startswith(f"  {tmp_path / 'broken.svs'}: OpenSlide cannot read it")
+    assert lines[2].startswith(f"  {tmp_path / 'nothing.tif'}: the header does not tell")
+
+
+def test_a_roi_too_large_to_hold_is_refused(slide: Path) -> None:
+    with pytest.raises(UserError, match=r"slide.tif: roi_um=4096 is 40960 px, expected 16384 at most"):
+        list(opened(slide, mpp=0.1, roi_um=4096))
+
+
+def test_excluded_slides(tmp_path: Path, tissue: np.ndarray) -> None:
+    for name in ("TCGA-AA-0001-01Z-00-DX1.8F3A.tif", "TCGA-AA-0002-01Z-00-DX1.tif", "case.tif", "other.tif"):
+        write_slide(tmp_path / "in" / name, tissue[:300, :300])
+    (tmp_path / "names.txt").write_text("TCGA-AA-0001-01A-01-TS1\nTCGA-AA-0002-01Z-00-DX1\n")
+    (tmp_path / "more.csv").write_text("slide\ncase.svs\n")
+    source = opened(tmp_path / "in", exclude=f"{tmp_path / 'names.txt'},{tmp_path / 'more.csv'}")
+    assert [slide for slide, _ in source.slides()] == ["other"]
+    reasons = [reason.split(" stands in ")[0] for reason in source.excluded.values()]
+    assert reasons == ["patient TCGA-AA-0001", "slide TCGA-AA-0002-01Z-00-DX1", "slide case"]
+    (tmp_path / "more.csv").write_text("slide\ncase\nother\n")
+    with pytest.raises(UserError, match=r"no slide can be used\n(.*\n)+.*other.tif: slide other stands in"):
+        opened(tmp_path / "in", exclude=f"{tmp_path / 'names.txt'},{tmp_path / 'more.csv'}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_group": 3}, "per_group=3: expected groups=FILE"),
+        ({"groups": "absent.csv"}, "absent.csv: no such file"),
+        ({"tissue": "absent"}, "tissue=absent: expected a folder"),
+        ({"exclude": "absent"}, "absent: expected the folder of a ROI set"),
+        ({"mpp_csv": "absent.csv"}, "absent.csv: no such file"),
+        ({"per_slide": 0}, "per_slide=0, expected a whole number from 1"),
+    ],
+)
+def test_options_that_are_refused(slide: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        opened(slide, **options)
+
+
+def test_groups(tmp_path: Path, tissue: np.ndarray) -> None:
+    for name in ("a", "b", "c"):
+        write_slide(tmp_path / f"{name}.tif", tissue[:300, :300])
+    table = tmp_path / "groups.csv"
+    table.write_text("slide,group\na,BRCA\nb.tif,LUAD\n")
+    source = opened(tmp_path, groups=str(table))
+    assert [(file.name, file.group) for file in source.files] == [("a", "BRCA"), ("b", "LUAD")]
+    assert list(source.refused.values()) == [f"it has no row in groups={table}"]
+    table.write_text("slide,group\na,BRCA\na,LUAD\n")
+    with pytest.raises(UserError, match=r"groups.csv, row 3: a stands in the group BRCA too"):
+        opened(tmp_path, groups=str(table))
+
+
+# ------------------------------------------------------------------------------------------ the user's own files
+
+
+def test_own_nuclei_take_the_place_of_the_detector(slide: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    points = rng.uniform((300, 40), (1300, 1000), (400, 2)).round(1)
+    (folder / "slide.csv").write_text("x,y,label\n" + "".join(f"{x},{y},1\n" for x, y in points))
+    items = list(opened(slide, **EVERYTHING, nuclei=str(folder), labels="a,b"))
+    together = np.concatenate([item.xy + item.origin for item in items])
+    inside = points[(points < [1400, 1000]).all(axis=1)].astype(np.float32)
+    np.testing.assert_allclose(np.sort(together[:, 0]), np.sort(inside[:, 0]), atol=1e-3)
+    assert all(item.label is not None and (item.label == 1).all() for item in items)
+    few = opened(slide, roi_um=100, min_tissue=0, nuclei=str(folder))
+    assert all(len(item.xy) >= 20 for item in few) and few.dropped["too few nuclei"] > 10
+
+    write_slide(slide.parent / "without.tif", page_with_tissue(1)[:300, :300])
+    source = opened(slide.parent, nuclei=str(folder))
+    assert [file.name for file in source.files] == ["slide"]
+    assert "holds no without with .csv" in source.refused[slide.parent / "without.tif"]
+    (folder / "slide.csv").write_text("x,y\n2000,3\n")
+    source = opened(slide, nuclei=str(folder))
+    assert list(source) == []
+    assert "slide.csv, row 2: x is '2000'" in source.refused[slide]
+
+
+def test_own_tissue(slide: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    with pytest.raises(UserError, match="nothing in it has the name of a slide"):
+        opened(slide, tissue=str(folder))
+    mask = np.zeros((11, 15), np.uint8)
+    mask[2:4, 4:8] = 1  # of 100 px each
+    Image.fromarray(mask).save(folder / "slide.png")
+    items = list(opened(slide, roi_um=100, min_tissue=0.9, min_nuclei=0, tissue=str(folder)))
+    assert [item.origin for item in items] == [(400, 200), (600, 200)]
+
+
+# ------------------------------------------------------------------------------------------------------------ ROIs
+
+
+def test_rois_are_pixels_of_the_slide(slide: Path, tissue: np.ndarray) -> None:
+    source = opened(slide, roi_um="100")
+    items = list(source)
+    assert len(items) > 10
+    for item in items:
+        x, y = item.origin
+        assert x % 200 == y % 200 == 0
+        np.testing.assert_array_equal(item.image, tissue[y : y + 200, x : x + 200])
+        assert ((item.xy >= 0) & (item.xy < 200)).all()
+        assert len(item.xy) >= 20
+        assert item.score is not None
+        assert item.score.shape == (len(item.xy),)
+        assert (item.slide, item.name) == ("slide", f"slide_{x}_{y}")
+    assert len(items) + source.dropped.total() == 7 * 5
+
+
+def test_nuclei_do_not_depend_on_the_grid(slide: Path, tissue: np.ndarray) -> None:
+    """Those of all ROIs together are those of one detection on the whole, at ROI borders too."""
+    together = np.concatenate([item.xy + item.origin for item in opened(slide, **EVERYTHING, detector="classical")])
+    whole, _ = detect_nuclei(tissue, 0.5)
+    whole = whole[(whole < [1400, 1000]).all(axis=1)]
+    assert len(whole) > 500
+    assert {tuple(p) for p in together.tolist()} == {tuple(p) for p in whole.tolist()}
+
+
+def test_limits_drop_and_count(slide: Path) -> None:
+    source = opened(slide, roi_um=100, min_tissue=0.99, min_nuclei=10**6)
+    assert list(source) == []
+    assert set(source.dropped) == {"too little tissue", "too few nuclei"}
+    assert source.dropped.total() == 35
+    assert list(opened(slide, roi_um=2048)) == []  # the slide is smaller
+
+
+def test_few_of_each_slide_are_drawn_at_random(slide: Path) -> None:
+    everything = {item.origin for item in opened(slide, roi_um=100)}
+    draws = []
+    for seed in (0, 0, 1):
+        source = opened(slide, roi_um=100, per_slide=5, seed=seed)
+        draws.append([item.origin for item in source])
+        assert len(draws[-1]) == 5 and set(draws[-1]) <= everything
+        assert source.dropped["beyond per_slide"] > 0
+        assert 5 + source.dropped.total() == 35
+    assert draws[0] == draws[1] != draws[2]
+    assert {item.origin for item in opened(slide, roi_um=100, per_slide=100)} == everything
+
+
+# ---------------------------------------------------------------------------------------------------------- damage
+
+
+def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarray) -> None:
+    path = write_slide(tmp_path / "slide.tif", tissue, compression="zlib")
+    damage(path, 9)  # of 6 columns: x 768 to 1023, y 256 to 511, in which lie parts of 3 x 2 squares and of 2 margins
+    source = opened(path, **EVERYTHING)
+    images = {item.origin: item.image for item in source}
+    lost = source.dropped["unreadable"]
+    assert 6 <= lost <= 20 and len(images) == 35 - lost and source.refused == {}
+    for (x, y), image in images.items():
+        np.testing.assert_array_equal(image, tissue[y : y + 200, x : x + 200])
+
+    settings = CutSettings(100, 0, 0, max_unreadable=lost)
+    surveyed = survey(SlideFile(path, "slide", "slide"), settings)
+    assert not isinstance(surveyed, UserError)
+    assert len(list(Cut(surveyed, settings).rois())) == 35 - lost
+    source = opened(path, **EVERYTHING, max_unreadable=lost - 1)
+    assert len(list(source)) < 35 - lost
+    assert f"{lost} ROIs of it cannot be read, copy the slide anew" in source.refused[path]
+    source = opened(path, **EVERYTHING, max_unreadable=0)
+    assert list(source) == []
+    assert source.refused[path].startswith("unreadable at")  # already for the overview
+
+
+def test_cpus(monkeypatch: pytest.MonkeyPatch, slide: Path) -> None:
+    import os
+
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert opened(slide).workers == usable_cpus() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert opened(slide).workers == 3
+    assert opened(slide, workers=1).workers == 1

@@ -1,0 +1,318 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and prints what came out as JSON lines.
+
+Run by test_kernels.py in a process of its own: there Triton must not interpret. ``LAUNCHES`` holds every kernel of
+kernels/ in the shapes of real runs: a kernel is a ``@triton.jit`` function whose name ends in ``_kernel``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from muse_fast.kernels import fused
+from muse_fast.kernels.fused import (
+    augment_views,
+    dino_loss,
+    linear_dino_loss,
+    projection_stats,
+    sample_nuclei,
+    soft_cross_entropy,
+)
+
+TENSOR_CORE_INSTRUCTIONS = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async"}
+
+
+class Launch(NamedTuple):
+    """One kernel as it is launched."""
+
+    kernel: Any
+    # Triton's name of a type -> the arguments of that type. ``*T`` points to what ``dtypes`` goes through, pointers are
+    # aligned to 16 bytes, and ``i32:16`` is an integer that is divisible by 16.
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    archs: tuple[int, ...] = (80, 90)
+    tensor_cores: tuple[str, ...] = ()  # the dtypes whose products must run on tensor cores
+
+
+def linear_dino_loss_launches(tiles: Any, dtype: str, arch: int) -> list[Launch]:
+    """The two passes over 65,536 prototypes of width 256."""
+    width = {"NUM_PROTOTYPES": 65536, "WIDTH": 256, "LANES": 256}
+
+    def launch(kernel: Any, types: dict[str, str], tile: Any, **flags: bool) -> Launch:
+        constants = {**width, **flags, "BLOCK_ROWS": tile.rows, "BLOCK_PROTOTYPES": tile.prototypes}
+        return Launch(kernel, types, constants, tile.num_warps, tile.num_stages, (dtype,), (arch,), ("bf16",))
+
+    attend = {
+        "*T": "queries keys values",
+        "*fp32": "center peaks totals sums",
+        "i32": "num_rows",
+        "i32:16": "prototypes_of_a_split",
+        "fp32": "inverse_temp",
+    }
+    gradient = {
+        "*T": "student_z student_W teacher_z teacher_W teacher_values gradient",
+        "*fp32": "student_peaks student_coefficients teacher_peaks teacher_coefficients center unit",
+        "i32": "num_students num_teachers",
+        "fp32": "inverse_student_temp inverse_teacher_temp",
+    }
+    return [
+        *(launch(linear_dino_loss.attend_kernel, attend, tiles.attend, TEACHER=teacher) for teacher in (False, True)),
+        launch(linear_dino_loss.prototype_gradient_kernel, gradient, tiles.gradient),
+    ]
+
+
+def sample_nuclei_launches() -> list[Launch]:
+    """A level of 96 channels on 56 x 56 pixels, contiguous and channels-last."""
+    forward = [
+        Launch(
+            sample_nuclei.sample_kernel,
+            {
+                "*T": "level rows",
+                "*fp32": "xy",
+                "*i64": "image_index",
+                "i32": "num_points view_size fine_height fine_width height width row_stride",
+                "i32:16": f"channels image_stride {apart} rows_stride",
+            },
+            {adjacent: 1, "BLOCK_CHANNELS": sample_nuclei.BLOCK_CHANNELS, "BLOCK_POINTS": sample_nuclei.BLOCK_POINTS},
+        )
+        for apart, adjacent in [("channel_stride", "column_stride"), ("column_stride", "channel_stride")]
+    ]
+    backward = [
+        Launch(
+            sample_nuclei.gradient_kernel,
+            {
+                "*T": "rows_gradient gradient",
+                "*fp32": "xy",
+                "*i64": "points first_point",
+                "i32": "view_size fine_height fine_width height width",
+                "i32:16": f"channels pixels image_stride {apart} rows_stride",
+            },
+            {
+                adjacent: 1,
+                "BLOCK_CHANNELS": sample_nuclei.BLOCK_CHANNELS,
+                "BLOCK_PIXELS": sample_nuclei.BLOCK_PIXELS,
+                "CHUNK": sample_nuclei.CHUNK,
+                "PRECISION": precision,
+            },
+            dtypes=(dtype,),
+            tensor_cores=("bf16",),
+        )
+        for apart, adjacent in [("channel_stride", "pixel_stride"), ("pixel_stride", "channel_stride")]
+        for dtype, precision in [("fp32", "ieee"), ("bf16", "tf32x3")]
+    ]
+    return forward + backward
+
+
+def projection_stats_launches(dtype: torch.dtype, channels_last: bool) -> list[Launch]:
+    """The second level of ViT-B: 384 channels onto 192."""
+    weight = torch.empty(192, 384, dtype=dtype, device="meta")
+    tile = projection_stats.tile_of(weight)
+    tile["channel_stride" if channels_last else "position_stride"] = 1
+    block = tile | {"BLOCK_OUTPUTS": projection_stats.BLOCK_OUTPUTS}
+    pointers = "mean mean_gradient var_gradient"
+    integers = {
+        "i32": "num_positions",
+        "i64": "image_stride",
+        "i32:16": "position_stride" if channels_last else "channel_stride",
+    }
+    runs = integers | {"i32": "num_positions num_tiles tiles_per_run"}
+    stats = runs | {"*T": "x weight", "*fp32": "run_counts run_means run_squares"}
+    x_gradient = integers | {"*T": "x weight gradient", "*fp32": pointers, "fp32": "inverse_count"}
+    weight_gradient = runs | {"*T": "x weight", "*fp32": f"{pointers} run_gradients", "fp32": "inverse_count"}
+
+    def launch(kernel: Any, types: dict[str, str], constants: dict[str, int], num_stages: int = 3) -> Launch:
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        return Launch(kernel, types, constants, 8, num_stages, (name,), tensor_cores=("bf16",))
+
+    return [
+        launch(projection_stats.run_stats_kernel, stats, block),
+        launch(
+            projection_stats.x_gradient_kernel,
+            x_gradient,
+            tile | {"BLOCK_OUTPUTS": projection_stats.all_outputs(weight)},
+            num_stages=2,
+        ),
+        launch(
+            projection_stats.weight_gradient_kernel,
+            weight_gradient,
+            block | {"BLOCK_COLUMNS": projection_stats.BLOCK_COLUMNS},
+        ),
+    ]
+
+
+LAUNCHES = [
+    *sample_nuclei_launches(),
+    Launch(
+        augment_views.resize_kernel,
+        {"*u8": "pixels views", "*i64": "images", "*i32": "boxes", "*fp32": "colours greys", "i32:16": "size"},
+        {"TILE": augment_views.TILE, "CHUNK": augment_views.CHUNK},
+        dtypes=("u8",),
+    ),
+    Launch(
+        augment_views.colour_kernel,
+        {"*u8": "views", "*fp32": "colours greys", "*T": "out", "i32:16": "area", "i32": "num_tiles"},
+        {"BLOCK": augment_views.BLOCK, "LANES": 64},
+    ),
+    Launch(
+        augment_views.blur_kernel,
+        {"*u8": "views", "*fp32": "colours", "*T": "out", "i32:16": "size"},
+        {"TILE": augment_views.TILE, "CHUNK": augment_views.CHUNK},
+    ),
+    Launch(
+        dino_loss.block_sums_kernel,
+        {
+            "*T": "student teacher",
+            "*fp32": "center sums",
+            "*i64": "teacher_rows student_rows",
+            "i32:16": "student_stride teacher_stride",
+            "fp32": "inverse_student_temp inverse_teacher_temp",
+        },
+        {"NUM_COLUMNS": 65536, "BLOCK": dino_loss.BLOCK},
+    ),
+    Launch(
+        dino_loss.pair_loss_kernel,
+        {
+            "*fp32": "sums loss student_stats teacher_stats",
+            "*i64": "teacher_rows student_rows",
+            "fp32": "inverse_student_temp inverse_teacher_temp",
+        },
+        {"NUM_BLOCKS": 32, "LANES": 32},
+        num_warps=1,
+        dtypes=("fp32",),
+    ),
+    Launch(
+        dino_loss.student_gradient_kernel,
+        {
+            "*T": "student teacher gradient",
+            "*fp32": "center student_stats teacher_stats loss_gradient",
+            "*i64": "teacher_rows pairs first_pair",
+            "i32:16": "student_stride teacher_stride",
+            "fp32": "inverse_student_temp inverse_teacher_temp",
+        },
+        {"NUM_COLUMNS": 65536, "BLOCK": dino_loss.BLOCK},
+    ),
+    Launch(
+        soft_cross_entropy.soft_loss_kernel,
+        {
+            "*T": "student target",
+            "*fp32": "stats loss",
+            "i32:16": "student_stride target_stride",
+            "fp32": "inverse_temp",
+        },
+        {"NUM_COLUMNS": 65536, "BLOCK": dino_loss.BLOCK},
+    ),
+    Launch(
+        soft_cross_entropy.soft_gradient_kernel,
+        {
+            "*T": "student target gradient",
+            "*fp32": "stats loss_gradient",
+            "i32:16": "student_stride target_stride",
+            "fp32": "inverse_temp",
+        },
+        {"NUM_COLUMNS": 65536, "BLOCK": dino_loss.BLOCK},
+    ),
+    Launch(
+        linear_dino_loss.combine_kernel,
+        {"*fp32": "peaks totals sums stats mean", "i32": "num_rows num_splits", "fp32": "inverse_temp"},
+        {"WIDTH": 256, "LANES": 256, "BLOCK_SPLITS": 8},
+        dtypes=("fp32",),
+    ),
+    *(
+        launch
+        for arch, tiles in zip((90, 80, 86), linear_dino_loss.TILES_16_BIT.values(), strict=True)
+        for launch in linear_dino_loss_launches(tiles, "bf16", arch)
+    ),
+    *(
+        launch
+        for arch in (80, 90)
+        for launch in linear_dino_loss_launches(linear_dino_loss.TILES_FLOAT32, "fp32", arch)
+    ),
+    *projection_stats_launches(torch.float32, channels_last=True),
+    *projection_stats_launches(torch.bfloat16, channels_last=True),
+    *projection_stats_launches(torch.bfloat16, channels_last=False),
+    Launch(
+        projection_stats.join_runs_kernel,
+        {"*fp32": "run_counts run_means run_squares mean var", "i32": "num_runs"},
+        {"NUM_OUTPUTS": 192, "BLOCK_RUNS": 64, "BLOCK_OUTPUTS": 16},
+        dtypes=("fp32",),
+    ),
+]
+
+
+def kernels_in_the_folder() -> set[str]:
+    """``module.name`` of every kernel."""
+    modules = [
+        importlib.import_module(f"{fused.__name__}.{info.name}") for info in pkgutil.iter_modules(fused.__path__)
+    ]
+    functions = [
+        value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)
+    ]
+    return {name_of(function) for function in functions if function.__name__.endswith("_kernel")}
+
+
+def name_of(kernel: Any) -> str:
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+
+
+def compile_launch(launch: Launch, dtype: str, arch: int) -> CompiledKernel:
+    types = {name: kind.replace("*T", f"*{dtype}") for kind, names in launch.types.items() for name in names.split()}
+    types |= dict.fromkeys(launch.constants, "constexpr")
+    arguments = launch.kernel.arg_names
+    assert set(types) == set(arguments), f"{name_of(launch.kernel)}: {sorted(set(types) ^ set(arguments))}"
+    signature = {name: types[name].removesuffix(":16") for name in arguments}
+    divisible = [place for place, name in enumerate(arguments) if types[name].startswith("*") or ":16" in types[name]]
+    source = ASTSource(
+        launch.kernel, signature, dict(launch.constants), {(place,): [["tt.divisibility", 16]] for place in divisible}
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, and bytes of stack, where spilled registers lie."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        key: int(re.findall(rf"{word}:(\d+)", report)[0])
+        for key, word in {"registers": "REG", "stack": "STACK"}.items()
+    }
+
+
+def main() -> None:
+    missing = kernels_in_the_folder() ^ {name_of(launch.kernel) for launch in LAUNCHES}
+    assert not missing, f"LAUNCHES and kernels/ differ in {sorted(missing)}"
+    for launch in LAUNCHES:
+        for arch in launch.archs:
+            for dtype in launch.dtypes:
+                compiled = compile_launch(launch, dtype, arch)
+                row = {
+                    "kernel": name_of(launch.kernel),
+                    "arch": arch,
+                    "dtype": dtype,
+                    **resources(compiled.asm["cubin"]),
+                    "shared_bytes": compiled.metadata.shared,
+                    "wants_tensor_cores": dtype in launch.tensor_cores,
+                    "has_tensor_cores": TENSOR_CORE_INSTRUCTIONS[arch] in compiled.asm["ptx"],
+                }
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

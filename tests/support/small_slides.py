@@ -1,0 +1,42 @@
+"""Slides small enough for tests, which OpenSlide reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from muse_fast.images.synthetic import synthetic_image
+
+pytest.importorskip("openslide")
+tifffile = pytest.importorskip("tifffile")
+
+Mpp = float | tuple[float, float] | None
+
+
+def page_with_tissue(seed: int = 0, height: int = 1100, width: int = 1500, side: int = 1024) -> np.ndarray:
+    """Glass at 0.5 um/px with a square piece of synthetic tissue at x 300 or less, y 40."""
+    page = np.full((height, width, 3), 245, np.uint8)
+    left = min(300, width - side)
+    page[40 : 40 + side, left : left + side] = synthetic_image(seed, side, 0.5)[0]
+    return page
+
+
+def write_slide(path: Path, image: np.ndarray, mpp: Mpp = 0.5, **settings: object) -> Path:
+    """A tiled TIFF of one level; ``mpp`` None: without a resolution, two: of unlike sides."""
+    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    tags = {} if x is None or y is None else {"resolution": (1e4 / x, 1e4 / y), "resolutionunit": "CENTIMETER"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, image, tile=(256, 256), photometric="rgb", **tags, **settings)
+    return path
+
+
+def damage(path: Path, *tiles: int) -> None:
+    """Overwrite the beginning of some tiles of a compressed slide."""
+    with tifffile.TiffFile(path) as file:
+        offsets = [file.pages[0].dataoffsets[tile] for tile in tiles]
+    content = bytearray(path.read_bytes())
+    for offset in offsets:
+        content[offset : offset + 40] = bytes(40)
+    path.write_bytes(content)

@@ -1,0 +1,163 @@
+"""Runs of the command on toy networks, in this process and on two ranks, and what is compared of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+
+from muse_fast import pretrain
+from muse_fast.images.synthetic import synthetic_image
+from muse_fast.models import backbone, resnet, vit
+from muse_fast.pretraining.trainer import Trainer
+from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.runtime import checkpoint, cli
+from muse_fast.runtime.distributed import rank
+from muse_fast.training.report import read_metrics
+from muse_fast.views.loader import StepSampler
+from tests.support.ranks import Ranks
+
+TOY = """
+views: {global_size: 64, local_size: 32, num_locals: 1}
+model: {arch: vit_tiny, drop_path: 0.2}
+head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
+loss: {centering: sinkhorn}
+optim: {steps: 60, batch_size: 4, warmup_steps: 5, freeze_prototypes_steps: 38, ema_start: 0.9, clip_grad: 0.3}
+train: {precision: fp64, device: cpu, log_every: 1, checkpoint_every: 36, keep_every: 36, eval_every: 0, eval_rois: 4}
+"""
+LOSSES = ("loss", "loss_image", "loss_nucleus")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Change(NamedTuple):
+    """What a test changes in the command.
+
+    Attributes:
+        smooth: softplus for ReLU. In float32 some of the 10^7 values that pass a ReLU in a run lie so near to 0 that
+            the order of a sum decides their sign. That gives another gradient, and Adam makes it 1e-3 of the loss.
+        order: of the ROIs of a step.
+        poison: step (from 0) and rank whose images get a nan.
+    """
+
+    smooth: bool = False
+    order: Sequence[int] = ()
+    poison: tuple[int, int] | None = None
+
+
+UNCHANGED = Change()
+
+
+def run_command(argv: Sequence[str], change: Change = UNCHANGED) -> Ended:
+    """The command on thin networks: a ViT of four layers, a ResNet-50 of a sixteenth of the channels."""
+    out, err = io.StringIO(), io.StringIO()
+    thin_resnet = partial(timm.create_model, channels=(4, 8, 16, 32))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(backbone.VIT_DIMS_AND_HEADS, vit_tiny=(32, 2)))
+        stack.enter_context(mock.patch.multiple(vit, DEPTH=4, TAPPED_LAYERS=(0, 1, 2, 3)))
+        stack.enter_context(mock.patch.object(timm, "create_model", thin_resnet))
+        stack.enter_context(mock.patch.object(resnet, "WIDTHS", (16, 32, 64, 128)))
+        if change.smooth:
+            stack.enter_context(mock.patch.object(F, "relu", lambda x, inplace=False: F.softplus(x)))
+        if change.order:
+            stack.enter_context(mock.patch.object(StepSampler, "_sample", in_order(change.order)))
+        if change.poison:
+            stack.enter_context(mock.patch.object(Trainer, "train_step", poisoned(*change.poison)))
+        stack.enter_context(redirect_stdout(out))
+        stack.enter_context(redirect_stderr(err))
+        code = cli.run(pretrain.main, argv)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def in_order(order: Sequence[int]) -> Callable[[StepSampler, int], Any]:
+    sample = StepSampler._sample
+    return lambda sampler, place: sample(sampler, place - place % len(order) + order[place % len(order)])
+
+
+def poisoned(step: int, on_rank: int) -> Callable[..., Any]:
+    train_step = Trainer.train_step
+
+    def step_with_nan(trainer: Trainer, *micro_batches: Any, measure: bool) -> Any:
+        if (trainer.step, rank()) == (step, on_rank):
+            micro_batches[0].global_images[0] = float("nan")
+        return train_step(trainer, *micro_batches, measure=measure)
+
+    return step_with_nan
+
+
+class Runs:
+    """Runs of the command in this process and on two ranks; a test's may be another's reference, so they are kept."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
+        self._done: dict[str, Path] = {}
+
+    def argv(self, out: Path, *overrides: str) -> list[str]:
+        fixed = ["--config", str(self.folder / "toy.yaml"), "--out", str(out), f"data.roiset={self.folder / 'rois'}"]
+        return [*fixed, "data.workers=0", *overrides]
+
+    def __call__(self, name: str, engine: str, *overrides: str, change: Change = UNCHANGED) -> Path:
+        """The folder of a run on one rank (engine "one"), or on two."""
+        key = f"{name}-{engine}"
+        if key not in self._done:
+            out = self.folder / key
+            for ended in self.end(out, engine, *overrides, change=change):
+                assert ended.code == 0, ended
+            self._done[key] = out
+        return self._done[key]
+
+    def end(self, out: Path, engine: str, *overrides: str, change: Change = UNCHANGED) -> list[Ended]:
+        """How each rank of a run ended."""
+        if engine == "one":
+            return [run_command(self.argv(out, *overrides), change)]
+        return self.ranks(run_command, [(self.argv(out, f"train.parallel={engine}", *overrides), change)] * 2)
+
+
+def toy_runs(folder: Path, ranks: Ranks) -> Runs:
+    """With five ROIs and the settings above in ``folder``."""
+    write_rois(folder / "rois", [True] * 5)
+    (folder / "toy.yaml").write_text(TOY)
+    return Runs(folder, ranks)
+
+
+def write_rois(folder: Path, with_nuclei: Sequence[bool]) -> None:
+    with RoiSetWriter(folder, provenance={}) as writer:
+        for seed, has_nuclei in enumerate(with_nuclei):
+            image, xy, _ = synthetic_image(seed, 160, 0.25)
+            writer.add(image, mpp=0.25, xy=xy if has_nuclei else xy[:0], slide=f"s{seed}")
+
+
+def training_rows(out: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+
+
+def assert_same_losses(ours: Path, theirs: Path, tolerance: float, keys: Sequence[str] = LOSSES) -> None:
+    """Every row that ``ours`` has, and its last are those of ``theirs``."""
+    mine, others = training_rows(ours), training_rows(theirs)
+    others = others[-len(mine) :]
+    assert [row["step"] for row in mine] == [row["step"] for row in others]
+    for key in (*keys, "pairs_per_roi"):
+        np.testing.assert_allclose(
+            [r[key] for r in mine], [r[key] for r in others], rtol=tolerance, atol=0, err_msg=key
+        )
+
+
+def assert_same_bits(ours: Path, theirs: Path) -> None:
+    assert_same_losses(ours, theirs, 0.0)
+    last = [checkpoint.folder_of(out, checkpoint.steps(out)[-1]) for out in (ours, theirs)]
+    for stem in ("student", "teacher", "optimizer", "state"):
+        mine, others = (checkpoint.read_tensors(folder, stem) for folder in last)
+        assert mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine), stem
