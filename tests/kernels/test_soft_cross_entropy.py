@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax
 from torch import Tensor
 
-from muse_fast.kernels import reference
-from muse_fast.kernels.fused import soft_cross_entropy
+from muse_fast.kernels import reference, soft_cross_entropy
 from muse_fast.ops import backends
 from tests.support.agreement import FLOOR, GRADIENT_CAP, LOSS_CAP, assert_as_exact_as_eager
 
