@@ -32,6 +32,7 @@ test-heavy: .venv/.test
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/.test
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """Pretrain, fine-tune, evaluate and apply MUSE models of nuclei in histopathology.
 
-``from muse_fast import load_backbone, ops`` is the public surface. Both arrive on first use, so that
-``import muse_fast`` alone costs no import of torch.
+``from muse_fast import load_backbone, load_detector, ops`` is the public surface. Each is imported on first use, so
+``import muse_fast`` alone does not import torch.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from muse_fast import ops as ops
+    from muse_fast.detection.detector import load_detector as load_detector
     from muse_fast.models.weights import load_backbone as load_backbone
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_backbone", "ops"]
+__all__ = ["__version__", "load_backbone", "load_detector", "ops"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "load_backbone":
         return importlib.import_module("muse_fast.models.weights").load_backbone
+    if name == "load_detector":
+        return importlib.import_module("muse_fast.detection.detector").load_detector
     if name == "ops":
         return importlib.import_module("muse_fast.ops")
     raise AttributeError(f"module 'muse_fast' has no attribute {name!r}")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from muse_fast import __version__
 from muse_fast.errors import UserError
+from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from muse_fast.models.backbone import VIT_DIMS_AND_HEADS
 from muse_fast.models.official import EXACT, PREFIX
 from muse_fast.models.resnet import WIDTHS
@@ -38,7 +39,7 @@ from muse_fast.models.weights import (
     load_backbone,
 )
 from muse_fast.runtime import atomic, checkpoint
-from muse_fast.views.colours import IMAGENET_MEAN, IMAGENET_STD
+from muse_fast.runtime.tensors import write_tensors
 
 WHICH = ("teacher", "student")
 
@@ -191,7 +192,7 @@ def _timm_config(arch: str, backbone: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    checkpoint.write_tensors(path, tensors, {"format": "pt", **metadata})
+    write_tensors(path, tensors, {"format": "pt", **metadata})
 
 
 def _check(network: Trained, written: Path) -> None:

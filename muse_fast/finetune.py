@@ -26,6 +26,7 @@ from muse_fast.config import ARCHS, load_as
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import Detector, DetectorSettings, load_detector
 from muse_fast.detection.finetuner import Finetuner
+from muse_fast.detection.memory import situation
 from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names, describe, read_splits
 from muse_fast.detection.score_detector import detect_images, split_source_options
 from muse_fast.detection.scores import Points, Scores, evaluate, evaluate_all, scores_table
@@ -37,7 +38,7 @@ from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import peak_memory, pick_device
 from muse_fast.sources import open_source
 from muse_fast.training.guard import NonFiniteError
-from muse_fast.training.memory import explained_out_of_memory, finetuning
+from muse_fast.training.memory import explained_out_of_memory
 from muse_fast.training.report import (
     RunReport,
     StopSignal,
@@ -127,7 +128,7 @@ def finetune(
     (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     checkpoint.remove_temporary(out)
     _announce(tuner, out, data, weights, start, train, val)
-    with explained_out_of_memory(device, partial(finetuning, tuner)):
+    with explained_out_of_memory(device, partial(situation, tuner)):
         return _run(tuner, out, train, val)
 
 

@@ -25,6 +25,7 @@ from muse_fast.models.backbone import Backbone
 from muse_fast.ops import match_nuclei
 from muse_fast.preparing import pictures
 from muse_fast.pretraining.flops import step_flops
+from muse_fast.pretraining.memory import situation
 from muse_fast.pretraining.retrieval import nucleus_retrieval
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSet
@@ -32,7 +33,7 @@ from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import peak_flops, peak_memory, pick_device
 from muse_fast.training.guard import NonFiniteError
-from muse_fast.training.memory import explained_out_of_memory, pretraining
+from muse_fast.training.memory import explained_out_of_memory
 from muse_fast.training.report import RunReport, StopSignal, Stopwatch, collected_between_steps, read_back, read_metrics
 from muse_fast.training.run import (
     EXIT_NON_FINITE,
@@ -113,7 +114,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
             checkpoint.remove_temporary(out)
             _announce(config, out, roiset, len(roi_ids), trainer, start)
         distributed.wait_for_all()  # nobody looks for checkpoints any more
-        with explained_out_of_memory(device, partial(pretraining, trainer)):
+        with explained_out_of_memory(device, partial(situation, trainer)):
             return _run(trainer, out, dataset, roi_ids, sampler, stop)
 
 

@@ -19,13 +19,13 @@ from muse_fast import load_backbone
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.errors import UserError
 from muse_fast.export import FORMATS, export, main
+from muse_fast.images.imagenet import normalise
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.official import official_pos_embed
 from muse_fast.models.weights import POS_EMBED
 from muse_fast.pretraining.distill import Network
 from muse_fast.runtime import checkpoint
 from muse_fast.sources import open_source
-from muse_fast.views.colours import normalise
 from tests.support.filled import fill
 
 NAMES = {"safetensors": "x.safetensors", "timm": "x", "muse-official": "x.pth"}

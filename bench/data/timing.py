@@ -25,11 +25,12 @@ from muse_fast.batch import Views
 from muse_fast.config import DATA_BACKENDS, ViewsConfig
 from muse_fast.finders.classical import detect_nuclei
 from muse_fast.images import jpeg, jpeg_rows
+from muse_fast.images.imagenet import normalise
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.images.tables import read_image
 from muse_fast.ops.reference import match_nuclei
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
-from muse_fast.views.colours import apply_colour, normalise
+from muse_fast.views.colours import apply_colour
 from muse_fast.views.loader import StepSampler, ViewDataset, collate, load_views, render
 from muse_fast.views.plan import Plan, draw_plan
 from muse_fast.views.renderers import why_not

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muse_fast.images.imagenet import normalise
 from muse_fast.ops import reference
 from muse_fast.views.boxes import ViewBox
-from muse_fast.views.colours import Colour, apply_colour, normalise
+from muse_fast.views.colours import Colour, apply_colour
 
 
 def literal_match(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from muse_fast.classification.tiles import Tile
-from muse_fast.views.colours import normalise
+from muse_fast.images.imagenet import normalise
 
 Progress = Callable[[int, int, str], None]  # done, total, what is being counted
 

@@ -25,12 +25,12 @@ from muse_fast import ops
 from muse_fast.config import check_arch
 from muse_fast.detection.pairing import Points
 from muse_fast.errors import UserError, require
+from muse_fast.images.imagenet import normalise
 from muse_fast.images.squares import SURROUNDINGS, cut_square
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.vit import PATCH, check_image_size
 from muse_fast.models.weights import find_checkpoint
 from muse_fast.runtime import checkpoint
-from muse_fast.views.colours import normalise
 
 BEST = "best"
 """Folder inside a run that holds its best detector, as a checkpoint of its own."""

@@ -15,12 +15,12 @@ from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import BEST, STEM, Detector, Proposals
 from muse_fast.detection.losses import UNKNOWN, consistency_weight, pseudo_labels, regression_loss, type_loss
 from muse_fast.detection.samples import ANNOTATED, UNLABELLED, LfovBatch
+from muse_fast.images.imagenet import normalise
 from muse_fast.pretraining.trainer import Metrics
 from muse_fast.runtime import checkpoint
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import build_adam, load_moments, moments
 from muse_fast.training.schedules import cosine
-from muse_fast.views.colours import normalise
 
 TERMS = ("reg", "type", "cons")
 

@@ -245,7 +245,7 @@ def read_finder(path: Path) -> LearnedFinder:
         UserError: no such file, damaged, or of another kind; names the file.
     """
     from muse_fast.finders.network import NucleusNet
-    from muse_fast.models.weights import load_strictly
+    from muse_fast.runtime.tensors import load_strictly
 
     tensors, metadata = _read(path)
     settings = {}
@@ -278,7 +278,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_finder(path: Path, finder: LearnedFinder, about: Mapping[str, Any]) -> None:
     """Write weights (float16), settings and ``about`` (as JSON text) into one file."""
-    from muse_fast.runtime.checkpoint import write_tensors
+    from muse_fast.runtime.tensors import write_tensors
 
     tensors = {
         name: tensor.half() if tensor.is_floating_point() else tensor

@@ -9,76 +9,20 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from muse_fast.errors import UserError
 from muse_fast.images import jpeg_rows
-
-if TYPE_CHECKING:
-    from muse_fast.roiset.records import Roi
 
 REMEDY = "the set is damaged, copy it again or prepare it anew"
 MAX_SIDE = 16384  # bounds what one ROI can cost to decode (0.8 GB)
 MAX_SCANS = 32  # each goes over all pixels; progressive files have about ten
 _COLOURS = ("YCbCr", "RGB", "Gray")
 _MOST_PIXELS_PER_BYTE = 512  # a block of 8 x 8 pixels takes one bit at the least
-
-
-def decode(roi: Roi) -> NDArray[np.uint8]:
-    """The pixels, ``[height, width, 3]`` uint8 RGB; grey images come out with three equal channels.
-
-    Raises:
-        UserError: the bytes are no sound JPEG of the ROI's size, or go beyond the limits; names the set and the ROI.
-    """
-    with _naming(roi):
-        return read(roi.jpeg, roi.width, roi.height)
-
-
-def decode_rows(roi: Roi, top: int, bottom: int) -> tuple[NDArray[np.uint8], int]:
-    """The pixels of at least the rows ``top:bottom``; costs what these rows cost.
-
-    A JPEG that cannot be cut (the sets that ``RoiSetWriter`` makes hold none) is decoded whole.
-
-    Args:
-        top, bottom: ``0 <= top < bottom <= roi.height``.
-
-    Returns:
-        Pixels ``[rows, width, 3]`` uint8 RGB and ``first_row``, the row of the ROI that is their first:
-        ``pixels[top - first_row : bottom - first_row]`` equals ``decode(roi)[top:bottom]`` bit for bit. Rows beyond
-        may differ from those of the ROI.
-
-    Raises:
-        UserError: as :func:`decode`, for what is wrong in these rows.
-    """
-    assert 0 <= top < bottom <= roi.height
-    jpeg, first_row = cut(roi, top, bottom)
-    with _naming(roi):
-        return _decode_strictly(jpeg), first_row
-
-
-def cut(roi: Roi, top: int, bottom: int) -> tuple[bytes, int]:
-    """A JPEG of at least the rows ``top:bottom``, and the row of the ROI that is its first: what a GPU is to decode.
-
-    A JPEG that cannot be cut stays whole. Header, size and scans are checked, the pixels not.
-
-    Raises:
-        UserError: the header is none of a JPEG of the ROI's size, or goes beyond the limits; names the set and the ROI.
-    """
-    with _naming(roi):
-        _check_header(roi.jpeg, roi.width, roi.height)
-        band = cutter.cut_rows(roi.jpeg, top, bottom)
-        if band is None:
-            _check_scans(roi.jpeg)
-            return roi.jpeg, 0
-        return band
 
 
 def read(jpeg: bytes, width: int, height: int) -> NDArray[np.uint8]:
@@ -90,6 +34,43 @@ def read(jpeg: bytes, width: int, height: int) -> NDArray[np.uint8]:
     _check_header(jpeg, width, height)
     _check_scans(jpeg)
     return _decode_strictly(jpeg)
+
+
+def read_rows(jpeg: bytes, width: int, height: int, top: int, bottom: int) -> tuple[NDArray[np.uint8], int]:
+    """The pixels of at least the rows ``top:bottom``; costs what these rows cost.
+
+    A JPEG that cannot be cut (the sets that ``RoiSetWriter`` makes hold none) is decoded whole.
+
+    Args:
+        top, bottom: ``0 <= top < bottom <= height``.
+
+    Returns:
+        Pixels ``[rows, width, 3]`` uint8 RGB and ``first_row``, the row of the image that is their first:
+        ``pixels[top - first_row : bottom - first_row]`` equals ``read(...)[top:bottom]`` bit for bit. Rows beyond may
+        differ from those of the image.
+
+    Raises:
+        ValueError: as :func:`read`, for what is wrong in these rows.
+    """
+    assert 0 <= top < bottom <= height
+    band, first_row = cut(jpeg, width, height, top, bottom)
+    return _decode_strictly(band), first_row
+
+
+def cut(jpeg: bytes, width: int, height: int, top: int, bottom: int) -> tuple[bytes, int]:
+    """A JPEG of at least the rows ``top:bottom``, and the row of the image that is its first: what a GPU is to decode.
+
+    A JPEG that cannot be cut stays whole. Header, size and scans are checked, the pixels not.
+
+    Raises:
+        ValueError: the header is not that of a JPEG of this size, or goes beyond the limits.
+    """
+    _check_header(jpeg, width, height)
+    band = cutter.cut_rows(jpeg, top, bottom)
+    if band is None:
+        _check_scans(jpeg)
+        return jpeg, 0
+    return band
 
 
 def _check_scans(jpeg: bytes) -> None:
@@ -116,14 +97,6 @@ def _check_header(jpeg: bytes, width: int, height: int) -> None:
 
 def _decode_strictly(jpeg: bytes) -> NDArray[np.uint8]:
     return simplejpeg.decode_jpeg(jpeg, colorspace="RGB", strict=True)
-
-
-@contextmanager
-def _naming(roi: Roi) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{roi.path}, ROI {roi.id}: the JPEG cannot be decoded ({error}); {REMEDY}") from None
 
 
 def _load_cutter() -> ModuleType:

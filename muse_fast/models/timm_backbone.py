@@ -21,9 +21,9 @@ from yaml import YAMLError
 
 from muse_fast import ops
 from muse_fast.errors import UserError, did_you_mean
+from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from muse_fast.models.official import read_pth
-from muse_fast.models.weights import load_strictly, read_safetensors, some
-from muse_fast.views.colours import IMAGENET_MEAN, IMAGENET_STD
+from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
 
 PREFIX = "timm:"
 FINEST_STRIDE = 4  # of a hierarchical network's maps; what comes before is its stem

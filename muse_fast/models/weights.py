@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from muse_fast.config import check_arch
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import VIT_DIMS_AND_HEADS, Backbone, build_backbone
 from muse_fast.models.official import official_pos_embed, read_official
 from muse_fast.models.vit import PATCH
+from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
 
 COMPATS = ("exact", "muse_official")
 ENCODER = "encoder.encoder."  # what follows are timm's names
@@ -66,30 +67,6 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     backbone = backbone.to_empty(device="cpu")
     load_strictly(backbone, tensors, str(path))
     return backbone.eval()
-
-
-def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str, arch: str = "") -> None:
-    """Copy ``tensors`` into ``model``; every tensor must find its place and every place its tensor.
-
-    Args:
-        arch: what the message calls the model; its attribute ``arch`` unless given.
-
-    Raises:
-        UserError: names missing, left over, or of another shape; the message begins with ``origin`` and lists them.
-    """
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - expected.keys())
-    reshaped = [
-        f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != expected[name].shape
-    ]
-    groups = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    problems = [f"{len(names)} {what}: {some(names)}" for what, names in groups.items() if names]
-    if problems:
-        raise UserError(f"{origin}: does not fit {arch or model.arch}. {'; '.join(problems)}")
-    model.load_state_dict(dict(tensors))
 
 
 def infer_arch(tensors: Mapping[str, Tensor]) -> str | None:
@@ -171,17 +148,6 @@ def _read_timm(folder: Path) -> dict[str, Tensor]:
     return encoder | read_safetensors(folder / TIMM_DECODER)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file, on the CPU; UserError where it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a sound .safetensors file ({error}); copy or download it again") from error
-
-
 def _strip(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Training files put ``backbone.`` before the backbone's names and hold heads beside it; exports do neither."""
     stripped = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
@@ -192,9 +158,3 @@ def stored_image_size(tensors: Mapping[str, Tensor]) -> int:
     """The side in pixels that a position embedding was stored for; for a model without one, any allowed side."""
     pos_embed = tensors.get(POS_EMBED)
     return 224 if pos_embed is None else PATCH * math.isqrt(pos_embed.shape[1] - 1)
-
-
-def some(names: list[str], limit: int = 8) -> str:
-    """The first names, with commas between, and how many there are besides."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

@@ -1,64 +1,21 @@
-"""Which slides and patients two sets share: what stands in a test set must not stand in training.
-
-A slide of TCGA is known by its barcode, ``TCGA-XX-XXXX-...``, up to the first dot and in either case; its first twelve
-characters are the patient. Other slides are compared by whole name.
-"""
+"""Which slides and patients two sets share: what is tested on must not be trained on."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from muse_fast.errors import UserError
-from muse_fast.images.slide import SUFFIXES
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime.cli import run
 from muse_fast.sources import open_source
+from muse_fast.sources.names import Names
 
 EXIT_SHARED = 1
 
-_PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 _SLIDE_COLUMNS = ("slide", "slide_name", "image", "wsi", "wsi_name", "name")
-
-
-def slide_name(name: str) -> str:
-    """The form in which slides are compared: no folder, no suffix of a slide's file, TCGA's up to the first dot."""
-    name = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
-    if name.lower().endswith(SUFFIXES):
-        name = name[: name.rindex(".")]
-    return name.split(".", 1)[0].upper() if _PATIENT.match(name) else name
-
-
-def patient(name: str) -> str | None:
-    """``TCGA-XX-XXXX`` of a slide of TCGA, None for others."""
-    found = _PATIENT.match(slide_name(name))
-    return found[0] if found else None
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """The slides and patients of one set."""
-
-    slides: frozenset[str]
-    patients: frozenset[str]
-
-    @classmethod
-    def of(cls, slides: Iterable[str]) -> Names:
-        names = frozenset(map(slide_name, slides))
-        return cls(names, frozenset(filter(None, map(patient, names))))
-
-    def __and__(self, other: Names) -> Names:
-        return Names(self.slides & other.slides, self.patients & other.patients)
-
-    def reason(self, slide: str) -> str:
-        """What of this set a slide has in common with it; "" for nothing."""
-        if (name := slide_name(slide)) in self.slides:
-            return f"slide {name}"
-        return f"patient {found}" if (found := patient(slide)) in self.patients else ""
 
 
 def read_names(side: str) -> Names:

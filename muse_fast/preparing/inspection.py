@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError, require
-from muse_fast.preparing.audit import patient
 from muse_fast.preparing.build import Sample
 from muse_fast.preparing.pictures import roi_sheet
 from muse_fast.preparing.plausible import ScaleCheck
@@ -23,6 +22,7 @@ from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.cli import EXIT_USER_ERROR, key_values, run
 from muse_fast.runtime.progress_bar import ticked
 from muse_fast.sources import Dataset, SourceImage, open_source, source_kinds
+from muse_fast.sources.names import patient
 
 _OVERLAYS = 4
 _ALL_UP_TO, _OF_MORE = 10_000, 1_000  # images that are read unless --images says otherwise

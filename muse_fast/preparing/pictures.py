@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from muse_fast.batch import PackedNuclei, Pairs, Views
+from muse_fast.images.imagenet import denormalise
 from muse_fast.roiset.records import Roi
 from muse_fast.runtime.atomic import replacing
 from muse_fast.sources.base import SourceImage
-from muse_fast.views.colours import denormalise
 
 # Bright on the pinks and purples of H&E; drawn with a black rim, so that they show on white tissue gaps too.
 PALETTE = (

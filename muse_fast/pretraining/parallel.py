@@ -1,19 +1,14 @@
-"""Data parallelism by torch's own engines: DDP, or FSDP2, which shards weights and optimiser state over the ranks.
-
-With FSDP parameters are DTensors. `full` and `like` translate between them and the plain tensors of a checkpoint, so a
-checkpoint is the same whatever wrote it.
-"""
+"""Data parallelism by torch's own engines: DDP, or FSDP2, which shards weights and optimiser state over the ranks."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from muse_fast.pretraining.distill import Network
@@ -63,21 +58,3 @@ def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The part of each tensor that lies on this rank, sharing its memory."""
-    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; all ranks must ask for it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(value: Tensor, tensor: Tensor) -> Tensor:
-    """The whole ``value``, which all ranks have, laid out as ``tensor``: its device, sharding and strides."""
-    if isinstance(tensor, DTensor):
-        return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    # Fused optimisers walk through weight and moments by address: a channels-last weight needs such moments.
-    return torch.empty_like(tensor, dtype=value.dtype).copy_(value)

@@ -22,12 +22,13 @@ from muse_fast.pretraining.centering import sinkhorn_center, update_center
 from muse_fast.pretraining.distill import Network, Outputs, build_student_and_teacher, update_teacher
 from muse_fast.pretraining.drop_path import draw_scales
 from muse_fast.pretraining.losses import Temperatures, assignment_entropy, distillation_loss, image_pairs
-from muse_fast.pretraining.parallel import full, gradient_sync, like, local, parallelise, shard
+from muse_fast.pretraining.parallel import gradient_sync, parallelise, shard
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import apply_schedule, build_optimizer, load_moments, moments
 from muse_fast.training.schedules import Schedule, schedule_at
+from muse_fast.training.sharding import full, like, local
 
 HEADS = ("image", "nucleus")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,38 @@ class Roi:
     path: Path  # the set it came from
 
     def decode(self) -> NDArray[np.uint8]:
-        """The pixels, ``[height, width, 3]`` uint8 RGB; see :func:`muse_fast.images.jpeg.decode`."""
-        return jpeg.decode(self)
+        """The pixels, ``[height, width, 3]`` uint8 RGB; grey images come out with three equal channels.
+
+        Raises:
+            UserError: not a sound JPEG of the ROI's size, or beyond the limits; names the set and the ROI.
+        """
+        with self._named():
+            return jpeg.read(self.jpeg, self.width, self.height)
 
     def decode_rows(self, top: int, bottom: int) -> tuple[NDArray[np.uint8], int]:
-        """Those of some rows, and the first of them; see :func:`muse_fast.images.jpeg.decode_rows`."""
-        return jpeg.decode_rows(self, top, bottom)
+        """Those of at least the rows ``top:bottom``, and the row that is their first; see `images.jpeg.read_rows`.
+
+        Raises:
+            UserError: as `decode`, for what is wrong in these rows.
+        """
+        with self._named():
+            return jpeg.read_rows(self.jpeg, self.width, self.height, top, bottom)
+
+    def cut_rows(self, top: int, bottom: int) -> tuple[bytes, int]:
+        """A JPEG of at least these rows, and the row that is its first; see `images.jpeg.cut`.
+
+        Raises:
+            UserError: the header is not that of a JPEG of the ROI's size; names the set and the ROI.
+        """
+        with self._named():
+            return jpeg.cut(self.jpeg, self.width, self.height, top, bottom)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise UserError(f"{self.path}, ROI {self.id}: the JPEG cannot be decoded ({error}); {REMEDY}") from None
 
 
 def encode_jpeg(image: NDArray[np.uint8], quality: int = 95, subsampling: str = "4:4:4") -> bytes:

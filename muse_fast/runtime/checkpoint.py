@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from muse_fast.errors import UserError
 from muse_fast.runtime import atomic
+from muse_fast.runtime.tensors import write_tensors
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
@@ -77,14 +78,6 @@ def save(
         raise
     _prune(run, keep_every)
     return out
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the permissions of any other new file: safetensors would keep it to its owner."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, dict(metadata or {}) or None)
-    path.chmod(mode)
 
 
 def steps(run: Path) -> list[int]:

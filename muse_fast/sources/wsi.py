@@ -17,7 +17,7 @@ from muse_fast.images.tables import MPP_RANGE, MppRow, read_groups, read_mpp_fil
 from muse_fast.images.tissue import SUFFIXES as TISSUE_SUFFIXES
 from muse_fast.preparing.audit import read_names
 from muse_fast.roiset.records import MAX_SIDE
-from muse_fast.sources import Source, SourceImage
+from muse_fast.sources.base import Source, SourceImage
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, close_slides, survey
 
 _T = TypeVar("_T")

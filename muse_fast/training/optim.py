@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from muse_fast.pretraining.parallel import like
 from muse_fast.training.guard import Guard
 from muse_fast.training.schedules import Schedule
+from muse_fast.training.sharding import like
 
 
 def build_optimizer(model: nn.Module, guard: Guard) -> torch.optim.AdamW:

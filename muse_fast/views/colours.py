@@ -8,14 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from muse_fast.config import ViewsConfig
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _JITTER_PROBABILITY = 0.8
 _BLUR_SIGMA = (0.1, 2.0)  # pixels
@@ -90,17 +86,3 @@ def apply_colour(view: Tensor, colour: Colour) -> Tensor:
 def blur_radius(sigma: float, size: int) -> int:
     """Pixels that the blur of a view of ``size`` pixels reaches."""
     return min(max(1, round(3 * sigma)), size // 2 - 1)
-
-
-def normalise(views: Tensor) -> Tensor:
-    """uint8 ``[..., 3, R, R]`` to float32 with ImageNet's mean and standard deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=views.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=views.device).view(3, 1, 1)
-    return (views.float() / 255 - mean) / std
-
-
-def denormalise(views: Tensor) -> Tensor:
-    """The inverse of :func:`normalise`, to uint8."""
-    mean = torch.tensor(IMAGENET_MEAN, device=views.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=views.device).view(3, 1, 1)
-    return ((views.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

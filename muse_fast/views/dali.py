@@ -22,9 +22,10 @@ from torch import Tensor
 
 from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
+from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from muse_fast.ops.augment_views import BOX_COLUMNS, COLOUR_COLUMNS
-from muse_fast.views.colours import IMAGENET_MEAN, IMAGENET_STD, blur_radius
-from muse_fast.views.renderers import damaged_jpeg
+from muse_fast.views.colours import blur_radius
+from muse_fast.views.damage import damaged_jpeg
 
 _PREFETCH = 2  # batches in preparation
 _STEPS = ("brightness", "contrast", "saturation", "hue")

@@ -28,9 +28,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
+from muse_fast.images.imagenet import normalise
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.views.boxes import check_room
-from muse_fast.views.colours import apply_colour, normalise
+from muse_fast.views.colours import apply_colour
 from muse_fast.views.plan import Plan, draw_plan, pack, view_major
 from muse_fast.views.renderers import UntilError, rendered
 

@@ -15,7 +15,6 @@ import torch
 
 from muse_fast.batch import PackedNuclei, PlannedViews
 from muse_fast.config import ViewsConfig
-from muse_fast.images import jpeg
 from muse_fast.roiset.records import Roi
 from muse_fast.views.boxes import ViewBox, draw_boxes
 from muse_fast.views.colours import Colour, draw_colour
@@ -38,9 +37,9 @@ class Plan:
         return left, top, right - left, bottom - top
 
     def cut(self) -> tuple[bytes, int]:
-        """A JPEG of the rows that the views see, and the row of the ROI that is its first; see :func:`jpeg.cut`."""
+        """A JPEG of the rows that the views see, and the row of the ROI that is its first; see `Roi.cut_rows`."""
         _, top, _, height = self.window()
-        return jpeg.cut(self.roi, top, top + height)
+        return self.roi.cut_rows(top, top + height)
 
     def nuclei(self) -> PackedNuclei:
         """The nuclei of every view, view after view."""

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
-import simplejpeg
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -21,8 +20,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
-from muse_fast.images.jpeg import REMEDY
 from muse_fast.ops import augment_views, backends
+from muse_fast.views.damage import damaged_jpeg, decode_strictly
 
 _T = TypeVar("_T")
 
@@ -89,36 +88,12 @@ def _decode(planned: PlannedViews, device: torch.device) -> list[Tensor]:
         if device.type == "cuda":
             images = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
         else:
-            images = [_decode_strictly(jpeg).permute(2, 0, 1) for jpeg in jpegs]
+            images = [decode_strictly(jpeg).permute(2, 0, 1) for jpeg in jpegs]
     except (RuntimeError, ValueError) as error:
         raise damaged_jpeg(planned, error) from None
     if [list(image.shape[1:]) for image in images] != planned.shapes.tolist():
         raise damaged_jpeg(planned, "their sizes are not those of their headers")
     return images
-
-
-def _decode_strictly(jpeg: Tensor) -> Tensor:
-    return torch.from_numpy(simplejpeg.decode_jpeg(jpeg.numpy(), colorspace="RGB", strict=True))
-
-
-def damaged_jpeg(planned: PlannedViews, error: object) -> UserError:
-    """The ROI for which a decoder failed with ``error``, found by decoding each strictly on the CPU."""
-    for b in range(planned.num_rois):
-        height, width = planned.shapes[b].tolist()
-        try:
-            found = _decode_strictly(planned.jpeg(b)).shape[:2]
-            if found == (height, width):
-                continue
-            reason = f"it has {found[1]} x {found[0]} px, expected {width} x {height}"
-        except ValueError as cause:
-            reason = str(cause)
-        return UserError(
-            f"{planned.path}, ROI {int(planned.roi_ids[b])}: the JPEG cannot be decoded ({reason}); {REMEDY}"
-        )
-    return UserError(
-        f"{planned.path}: ROIs {planned.roi_ids.tolist()} cannot be rendered ({error}), though the CPU decodes them; "
-        "set data.backend=cpu"
-    )
 
 
 def _one_ahead(batches: Iterable[PlannedViews], config: ViewsConfig, device: torch.device) -> Iterator[Views]:

@@ -15,9 +15,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from muse_fast import ops
+from muse_fast.images.imagenet import normalise
 from muse_fast.ops import backends
 from muse_fast.views.boxes import ViewBox
-from muse_fast.views.colours import Colour, apply_colour, normalise
+from muse_fast.views.colours import Colour, apply_colour
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 

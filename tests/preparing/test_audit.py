@@ -9,8 +9,9 @@ import pytest
 
 from muse_fast.errors import UserError
 from muse_fast.prepare import main
-from muse_fast.preparing.audit import patient, read_names, slide_name
+from muse_fast.preparing.audit import read_names
 from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.sources.names import patient, slide_name
 
 
 @pytest.mark.parametrize(

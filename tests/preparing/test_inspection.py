@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from muse_fast.prepare import main
-from muse_fast.preparing.audit import patient
 from muse_fast.preparing.inspection import recognise
 from muse_fast.preparing.pictures import PALETTE
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.sources import open_source
+from muse_fast.sources.names import patient
 from tests.support.tiny_datasets import DATASETS, Tiny
 
 

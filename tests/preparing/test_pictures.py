@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from muse_fast.batch import PackedNuclei, Pairs, Views
+from muse_fast.images.imagenet import normalise
 from muse_fast.ops.reference import match_nuclei
 from muse_fast.preparing import pictures
-from muse_fast.views.colours import normalise
 
 
 def read(path: Path) -> np.ndarray:

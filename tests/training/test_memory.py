@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from muse_fast.config import load_as, load_config
+from muse_fast.detection import memory as detection_memory
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
+from muse_fast.pretraining.memory import remedies, situation
 from muse_fast.pretraining.trainer import Trainer
-from muse_fast.training.memory import explained_out_of_memory, finetuning_remedies, pretraining, remedies
+from muse_fast.training.memory import explained_out_of_memory
 from tests.pretraining.test_trainer import toy
 
 
@@ -44,7 +46,7 @@ def test_three_settings_to_lower(settings: list[str], rois: int, ranks: int, fir
 def test_an_allocators_error_is_explained(error: Exception) -> None:
     trainer = Trainer(toy(), torch.device("cpu"))
     said = r"out of memory at step 1 on cpu .*peak was \d+ MiB.*Set one of: "
-    with pytest.raises(UserError, match=said), explained_out_of_memory(trainer.device, partial(pretraining, trainer)):
+    with pytest.raises(UserError, match=said), explained_out_of_memory(trainer.device, partial(situation, trainer)):
         raise error
 
 
@@ -61,7 +63,7 @@ def test_an_allocators_error_is_explained(error: Exception) -> None:
 )  # fmt: skip
 def test_settings_to_lower_in_fine_tuning(settings: list[str], device: str, found: list[str]) -> None:
     config = load_as(FinetuneConfig, None, settings)
-    ours = [setting.partition(" (")[0] for setting in finetuning_remedies(config, device)[:3]]
+    ours = [setting.partition(" (")[0] for setting in detection_memory.remedies(config, device)[:3]]
     assert ours == found
     for change in ours[:-1]:
         load_as(FinetuneConfig, None, [*settings, change])  # is allowed
@@ -71,6 +73,6 @@ def test_other_errors_pass() -> None:
     trainer = Trainer(toy(), torch.device("cpu"))
     with (
         pytest.raises(RuntimeError, match="a bug"),
-        explained_out_of_memory(trainer.device, partial(pretraining, trainer)),
+        explained_out_of_memory(trainer.device, partial(situation, trainer)),
     ):
         raise RuntimeError("a bug")

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from muse_fast.config import ViewsConfig
-from muse_fast.views.colours import Colour, apply_colour, denormalise, draw_colour, normalise
+from muse_fast.images.imagenet import denormalise, normalise
+from muse_fast.views.colours import Colour, apply_colour, draw_colour
 
 
 def picture(size: int = 32) -> torch.Tensor:

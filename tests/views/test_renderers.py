@@ -15,11 +15,11 @@ from PIL import Image
 from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
+from muse_fast.images.imagenet import denormalise
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.ops import backends
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 from muse_fast.views import renderers
-from muse_fast.views.colours import denormalise
 from muse_fast.views.loader import StepSampler, ViewDataset, load_views
 from muse_fast.views.plan import pack
 from muse_fast.views.renderers import UntilError, render_batch

@@ -1,0 +1,29 @@
+"""What a fine-tuning run says when memory is short."""
+
+from __future__ import annotations
+
+from muse_fast.detection.config import FinetuneConfig
+from muse_fast.detection.finetuner import Finetuner
+from muse_fast.training.memory import Situation
+
+
+def situation(tuner: Finetuner) -> Situation:
+    data, optim = tuner.config.data, tuner.config.optim
+    proposals = (data.sample_size // tuner.config.detector.stride) ** 2
+    held = f"It held {optim.batch_size} images of {data.sample_size} px at once, with {proposals} proposals in each"
+    return Situation(tuner.step + 1, held, remedies(tuner.config, tuner.device.type))
+
+
+def remedies(config: FinetuneConfig, device: str) -> list[str]:
+    """The same for fine-tuning; all of them change a run's numbers, and so are for a new one."""
+    data, optim = config.data, config.optim
+    anew = []
+    if config.train.precision == "fp32" and device == "cuda":
+        anew.append("train.precision=bf16")
+    if optim.batch_size > 1:
+        anew.append(f"optim.batch_size={optim.batch_size // 2}")
+    if data.sample_size >= 64:
+        anew.append(f"data.sample_size={data.sample_size // 32 * 16}")
+    if config.detector.stride < 16:
+        anew.append(f"detector.stride={2 * config.detector.stride}")
+    return [f"{one} (a new run)" for one in [*anew, "weights of a smaller architecture"]]
