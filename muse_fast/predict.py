@@ -23,7 +23,7 @@ import torch
 from muse_fast import __version__
 from muse_fast.classification.tasks import parse_options
 from muse_fast.errors import UserError, require
-from muse_fast.images.tables import MPP_RANGE
+from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.predicting.detectors import NUCLEI, TileDetector, open_detector
 from muse_fast.predicting.files import CellFiles
 from muse_fast.predicting.pages import PageFile, find_pages

@@ -21,7 +21,7 @@ from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import evaluate
 from muse_fast.evaluate import main as evaluate_main
 from muse_fast.finetune import main, new_detector, truth
-from muse_fast.images.tables import read_points
+from muse_fast.images.points_csv import read_points
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.sources import open_source

@@ -24,8 +24,9 @@ from muse_fast.config import load_config
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import read_finder
 from muse_fast.images.geojson import read_geojson_points
+from muse_fast.images.image_files import read_image
 from muse_fast.images.plain_npy import map_npy, read_npy_mapping
-from muse_fast.images.tables import read_image, read_points
+from muse_fast.images.points_csv import read_points
 from muse_fast.roiset import records as roiset_format
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import checkpoint, cli

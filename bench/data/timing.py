@@ -25,9 +25,9 @@ from muse_fast.batch import Views
 from muse_fast.config import DATA_BACKENDS, ViewsConfig
 from muse_fast.finders.classical import detect_nuclei
 from muse_fast.images import jpeg, jpeg_rows
+from muse_fast.images.image_files import read_image
 from muse_fast.images.imagenet import normalise
 from muse_fast.images.synthetic import synthetic_image
-from muse_fast.images.tables import read_image
 from muse_fast.ops.reference import match_nuclei
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 from muse_fast.views.colours import apply_colour

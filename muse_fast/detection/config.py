@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from muse_fast.config import ViewsConfig
 from muse_fast.detection.protocols import find_protocol
 from muse_fast.errors import require
+from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.squares import SURROUNDINGS
-from muse_fast.images.tables import MPP_RANGE
 
 PSEUDO_VIEWS = ("plain", "same")
 

@@ -23,7 +23,7 @@ from muse_fast.detection.samples import LabelledImage, class_names, labelled_ima
 from muse_fast.detection.score_files import Bar
 from muse_fast.detection.scores import Points, evaluate_all, scores_table
 from muse_fast.errors import UserError, require
-from muse_fast.images.tables import write_points
+from muse_fast.images.points_csv import write_points
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
 from muse_fast.sources import SourceImage, open_source

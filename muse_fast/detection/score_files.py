@@ -22,7 +22,8 @@ from muse_fast.classification.features import Progress
 from muse_fast.detection.protocols import PROTOCOLS, find_protocol
 from muse_fast.detection.scores import Points, evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.errors import UserError, require
-from muse_fast.images.tables import check_mpp, read_class_names, read_points
+from muse_fast.images.mpp import check_mpp
+from muse_fast.images.points_csv import read_class_names, read_points
 from muse_fast.runtime.atomic import write_json
 
 ALL = "all"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.geojson import centroid, read_shapes
-from muse_fast.images.tables import read_points
+from muse_fast.images.points_csv import read_points
 
 SUFFIXES = (".csv", ".geojson", ".json", ".h5", ".hdf5")
 HDF5_KEY = "prediction"  # what the authors' sample builder reads: [n, 2 or more], x and y first

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.images.tables import check_mpp
+from muse_fast.images.mpp import check_mpp
 
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm", ".czi")
 _BAND_PIXELS = 16_000_000

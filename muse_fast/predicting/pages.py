@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
+from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
+from muse_fast.images.mpp import read_mpp_file, tiff_mpp
 from muse_fast.images.slide import SUFFIXES as SLIDE_SUFFIXES
 from muse_fast.images.slide import Slide
-from muse_fast.images.tables import read_image, read_mpp_file, tiff_mpp
-from muse_fast.sources.base import IMAGE_SUFFIXES
 
 SAME_SCALE = 0.02  # um per pixel that differ by less are taken for equal, and pixels as they are
 OVERLAY = "overlay.png"  # what predictions leave beside slides is no slide

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError, did_you_mean
+from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
 from muse_fast.images.slide import Slide
-from muse_fast.images.tables import read_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
 Field: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 _MAX_OUTSIDE = 0.1  # share of outlines whose centre may lie beyond the image they were drawn on

@@ -11,7 +11,8 @@ import numpy as np
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
 from muse_fast.images.geojson import GeoPoints, read_geojson_points
-from muse_fast.images.tables import MPP_RANGE, read_mpp_table, read_points
+from muse_fast.images.mpp import MPP_RANGE, read_mpp_table
+from muse_fast.images.points_csv import read_points
 from muse_fast.sources.base import Dataset, Entry, Nuclei, list_images, one_of
 
 

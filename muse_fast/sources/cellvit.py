@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from muse_fast.errors import UserError, did_you_mean
-from muse_fast.images.tables import MPP_RANGE, read_bare_points
+from muse_fast.images.mpp import MPP_RANGE
+from muse_fast.images.points_csv import read_bare_points
 from muse_fast.sources.base import Dataset, Entry, Nuclei, need_file, pair_files
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, instance_types, integer_map, read_mat
-from muse_fast.images.tables import MPP_RANGE
+from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.sources.base import Dataset, Entry, Nuclei, one_of, pair_files
 
 _MAX_ID = 2**31 - 1

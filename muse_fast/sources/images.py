@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
-from muse_fast.images.tables import MPP_RANGE, read_image, read_mpp_table
+from muse_fast.images.image_files import read_image
+from muse_fast.images.mpp import MPP_RANGE, read_mpp_table
 from muse_fast.sources.base import Source, SourceImage, list_images
 
 

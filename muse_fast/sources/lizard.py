@@ -9,7 +9,8 @@ import numpy as np
 
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, integer_map, read_mat
-from muse_fast.images.tables import MPP_RANGE, read_rows
+from muse_fast.images.mpp import MPP_RANGE
+from muse_fast.images.tables import read_rows
 from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, split_names
 
 _MAX_ID = 2**31 - 1

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
-from muse_fast.images.tables import MPP_RANGE, read_image, read_rows
+from muse_fast.images.image_files import read_image
+from muse_fast.images.mpp import MPP_RANGE
+from muse_fast.images.tables import read_rows
 from muse_fast.roiset.records import check_image
 from muse_fast.sources.base import Dataset, Entry, Nuclei, need_file
 

@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 from muse_fast.errors import UserError
-from muse_fast.images.tables import check_mpp, image_size, read_bare_points
+from muse_fast.images.image_files import image_size
+from muse_fast.images.mpp import check_mpp
+from muse_fast.images.points_csv import read_bare_points
 from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need_file
 
 

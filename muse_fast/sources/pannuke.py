@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, instance_types, integer_map
+from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.plain_npy import map_npy, read_npy_mapping
-from muse_fast.images.tables import MPP_RANGE
 from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, pair_files, split_names
 
 _MAX_ID = 2**31 - 1

@@ -10,8 +10,9 @@ import numpy as np
 
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.geojson import centroid_and_area, read_shapes
-from muse_fast.images.tables import MPP_RANGE, image_size, tiff_mpp
-from muse_fast.sources.base import IMAGE_SUFFIXES, SPLITS, Context, Dataset, Entry, Nuclei, one_of, pair_files
+from muse_fast.images.image_files import IMAGE_SUFFIXES, image_size
+from muse_fast.images.mpp import MPP_RANGE, tiff_mpp
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, one_of, pair_files
 
 IMAGES, LABELS = "01_training_dataset_tif_ROIs", "01_training_dataset_geojson_nuclei"
 CONTEXTS = "01_training_dataset_tif_context_ROIs"

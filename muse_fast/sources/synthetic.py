@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from muse_fast.errors import UserError
 from muse_fast.images import synthetic
-from muse_fast.images.tables import MPP_RANGE
+from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.sources.base import Source, SourceImage
 
 

@@ -11,9 +11,10 @@ from typing import ClassVar, TypeVar
 
 from muse_fast.errors import UserError, require
 from muse_fast.finders.learned import load_finder
+from muse_fast.images.mpp import MPP_RANGE, MppRow, read_mpp_file
 from muse_fast.images.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
 from muse_fast.images.slide import SUFFIXES, Slide, find_slides
-from muse_fast.images.tables import MPP_RANGE, MppRow, read_groups, read_mpp_file
+from muse_fast.images.tables import read_groups
 from muse_fast.images.tissue import SUFFIXES as TISSUE_SUFFIXES
 from muse_fast.preparing.audit import read_names
 from muse_fast.roiset.records import MAX_SIDE

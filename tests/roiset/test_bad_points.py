@@ -18,7 +18,7 @@ from PIL import Image
 
 from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
-from muse_fast.images.tables import read_points
+from muse_fast.images.points_csv import read_points
 from muse_fast.roiset.records import Roi, nucleus_records
 from muse_fast.sources import open_source
 from muse_fast.views.plan import draw_plan
@@ -102,7 +102,7 @@ def csv_points(folder: Path, text: str | bytes) -> np.ndarray:
         pytest.param("x,y,label\n1,2,2147483648\n", "row 2: label is '2147483648'", id="label beyond 31 bits"),
         pytest.param("x,y,label\n1,2,nan\n", "row 2: label is 'nan'", id="label that is NaN"),
         pytest.param('x,y\n"1,2\n3,4\n', "row 3: 1 values", id="quote that does not end"),
-        pytest.param("x,y\n" + "1" * 200_000 + ",2\n", "row 2: no CSV", id="value of 200,000 digits"),
+        pytest.param("x,y\n" + "1" * 200_000 + ",2\n", "row 2: not a CSV", id="value of 200,000 digits"),
         pytest.param("x,y\n\0001,2\n", "row 2: ", id="NUL"),
         pytest.param("x,y\n1,2\n\x1a\n", "row 3: 1 values", id="end-of-file mark of DOS"),
         pytest.param("x,y\n1,2\n".encode("utf-16"), "row 1: the header", id="UTF-16"),

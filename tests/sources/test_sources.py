@@ -170,7 +170,7 @@ def test_mpp_of_points(points: Path) -> None:
     assert item.mpp == 0.4
     for text, message in (
         ("image,mpp\na.png,40\n", "row 2: mpp is '40', expected um per pixel, 0.05 to 5"),
-        ("image,mpp\na.png,\n", "row 2: mpp is ''"),
+        ("image,mpp\na.png,\n", "row 2: a value is missing, expected image,mpp"),
         ("image,mpp\na.png,0.5\na.png,0.5\n", "row 3: a.png is listed twice"),
         ("image,mpp\nb.png,0.5\n", "row 2: there is no file 'b.png'"),
         ("name,mpp\n", "row 1: the header"),

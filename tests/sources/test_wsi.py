@@ -133,7 +133,7 @@ def test_groups(tmp_path: Path, tissue: np.ndarray) -> None:
     assert [(file.name, file.group) for file in source.files] == [("a", "BRCA"), ("b", "LUAD")]
     assert list(source.refused.values()) == [f"it has no row in groups={table}"]
     table.write_text("slide,group\na,BRCA\na,LUAD\n")
-    with pytest.raises(UserError, match=r"groups.csv, row 3: a stands in the group BRCA too"):
+    with pytest.raises(UserError, match=r"groups.csv, row 3: a is also in the group BRCA"):
         opened(tmp_path, groups=str(table))
 
 

@@ -11,8 +11,8 @@ import torch
 from muse_fast.batch import Views
 from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
+from muse_fast.images.image_files import read_image
 from muse_fast.images.synthetic import synthetic_image
-from muse_fast.images.tables import read_image
 from muse_fast.roiset.records import Roi
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 from muse_fast.views.loader import StepSampler, ViewDataset, as_batches, check_roiset, collate, load_views

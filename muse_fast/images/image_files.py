@@ -1,0 +1,61 @@
+"""Image files: pixels, size and scale."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from muse_fast.errors import UserError
+from muse_fast.images import jpeg
+from muse_fast.images.jpeg import MAX_SIDE
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+
+def read_image(path: Path, data: bytes | None = None) -> NDArray[np.uint8]:
+    """``[H, W, 3]`` uint8 RGB of an image file.
+
+    JPEGs are decoded strictly: damaged pixels raise, where Pillow would return them grey.
+
+    Args:
+        data: the bytes of the image, if it is a part of the file.
+
+    Raises:
+        UserError: not an RGB image of at most ``MAX_SIDE`` a side, or damaged; names the file.
+    """
+    with opened(path, data) as image:
+        if image.mode not in ("RGB", "RGBA") or max(image.size) > MAX_SIDE:
+            found = f"{image.mode}, {image.width} x {image.height} px"
+            raise UserError(f"{path}: {found}; expected 8-bit RGB, at most {MAX_SIDE} a side")
+        if image.format == "JPEG":
+            return jpeg.read(path.read_bytes() if data is None else data, image.width, image.height)
+        return np.array(image.convert("RGB"))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height by the header of an image file.
+
+    Raises:
+        UserError: not an image; names the file.
+    """
+    with opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
+    """The image in a file, or in ``data`` from it; errors raised in the block name the file."""
+    try:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
+            yield image
+    except UserError:
+        raise
+    # SyntaxError: a broken PNG. ZeroDivisionError: a TIFF's fraction.
+    except (OSError, ValueError, SyntaxError, ZeroDivisionError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from error

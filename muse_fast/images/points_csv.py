@@ -1,0 +1,129 @@
+"""CSV files of the points of one image."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muse_fast.errors import UserError
+from muse_fast.images.tables import column_names, parse_number, rows
+from muse_fast.runtime.atomic import replacing
+
+
+def read_points(
+    path: Path, width: float, height: float, num_labels: int
+) -> tuple[NDArray[np.float32], NDArray[np.int16] | None, NDArray[np.float32] | None]:
+    """Points of one image from a CSV with the header ``x,y[,label][,score]``; a byte-order mark and blank lines pass.
+
+    A column ``class`` beside ``label``, as `muse_fast.predict` writes, is left to `read_class_names`.
+
+    Args:
+        width, height: of the image, pixels; infinite where they are not known.
+        num_labels: labels are 0 to ``num_labels - 1``, or -1 for unknown; 0: any whole number from -1.
+
+    Returns:
+        xy ``[n, 2]`` float32, label ``[n]`` int16 or None, score ``[n]`` float32 or None (columns that are absent).
+
+    Raises:
+        UserError: a column is missing or unknown, or a value cannot be used; names file and row.
+    """
+    columns = _point_columns(path)
+    highest = num_labels - 1 if num_labels else np.iinfo(np.int16).max
+    table = _point_table(path, columns, rows(path, columns), (width, height), (-1, highest))
+    label = table["label"].astype(np.int16) if "label" in table else None
+    score = table["score"].astype(np.float32) if "score" in table else None
+    return _points_inside(table, width, height), label, score
+
+
+def read_class_names(path: Path) -> dict[int, str]:
+    """What the column ``class`` of a CSV for `read_points` calls the labels in it; empty where it has none.
+
+    Raises:
+        UserError: a label has two names; names file and row.
+    """
+    columns = _point_columns(path)
+    names: dict[int, str] = {}
+    if "class" in columns:
+        for number, row in rows(path, columns):
+            label, name = int(float(row["label"])), row["class"]
+            if name and names.setdefault(label, name) != name:
+                raise UserError(f"{path}, row {number}: label {label} is called {name!r} here, {names[label]!r} before")
+    return names
+
+
+def _point_columns(path: Path) -> list[str]:
+    columns = column_names(path, ("x", "y"), ("label", "score", "class"))
+    if "class" in columns and "label" not in columns:
+        raise UserError(f"{path}, row 1: the header is {','.join(columns)!r}; class needs its number in a column label")
+    return columns
+
+
+def read_bare_points(
+    path: Path, width: float, height: float, labels: range
+) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """Points of one image from a CSV with rows ``x,y,label`` and no header (one that says just that passes).
+
+    Args:
+        labels: those that the file may hold; they come out counted from 0.
+
+    Returns:
+        xy ``[n, 2]`` float32 and label ``[n]`` int16; an empty file is an image without nuclei.
+
+    Raises:
+        UserError: a value cannot be used; names file and row.
+    """
+    columns = ["x", "y", "label"]
+    bare = rows(path, columns, header=False)
+    table = _point_table(path, columns, bare, (width, height), (labels[0], labels[-1]))
+    return _points_inside(table, width, height), (table["label"] - labels[0]).astype(np.int16)
+
+
+def _point_table(
+    path: Path,
+    columns: list[str],
+    numbered: Iterator[tuple[int, dict[str, str]]],
+    size: tuple[float, float],
+    labels: tuple[int, int],
+) -> dict[str, NDArray[np.float64]]:
+    """The checked values ``[n]`` of every column of numbers."""
+    width, height = size
+    numbers = [name for name in columns if name != "class"]
+    limits = {
+        "x": (0.0, float(np.nextafter(width, 0))),
+        "y": (0.0, float(np.nextafter(height, 0))),
+        "label": labels,
+        "score": (-1e30, 1e30),
+    }
+    table = []
+    for number, row in numbered:
+        values = []
+        for name in numbers:
+            text = row[name]
+            value = parse_number(text)
+            low, high = limits[name]
+            if not low <= value <= high or (name == "label" and value != int(value)):
+                expected = {"x": f"0 <= x < {width}", "y": f"0 <= y < {height}"}.get(name, f"{low:g} to {high:g}")
+                whole = "a whole number, " if name == "label" else "a number, "
+                raise UserError(f"{path}, row {number}: {name} is {text!r}, expected {whole}{expected}")
+            values.append(value)
+        table.append(values)
+    return dict(zip(numbers, np.array(table, np.float64).reshape(-1, len(numbers)).T, strict=True))
+
+
+def _points_inside(table: dict[str, NDArray[np.float64]], width: float, height: float) -> NDArray[np.float32]:
+    """``[n, 2]`` float32; rounding may push a point onto the border, where it would be outside."""
+    edge = np.nextafter(np.array([width, height], np.float32), np.float32(0))
+    return np.minimum(np.stack([table["x"], table["y"]], axis=1).astype(np.float32), edge)
+
+
+def write_points(path: Path, xy: NDArray[np.floating], label: NDArray[np.integer], score: NDArray[np.floating]) -> None:
+    """A CSV of the points of one image that `read_points` takes, ``x,y,label,score``; whole or absent."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["x", "y", "label", "score"])
+        for (x, y), kind, value in zip(xy.tolist(), label.tolist(), score.tolist(), strict=True):
+            writer.writerow([f"{x:.2f}", f"{y:.2f}", kind, f"{value:.4f}"])
