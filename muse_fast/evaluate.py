@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import platform
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from rich.table import Table
 import muse_fast
 from muse_fast.classification.features import Progress, extract_features
 from muse_fast.classification.probes import majority
-from muse_fast.classification.tasks import TASKS, Options, Row, Subject, parse_options
+from muse_fast.classification.tasks import TASKS, Row, Subject, TaskConfig
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.config import ARCHS
 from muse_fast.detection import score_detector, score_files
@@ -40,6 +39,7 @@ from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.timm_backbone import TimmBackbone
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
+from muse_fast.runtime.options import known_keys, load_settings, split_settings, split_source_options
 from muse_fast.sources import open_source
 
 SPLITS = ("train", "val", "test")
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["detect"]:
         return score_detector.main(argv[1:], _progress)
     args = _parse(argv)
-    _evaluate(args, parse_options(TASKS[args.task].options, args.options))
+    _evaluate(args, load_settings(TASKS[args.task].config, None, args.options))
     return 0
 
 
@@ -93,11 +93,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("options", nargs="*", metavar="key=value", help=f"{_known_options()}")
     args = parser.parse_intermixed_args(argv)
     # `--weights A B lr=1` swallows the settings that follow it.
-    settings = [item for item in args.weights if re.match(r"[a-z_.]+=", item) and not Path(item).exists()]
-    args.weights = [item for item in args.weights if item not in settings]
-    settings += args.options + (["baseline=true"] if args.baseline_random else [])
-    args.data_options = dict(_pair(item.removeprefix("data.")) for item in settings if item.startswith("data."))
-    args.options = [item for item in settings if not item.startswith("data.")]
+    settings, args.weights = split_settings(args.weights)
+    args.source_options, args.options = split_source_options([*settings, *args.options])
+    if args.baseline_random:
+        args.options.append("baseline=true")
     if not args.weights:
         raise UserError("--weights: expected a run, a checkpoint, a file, random:ARCH or timm:NAME[@FILE]")
     for weights in args.weights:
@@ -110,18 +109,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _pair(item: str) -> tuple[str, str]:
-    key, separator, value = item.partition("=")
-    if not separator:
-        raise UserError(f"'data.{item}': settings of the source are given as data.key=value")
-    return key, value
-
-
-def _evaluate(args: argparse.Namespace, options: Options) -> None:
+def _evaluate(args: argparse.Namespace, options: TaskConfig) -> None:
     started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 150)
     device = pick_device(options.device, "device")
-    source = open_source(args.data, **args.data_options)
+    source = open_source(args.data, **args.source_options)
     if not source.label_names:
         raise UserError(f"{args.data}: the source has no classes; evaluation needs labelled nuclei")
     console.print(f"{args.task} on {args.data}: {args.size} px tiles at {args.mpp} um/px, on {device}", highlight=False)
@@ -160,7 +152,7 @@ def _describe(args: argparse.Namespace, classes: Sequence[str], tiles: Mapping[s
     labels = {split: np.concatenate([tile.label for tile in found]) for split, found in tiles.items()}
     return {
         "source": args.data,
-        "options": args.data_options,
+        "options": args.source_options,
         "mpp": args.mpp,
         "size": args.size,
         "valid": min(VALID, args.size),
@@ -176,7 +168,7 @@ def _evaluate_network(
     device: torch.device,
     tiles: Mapping[str, Sequence[Tile]],
     num_classes: int,
-    options: Options,
+    options: TaskConfig,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """The rows of one network."""
@@ -194,7 +186,7 @@ def _evaluate_network(
     return [{**known, **_as_json(row), "seconds": seconds} for row in rows]
 
 
-def _networks(args: argparse.Namespace, options: Options) -> Iterator[Network]:
+def _networks(args: argparse.Namespace, options: TaskConfig) -> Iterator[Network]:
     """Every network to evaluate, each followed by its untrained twin where that is asked for."""
     for weights in args.weights:
         torch.manual_seed(options.seed)
@@ -209,7 +201,7 @@ def _networks(args: argparse.Namespace, options: Options) -> Iterator[Network]:
             yield Network(f"{weights} untrained", build_backbone(backbone.arch, image_size=image_size).eval())
 
 
-def _networks_of_timm(weights: str, args: argparse.Namespace, options: Options) -> Iterator[Network]:
+def _networks_of_timm(weights: str, args: argparse.Namespace, options: TaskConfig) -> Iterator[Network]:
     bare, _, file = weights.partition("@")
     for text in (weights, bare) if file and options.baseline else (weights,):
         torch.manual_seed(options.seed)
@@ -229,7 +221,7 @@ def _origin(weights: Path, default_seed: int) -> tuple[int, int]:
 
 
 def _known_options() -> str:
-    return "; ".join(f"{name}: {', '.join(f.name for f in fields(task.options))}" for name, task in TASKS.items())
+    return "; ".join(f"{name}: {', '.join(known_keys(task.config))}" for name, task in TASKS.items())
 
 
 # ----------------------------------------------------------------------------------------------------------- output

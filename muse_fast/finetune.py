@@ -22,13 +22,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from muse_fast import __version__, load_backbone
-from muse_fast.config import ARCHS, load_as
+from muse_fast.config import ARCHS
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import Detector, DetectorSettings, load_detector
 from muse_fast.detection.finetuner import Finetuner
 from muse_fast.detection.memory import situation
 from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names, describe, read_splits
-from muse_fast.detection.score_detector import detect_images, split_source_options
+from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import Points, Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
 from muse_fast.models.weights import COMPATS, stored_image_size
@@ -36,6 +36,7 @@ from muse_fast.preparing import pictures
 from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.runtime.options import load_settings, split_source_options
 from muse_fast.sources import open_source
 from muse_fast.training.guard import NonFiniteError
 from muse_fast.training.memory import explained_out_of_memory
@@ -61,7 +62,7 @@ _MOST_DRAWN = 6  # images in the picture
 def main(argv: Sequence[str] | None = None) -> int:
     args = argument_parser().parse_intermixed_args(argv)
     options, settings = split_source_options(args.overrides)
-    config = load_as(FinetuneConfig, args.config, settings)
+    config = load_settings(FinetuneConfig, args.config, settings)
     return finetune(
         config,
         args.out,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +20,7 @@ from typing import Any
 import torch
 
 from muse_fast import __version__
-from muse_fast.classification.tasks import parse_options
-from muse_fast.errors import UserError, require
+from muse_fast.errors import UserError
 from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.predicting.detectors import NUCLEI, TileDetector, open_detector
 from muse_fast.predicting.files import CellFiles
@@ -31,6 +29,7 @@ from muse_fast.predicting.pipeline import Prediction
 from muse_fast.runtime import atomic
 from muse_fast.runtime.cli import run
 from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.runtime.options import Config, load_settings, setting, split_settings
 from muse_fast.runtime.progress_bar import Ticker
 from muse_fast.sources.wsi import listed, reason_of, usable_cpus
 
@@ -40,32 +39,24 @@ _WITHOUT_EFFECT = ("batch", "readers", "device")  # settings that may change whe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class PredictConfig(Config):
     """What may be set as ``key=value``."""
 
-    mpp: float | None = None
+    mpp: float | None = setting(None, ge=MPP_RANGE[0], le=MPP_RANGE[1], unit="um per pixel")
     """um per pixel of what mpp.csv does not list; None: by its header."""
     tissue: bool = True
     """Look for nuclei only where there is tissue."""
-    tile: int | None = None
+    tile: int | None = setting(None, ge=64, le=8192)
     """Side of a tile in pixels; None: what suits the detector."""
-    batch: int = 4
+    batch: int = setting(4, ge=1, le=1024)
     """Tiles that the detector sees at a time."""
-    readers: int | None = None
+    readers: int | None = setting(None, ge=1, le=256)
     """Threads that read tiles; None: as many as there are cores, 8 at most."""
     device: str = "auto"
     gzip: bool = False
     """Write cells.geojson.gz."""
-    max_unreadable: int = 20
+    max_unreadable: int = setting(20, ge=0)
     """Tiles of a slide that may be damaged; with more the slide is given up."""
-
-    def __post_init__(self) -> None:
-        low, high = MPP_RANGE
-        require(self.mpp is None or low <= self.mpp <= high, "mpp", self.mpp, f"um per pixel, {low} to {high}")
-        require(self.tile is None or 64 <= self.tile <= 8192, "tile", self.tile, "64 to 8192")
-        require(1 <= self.batch <= 1024, "batch", self.batch, "1 to 1024")
-        require(self.readers is None or 1 <= self.readers <= 256, "readers", self.readers, "1 to 256")
-        require(self.max_unreadable >= 0, "max_unreadable", self.max_unreadable, "0 or more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,17 +72,16 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that gets a folder for every slide")
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_SLIDE", help="files, or folders of them; key=value")
     args = parser.parse_intermixed_args(argv)
-    given = [item for item in args.inputs if re.match(r"[a-z_]+=", item) and not Path(item).exists()]
-    settings = parse_options(Settings, given)
-    inputs = [Path(item) for item in args.inputs if item not in given]
+    given, files = split_settings(args.inputs)
+    settings = load_settings(PredictConfig, None, given)
     try:
-        predict(args.weights, args.out, inputs, settings)
+        predict(args.weights, args.out, [Path(file) for file in files], settings)
     except OSError as error:  # a full disk, above all
         raise UserError(f"{args.out} was not written: {error}") from error
     return 0
 
 
-def predict(weights: str, out: Path, inputs: Sequence[Path], settings: Settings) -> None:
+def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictConfig) -> None:
     """Write the nuclei of ``inputs`` to folders in ``out``, and a summary of them all.
 
     Raises:
@@ -180,7 +170,7 @@ def _predict_page(
     file: PageFile,
     out: Path,
     detector: TileDetector,
-    settings: Settings,
+    settings: PredictConfig,
     device: torch.device,
     made_with: dict[str, Any],
 ) -> dict[str, Any]:

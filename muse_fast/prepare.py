@@ -16,7 +16,8 @@ from muse_fast.preparing import slurm as prepare_slurm
 from muse_fast.preparing.build import Item, build_set, counted, print_summary
 from muse_fast.preparing.slides import prepare_slides
 from muse_fast.roiset.roiset import RoiSetWriter
-from muse_fast.runtime.cli import key_values, run
+from muse_fast.runtime.cli import run
+from muse_fast.runtime.options import key_values
 from muse_fast.runtime.progress_bar import ticked
 from muse_fast.sources import Source, open_source, source_kinds
 from muse_fast.sources.prepared import Prepared

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from muse_fast import __version__
-from muse_fast.classification.tasks import parse_options
 from muse_fast.detection.crops import Annotated, Crops, draw_crops
 from muse_fast.detection.scores import Points, Score, evaluate
-from muse_fast.errors import UserError, require
+from muse_fast.errors import UserError
 from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, NucleusFinder, resampled, write_finder
 from muse_fast.finders.network import MULTIPLE, NucleusNet
 from muse_fast.runtime import atomic
 from muse_fast.runtime.cli import run
+from muse_fast.runtime.options import MAX_SEED, Config, known_keys, load_settings, setting
 from muse_fast.sources import Source, open_source
 from muse_fast.training.report import MetricsLog
 from muse_fast.training.schedules import warmup_cosine
@@ -43,35 +43,25 @@ CLASSICAL_THRESHOLDS = np.arange(0.01, 0.081, 0.0025).tolist()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DetectorOptions:
+class TrainDetectorConfig(Config):
     """Settings, given as ``key=value``. The defaults are what the weights in the package were trained with."""
 
-    seed: int = 0
-    steps: int = 1500
-    batch_size: int = 8
+    seed: int = setting(0, ge=0, le=MAX_SEED)
+    steps: int = setting(1500, ge=1)
+    batch_size: int = setting(8, ge=1)
     """Crops per step."""
-    crop: int = 256
+    crop: int = setting(256, ge=32, multiple_of=MULTIPLE)
     """Side of a crop, pixels."""
-    mpp: float = 0.5
+    mpp: float = setting(0.5, gt=0)
     """um per pixel of the crops, before they are zoomed."""
-    sigma_um: float = 1.5
+    sigma_um: float = setting(1.5, gt=0)
     """Standard deviation of the Gaussian that stands for a nucleus in the heatmap."""
-    lr: float = 1e-3
+    lr: float = setting(1e-3, gt=0)
     """Peak learning rate of AdamW; a twentieth of the steps to get there, then a cosine to 0."""
-    weight_decay: float = 0.05
-    precision: str = "bf16"
+    weight_decay: float = setting(0.05, ge=0)
+    precision: str = setting("bf16", choices=("bf16", "fp32"))
     """``bf16`` autocast or ``fp32``. On a CPU without bf16 instructions (AVX512-BF16 or AMX) fp32 is faster."""
-    log_every: int = 50
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
-        for key in ("steps", "batch_size", "log_every"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        require(self.crop >= 32 and self.crop % MULTIPLE == 0, "crop", self.crop, f"a multiple of {MULTIPLE} from 32")
-        for key in ("mpp", "sigma_um", "lr"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        require(self.precision in ("bf16", "fp32"), "precision", self.precision, "bf16 or fp32")
+    log_every: int = setting(50, ge=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +77,7 @@ class Labelled:
 
 
 def train(
-    images: Sequence[Labelled], options: DetectorOptions, report: Callable[[int, Mapping[str, float]], None]
+    images: Sequence[Labelled], options: TrainDetectorConfig, report: Callable[[int, Mapping[str, float]], None]
 ) -> LearnedFinder:
     """Train a network; the same images and options give the same weights on the same machine.
 
@@ -203,12 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m muse_fast.train_detector", description="Train a nucleus detector.")
     parser.add_argument("--data", required=True, help="source with train, val and test, e.g. brcam2c:DIR")
     parser.add_argument("--out", required=True, type=Path, help="folder of the run; must not hold a finished one")
-    parser.add_argument("options", nargs="*", metavar="key=value", help=", ".join(DetectorOptions.__annotations__))
+    parser.add_argument("options", nargs="*", metavar="key=value", help=", ".join(known_keys(TrainDetectorConfig)))
     args = parser.parse_intermixed_args(argv)
-    return run(lambda _: train_detector(args.data, args.out, parse_options(DetectorOptions, args.options)))
+    return run(lambda _: train_detector(args.data, args.out, load_settings(TrainDetectorConfig, None, args.options)))
 
 
-def train_detector(data: str, out: Path, options: DetectorOptions) -> int:
+def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
     """Train, choose on val, score on val and test; leaves detector.safetensors, summary.json, metrics.jsonl in ``out``.
 
     Raises:

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from muse_fast.config import PretrainConfig, known_keys, load_as, load_config
+from muse_fast.config import PretrainConfig, load_config
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
+from muse_fast.runtime.options import known_keys, load_settings
 from torture.settings import one_edit
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -13,12 +14,12 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_committed_configs_load(path: Path) -> None:
-    load_as(FinetuneConfig if path.name.startswith("finetune") else PretrainConfig, path)
+    load_settings(FinetuneConfig if path.name.startswith("finetune") else PretrainConfig, path)
 
 
 def test_every_misspelt_key_of_finetuning_is_refused() -> None:
     with pytest.raises(UserError, match=r"did you mean 'loss\.lambda_cons'"):
-        load_as(FinetuneConfig, None, ["loss.lambda_con=1"])
+        load_settings(FinetuneConfig, None, ["loss.lambda_con=1"])
 
 
 def test_command_line_wins_over_file_wins_over_default(tmp_path: Path) -> None:
@@ -30,8 +31,8 @@ def test_command_line_wins_over_file_wins_over_default(tmp_path: Path) -> None:
 
 def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
     rng = random.Random(0)
-    trials = [(key, one_edit(key, rng)) for key in known_keys() for _ in range(3)]
-    trials = [(key, typo) for key, typo in trials if typo not in known_keys()]
+    trials = [(key, one_edit(key, rng)) for key in known_keys(PretrainConfig) for _ in range(3)]
+    trials = [(key, typo) for key, typo in trials if typo not in known_keys(PretrainConfig)]
     right = 0
     for key, typo in trials:
         with pytest.raises(UserError, match="no setting") as error:
@@ -52,15 +53,20 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
         ("views.global_mpp_min=0.9", "global_mpp_max"),
         ("model.arch=vit_smal", "did you mean 'vit_small'"),
         ("loss.centering=none", "ema or sinkhorn"),
-        ("optim.warmup_steps=132000", "below optim.steps"),
+        ("optim.warmup_steps=132000", "below steps=132000"),
         ("loss.student_temp=0", "above 0"),
-        ("data.backend=gpu", "cpu or dali or cuda"),
-        ("model.attention=flash", "sdpa or xformers or varlen"),
-        ("model.recompute=some", "none or selective or full"),
-        ("train.precision=fp16", "bf16 or fp32 or fp64"),
+        ("data.backend=gpu", "cpu, dali or cuda"),
+        ("model.attention=flash", "sdpa, xformers or varlen"),
+        ("model.recompute=some", "none, selective or full"),
+        ("train.precision=fp16", "bf16, fp32 or fp64"),
         ("train.parallel=dp", "ddp or fsdp"),
         ("optim.accumulate=0", "optim.accumulate"),
         ("optim.lr", "key=value"),
+        ("optim.lr=[", "expected a number"),
+        ("optim.lr=null", "optim.lr=null: expected a number"),
+        ("optim.steps=0", r"^optim.steps=0: expected 1 or more$"),
+        ("head.input_norm=${x}", "expected true or false"),
+        ("optim.steps=???", "expected a whole number"),
         ("optim=3", "no setting 'optim'"),
     ],
 )
@@ -72,7 +78,7 @@ def test_bad_values_are_refused_by_key(override: str, said: str) -> None:
 @pytest.mark.parametrize("setting", ["model.attention=varlen", "model.recompute=full", "train.compile=true"])
 def test_settings_of_a_vit_are_refused_for_resnet50(setting: str) -> None:
     load_config(None, [setting])
-    with pytest.raises(UserError, match=rf"{setting.split('=')[0]}.*no ViT"):
+    with pytest.raises(UserError, match=rf"{setting.split('=')[0]}.*not a ViT"):
         load_config(None, ["model.arch=resnet50", setting])
 
 

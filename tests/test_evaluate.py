@@ -13,11 +13,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from muse_fast.classification.tasks import FinetuneOptions, KnnOptions, parse_options
+from muse_fast.classification.tasks import KnnConfig, TuneConfig
 from muse_fast.errors import UserError
 from muse_fast.evaluate import main
 from muse_fast.models.backbone import build_backbone
 from muse_fast.runtime import checkpoint
+from muse_fast.runtime.options import load_settings
 from muse_fast.sources import open_source
 
 
@@ -137,17 +138,17 @@ def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("knn", "neighbours=3"), r"no setting 'neighbours' here.*k"),
-        (("linear", "epoch=3"), r"no setting 'epoch' here; did you mean 'epochs'\?"),
+        (("knn", "neighbours=3"), r"no setting 'neighbours'.*k"),
+        (("linear", "epoch=3"), r"no setting 'epoch'; did you mean 'epochs'\?"),
         (("linear", "epochs=many"), r"epochs=many"),
-        (("linear", "epochs=0"), r"epochs=0: expected above 0"),
+        (("linear", "epochs=0"), r"epochs=0: expected 1 or more"),
         (("knn", "k=[0,3]"), r"k=\[0, 3\]: expected numbers above 0"),
         (("knn", "standardise=never"), r"standardise=never: expected raw, train or both"),
         (("knn", "device=gpu"), r"device=gpu: expected auto, cpu, cuda"),
         (("knn", "--mpp", "-1"), r"--mpp -1.0: expected um per pixel above 0"),
         (("knn", "--weights", "nowhere"), r"nowhere"),
         (("knn", "--weights", "random:vit_tiny", "timm:resnet10t@x.pth"), r"no such file x\.pth; expected the weights"),
-        (("knn", "data.mpp=0.5"), r"brcam2c: no option 'mpp'"),
+        (("knn", "source.mpp=0.5"), r"brcam2c: no option 'mpp'"),
     ],
 )
 def test_mistakes_are_named(few: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -178,7 +179,7 @@ def test_missing_split_and_missing_classes_are_refused(few: Path, tmp_path: Path
     shutil.copy(next((few / "images").iterdir()), points / "image.png")
     (points / "image.csv").write_text("x,y\n10,20\n")
     with pytest.raises(UserError, match="no classes"):
-        main(["knn", "--weights", "random:vit_tiny", "--data", f"points:{points}", "data.mpp=0.5"])
+        main(["knn", "--weights", "random:vit_tiny", "--data", f"points:{points}", "source.mpp=0.5"])
 
 
 def test_the_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
@@ -190,6 +191,8 @@ def test_the_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
 
 
 def test_options_are_typed() -> None:
-    assert parse_options(KnnOptions, ["k=[5]", "seed=3", "baseline=true"]) == KnnOptions(k=[5], seed=3, baseline=True)
-    assert parse_options(FinetuneOptions, []).lr is None
-    assert parse_options(FinetuneOptions, ["lr=1e-3"]).lr == 1e-3
+    assert load_settings(KnnConfig, None, ["k=[5]", "seed=3", "baseline=true"]) == KnnConfig(
+        k=[5], seed=3, baseline=True
+    )
+    assert load_settings(TuneConfig, None, []).lr is None
+    assert load_settings(TuneConfig, None, ["lr=1e-3"]).lr == 1e-3

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from muse_fast.config import load_as
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import load_detector
 from muse_fast.detection.finetuner import Finetuner, assign, proposal_places
@@ -24,6 +23,7 @@ from muse_fast.finetune import main, new_detector, truth
 from muse_fast.images.points_csv import read_points
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.cli import run as run_command
+from muse_fast.runtime.options import load_settings
 from muse_fast.sources import open_source
 from muse_fast.training.report import read_metrics
 from muse_fast.training.run import EXIT_NON_FINITE, EXIT_STOPPED
@@ -213,7 +213,7 @@ def test_scores_of_the_run(unbroken: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def tuner_and_batch(*overrides: str, size: int = 96) -> tuple[Finetuner, LfovBatch]:
-    config = load_as(
+    config = load_settings(
         FinetuneConfig, None, ["data.sample_size=64", "train.precision=fp32", "optim.batch_size=2", *overrides]
     )
     images = read_splits(open_source("synthetic:4", size=size), ("train",), config.data.mpp)["train"]

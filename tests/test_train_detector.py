@@ -16,8 +16,8 @@ from muse_fast.images.synthetic import synthetic_image
 from muse_fast.train_detector import (
     DISTANCES_UM,
     THRESHOLDS,
-    DetectorOptions,
     Labelled,
+    TrainDetectorConfig,
     best_threshold,
     choose_settings,
     heatmap_loss,
@@ -61,7 +61,7 @@ def test_loss_is_least_at_the_target_and_finite_without_nuclei() -> None:
 
 
 def test_planted_nuclei_are_found_after_a_few_steps() -> None:
-    options = DetectorOptions(steps=30, batch_size=2, crop=96, precision="fp32", lr=3e-3)
+    options = TrainDetectorConfig(steps=30, batch_size=2, crop=96, precision="fp32", lr=3e-3)
     detector = train(synthetic(*range(4)), options, silent)
     choose_settings(detector, synthetic(10))
     assert scored(detector, synthetic(11, 12)).f1 > 0.78  # measured 0.84
@@ -70,13 +70,13 @@ def test_planted_nuclei_are_found_after_a_few_steps() -> None:
 def test_same_seed_same_weights() -> None:
     weights = []
     for seed in (0, 0, 1):
-        detector = train(synthetic(0), DetectorOptions(seed=seed, steps=2, **TINY), silent)
+        detector = train(synthetic(0), TrainDetectorConfig(seed=seed, steps=2, **TINY), silent)
         weights.append(torch.cat([p.flatten() for p in detector.network.parameters()]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_what_is_scored_is_what_half_precision_holds() -> None:
-    detector = train(synthetic(0), DetectorOptions(steps=1, **TINY), silent)
+    detector = train(synthetic(0), TrainDetectorConfig(steps=1, **TINY), silent)
     for name, tensor in detector.network.state_dict().items():
         assert torch.equal(tensor, tensor.half().to(tensor.dtype)), name
     assert not detector.network.training
@@ -106,7 +106,7 @@ def test_choice_of_a_threshold() -> None:
 
 
 def test_choice_leaves_settings_of_the_grid() -> None:
-    detector = train(synthetic(0), DetectorOptions(steps=1, **TINY), silent)
+    detector = train(synthetic(0), TrainDetectorConfig(steps=1, **TINY), silent)
     choose_settings(detector, synthetic(1))
     assert detector.threshold in THRESHOLDS and detector.min_distance_um in DISTANCES_UM
     best, threshold = best_threshold(detector, synthetic(1), THRESHOLDS)
@@ -159,4 +159,4 @@ def test_mistakes(tmp_path: Path, argv: list[str], message: str, capsys: pytest.
 def test_options_are_checked() -> None:
     for wrong in ({"steps": 0}, {"sigma_um": 0}, {"weight_decay": -1}, {"seed": -1}):
         with pytest.raises(UserError, match=f"{next(iter(wrong))}="):
-            DetectorOptions(**wrong)  # type: ignore[arg-type]
+            TrainDetectorConfig(**wrong)  # type: ignore[arg-type]

@@ -3,104 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from muse_fast.classification.features import NucleusSet, Progress
 from muse_fast.classification.probes import KNN_NEIGHBOURS, LinearResult, Scores, knn, linear_probe, standardised
 from muse_fast.classification.tiles import Tile
 from muse_fast.classification.tuned import finetune
-from muse_fast.errors import UserError, did_you_mean, require
+from muse_fast.errors import require
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.timm_backbone import TimmBackbone
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from muse_fast.runtime.options import MAX_SEED, Config, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """Settings of every task, given as ``key=value``."""
+class TaskConfig(Config):
+    """Settings of every task."""
 
-    seed: int = 2025
+    seed: int = setting(2025, ge=0, le=MAX_SEED)
     """Fixes random weights, the head's first weights and the order of training."""
     device: str = "auto"
     """``auto`` takes a CUDA GPU where there is one."""
-    precision: str = "fp32"
+    precision: str = setting("fp32", choices=("fp32", "bf16"))
     """``fp32`` or ``bf16`` for the backbone."""
-    extract_batch: int = 16
+    extract_batch: int = setting(16, ge=1)
     """Tiles per step when features are extracted."""
     baseline: bool = False
     """Evaluate each architecture untrained too."""
 
-    def __post_init__(self) -> None:
-        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
-        for key in ("extract_batch", "epochs", "batch_size", "lr"):
-            value = getattr(self, key, None)
-            require(value is None or value > 0, key, value, "above 0")
-        neighbours = getattr(self, "k", KNN_NEIGHBOURS)
-        require(bool(neighbours) and min(neighbours) > 0, "k", neighbours, "numbers above 0, such as k=[10,20]")
-        standardise = getattr(self, "standardise", "raw")
-        require(standardise in ("raw", "train", "both"), "standardise", standardise, "raw, train or both")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KnnOptions(Options):
+class KnnConfig(TaskConfig):
     k: list[int] = field(default_factory=lambda: list(KNN_NEIGHBOURS))
     """Numbers of neighbours."""
-    standardise: str = "both"
+    standardise: str = setting("both", choices=("raw", "train", "both"))
     """Features as they are (``raw``), standardised by the train split (``train``), or ``both``."""
+
+    def check(self) -> None:
+        require(min(self.k, default=0) > 0, "k", self.k, "numbers above 0, such as k=[10,20]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LinearOptions(Options):
-    lr: float = 0.01
-    epochs: int = 100
-    batch_size: int = 256
+class LinearConfig(TaskConfig):
+    lr: float = setting(0.01, gt=0)
+    epochs: int = setting(100, ge=1)
+    batch_size: int = setting(256, ge=1)
     """Nuclei."""
-    standardise: str = "both"
+    standardise: str = setting("both", choices=("raw", "train", "both"))
     """Features as they are (``raw``), standardised by the train split (``train``), or ``both``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneOptions(Options):
-    lr: float | None = None
+class TuneConfig(TaskConfig):
+    lr: float | None = setting(None, gt=0)
     """Default 1e-5, for ResNets 4e-5. Training from random weights needs more, such as 1e-3."""
-    epochs: int = 10
-    batch_size: int = 32
+    epochs: int = setting(10, ge=1)
+    batch_size: int = setting(32, ge=1)
     """Tiles."""
     augment: bool = False
     """Flips and quarter turns of the train tiles; the published protocol has none."""
-
-
-_O = TypeVar("_O", bound="DataclassInstance")
-
-
-def parse_options(kind: type[_O], items: Sequence[str]) -> _O:
-    """``key=value`` items as checked options.
-
-    Raises:
-        UserError: unknown key (with the nearest known one), wrong type, or out of range.
-    """
-    known = [one.name for one in fields(kind)]
-    merged = OmegaConf.structured(kind)
-    OmegaConf.set_readonly(merged, False)
-    for item in items:
-        key, separator, _ = item.partition("=")
-        if not separator:
-            raise UserError(f"'{item}': settings are given as key=value, for example seed=1")
-        if key not in known:
-            raise UserError(f"no setting '{key}' here" + (did_you_mean(key, known) or f". Known: {', '.join(known)}"))
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
-        except OmegaConfBaseException as error:
-            raise UserError(f"{item}: {str(error).splitlines()[0]}") from None
-    options = OmegaConf.to_object(merged)
-    assert isinstance(options, kind)
-    return options
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -125,7 +86,7 @@ class Row(NamedTuple):
     details: dict[str, Any]
 
 
-def run_knn(subject: Subject, options: KnnOptions, progress: Progress) -> list[Row]:
+def run_knn(subject: Subject, options: KnnConfig, progress: Progress) -> list[Row]:
     """Two rows per kind of features: k by the published rule (best on test), and k chosen on val."""
     rows = []
     for name, sets in _feature_kinds(subject.sets, options.standardise):
@@ -140,7 +101,7 @@ def run_knn(subject: Subject, options: KnnOptions, progress: Progress) -> list[R
     return rows
 
 
-def run_linear(subject: Subject, options: LinearOptions, progress: Progress) -> list[Row]:
+def run_linear(subject: Subject, options: LinearConfig, progress: Progress) -> list[Row]:
     """One row per kind of features."""
     rows = []
     for name, sets in _feature_kinds(subject.sets, options.standardise):
@@ -157,7 +118,7 @@ def run_linear(subject: Subject, options: LinearOptions, progress: Progress) -> 
     return rows
 
 
-def run_finetune(subject: Subject, options: FinetuneOptions, progress: Progress) -> list[Row]:
+def run_finetune(subject: Subject, options: TuneConfig, progress: Progress) -> list[Row]:
     """The linear probe that fine-tuning starts from, and the fine-tuned network."""
     probe = linear_probe(subject.sets, subject.num_classes, seed=options.seed, progress=progress)
     lr = options.lr or (4e-5 if "resnet" in subject.backbone.arch else 1e-5)
@@ -195,12 +156,12 @@ def _feature_kinds(sets: Mapping[str, NucleusSet], standardise: str) -> Iterator
 
 
 class Task(NamedTuple):
-    options: type[Options]
+    config: type[TaskConfig]
     run: Callable[[Subject, Any, Progress], list[Row]]
 
 
 TASKS = {
-    "knn": Task(KnnOptions, run_knn),
-    "linear": Task(LinearOptions, run_linear),
-    "finetune": Task(FinetuneOptions, run_finetune),
+    "knn": Task(KnnConfig, run_knn),
+    "linear": Task(LinearConfig, run_linear),
+    "finetune": Task(TuneConfig, run_finetune),
 }

@@ -26,6 +26,7 @@ from muse_fast.errors import UserError, require
 from muse_fast.images.points_csv import write_points
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
+from muse_fast.runtime.options import split_source_options
 from muse_fast.sources import SourceImage, open_source
 
 
@@ -146,25 +147,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if place is not None and place.exists():
             raise UserError(f"{place} exists already; remove it or choose another --{key}")
     return args
-
-
-def split_source_options(items: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Options of the source among ``key=value`` items, which begin with ``source.``, and the other items.
-
-    Raises:
-        UserError: one of them has no ``=``.
-    """
-    options, others = {}, []
-    for item in items:
-        prefix, _, rest = item.partition(".")
-        if prefix != "source":
-            others.append(item)
-            continue
-        key, separator, value = rest.partition("=")
-        if not separator:
-            raise UserError(f"'{item}': options of the source are given as source.key=value")
-        options[key] = value
-    return options, others
 
 
 def _read(args: argparse.Namespace, names: tuple[str, ...]) -> list[SourceImage]:

@@ -19,7 +19,8 @@ from muse_fast.preparing.pictures import roi_sheet
 from muse_fast.preparing.plausible import ScaleCheck
 from muse_fast.roiset.roiset import Roi
 from muse_fast.runtime.atomic import write_json
-from muse_fast.runtime.cli import EXIT_USER_ERROR, key_values, run
+from muse_fast.runtime.cli import EXIT_USER_ERROR, run
+from muse_fast.runtime.options import key_values
 from muse_fast.runtime.progress_bar import ticked
 from muse_fast.sources import Dataset, SourceImage, open_source, source_kinds
 from muse_fast.sources.names import patient

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from muse_fast import ops
 from muse_fast.batch import PackedNuclei, Pairs, Views
-from muse_fast.config import PretrainConfig, flatten
+from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone, build_backbone
@@ -25,6 +25,7 @@ from muse_fast.pretraining.losses import Temperatures, assignment_entropy, disti
 from muse_fast.pretraining.parallel import gradient_sync, parallelise, shard
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
+from muse_fast.runtime.options import flatten
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import apply_schedule, build_optimizer, load_moments, moments
 from muse_fast.training.schedules import Schedule, schedule_at

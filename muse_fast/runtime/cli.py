@@ -23,15 +23,3 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror}; make room and start the same command again", file=sys.stderr)
     return EXIT_USER_ERROR
-
-
-def key_values(items: Sequence[str]) -> dict[str, str]:
-    """``key=value`` items of a command line by key.
-
-    Raises:
-        UserError: an item is none.
-    """
-    for item in items:
-        if not all(item.partition("=")):
-            raise UserError(f"{item!r}: expected key=value")
-    return dict(item.split("=", 1) for item in items)

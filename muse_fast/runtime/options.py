@@ -1,140 +1,261 @@
-"""Settings as frozen dataclasses: each field states its type, its default and its range once.
+"""Settings: dataclasses whose fields declare their range, filled from YAML and from ``key=value``.
 
-    @dataclass(frozen=True)
-    class Options:
-        roi_um: float = setting(512.0, ge=16, le=4096)
-        merge: str = setting("yes", choices=("yes", "no"))
+Precedence: the dataclass's defaults < the YAML file < ``key=value``. A key that does not exist, a value of the wrong
+type or out of range is refused with the key to change.
 
-`parse_options` makes such a dataclass of ``key=value`` items; `check_options` checks the ranges of one that was made
-otherwise. Bounds are called as in pydantic: ``ge`` and ``le`` belong to the range, ``gt`` and ``lt`` do not.
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class OptimConfig(Config):
+        steps: int = setting(132_000, ge=1)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from muse_fast.errors import UserError, did_you_mean
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-_Options = TypeVar("_Options")
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: ""}
+from muse_fast.errors import UserError, did_you_mean, require
+
+_T = TypeVar("_T")
+_Config = TypeVar("_Config", bound="Config")
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "whole numbers"}
+MAX_SEED = 2**32 - 1  # of numpy's and torch's generators alike
+_RANGE = "range"  # key of a field's metadata
+
+
+# -------------------------------------------------------------------------------------------------------- declaration
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Range:
-    """The values that a setting takes: ``choices``, or whatever lies within the bounds that are given."""
+    """The values that a setting may have; every bound that is given must hold. Bounds are named as in pydantic."""
 
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    choices: tuple[str, ...] = ()
+    multiple_of: int | None = None
+    choices: Collection[Any] | None = None
+    unit: str = ""
 
-    def __contains__(self, value: Any) -> bool:
-        if self.choices:
-            return value in self.choices
+    def holds(self, value: Any) -> bool:
+        """Whether the value is in the range; NaN is in none."""
         return (
-            (self.ge is None or value >= self.ge)
+            (self.choices is None or value in self.choices)
+            and (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
+            and (self.multiple_of is None or value % self.multiple_of == 0)
         )
 
     def __str__(self) -> str:
-        if self.choices:
-            return " or ".join(self.choices)
-        low = f"{self.ge:.10g}" if self.ge is not None else f"above {self.gt:.10g}" if self.gt is not None else ""
-        high = f"{self.le:.10g}" if self.le is not None else f"below {self.lt:.10g}" if self.lt is not None else ""
-        if low and high:
-            return f"{low} to {high}"
-        if low:
-            return low if self.ge is None else f"{low} or more"
-        return high if self.le is None else f"at most {high}"
+        """What a message expects, such as ``a multiple of 16, 32 to 1024``."""
+        if self.choices is not None:
+            *others, last = map(str, self.choices)
+            return f"{', '.join(others)} or {last}" if others else last
+        parts = [f"a multiple of {self.multiple_of}"] if self.multiple_of is not None else []
+        low, high = self.ge, self.le
+        if low is not None and high is not None:
+            parts.append(f"{low} to {high}")
+        elif low is not None:
+            parts.append(f"{low} to below {self.lt}" if self.lt is not None else f"{low} or more")
+        elif self.gt is not None:
+            parts.append(f"above {self.gt}")
+        if low is None and high is not None:
+            parts.append(f"at most {high}")
+        if low is None and self.lt is not None:
+            parts.append(f"below {self.lt}")
+        return ", ".join(parts) + (f" {self.unit}" if self.unit else "")
 
 
-def setting(
-    default: Any,
+def setting(default: _T, **bounds: Any) -> _T:
+    """A dataclass field with a range.
+
+    Args:
+        default: None where a setting may be left open; None is never out of range.
+        bounds: see `Range`.
+    """
+    field: _T = dataclasses.field(default=default, metadata={_RANGE: Range(**bounds)})
+    return field
+
+
+class Config:
+    """Base of settings dataclasses: an instance whose fields are out of range cannot be made."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value, allowed = getattr(self, field.name), field.metadata.get(_RANGE)
+            require(not isinstance(value, float) or math.isfinite(value), field.name, value, "a finite number")
+            if allowed is not None and value is not None and not allowed.holds(value):
+                hint = did_you_mean(value, allowed.choices) if allowed.choices and isinstance(value, str) else ""
+                raise UserError(f"{field.name}={value}: expected {allowed}{hint}")
+        self.check()
+
+    def check(self) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            UserError: its message begins with the name of a field; `load_settings` puts the section before it.
+        """
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def load_settings(
+    kind: type[_Config],
+    path: str | Path | None = None,
+    items: Sequence[str] | Mapping[str, Any] = (),
     *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: Sequence[str] = (),
-) -> Any:
-    """A dataclass field with a default and the range of its values."""
-    return dataclasses.field(default=default, metadata={"range": Range(ge, gt, le, lt, tuple(choices))})
-
-
-def parse_options(kind: type[_Options], values: Mapping[str, Any], prefix: str = "") -> _Options:
-    """A ``kind`` from values that are text, as on a command line, or have the field's type already.
+    prefix: str = "",
+) -> _Config:
+    """Settings of that kind.
 
     Args:
-        prefix: what the messages begin with, for example ``"consep: "``.
+        path: a YAML file, see `config_file`.
+        items: ``key=value`` of a command line, or values by dotted key. The text of a number, of true and false and of
+            a list is read as in YAML; that of a text setting is taken as it is.
+        prefix: what messages begin with, such as ``consep: ``.
 
     Raises:
-        UserError: unknown key (with the nearest known one), wrong type, or out of range.
+        UserError: no such file, bad YAML, unknown key (with the nearest known one), wrong type, out of range.
     """
-    known = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    annotations = typing.get_type_hints(kind)
-    parsed = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{prefix}no option {key!r} among {', '.join(known) or 'none'}{did_you_mean(key, known)}")
+    settings = OmegaConf.structured(kind())
+    for node in (settings, *filter(OmegaConf.is_dict, settings.values())):
+        OmegaConf.set_readonly(node, False)  # as the dataclasses are frozen
+    if path is not None:
+        file = config_file(path)
+        _set(settings, flatten(_read_yaml(file)), kind, f"{file}: ")
+    _set(settings, (items if isinstance(items, Mapping) else key_values(items)).items(), kind, prefix)
+    for name, section in settings.items():
+        if OmegaConf.is_dict(section):  # alone first: its messages do not know its name
+            _made(section, f"{prefix}{name}.")
+    made = _made(settings, prefix)
+    assert isinstance(made, kind)
+    return made
+
+
+def _made(settings: DictConfig, prefix: str) -> Any:
+    try:
+        return OmegaConf.to_object(settings)
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
+
+
+def known_keys(kind: type[Config]) -> list[str]:
+    """Every setting as a dotted key."""
+    return list(_types(kind))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts as (dotted key, value)."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def config_file(name: str | Path) -> Path:
+    """The YAML file that ``--config`` names.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not (path := Path(name)).is_file():
+        raise UserError(f"no config file at {path}")
+    return path
+
+
+def key_values(items: Sequence[str]) -> dict[str, str]:
+    """``key=value`` items of a command line by key; of equal keys the last counts.
+
+    Raises:
+        UserError: an item is not of that form.
+    """
+    for item in items:
+        if not all(item.partition("=")[:2]):
+            raise UserError(f"'{item}': expected key=value, for example optim.lr=1e-3")
+    return dict(item.split("=", 1) for item in items)
+
+
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``key=value`` items among the arguments of a command line, and the other arguments, such as files."""
+    given = [item for item in arguments if re.match(r"[a-z_.]+=", item) and not Path(item).exists()]
+    return given, [item for item in arguments if item not in given]
+
+
+def split_source_options(items: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of a source among ``key=value`` items, which begin with ``source.``, and the other items.
+
+    Raises:
+        UserError: one of the options is not of that form.
+    """
+    prefix = "source."
+    options = [item.removeprefix(prefix) for item in items if item.startswith(prefix)]
+    return key_values(options), [item for item in items if not item.startswith(prefix)]
+
+
+def _set(settings: DictConfig, values: Iterable[tuple[str, Any]], kind: type[Config], origin: str = "") -> None:
+    """Set ``values`` by their dotted keys; ``origin`` begins the messages."""
+    types = _types(kind)
+    sections = {key.split(".")[0] for key in types if "." in key}
+    for key, value in values:
+        if key in sections and value in (None, {}):
+            continue
+        if key not in types:
+            raise UserError(f"{origin}no setting '{key}'{_suggest(key, list(types))}")
         try:
-            parsed[key] = _converted(annotations[key], value)
-        except ValueError:
-            expected = _expected(annotations[key], known[key])
-            raise UserError(f"{prefix}{key}={value}: expected {expected}") from None
-    options = kind(**parsed)
-    check_options(options, prefix)
-    return options
+            typed = _read_value(value) if isinstance(value, str) and types[key] is not str else value
+            # OmegaConf takes any number for true or false.
+            if types[key] is bool and isinstance(typed, int | float) and typed not in (0, 1):
+                raise ValueError
+            OmegaConf.update(settings, key, typed, merge=False)
+            OmegaConf.select(settings, key, throw_on_missing=True)
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError):
+            raise UserError(f"{origin}{key}={value}: expected {_EXPECTED[types[key]]}") from None
 
 
-def check_options(options: Any, prefix: str = "") -> None:
-    """Compare every field with its range; None is always allowed.
-
-    Args:
-        prefix: of the key in the message, for example ``"optim."``.
-
-    Raises:
-        UserError: a value is out of range; names the key and the range.
-    """
-    for one in dataclasses.fields(options):
-        value, allowed = getattr(options, one.name), one.metadata.get("range", Range())
-        if value is not None and value not in allowed:
-            expected = _expected(typing.get_type_hints(type(options))[one.name], one)
-            hint = did_you_mean(str(value), allowed.choices)
-            raise UserError(f"{prefix}{one.name}={value}: expected {expected}{hint}")
+def _read_value(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
 
 
-def _expected(annotation: Any, one: dataclasses.Field[Any]) -> str:
-    """What a field takes, in words: ``a whole number, 1 or more``."""
-    return ", ".join(filter(None, (_WORDS[_plain(annotation)], str(one.metadata.get("range", "")))))
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser's own errors share no base class with OmegaConf's
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: expected sections such as 'optim:' at the top level, got a list")
+    return {str(key): value for key, value in OmegaConf.to_container(loaded).items()}  # type: ignore[union-attr]
 
 
-def _plain(annotation: Any) -> Any:
-    """``float`` of ``float | None``."""
-    (plain,) = (one for one in typing.get_args(annotation) or (annotation,) if one is not types.NoneType)
-    return plain
+def _types(kind: type[Any], prefix: str = "") -> dict[str, Any]:
+    """The type of every setting, without ``| None``, by its dotted key."""
+    types: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            types |= _types(hint, f"{prefix}{field.name}.")
+        else:
+            types[f"{prefix}{field.name}"] = get_args(hint)[0] if type(None) in get_args(hint) else hint
+    return types
 
 
-def _converted(annotation: Any, value: Any) -> Any:
-    """``value`` as a bool, int, float or str, or None where there is none.
-
-    Raises:
-        ValueError: it is not one, or not finite.
-    """
-    kind = _plain(annotation)
-    if value is None and kind is not annotation:
-        return None
-    text = str(value)
-    if kind is bool and text.lower() not in ("true", "false"):
-        raise ValueError
-    converted = text.lower() == "true" if kind is bool else kind(text)
-    if isinstance(converted, float) and not math.isfinite(converted):
-        raise ValueError
-    return converted
+def _suggest(key: str, known: list[str]) -> str:
+    """The nearest known key, one with the same last part before others."""
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    return did_you_mean(key, same_leaf or known) or f". Known: {', '.join(known)}"

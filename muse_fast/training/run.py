@@ -7,11 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from muse_fast.config import flatten
 from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.distributed import is_main, wait_for_all
+from muse_fast.runtime.options import flatten
 from muse_fast.runtime.watchdog import EXIT_STALLED
 from muse_fast.training.guard import NonFiniteError
 

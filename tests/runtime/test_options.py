@@ -1,71 +1,118 @@
-"""Settings as dataclasses: what is parsed, what is refused, and how a range reads."""
-
-from __future__ import annotations
-
-import re
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from muse_fast.errors import UserError
-from muse_fast.runtime.options import Range, check_options, parse_options, setting
+from muse_fast.errors import UserError, require
+from muse_fast.runtime.options import Config, key_values, load_settings, setting, split_settings, split_source_options
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    name: str = ""
-    size: int = setting(64, ge=32, le=8192)
-    mpp: float | None = setting(None, gt=0, lt=5)
-    merge: str = setting("yes", choices=("yes", "no"))
-    flip: bool = True
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideConfig(Config):
+    low: float = setting(0.5, gt=0, le=2)
+    high: float = setting(1.0, gt=0, unit="um")
+    side: int = setting(64, multiple_of=16, ge=32, le=128)
+    share: float = setting(0.1, ge=0, lt=1)
+    kind: str = setting("plain", choices=("plain", "same", "both"))
+    limit: int | None = setting(None, ge=1)
+    folder: str = ""
+    on: bool = True
+    rate: float = 1.0
+    k: list[int] = field(default_factory=lambda: [5])
+
+    def check(self) -> None:
+        require(self.low <= self.high, "low", self.low, f"at most high={self.high}")
 
 
-def test_text_and_values_become_what_the_fields_are() -> None:
-    assert parse_options(Options, {}) == Options()
-    text = {"name": "no", "size": "8192", "mpp": "0.25", "merge": "no", "flip": "false"}
-    expected = Options("no", 8192, 0.25, "no", False)
-    assert parse_options(Options, text) == parse_options(Options, {**text, "mpp": 0.25, "flip": False}) == expected
-    assert parse_options(Options, {"mpp": None, "name": "1_0,[a"}) == Options(name="1_0,[a")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"sise": 64}, "here: no option 'sise' among name, size, mpp, merge, flip; did you mean 'size'?"),
-        ({"size": "64.5"}, "here: size=64.5: expected a whole number, 32 to 8192"),
-        ({"size": 8193}, "here: size=8193: expected a whole number, 32 to 8192"),
-        ({"mpp": "0"}, "here: mpp=0.0: expected a number, above 0 to below 5"),
-        ({"mpp": "nan"}, "here: mpp=nan: expected a number, above 0"),
-        ({"mpp": "-inf"}, "here: mpp=-inf: expected a number, above 0"),
-        ({"mpp": "fine"}, "here: mpp=fine: expected a number, above 0"),
-        ({"merge": "nö"}, "here: merge=nö: expected yes or no; did you mean 'no'?"),
-        ({"flip": "1"}, "here: flip=1: expected true or false"),
-        ({"size": None}, "here: size=None: expected a whole number"),
-    ],
-)
-def test_a_mistake_names_key_value_and_what_was_expected(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
-        parse_options(Options, values, "here: ")
-
-
-def test_an_object_is_checked_with_its_section_before_the_key() -> None:
-    check_options(Options(mpp=4.9, size=32))
-    with pytest.raises(UserError, match=r"^data\.mpp=5: expected a number, above 0 to below 5$"):
-        check_options(Options(mpp=5), "data.")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WholeConfig(Config):
+    seed: int = setting(0, ge=0)
+    side: SideConfig = field(default_factory=SideConfig)
 
 
 @pytest.mark.parametrize(
-    ("allowed", "words", "inside", "outside"),
+    ("key", "value", "expected"),
     [
-        (Range(ge=1), "1 or more", (1, 9), (0.9,)),
-        (Range(gt=0), "above 0", (1e-9,), (0, -1)),
-        (Range(le=2**32 - 1), "at most 4294967295", (2**32 - 1,), (2**32,)),
-        (Range(lt=1), "below 1", (0.9,), (1,)),
-        (Range(ge=0, lt=1), "0 to below 1", (0, 0.99), (-0.01, 1)),
-        (Range(choices=("a", "b", "c")), "a or b or c", ("a", "c"), ("", "ab")),
+        ("low", 0, "above 0, at most 2"),
+        ("low", 2.5, "above 0, at most 2"),
+        ("low", 1.5, "at most high=1.0"),
+        ("high", 0, "above 0 um"),
+        ("side", 31, "a multiple of 16, 32 to 128"),
+        ("side", 16, "a multiple of 16, 32 to 128"),
+        ("share", 1, "0 to below 1"),
+        ("kind", "sam", "plain, same or both; did you mean 'same'?"),
+        ("limit", 0, "1 or more"),
+        ("rate", math.nan, "a finite number"),
+        ("low", -math.inf, "a finite number"),
     ],
 )
-def test_ranges(allowed: Range, words: str, inside: tuple[Any, ...], outside: tuple[Any, ...]) -> None:
-    assert str(allowed) == words
-    assert all(value in allowed for value in inside) and not any(value in allowed for value in outside)
+def test_what_is_out_of_range_is_refused(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(UserError) as direct:
+        SideConfig(**{key: float(value) if key in ("low", "high", "share") else value})
+    text = str(float(value)) if key in ("low", "high", "share") else str(value)
+    assert str(direct.value) == f"{key}={text}: expected {expected}"
+    with pytest.raises(UserError) as read:
+        load_settings(WholeConfig, None, {f"side.{key}": value})
+    assert str(read.value) == f"side.{direct.value}"
+
+
+@pytest.mark.parametrize("edge", [{"low": 2.0, "high": 2.0}, {"side": 32}, {"side": 128}, {"share": 0.0}, {"limit": 1}])
+def test_the_ends_of_a_range_are_allowed(edge: dict[str, Any]) -> None:
+    assert load_settings(SideConfig, None, edge) == SideConfig(**edge)
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ("side.side=1.5", "a whole number"),
+        ("side.side=null", "a whole number"),
+        ("side.limit=some", "a whole number"),
+        ("side.rate=fast", "a number"),
+        ("side.rate=[", "a number"),
+        ("side.rate=???", "a number"),
+        ("side.rate=${seed", "a number"),
+        ("side.on=7", "true or false"),
+        ("side.on=${side}", "true or false"),
+        ("side.k=5,x", "whole numbers"),
+        ("side.k=[5,x]", "whole numbers"),
+    ],
+)
+def test_another_type_is_refused(item: str, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_settings(WholeConfig, None, [item])
+    assert str(error.value) == f"{item}: expected {expected}"
+
+
+def test_text_is_taken_as_it_is() -> None:
+    for text in ("on", "007", "a: b", "x=1", "", "[1, 2]", "null", "1.50"):
+        assert load_settings(WholeConfig, None, [f"side.folder={text}"]).side.folder == text
+
+
+def test_text_of_other_types_is_read_as_in_yaml() -> None:
+    read = load_settings(SideConfig, None, {"rate": "1e-3", "k": "[7, 8]", "on": "no", "limit": "null"})
+    assert read == SideConfig(rate=1e-3, k=[7, 8], on=False, limit=None)
+
+
+def test_a_mistake_in_a_file_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("side:\n  rate: fast\n")
+    with pytest.raises(UserError, match=r"c\.yaml: side\.rate=fast: expected a number$"):
+        load_settings(WholeConfig, file)
+
+
+def test_arguments_are_told_apart(tmp_path: Path) -> None:
+    file = str(tmp_path / "a=b.png")
+    Path(file).touch()
+    assert split_settings(["x", "lr=1", file, "optim.lr=2"]) == (["lr=1", "optim.lr=2"], ["x", file])
+    assert split_source_options(["source.mpp=0.5", "lr=1", "source.folder=a=b"]) == (
+        {"mpp": "0.5", "folder": "a=b"},
+        ["lr=1"],
+    )
+
+
+@pytest.mark.parametrize("item", ["lr", "=1"])
+def test_an_item_without_key_or_equals_is_refused(item: str) -> None:
+    with pytest.raises(UserError, match=f"'{item}': expected key=value"):
+        key_values([item])

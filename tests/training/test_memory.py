@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 import torch
 
-from muse_fast.config import load_as, load_config
+from muse_fast.config import load_config
 from muse_fast.detection import memory as detection_memory
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
 from muse_fast.pretraining.memory import remedies, situation
 from muse_fast.pretraining.trainer import Trainer
+from muse_fast.runtime.options import load_settings
 from muse_fast.training.memory import explained_out_of_memory
 from tests.pretraining.test_trainer import toy
 
@@ -62,11 +63,11 @@ def test_an_allocators_error_is_explained(error: Exception) -> None:
     ],
 )  # fmt: skip
 def test_settings_to_lower_in_fine_tuning(settings: list[str], device: str, found: list[str]) -> None:
-    config = load_as(FinetuneConfig, None, settings)
+    config = load_settings(FinetuneConfig, None, settings)
     ours = [setting.partition(" (")[0] for setting in detection_memory.remedies(config, device)[:3]]
     assert ours == found
     for change in ours[:-1]:
-        load_as(FinetuneConfig, None, [*settings, change])  # is allowed
+        load_settings(FinetuneConfig, None, [*settings, change])  # is allowed
 
 
 def test_other_errors_pass() -> None:
