@@ -165,7 +165,7 @@ def test_refusals(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture
         (arguments(workplace, new, "detector.stride=5"), "detector.stride=5: expected 4, 8 or 16"),
         (arguments(workplace, new, "data.train=training"), "no image in the split 'training'"),
         (arguments(workplace, new, "source.siz=9"), "did you mean 'size'?"),
-        (arguments(workplace, new, "source.size"), "source.key=value"),
+        (arguments(workplace, new, "source.size"), "'source.size': expected key=value"),
         ([*arguments(workplace, new), "--weights", str(tmp_path / "none.pth")], "do not exist"),
     ):
         assert run_command(main, argv) == 2

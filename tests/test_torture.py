@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from muse_fast import config
 from muse_fast.roiset import roiset
-from muse_fast.runtime import checkpoint, watchdog
+from muse_fast.runtime import checkpoint, options, watchdog
 from torture import __main__ as command
 from torture import checkpoints, data, outlines, runs, security, settings, table, toy
 from torture.rows import Outcome, Row, Scale, Tally, run
@@ -68,7 +67,7 @@ def test_without_removal_orphans_are_seen(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_without_refusal_typos_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_check_keys", blind)
+    monkeypatch.setattr(options, "_set", blind)
     monkeypatch.setattr(settings, "_other_values", lambda value: [])  # they take seconds
     assert fails(settings.bad_settings, tmp_path)
 

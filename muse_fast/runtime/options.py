@@ -203,8 +203,9 @@ def split_source_options(items: Sequence[str]) -> tuple[dict[str, str], list[str
         UserError: one of the options is not of that form.
     """
     prefix = "source."
-    options = [item.removeprefix(prefix) for item in items if item.startswith(prefix)]
-    return key_values(options), [item for item in items if not item.startswith(prefix)]
+    options = key_values([item for item in items if item.startswith(prefix)])
+    others = [item for item in items if not item.startswith(prefix)]
+    return {key.removeprefix(prefix): value for key, value in options.items()}, others
 
 
 def _set(settings: DictConfig, values: Iterable[tuple[str, Any]], kind: type[Config], origin: str = "") -> None:
