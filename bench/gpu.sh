@@ -43,7 +43,7 @@ from muse_fast.ops import backends
 print(*backends.table(), sep="\n")
 errors = [backends.library_error()]
 if sys.argv[1] == "cuda":  # without them the stages to come would skip what they are for
-    errors += [backends.cuda_error("match_nuclei"), backends.cuda_error("nulo_rows"), backends.triton_error()]
+    errors += [backends.cuda_error("match_nuclei"), backends.triton_error()]
 sys.exit("; ".join(filter(None, errors)) or None)
 PYTHON
 }
@@ -135,7 +135,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench.ops import environment
+from bench.machine import environment
 
 out, device, *fields = sys.argv[1:]
 stages = [

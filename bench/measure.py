@@ -1,4 +1,4 @@
-"""The instruments: the results of a version, their error, its time and its memory; what the machine reaches."""
+"""The instruments: the results of a version, their error, its time and its memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +16,11 @@ from torch import Tensor
 REPEATS = 20
 MIN_REPEATS = 3
 SECONDS_PER_VERSION = 1.5  # a version that has used them up, and has its MIN_REPEATS, leaves the rounds
-H100_FLOPS = 790e12  # dense bf16 that its matrix units sustain
 CACHE_BYTES = 256 * 2**20  # more than the cache of any GPU here
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler takes it for an error that there is no GPU
 
 Call = Callable[..., Any]
-
-
-class Rates(NamedTuple):
-    """What this machine reaches: bytes per second (read plus written) of a large copy, FLOP per second of a large
-    matrix product."""
-
-    copy: float
-    matmul: float
 
 
 def evaluate(call: Call, arguments: Sequence[Any]) -> list[Tensor]:
@@ -153,23 +144,7 @@ def allocations(profile: torch.autograd.profiler.profile) -> list[tuple[int, int
     return [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
 
 
-def machine_rates(device: str) -> Rates:
-    cuda = device == "cuda"
-    source = torch.ones(2**31 if cuda else 2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / best_seconds(lambda: target.copy_(source), device)
-    if cuda and "H100" in torch.cuda.get_device_name():
-        return Rates(copy, H100_FLOPS)
-    side = 8192 if cuda else 2048
-    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-    return Rates(copy, 2 * side**3 / best_seconds(lambda: a @ b, device))
-
-
-def best_seconds(run: Callable[[], Any], device: str) -> float:
-    return min(milliseconds(run, device) for _ in range(6)) / 1e3
-
-
 def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
-    """In order, also those in lists, and in lists of lists."""
-    flat = [tensors_of(argument) if isinstance(argument, list) else [argument] for argument in arguments]
+    """In order, including those in lists."""
+    flat = [argument if isinstance(argument, list) else [argument] for argument in arguments]
     return [item for items in flat for item in items if isinstance(item, Tensor)]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.measure import Rates
+from bench.machine import Rates
 
 
 def console() -> Console:

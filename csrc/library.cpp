@@ -12,11 +12,6 @@ STABLE_TORCH_LIBRARY(muse_fast, library) {
       "sample_nuclei_bwd(Tensor gradient, Tensor xy, Tensor image_index, SymInt view_size, SymInt num_images, "
       "SymInt[] shapes, bool channels_last) -> Tensor[]");
   library.def(
-      "nulo_rows(Tensor[] teacher_levels, Tensor[] global_levels, Tensor[] local_levels, SymInt global_size, "
-      "SymInt local_size, Tensor xy, Tensor index, Tensor offsets, int num_rois, int num_globals, "
-      "SymInt teacher_capacity, SymInt student_capacity, SymInt pair_capacity) -> (Tensor teacher, Tensor student, "
-      "Tensor teacher_rows, Tensor student_rows, Tensor counts, Tensor student_kept)");
-  library.def(
       "dino_loss_fwd(Tensor student_logits, Tensor teacher_logits, Tensor center, Tensor teacher_rows, "
       "Tensor student_rows, float student_temp, float teacher_temp) -> "
       "(Tensor loss, Tensor student_stats, Tensor teacher_stats)");

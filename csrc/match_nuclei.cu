@@ -4,7 +4,6 @@
 // the flag of a broken pack.
 #include "match_nuclei.h"
 
-#include "cuda_pack.h"
 #include "match_nuclei.cuh"
 
 #include <cuda_runtime.h>
@@ -12,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <array>
@@ -28,6 +28,20 @@ using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
 constexpr int kThreads = 128;  // a view shows some 60 to 300 nuclei
+
+Pack make_pack(const Tensor& index, const Tensor& offsets, int64_t num_rois, int64_t num_globals) {
+  const int64_t num_views = muse_fast::check_match_nuclei(index, offsets, num_rois, num_globals);
+  STD_TORCH_CHECK(index.get_device_index() == offsets.get_device_index(), "match_nuclei: index is on device ",
+                  index.get_device_index(), ", offsets on ", offsets.get_device_index());
+  return {index.const_data_ptr<int32_t>(), offsets.const_data_ptr<int32_t>(), index.numel(), num_rois, num_views,
+          num_globals};
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+  return static_cast<cudaStream_t>(current);
+}
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
@@ -52,7 +66,7 @@ Tensor to_host(const Tensor& tensor) {
 Tensor count_pairs(const Pack& pack, const Tensor& index) {
   Tensor counts = torch::stable::new_zeros(index, {pack.num_segments() + 1}, ScalarType::Long);
   int64_t* places = counts.mutable_data_ptr<int64_t>();
-  const cudaStream_t stream = muse_fast::current_stream(index);
+  const cudaStream_t stream = current_stream(index);
   launch(muse_fast::check_kernel, pack.num_images(), stream, pack, places);
   launch(muse_fast::match_kernel<false>, pack.num_segments(), stream, pack, places, nullptr, nullptr, 0);
   return running_sum(counts);
@@ -60,7 +74,7 @@ Tensor count_pairs(const Pack& pack, const Tensor& index) {
 
 void fill_pairs(const Pack& pack, Tensor& starts, Tensor& teacher, Tensor& student) {
   if (teacher.numel() == 0) return;
-  launch(muse_fast::match_kernel<true>, pack.num_segments(), muse_fast::current_stream(starts), pack,
+  launch(muse_fast::match_kernel<true>, pack.num_segments(), current_stream(starts), pack,
          starts.mutable_data_ptr<int64_t>(), teacher.mutable_data_ptr<int64_t>(), student.mutable_data_ptr<int64_t>(),
          teacher.numel());
 }
@@ -68,7 +82,7 @@ void fill_pairs(const Pack& pack, Tensor& starts, Tensor& teacher, Tensor& stude
 // index [N] int32, offsets [V * B + 1] int32 -> teacher [P] int64, student [P] int64. The host waits once, for P.
 std::tuple<Tensor, Tensor> match_nuclei(const Tensor& index, const Tensor& offsets, int64_t num_rois,
                                         int64_t num_globals) {
-  const Pack pack = muse_fast::make_pack(index, offsets, num_rois, num_globals);
+  const Pack pack = make_pack(index, offsets, num_rois, num_globals);
   const DeviceGuard guard(index.get_device_index());
   Tensor starts = count_pairs(pack, index);
   Tensor last = torch::stable::narrow(starts, 0, pack.num_segments(), 1);
@@ -89,7 +103,7 @@ std::tuple<Tensor, Tensor> match_nuclei(const Tensor& index, const Tensor& offse
 std::tuple<Tensor, Tensor, Tensor> match_nuclei_padded(const Tensor& index, const Tensor& offsets, int64_t num_rois,
                                                        int64_t num_globals, int64_t capacity) {
   muse_fast::check_capacity(capacity);
-  const Pack pack = muse_fast::make_pack(index, offsets, num_rois, num_globals);
+  const Pack pack = make_pack(index, offsets, num_rois, num_globals);
   const DeviceGuard guard(index.get_device_index());
   Tensor starts = count_pairs(pack, index);
   Tensor teacher = torch::stable::new_empty(index, {capacity}, ScalarType::Long);

@@ -1,12 +1,94 @@
-// The kernels of match_nuclei.cu.
+// The kernels of match_nuclei.cu. They know nothing of torch: tests/support/cuda_on_cpu.h runs them on the CPU.
 #pragma once
-
-#include "pack.cuh"
 
 #include <cstdint>
 #include <limits>
 
+#ifdef __CUDACC__
+// Memory that the threads of a block share, one per type T.
+template <typename T>
+__device__ T& block_shared() {
+  __shared__ T memory;
+  return memory;
+}
+#endif
+
 namespace muse_fast {
+
+constexpr int64_t kNone = -1;
+
+struct Rows {
+  int64_t begin, end;
+};
+
+// The packed nuclei.
+struct Pack {
+  const int32_t* index;    // [N]
+  const int32_t* offsets;  // [V * B + 1]
+  int64_t num_rows, num_rois, num_views, num_globals;
+
+  __host__ __device__ int64_t num_images() const { return num_views * num_rois; }
+  __host__ __device__ int64_t num_segments() const { return num_globals * (num_views - 1) * num_rois; }
+
+  // Clamped, because broken offsets are reported only after they were used.
+  __device__ Rows rows(int64_t image) const {
+    const int64_t begin = min(max(int64_t{offsets[image]}, int64_t{0}), num_rows);
+    return {begin, min(max(int64_t{offsets[image + 1]}, begin), num_rows)};
+  }
+};
+
+// The row of `rows`, which are sorted by index, that holds `id`, or kNone.
+__device__ inline int64_t find(const int32_t* index, Rows rows, int32_t id) {
+  const int64_t end = rows.end;
+  while (rows.begin < rows.end) {
+    const int64_t middle = (rows.begin + rows.end) / 2;
+    if (index[middle] < id) {
+      rows.begin = middle + 1;
+    } else {
+      rows.end = middle;
+    }
+  }
+  return rows.begin < end && index[rows.begin] == id ? rows.begin : kNone;
+}
+
+struct Prefix {
+  int before, total;
+};
+
+// The sum of `value` over the threads of the block before this one, and over all. Every thread must call it.
+__device__ inline Prefix block_prefix(int value) {
+  int(&warp_totals)[32] = block_shared<int[32]>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int sum = value;  // up to and with this lane
+  for (int step = 1; step < 32; step *= 2) {
+    const int lower = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += lower;
+  }
+  if (lane == 31) warp_totals[warp] = sum;
+  __syncthreads();
+  Prefix prefix{sum - value, 0};
+  for (int other = 0; other < static_cast<int>(blockDim.x) / 32; ++other) {
+    if (other < warp) prefix.before += warp_totals[other];
+    prefix.total += warp_totals[other];
+  }
+  __syncthreads();  // the next call writes warp_totals
+  return prefix;
+}
+
+// How many faults this thread finds, of those that muse_fast::check_rows throws for. Blocks take an image at a time.
+__device__ inline int count_faults(const Pack& pack) {
+  int faults = 0;
+  for (int64_t image = blockIdx.x; image < pack.num_images(); image += gridDim.x) {
+    const int32_t begin = pack.offsets[image], end = pack.offsets[image + 1];
+    const bool first = image == 0, last = image == pack.num_images() - 1;
+    faults += begin > end || (first && begin != 0) || (last && end != pack.num_rows);
+    const Rows rows = pack.rows(image);
+    for (int64_t row = rows.begin + 1 + threadIdx.x; row < rows.end; row += blockDim.x) {
+      faults += pack.index[row - 1] >= pack.index[row];
+    }
+  }
+  return faults;
+}
 
 // Keeps a running sum of counts below zero: there are fewer than 2^31 rows and 2^31 images, so fewer than 2^62 pairs.
 constexpr int64_t kBroken = std::numeric_limits<int64_t>::min() / 2;

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.ablation import runs as ablation
-from bench.ops.timing import environment
+from bench.ablation import runs
+from bench.machine import environment
 from bench.report import console, table, write_json
 from muse_fast.errors import UserError
 
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/ablation.yaml"), help="(configs/ablation.yaml)")
     again = "; may be given again"
     parser.add_argument("--seed", type=int, action="append", help=f"of all variants (0 and 1){again}")
-    parser.add_argument("--variant", choices=ablation.VARIANTS, action="append", help=f"(all){again}")
+    parser.add_argument("--variant", choices=runs.VARIANTS, action="append", help=f"(all){again}")
     parser.add_argument("--mpp", type=float, action="append", help=f"um/px of the test (0.5 and 0.25){again}")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run that might end after this time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="skip runs that might end after this time")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="settings of all runs, such as optim.steps=300"
@@ -39,16 +39,16 @@ def main(options: argparse.Namespace) -> int:
         report = _measure(options, console())
     except UserError as error:
         options.parser.error(str(error))
-    return 0 if any(row["variant"] != ablation.UNTRAINED for row in report["results"]) else 1
+    return 0 if any(row["variant"] != runs.UNTRAINED for row in report["results"]) else 1
 
 
 def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     report: dict[str, Any] = {"environment": environment(options.device), "settings": options.settings}
     report |= {"config": options.config.name, "results": [], "left_out": []}
     scales = options.mpp or [0.5, 0.25]
-    tiles, num_classes = ablation.cut(options.rois, scales)
+    tiles, num_classes = runs.cut(options.rois, scales)
     run = partial(
-        ablation.measured,
+        runs.measured,
         rois=options.rois,
         out=options.out,
         config=options.config,
@@ -57,11 +57,11 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
         tiles=tiles,
         num_classes=num_classes,
     )
-    variants, seeds = options.variant or list(ablation.VARIANTS), options.seed or [0, 1]
-    for variant, seed, row in ablation.runs(variants, seeds, options.seconds, run):
+    variants, seeds = options.variant or list(runs.VARIANTS), options.seed or [0, 1]
+    for variant, seed, row in runs.in_turn(variants, seeds, options.seconds, run):
         if row is None:
             report["left_out"].append({"variant": variant, "seed": seed})
-            out.print(f"{variant}, seed {seed}: left out for want of time")
+            out.print(f"{variant}, seed {seed}: skipped, because it would not finish in time")
             continue
         report["results"].append(row)
         trained = f"{row['steps']} steps in {row['seconds_of_last_start']:.0f} s, " if "steps" in row else ""
@@ -71,7 +71,7 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
         if options.json:
             write_json(options.json, report)
     kinds = [(f"{mpp:g}", figure) for mpp in scales for figure in FIGURES]
-    report["differences"] = [d for kind in kinds for d in ablation.differences(report["results"], *kind)]
+    report["differences"] = [d for kind in kinds for d in runs.differences(report["results"], *kind)]
     if options.json:
         write_json(options.json, report)
     for mpp, figure in kinds:
@@ -80,7 +80,7 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _show(out: Console, report: dict[str, Any], mpp: str, figure: str) -> None:
-    spread = ablation.spread(report["results"], mpp, figure)
+    spread = runs.spread(report["results"], mpp, figure)
     names = list(next(iter(spread.values()), ()))
     rows = [[variant, *(_cell(*found[name]) for name in names)] for variant, found in spread.items()]
     out.print(f"\n{FIGURES[figure]} at {mpp} um/px on the test split in %, mean (least .. most) over the seeds")

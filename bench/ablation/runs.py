@@ -60,12 +60,12 @@ def cut(rois: Path, scales: Sequence[float]) -> tuple[Tiles, int]:
     return {mpp: tiles_by_split(source, mpp=mpp) for mpp in scales}, len(source.label_names)
 
 
-def runs(
+def in_turn(
     variants: Sequence[str], seeds: Sequence[int], seconds: float, run: Callable[[str, int], Row]
 ) -> Iterator[tuple[str, int, Row | None]]:
-    """Each variant for the first seed, then for the next; None for what would not be over in time.
+    """Each variant for the first seed, then for the next; None for a run that would not finish in time.
 
-    A run is thought to take as long as the longest before it.
+    Every run is expected to take as long as the longest before it.
     """
     began, longest = time.monotonic(), 0.0
     for seed, variant in product(seeds, (UNTRAINED, *variants)):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench.data import timing as data
-from bench.ops.timing import environment
+from bench.data import timing
+from bench.machine import environment
 from bench.report import console, number, print_verdicts, table, write_json
 
 FIGURES = {"speedup_all": "{}x the rate of decoding whole ROIs"}
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="fields at 0.25 um/px to cut the ROIs from")
     parser.add_argument("--rois", type=int, default=8, help="how many; a batch holds them all")
     parser.add_argument("--side", type=int, default=2048, help="of a ROI, pixels")
-    parser.add_argument("--size", type=int, choices=sorted(data.SIZES), help="of a global view; all sizes if not given")
+    parser.add_argument("--size", type=int, choices=timing.SIZES, help="of a global view (all sizes)")
     parser.add_argument("--rounds", type=int, default=9, help="how often each stage is timed, in turns")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
 
@@ -32,21 +32,21 @@ def main(options: argparse.Namespace) -> int:
     if options.rounds < 2 or options.rois < 1:
         options.parser.error("expected --rounds 2 or more and --rois 1 or more")
     torch.set_num_threads(1)  # rates are per core
-    out, folder = console(), options.images or data.real_images()
+    out, folder = console(), options.images or timing.real_images()
     report: dict[str, Any] = {"environment": environment(options.device), "results": []}
     out.print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
     kind = f"crops of {folder}" if folder.is_dir() else f"procedural, as there is no folder {folder}"
     out.print(f"{options.rois} ROIs of {options.side} px: {kind}; nuclei are being looked for ...", markup=False)
     report["rois"] = {"side": options.side, "source": folder.name if folder.is_dir() else "synthetic"}
-    images = list(data.images(folder, options.rois, options.side))
+    images = list(timing.images(folder, options.rois, options.side))
     if not images:
         options.parser.error(f"no image in {folder}")
     with tempfile.TemporaryDirectory() as scratch:
-        for number_of_set, encoding in enumerate(data.ENCODINGS):
-            roiset = data.write_set(Path(scratch, str(number_of_set)), images, encoding)
-            for size in [options.size] if options.size else sorted(data.SIZES):
+        for number_of_set, encoding in enumerate(timing.ENCODINGS):
+            roiset = timing.write_set(Path(scratch, str(number_of_set)), images, encoding)
+            for size in [options.size] if options.size else sorted(timing.SIZES):
                 about = {"encoding": encoding, "size": size}
-                case = data.run_case(roiset, data.SIZES[size], options.rounds, options.device)
+                case = timing.run_case(roiset, timing.SIZES[size], options.rounds, options.device)
                 add_target(case["results"], size)
                 show(out, about, case)
                 report["results"].append(about | case)
@@ -55,16 +55,16 @@ def main(options: argparse.Namespace) -> int:
     return 1 if any("wrong" in row for case in report["results"] for row in case["results"]) else 0
 
 
-def add_target(rows: list[data.Row], size: int) -> None:
+def add_target(rows: list[timing.Row], size: int) -> None:
     for row in rows:
-        if "speedup_all" in row and size in data.TARGETS:
-            reached, wanted = row["speedup_all"], data.TARGETS[size]
+        if "speedup_all" in row and size in timing.TARGETS:
+            reached, wanted = row["speedup_all"], timing.TARGETS[size]
             verdict = {"figure": "speedup_all", "reached": reached, "at_least": wanted, "met": reached >= wanted}
             row["targets"] = [verdict]
 
 
 def show(out: Console, about: dict[str, Any], case: dict[str, Any]) -> None:
-    local = data.SIZES[about["size"]].local_size
+    local = timing.SIZES[about["size"]].local_size
     out.print(f"\n{about['encoding']} ({case['jpeg_bytes'] / 1e6:.2f} MB), views of {about['size']} and {local} px")
     for placement in ("anchored", "uniform"):
         seen = case[placement]
@@ -78,7 +78,7 @@ def show(out: Console, about: dict[str, Any], case: dict[str, Any]) -> None:
     print_verdicts(out, case["results"], FIGURES)
 
 
-def cells(row: data.Row, whole: float | None) -> list[str]:
+def cells(row: timing.Row, whole: float | None) -> list[str]:
     return [
         row["version"],
         number(row["median_ms"]),

@@ -73,43 +73,6 @@ def sample_by_matmul(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, 
     return torch.cat(parts, dim=-1)[place]
 
 
-def match_then_sample(sample: Callable[..., Tensor], match: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """The rows that stand in a pair, each once, padded as `ops.nulo_rows` pads them."""
-
-    def nulo_rows(
-        teacher_levels: Sequence[Tensor],
-        student_levels: Sequence[Sequence[Tensor]],
-        view_sizes: Sequence[int],
-        xy: Tensor,
-        index: Tensor,
-        offsets: Tensor,
-        num_rois: int,
-        num_globals: int,
-    ) -> tuple[Tensor, ...]:
-        pairs = match(index, offsets, num_rois, num_globals)
-        (teacher_kept, teacher_rows), (student_kept, student_rows) = (
-            rows.unique(return_inverse=True) for rows in pairs
-        )
-        counts = torch.tensor([len(teacher_kept), len(student_kept), len(teacher_rows)], device=xy.device)
-        images = torch.arange(len(offsets) - 1, device=xy.device).repeat_interleave(offsets.diff().long())
-
-        def sampled(resolutions: Sequence[Sequence[Tensor]], kept: Tensor) -> Tensor:
-            image, rows, first = images[kept], [], 0
-            for levels, view_size in zip(resolutions, view_sizes, strict=False):  # the teacher has the globals alone
-                inside = (image >= first) & (image < first + len(levels[0]))
-                rows.append(sample(levels, xy[kept[inside]], image[inside] - first, view_size))
-                first += len(levels[0])
-            return F.pad(torch.cat(rows), (0, 0, 0, len(xy) - len(kept)))
-
-        teacher_rows, student_rows = (
-            F.pad(rows, (0, num_globals * len(xy) - len(rows)), value=-1) for rows in (teacher_rows, student_rows)
-        )
-        teacher, student = sampled([teacher_levels], teacher_kept), sampled(student_levels, student_kept)
-        return teacher, student, teacher_rows, student_rows, counts
-
-    return nulo_rows
-
-
 def unified_map(levels: Sequence[Tensor]) -> Tensor:
     size = levels[0].shape[-2:]
     return torch.cat([F.interpolate(level, size, mode="bilinear", align_corners=True) for level in levels], dim=1)
@@ -192,7 +155,6 @@ def colour_of(row: Sequence[float]) -> Colour:
 LITERAL: dict[str, Callable[..., Any]] = {
     "match_nuclei": literal_match,
     "sample_nuclei": literal_sample,
-    "nulo_rows": match_then_sample(literal_sample, literal_match),
     "projection_stats": literal_stats,
     "augment_views": literal_views,
     "dino_loss": literal_loss,
@@ -201,10 +163,6 @@ LITERAL: dict[str, Callable[..., Any]] = {
 EAGER: dict[str, dict[str, Callable[..., Any]]] = {
     "match_nuclei": {"": reference.match_nuclei},
     "sample_nuclei": {"grid_sample": batched_grid_sample, "matmul": sample_by_matmul},
-    "nulo_rows": {
-        "grid_sample": match_then_sample(batched_grid_sample, reference.match_nuclei),
-        "matmul": match_then_sample(sample_by_matmul, reference.match_nuclei),
-    },
     "projection_stats": {"": reference.projection_stats},
     "augment_views": {"": reference.augment_views},
     "dino_loss": {"gather": reference.dino_loss, "all pairs": all_pairs_loss},

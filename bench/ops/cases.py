@@ -67,30 +67,6 @@ def sample_inputs(images: int, size: int, channels: int, nuclei: int) -> Build:
     return build
 
 
-def nulo_inputs(rois: int, locals_: int, sizes: tuple[int, int], channels: int, nuclei: tuple[int, int]) -> Build:
-    """Two globals and some locals of each ROI, of ``sizes`` pixels and with ``nuclei`` in a view on average.
-
-    A ROI has twice the nuclei of a global.
-    """
-
-    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        images = 2 * rois, locals_ * rois
-        teacher = decoder_levels(images[0], sizes[0], channels, random, dtype)
-        student = [
-            [level.requires_grad_() for level in decoder_levels(count, size, channels, random, dtype)]
-            for count, size in zip(images, sizes, strict=True)
-        ]
-        seen = torch.tensor(nuclei).repeat_interleave(torch.tensor(images)).unsqueeze(1) / (2 * nuclei[0])
-        visible = torch.rand(sum(images), 2 * nuclei[0], generator=random) < seen
-        counts = visible.sum(1)
-        side = torch.tensor(sizes).repeat_interleave(torch.tensor(images)).repeat_interleave(counts)
-        xy = torch.rand(len(side), 2, generator=random) * side.unsqueeze(1)
-        offsets = F.pad(counts.cumsum(0), (1, 0)).int()
-        return teacher, student, list(sizes), xy, visible.nonzero()[:, 1].int(), offsets, rois, 2
-
-    return build
-
-
 def decoder_levels(images: int, size: int, channels: int, random: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
     """Maps at strides 4 to 32 of ``size`` pixels."""
     sides = [size // stride for stride in LEVEL_STRIDES]
@@ -179,37 +155,10 @@ def sample_work(_: list[Tensor], levels: list[Tensor], xy: Tensor, image_index: 
     """The backward reads no level, and writes all of their gradients. 2 operations per tap, forward and backward."""
     item, rows = levels[0].element_size(), len(xy)
     points, features = (8 + 8) * rows, item * rows * sum(level.shape[1] for level in levels)
-    forward = points + item * taps(rows, levels) + features
+    taps = sum(level.shape[1] * min(4 * rows, level[:, 0].numel()) for level in levels)  # or all pixels, if fewer
+    forward = points + item * taps + features
     backward = points + features + item * sum(level.numel() for level in levels)
     return Work(forward + backward, 2 * 2 * 4 * features // item)
-
-
-def nulo_work(
-    results: list[Tensor],
-    teacher_levels: list[Tensor],
-    student_levels: list[list[Tensor]],
-    view_sizes: list[int],
-    xy: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    *_: Any,
-) -> Work:
-    """As :func:`sample_work`, of the rows that stand in a pair. Results and their gradients have their padding."""
-    teacher, student, teacher_rows, student_rows, counts = results[:5]
-    teachers, students, _ = counts.tolist()
-    item, width = teacher_levels[0].element_size(), teacher.shape[1]
-    pack = 8 * len(xy) + 4 * (len(index) + len(offsets))
-    read = item * (taps(teachers, teacher_levels) + taps(students, *student_levels))
-    written = item * (teacher.numel() + student.numel()) + 8 * (len(teacher_rows) + len(student_rows) + len(counts))
-    gradients = item * sum(level.numel() for levels in student_levels for level in levels)
-    forward, backward = pack + read + written, pack + item * student.numel() + gradients
-    return Work(forward + backward, 2 * 4 * width * (teachers + 2 * students))
-
-
-def taps(rows: int, *resolutions: list[Tensor]) -> int:
-    """Values of the maps that ``rows`` need: 4 pixels of each level, or all of them where rows are many."""
-    levels = zip(*resolutions, strict=True)
-    return sum(same[0].shape[1] * min(4 * rows, sum(level[:, 0].numel() for level in same)) for same in levels)
 
 
 def stats_work(_: list[Tensor], x: Tensor, weight: Tensor) -> Work:
@@ -255,7 +204,6 @@ def linear_loss_work(results: list[Tensor], student_z: Tensor, student_W: Tensor
 WORK: dict[str, Callable[..., Work]] = {
     "match_nuclei": match_work,
     "sample_nuclei": sample_work,
-    "nulo_rows": nulo_work,
     "projection_stats": stats_work,
     "augment_views": view_work,
     "dino_loss": loss_work,
@@ -303,13 +251,6 @@ CASES = [
         targets=(Target("cuda", "speedup_literal", 30),),
     ),
     Case(op="sample_nuclei", name="ViT-B 512, 16 x 300", inputs=sample_inputs(16, 512, 192, 300), devices=CUDA),
-    Case(op="nulo_rows", name="ViT-S 224, 4 ROIs x 10 views", inputs=nulo_inputs(4, 8, (224, 96), 96, (60, 12))),
-    Case(
-        op="nulo_rows",
-        name="ViT-S 224, 16 ROIs x 10 views",
-        inputs=nulo_inputs(16, 8, (224, 96), 96, (60, 12)),
-        devices=CUDA,
-    ),
     Case(op="projection_stats", name="ViT-S 224, 16 x 96 x 56 x 56", inputs=stats_inputs(16, 96, 56, 96)),
     Case(op="projection_stats", name="ViT-S 224, 16 x 768 x 7 x 7", inputs=stats_inputs(16, 768, 7, 96)),
     Case(

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bench.measure import machine_rates
-from bench.ops import timing as ops
+from bench.machine import environment, machine_rates
+from bench.ops import timing
 from bench.report import console, number, print_machine, print_verdicts, table, write_json
 from muse_fast.ops import backends
 
@@ -23,9 +23,9 @@ FIGURES = {
     "of_copy": "{} of copy bandwidth",
 }
 COLUMNS = (
-    *("version", "ms", "p20 .. p80", "x literal", "x eager", "x compile", "extra MB", "x eager"),
-    *("GB/s", "of copy", "GFLOP/s", "of matmul", "error"),
-)
+    "version", "ms", "p20 .. p80", "x literal", "x eager", "x compile", "extra MB", "x eager",
+    "GB/s", "of copy", "GFLOP/s", "of matmul", "error",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,19 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Prints a table per case; exit code 1 when a version is wrong."""
-    cases = ops.selected(options.device, options.only, options.case)
+    cases = timing.selected(options.device, options.only, options.case)
     if not cases:
         options.parser.error(
             f"no case of {options.only or 'any op'} on {options.device} has '{options.case}' in its name"
         )
     torch._logging.set_logs(all=logging.ERROR)  # torch.compile warns of every length that it does not know beforehand
-    out, environment, rates = console(), ops.environment(options.device), machine_rates(options.device)
-    print_machine(out, environment, rates)
-    report: dict[str, Any] = {"environment": environment, "rates": rates._asdict(), "results": []}
+    out, machine, rates = console(), environment(options.device), machine_rates(options.device)
+    print_machine(out, machine, rates)
+    report: dict[str, Any] = {"environment": machine, "rates": rates._asdict(), "results": []}
     for place, case in enumerate(cases, 1):
         started = time.perf_counter()
         out.print(f"\n[{place}/{len(cases)}] {case.op}: {case.name} ...", markup=False)
-        rows = ops.run_case(case, options.device, rates)
+        rows = timing.run_case(case, options.device, rates)
         out.print(table(COLUMNS, [cells(row) for row in rows if "median_ms" in row]))
         print_verdicts(out, rows, FIGURES)
         out.print(f"{time.perf_counter() - started:.0f} s")
@@ -66,7 +66,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["version"],
         number(row["median_ms"]),
         f"{number(row['p20_ms'])} .. {number(row['p80_ms'])}",
-        *(ratio(f"speedup_{kind}") for kind in ops.BASELINES),
+        *(ratio(f"speedup_{kind}") for kind in timing.BASELINES),
         number(row["extra_bytes"] / 1e6),
         ratio("memory_eager"),
         number(row["gb_per_s"]),

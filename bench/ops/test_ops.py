@@ -17,29 +17,29 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench.measure import evaluate, extra_memory
-from bench.ops import timing as ops
+from bench.ops import timing
 from bench.ops.cases import WORK, Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VERSIONS = [
     pytest.param(case, version, id=f"{case.op}-{case.name}-{version.name}".replace(" ", "_"))
-    for case in ops.selected(DEVICE)
-    for version in ops.versions_of(case.op, DEVICE)
+    for case in timing.selected(DEVICE)
+    for version in timing.versions_of(case.op, DEVICE)
 ]
 
 
 @functools.lru_cache(maxsize=1)
 def arguments_and_truth(case: Case) -> tuple[tuple[Any, ...], list[Tensor]]:
     torch.compiler.reset()
-    arguments = ops.arguments_of(case, DEVICE)
-    return arguments, ops.expected(case, arguments)
+    arguments = timing.arguments_of(case, DEVICE)
+    return arguments, timing.expected(case, arguments)
 
 
 @pytest.mark.benchmark(min_rounds=3, warmup=False)  # the check was the warm-up
 @pytest.mark.parametrize(("case", "version"), VERSIONS)
-def test_op(case: Case, version: ops.Version, benchmark: BenchmarkFixture) -> None:
+def test_op(case: Case, version: timing.Version, benchmark: BenchmarkFixture) -> None:
     arguments, truth = arguments_and_truth(case)
-    verdict = ops.check(case.op, version, arguments, truth)
+    verdict = timing.check(case.op, version, arguments, truth)
     if "skipped" in verdict:
         pytest.skip(verdict["skipped"])
     assert "wrong" not in verdict, verdict["wrong"]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.measure import Rates, evaluate, extra_memory, interleaved, quantiles, relative_error, tensors_of
+from bench.machine import Rates
+from bench.measure import evaluate, extra_memory, interleaved, quantiles, relative_error, tensors_of
 from bench.ops.baselines import EAGER, LITERAL
 from bench.ops.cases import CASES, WORK, Case, Work
 from muse_fast import ops
@@ -22,7 +18,7 @@ from muse_fast.ops import backends
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative L2 against float64; an error of 1 % is refused
 LEVELS = {"augment_views": 0.02}  # values are whole grey levels: at a tie two versions are one of 256 apart
-LENGTHS_FROM_DATA = ("match_nuclei", "nulo_rows", "augment_views")  # torch.compile leaves most of them to eager
+LENGTHS_FROM_DATA = ("match_nuclei", "augment_views")  # torch.compile would leave these to eager mode
 BASELINES = ("literal", "eager", "compile")
 
 Row = dict[str, Any]
@@ -61,7 +57,7 @@ def run_case(case: Case, device: str, rates: Rates) -> list[Row]:
     report = [about | {"version": name, "kind": versions[name].kind} | row for name, row in rows.items()]
     add_ratios(report)
     add_targets(report, case, device)
-    return report + [about | row for row in left_out(case.op, device)]
+    return report + [about | row for row in skipped(case.op, device)]
 
 
 def arguments_of(case: Case, device: str) -> tuple[Any, ...]:
@@ -107,8 +103,8 @@ def versions_of(op: str, device: str) -> list[Version]:
     return [Version("literal", "literal", LITERAL[op]), *eager, *compiled, *fast]
 
 
-def left_out(op: str, device: str) -> list[Row]:
-    """The versions that `versions_of` does not hold, and why."""
+def skipped(op: str, device: str) -> list[Row]:
+    """The versions that `versions_of` does not return, and why."""
     reasons = {backend: backends.why_not(op, backend, device) for backend in backends.HOMES[op]}
     rows = [{"version": backend, "kind": "fast", "skipped": reason} for backend, reason in reasons.items() if reason]
     if op in LENGTHS_FROM_DATA:
@@ -120,7 +116,7 @@ def left_out(op: str, device: str) -> list[Row]:
 def check(op: str, version: Version, arguments: Sequence[Any], truth: Sequence[Tensor]) -> Row:
     """The error of the results and gradients of a version, with ``wrong`` where it is too large or there are none.
 
-    That torch.compile cannot compile a form is no error of ours: ``skipped``.
+    A form that torch.compile cannot compile is ``skipped``, not ``wrong``.
     """
     try:
         error = relative_error(evaluate(version.call, arguments), truth)
@@ -176,34 +172,3 @@ def add_targets(rows: list[Row], case: Case, device: str) -> None:
 
 def describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def environment(device: str) -> dict[str, Any]:
-    return {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)),
-    }
-
-
-def processor() -> str:
-    """The model that Linux names, else what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Of the checkout; ``$COMMIT`` names it where the sources were copied without their history."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except FileNotFoundError:  # no git
-        return "unknown"

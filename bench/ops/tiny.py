@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from bench.measure import evaluate
-from bench.ops.cases import Case, loss_inputs, match_inputs, nulo_inputs, sample_inputs, stats_inputs, view_inputs
+from bench.ops.cases import Case, loss_inputs, match_inputs, sample_inputs, stats_inputs, view_inputs
 from bench.ops.timing import arguments_of, versions_of
 
 CASES = [
@@ -21,7 +21,6 @@ CASES = [
     Case(op="match_nuclei", name="no nuclei", inputs=match_inputs(2, 3, 0)),
     Case(op="sample_nuclei", name="2 images", inputs=sample_inputs(2, 96, 19, 7)),
     Case(op="sample_nuclei", name="no nuclei", inputs=sample_inputs(2, 96, 19, 0)),
-    Case(op="nulo_rows", name="2 ROIs", inputs=nulo_inputs(2, 2, (96, 64), 19, (7, 3))),
     Case(op="projection_stats", name="2 images", inputs=stats_inputs(2, 35, 9, 19)),
     Case(op="augment_views", name="2 ROIs", inputs=view_inputs(2, 3, 77, 37)),
     Case(op="dino_loss", name="7 rows", inputs=loss_inputs(7, 5, 2501, 11)),

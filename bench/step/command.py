@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench.measure import machine_rates
-from bench.ops.timing import environment
+from bench.machine import environment, machine_rates
 from bench.report import console, number, print_machine, print_verdicts, table, write_json
-from bench.step import lfov
-from bench.step import timing as step
+from bench.step import lfov, timing
 from muse_fast.config import ARCHS, ATTENTION, load_config
 from muse_fast.errors import UserError
 from muse_fast.runtime.device import peak_flops
@@ -32,9 +30,9 @@ FIGURES = {
     "mfu": "MFU {}",
 }
 COLUMNS = (
-    *("version", "ms", "p20 .. p80", "img/s", "x literal", "x fair", "TFLOP/s", "of matmul", "MFU"),
-    *("step MB", "x literal", "x fair", "peak MB", "error"),
-)
+    "version", "ms", "p20 .. p80", "img/s", "x literal", "x fair", "TFLOP/s", "of matmul", "MFU",
+    "step MB", "x literal", "x fair", "peak MB", "error",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,15 +79,15 @@ def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float 
         *options.settings,
     ]
     config = load_config(None, shared)
-    inputs = step.describe(config)
+    inputs = timing.describe(config)
     out.print(
         f"\n{config.model.arch}, {config.train.precision}, {inputs['rois']} ROIs of {config.views.num_globals} x "
         f"{config.views.global_size} and {config.views.num_locals} x {config.views.local_size} px, "
         f"{inputs['rows']:.0f} nuclei and {inputs['pairs']:.0f} pairs per ROI, {config.head.prototypes} prototypes ..."
     )
-    rows = step.run(versions(options), shared, options.device, options.seconds, matmul, peak)
+    rows = timing.run(versions(options), shared, options.device, options.seconds, matmul, peak)
     chip = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    step.add_targets(rows, step.targets(chip, config))
+    timing.add_targets(rows, timing.targets(chip, config))
     out.print(table(COLUMNS, [cells(row) for row in rows if "median_ms" in row]))
     for row in rows:
         if "profile" in row:
@@ -98,14 +96,18 @@ def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float 
     return {"settings": shared, "inputs": inputs, "results": rows}
 
 
-def versions(options: argparse.Namespace) -> list[step.Version]:
+def versions(options: argparse.Namespace) -> list[timing.Version]:
     fast = []
-    backends = options.attention or ["sdpa"]
-    for attention, compiled in product(backends, (False, True) if options.compile else (False,)):
+    attentions = options.attention or ["sdpa"]
+    for attention, compiled in product(attentions, (False, True) if options.compile else (False,)):
         settings = (f"model.attention={attention}", f"train.compile={compiled}")
-        name = " ".join(["fast", *[attention] * (len(backends) > 1), *["compiled"] * compiled])
-        fast.append(step.Version(name, "fast", settings))
-    return [step.Version("literal", "literal"), step.Version("fair", "fair"), *fast]
+        name = "fast"
+        if len(attentions) > 1:
+            name += f" {attention}"
+        if compiled:
+            name += " compiled"
+        fast.append(timing.Version(name, "fast", settings))
+    return [timing.Version("literal", "literal"), timing.Version("fair", "fair"), *fast]
 
 
 def large_images(options: argparse.Namespace, out: Console, matmul: float, peak: float | None) -> dict[str, Any]:
@@ -124,12 +126,12 @@ def cells(row: dict[str, Any]) -> list[str]:
         number(row["median_ms"]),
         f"{number(row['p20_ms'])} .. {number(row['p80_ms'])}",
         number(row["img_per_s"]),
-        *(figure(f"speedup_{kind}") for kind in step.BASELINES),
+        *(figure(f"speedup_{kind}") for kind in timing.BASELINES),
         number(row["gflop_per_s"] / 1e3),
         f"{row['of_matmul']:.0%}",
         figure("mfu", ".1%"),
         number(row["step_bytes"] / 1e6),
-        *(figure(f"memory_{kind}") for kind in step.BASELINES),
+        *(figure(f"memory_{kind}") for kind in timing.BASELINES),
         number(row["peak_bytes"] / 1e6),
         figure("relative_error", ".0e"),
     ]

@@ -4,7 +4,6 @@ from muse_fast.ops.augment_views import augment_views
 from muse_fast.ops.dino_loss import dino_loss
 from muse_fast.ops.linear_dino_loss import linear_dino_loss
 from muse_fast.ops.match_nuclei import match_nuclei
-from muse_fast.ops.nulo_rows import nulo_rows
 from muse_fast.ops.projection_stats import projection_stats
 from muse_fast.ops.sample_nuclei import sample_nuclei
 
@@ -13,7 +12,6 @@ __all__ = [
     "dino_loss",
     "linear_dino_loss",
     "match_nuclei",
-    "nulo_rows",
     "projection_stats",
     "sample_nuclei",
 ]

@@ -31,14 +31,12 @@ CUDA_CAPABILITY = (8, 0)  # the oldest that CMakeLists.txt builds for
 HOMES: dict[str, tuple[str, ...]] = {
     "match_nuclei": ("cpp", "cuda"),
     "sample_nuclei": ("cpp", "triton"),
-    "nulo_rows": ("cuda",),
     "projection_stats": ("triton", "blocked"),
     "dino_loss": ("cpp", "triton"),
     "linear_dino_loss": ("triton", "blocked"),
     "augment_views": ("triton",),
 }
-SINGLE_PRECISION = {("dino_loss", "cpp"), ("nulo_rows", "cuda")}  # besides all that is Triton
-TRITON_BACKWARD = {"nulo_rows"}  # written in CUDA
+SINGLE_PRECISION = {("dino_loss", "cpp")}  # besides everything in Triton
 
 _log = logging.getLogger(__name__)
 
@@ -119,9 +117,7 @@ def _why_not_on(op: str, backend: str, device: str, forced: bool) -> str | None:
     if backend == "cpp":
         return "it takes CPU tensors" if device != "cpu" else library_error()
     if backend == "cuda":
-        if device != "cuda":
-            return "it takes CUDA tensors"
-        return cuda_error(op) or (triton_error() if op in TRITON_BACKWARD else None)
+        return "it takes CUDA tensors" if device != "cuda" else cuda_error(op)
     if backend == "triton":
         interpreted = forced and os.environ.get("TRITON_INTERPRET") == "1"
         if device != "cuda" and not interpreted:

@@ -61,7 +61,7 @@ def match_nuclei(
             to N and unsorted rows are refused too (RuntimeError from ``cpp`` and ``cuda``). With a capacity on CUDA
             they give a negative count, and the device asserts, which shows at the next synchronisation.
     """
-    check_pack("match_nuclei", index, offsets, num_rois, num_globals)
+    _check(index, offsets, num_rois, num_globals)
     if capacity is not None and capacity < 0:
         raise ValueError(f"match_nuclei: capacity must not be negative, got {capacity}")
     if backends.choose("match_nuclei", index.device.type, backend) == "reference":
@@ -70,33 +70,28 @@ def match_nuclei(
     if capacity is None:
         return torch.ops.muse_fast.match_nuclei(*pack, num_rois, num_globals)
     teacher, student, count = torch.ops.muse_fast.match_nuclei_padded(*pack, num_rois, num_globals, capacity)
-    assert_sound("match_nuclei", count)
+    if count.is_cuda:  # the device reports a broken pack without making the host wait; on the CPU the op has raised
+        torch._assert_async(
+            count >= 0,
+            "match_nuclei: offsets must rise from 0 to N, and the rows of an image must be sorted by nucleus index, "
+            "each index once",
+        )
     return teacher, student, count
 
 
-def check_pack(op: str, index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> None:
-    """What can be told of a pack without reading its rows."""
+def _check(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> None:
+    """Everything that can be checked without reading the rows."""
     for name, tensor in (("index", index), ("offsets", offsets)):
         if tensor.dtype != torch.int32 or tensor.dim() != 1:
-            raise ValueError(f"{op}: {name} must be 1-D int32, got {tensor.dim()}-D {tensor.dtype}")
+            raise ValueError(f"match_nuclei: {name} must be 1-D int32, got {tensor.dim()}-D {tensor.dtype}")
     if index.device != offsets.device:
-        raise ValueError(f"{op}: index is on {index.device}, offsets on {offsets.device}")
+        raise ValueError(f"match_nuclei: index is on {index.device}, offsets on {offsets.device}")
     images = offsets.numel() - 1
     if num_rois < 1 or images < 0 or images % num_rois:
-        raise ValueError(f"{op}: offsets must hold V * {num_rois} ROIs + 1 entries, got {offsets.numel()}")
+        raise ValueError(f"match_nuclei: offsets must hold V * {num_rois} ROIs + 1 entries, got {offsets.numel()}")
     if not 1 <= num_globals <= images // num_rois:
         raise ValueError(
-            f"{op}: num_globals must be in 1..{images // num_rois} (the views in offsets), got {num_globals}"
-        )
-
-
-def assert_sound(op: str, count: Tensor) -> None:
-    """Let the device tell, without a wait, that it found a broken pack; on the CPU the op has raised already."""
-    if count.is_cuda:
-        torch._assert_async(
-            count >= 0,
-            f"{op}: offsets must rise from 0 to N, and the rows of an image must be sorted by nucleus index, "
-            "each index once",
+            f"match_nuclei: num_globals must be in 1..{images // num_rois} (the views in offsets), got {num_globals}"
         )
 
 

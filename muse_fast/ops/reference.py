@@ -21,7 +21,6 @@ __all__ = [
     "dino_loss",
     "linear_dino_loss",
     "match_nuclei",
-    "nulo_rows",
     "projection_stats",
     "sample_nuclei",
 ]
@@ -85,48 +84,6 @@ def sample_nuclei(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, vie
     lower = tap(bottom, left) * (1 - right_share) + tap(bottom, right) * right_share
     rows = upper * (1 - bottom_share) + lower * bottom_share
     return rows.masked_fill(padding.unsqueeze(1), 0).to(pixels.dtype)
-
-
-def nulo_rows(
-    teacher_levels: Sequence[Tensor],
-    student_levels: Sequence[Sequence[Tensor]],
-    view_sizes: Sequence[int],
-    xy: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    num_rois: int,
-    num_globals: int,
-    *,
-    capacity: tuple[int, int, int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Match, rank the rows that stand in a pair, then sample those."""
-    teacher_capacity, student_capacity, pair_capacity = capacity
-    pairs = match_nuclei(index, offsets, num_rois, num_globals)
-    (teacher_kept, teacher_rows), (student_kept, student_rows) = (
-        torch.unique(rows, return_inverse=True) for rows in pairs
-    )
-    counts = torch.tensor([len(teacher_kept), len(student_kept), len(teacher_rows)], device=index.device)
-    left_out = (teacher_rows >= teacher_capacity) | (student_rows >= student_capacity)
-
-    def sample(resolutions: Sequence[Sequence[Tensor]], kept: Tensor, size: int) -> Tensor:
-        kept = kept[:size]
-        image = torch.searchsorted(offsets.long(), kept, right=True) - 1
-        rows, first = [], 0
-        for levels, view_size in zip(resolutions, view_sizes, strict=False):  # the teacher has the globals alone
-            inside = (image >= first) & (image < first + len(levels[0]))
-            rows.append(sample_nuclei(levels, xy[kept], torch.where(inside, image - first, -1), view_size))
-            first += len(levels[0])
-        return F.pad(torch.stack(rows).sum(0), (0, 0, 0, size - len(kept)))
-
-    with torch.no_grad():
-        teacher = sample([teacher_levels], teacher_kept, teacher_capacity)
-    return (
-        teacher,
-        sample(student_levels, student_kept, student_capacity),
-        _cut_or_pad(teacher_rows.masked_fill(left_out, -1), pair_capacity),
-        _cut_or_pad(student_rows.masked_fill(left_out, -1), pair_capacity),
-        counts,
-    )
 
 
 def projection_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

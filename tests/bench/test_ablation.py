@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.ablation import runs as ablation
+from bench.ablation import runs
 from muse_fast import load_backbone, prepare
 from muse_fast.config import load_config
 from muse_fast.runtime import checkpoint
@@ -85,9 +85,9 @@ def test_report(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_untrained_network_is_where_a_run_begins(workplace: Path, tmp_path: Path) -> None:
     """A learning rate of 0 leaves the teacher there."""
     settings = [f"data.roiset={workplace / 'rois'}", "seed=5", "optim.lr=0", "optim.min_lr=0"]
-    ablation.trained(tmp_path / "run", workplace / "toy.yaml", [*settings, "train.device=cpu"])
+    runs.trained(tmp_path / "run", workplace / "toy.yaml", [*settings, "train.device=cpu"])
     trained = load_backbone(None, str(tmp_path / "run")).state_dict()
-    fresh = ablation.untrained(load_config(workplace / "toy.yaml", settings)).state_dict()
+    fresh = runs.untrained(load_config(workplace / "toy.yaml", settings)).state_dict()
     for name, value in fresh.items():
         if "running_" not in name and "num_batches" not in name:
             assert torch.equal(trained[name], value), name
@@ -99,24 +99,24 @@ def test_a_run_that_fails_is_told(workplace: Path, tmp_path: Path, capsys: pytes
     assert "did you mean 'optim.steps'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variant", ablation.VARIANTS)
+@pytest.mark.parametrize("variant", runs.VARIANTS)
 @pytest.mark.parametrize("config", ["ablation.yaml", "brcam2c_cpu.yaml"])
 def test_settings(variant: str, config: str) -> None:
-    settings = load_config(ROOT / "configs" / config, ablation.VARIANTS[variant])
+    settings = load_config(ROOT / "configs" / config, runs.VARIANTS[variant])
     plain = load_config(ROOT / "configs" / config)
     assert (settings == plain) == (variant == "both losses")
 
 
 def test_no_run_is_begun_that_might_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(ablation.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
     lasts = {"untrained": 1.0, "both losses": 5.0, "image loss": 3.0}
 
     def run(variant: str, seed: int) -> dict[str, Any]:
         clock[0] += lasts[variant]
         return {"variant": variant, "seed": seed}
 
-    done = list(ablation.runs(["both losses", "image loss"], [0, 1], 16.0, run))
+    done = list(runs.in_turn(["both losses", "image loss"], [0, 1], 16.0, run))
     # 0 .. 1, 1 .. 6, 6 .. 9, 9 .. 10, 10 .. 15; the last would take 5 at worst and end at 20.
     assert [row is not None for _, _, row in done] == [True, True, True, True, True, False]
     assert [(variant, seed) for variant, seed, _ in done[-2:]] == [("both losses", 1), ("image loss", 1)]
@@ -132,7 +132,7 @@ def test_spread_and_differences() -> None:
         row("nucleus loss", 1, 0.6),
         row("image loss", 0, 0),
     ]
-    spread = ablation.spread(rows, "0.5", "accuracy")
+    spread = runs.spread(rows, "0.5", "accuracy")
     assert spread["both losses"]["knn"] == (pytest.approx(60), 50, 70) and spread["image loss"]["knn"] == (0, 0, 0)
-    found = {(d["better"], d["worse"]): d["points"] for d in ablation.differences(rows, "0.5", "accuracy")}
+    found = {(d["better"], d["worse"]): d["points"] for d in runs.differences(rows, "0.5", "accuracy")}
     assert found == {("both losses", "nucleus loss"): [pytest.approx(10)]}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bench.__main__ import main
 from bench.data import command as data_command
-from bench.data import timing as data
+from bench.data import timing
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.roiset.records import Roi
 from muse_fast.roiset.roiset import RoiSet
@@ -22,27 +22,27 @@ from muse_fast.views.renderers import why_not
 
 @pytest.fixture(scope="module")
 def roiset(tmp_path_factory: pytest.TempPathFactory) -> RoiSet:
-    rois = [synthetic_image(seed, 640, data.MPP)[:2] for seed in range(2)]
-    return data.write_set(tmp_path_factory.mktemp("bench") / "set", rois, "q80 4:2:0")
+    rois = [synthetic_image(seed, 640, timing.MPP)[:2] for seed in range(2)]
+    return timing.write_set(tmp_path_factory.mktemp("bench") / "set", rois, "q80 4:2:0")
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With images of its own: a row for every stage and both placements, in numbers that hang together."""
     (tmp_path / "images").mkdir()
-    Image.fromarray(synthetic_image(0, 700, data.MPP)[0]).save(tmp_path / "images" / "0.png")
+    Image.fromarray(synthetic_image(0, 700, timing.MPP)[0]).save(tmp_path / "images" / "0.png")
     arguments = ["--device", "cpu", "--rois", "1", "--side", "640", "--size", "224", "--rounds", "2"]
     out = tmp_path / "out.json"
     assert main(["data", *arguments, "--images", str(tmp_path / "images"), "--json", str(out)]) == 0
     report = json.loads(out.read_text())
-    assert [case["encoding"] for case in report["results"]] == list(data.ENCODINGS)
+    assert [case["encoding"] for case in report["results"]] == list(timing.ENCODINGS)
     assert report["rois"] == {"side": 640, "source": "images"}
     for case in report["results"]:
         rows = {row["version"]: row for row in case["results"]}
-        assert {"read, check hash", data.ALL, data.SEEN, "crop and resize", "colours"} <= rows.keys()
-        assert {f"loader {name}" for name in data.loaders("cpu")} <= rows.keys()
+        assert {"read, check hash", timing.ALL, timing.SEEN, "crop and resize", "colours"} <= rows.keys()
+        assert {f"loader {name}" for name in timing.loaders("cpu")} <= rows.keys()
         assert all(row["roi_per_s"] == pytest.approx(1e3 / row["median_ms"]) for row in rows.values())
-        seen = rows[data.SEEN]
-        assert seen["speedup_all"] == pytest.approx(rows[data.ALL]["median_ms"] / seen["median_ms"])
+        seen = rows[timing.SEEN]
+        assert seen["speedup_all"] == pytest.approx(rows[timing.ALL]["median_ms"] / seen["median_ms"])
         assert seen["targets"][0]["met"] == (seen["speedup_all"] >= 3)
         assert 0 < case["anchored"]["rows"] < 1 and case["uniform"]["rows"] <= 1
         assert case["anchored"]["pairs"] > case["uniform"]["pairs"]
@@ -51,13 +51,13 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_loader_is_timed_without_what_it_does_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "milliseconds", lambda call, on_gpu: call())
-    assert data.batch_milliseconds("dali", lambda count: 1000 + 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
-    assert data.batch_milliseconds("cpu", lambda count: 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(timing, "milliseconds", lambda call, on_gpu: call())
+    assert timing.batch_milliseconds("dali", lambda count: 1000 + 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
+    assert timing.batch_milliseconds("cpu", lambda count: 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
 
 
 def test_loaders_are_those_that_run_here() -> None:
-    found = data.loaders("cpu")
+    found = timing.loaders("cpu")
     assert "cpu" in found and "cuda" not in found
     assert ("dali" in found) == (why_not("dali", torch.device("cpu")) is None)
 
@@ -83,20 +83,20 @@ def test_wrong_pixels_get_no_time(roiset: RoiSet, monkeypatch: pytest.MonkeyPatc
         return pixels, first + 1
 
     monkeypatch.setattr(Roi, "decode_rows", off_by_one)
-    case = data.run_case(roiset, data.SIZES[224], 1, "cpu")
+    case = timing.run_case(roiset, timing.SIZES[224], 1, "cpu")
     (row,) = case["results"]
-    assert row["version"] == data.SEEN and row["wrong"].startswith("ROI 0, epoch 0: pixels of rows")
+    assert row["version"] == timing.SEEN and row["wrong"].startswith("ROI 0, epoch 0: pixels of rows")
 
 
 def test_wrong_views_get_no_time(roiset: RoiSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    render = data.render
-    monkeypatch.setattr(data, "render", lambda plan, config: render(data.spread(plan), config))
-    plans = [draw_plan(roiset[0], 0, data.SEED, data.SIZES[224])]
-    assert data.first_difference(plans, data.SIZES[224]) == "ROI 0, epoch 0: views differ"
+    render = timing.render
+    monkeypatch.setattr(timing, "render", lambda plan, config: render(timing.spread(plan), config))
+    plans = [draw_plan(roiset[0], 0, timing.SEED, timing.SIZES[224])]
+    assert timing.first_difference(plans, timing.SIZES[224]) == "ROI 0, epoch 0: views differ"
 
 
 def test_a_missed_target_is_said() -> None:
-    rows = [{"version": data.SEEN, "speedup_all": 2.9}]
+    rows = [{"version": timing.SEEN, "speedup_all": 2.9}]
     data_command.add_target(rows, 224)
     assert rows[0]["targets"][0] | {"met": None} == {
         "figure": "speedup_all", "reached": 2.9, "at_least": 3.0, "met": None
@@ -108,8 +108,8 @@ def test_uniform_views_are_the_same_views_elsewhere(roiset: RoiSet) -> None:
     """Anywhere in the ROI: over many draws they reach its edges, in which anchored ones seldom lie."""
     places = []
     for epoch in range(60):
-        plan = draw_plan(roiset[0], epoch, data.SEED, data.SIZES[224])
-        moved = data.spread(plan)
+        plan = draw_plan(roiset[0], epoch, timing.SEED, timing.SIZES[224])
+        moved = timing.spread(plan)
         assert [(b.side, b.size, b.flip, b.turns) for b in moved.boxes] == [
             (b.side, b.size, b.flip, b.turns) for b in plan.boxes
         ]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as command
-from bench.measure import Rates, evaluate, extra_memory, relative_error
+from bench.machine import Rates, environment
+from bench.measure import evaluate, extra_memory, relative_error
 from bench.ops import command as ops_command
-from bench.ops import timing as bench_ops
-from bench.ops import tiny as bench_tiny
+from bench.ops import timing
+from bench.ops import tiny as tiny_ops
 from bench.ops.cases import (
     CASES,
     WORK,
@@ -27,7 +28,6 @@ from bench.ops.cases import (
     Work,
     loss_inputs,
     match_inputs,
-    nulo_inputs,
     sample_inputs,
     stats_inputs,
     view_inputs,
@@ -45,7 +45,6 @@ TINY = [
     Case(op="linear_dino_loss", name="tiny", inputs=loss_inputs(5, 3, 20, 7, width=4)),
     Case(op="match_nuclei", name="tiny", inputs=match_inputs(2, 3, 8)),
     Case(op="sample_nuclei", name="tiny", inputs=sample_inputs(3, 64, 2, 5)),
-    Case(op="nulo_rows", name="tiny", inputs=nulo_inputs(2, 3, (64, 32), 2, (20, 10))),
     Case(op="projection_stats", name="tiny", inputs=stats_inputs(2, 3, 5, 4)),
     Case(op="augment_views", name="tiny", inputs=view_inputs(2, 2, 70, 32)),
 ]
@@ -55,9 +54,9 @@ RATES = Rates(1e10, 1e12)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small cases, few repeats, and no compiler: it takes seconds for each."""
-    monkeypatch.setattr(bench_ops, "CASES", TINY)
+    monkeypatch.setattr(timing, "CASES", TINY)
     monkeypatch.setattr("bench.measure.REPEATS", 4)
-    monkeypatch.setattr(bench_ops, "LENGTHS_FROM_DATA", tuple(backends.HOMES))
+    monkeypatch.setattr(timing, "LENGTHS_FROM_DATA", tuple(backends.HOMES))
     monkeypatch.setattr(ops_command, "machine_rates", lambda device: RATES)
 
 
@@ -72,7 +71,7 @@ def test_json_holds_numbers_and_environment(tmp_path: Path) -> None:
     for row in timed:
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["repeats"] == 4
-        assert row["relative_error"] <= bench_ops.LEVELS.get(row["op"], 1e-5)
+        assert row["relative_error"] <= timing.LEVELS.get(row["op"], 1e-5)
         assert row["extra_bytes"] >= 0
         assert row["gb_per_s"] == pytest.approx(row["least_bytes"] / row["median_ms"] / 1e6)
         assert row["of_copy"] == pytest.approx(row["gb_per_s"] / 10)
@@ -87,7 +86,7 @@ def test_every_op_has_cases_for_both_devices() -> None:
 
 
 def test_what_is_not_timed_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = bench_ops.run_case(LOSS, "cpu", RATES)
+    rows = timing.run_case(LOSS, "cpu", RATES)
     skipped = {row["version"]: row["skipped"] for row in rows if "skipped" in row}
     assert skipped.keys() == {"triton", "compile"} | ({"cpp"} if backends.library_error() else set())
     assert all(skipped.values())
@@ -105,7 +104,7 @@ def test_ratios_are_to_the_fastest_of_a_kind() -> None:
         {"kind": "fast", "median_ms": 2.0, "extra_bytes": 10},
         {"kind": "fast", "median_ms": 2.0, "extra_bytes": 0},
     ]
-    bench_ops.add_ratios(rows)
+    timing.add_ratios(rows)
     fast = rows[4]
     assert (fast["speedup_literal"], fast["speedup_eager"]) == (6.0, 2.0)
     assert (fast["memory_literal"], fast["memory_eager"]) == (60.0, 50.0)
@@ -119,13 +118,13 @@ def test_targets_judge_the_backend_that_runs_by_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     versions = [
-        bench_ops.Version("literal", "literal", bench_ops.LITERAL["dino_loss"]),
-        bench_ops.Version("reference", "fast", reference.dino_loss),
-        bench_ops.Version("other", "fast", reference.dino_loss),
+        timing.Version("literal", "literal", timing.LITERAL["dino_loss"]),
+        timing.Version("reference", "fast", reference.dino_loss),
+        timing.Version("other", "fast", reference.dino_loss),
     ]
-    monkeypatch.setattr(bench_ops, "versions_of", lambda op, device: versions)
+    monkeypatch.setattr(timing, "versions_of", lambda op, device: versions)
     monkeypatch.setenv(backends.ENVIRONMENT, "reference")
-    rows = bench_ops.run_case(LOSS, "cpu", RATES)
+    rows = timing.run_case(LOSS, "cpu", RATES)
     assert [row["version"] for row in rows if row.get("targets")] == ["reference"]
     missed, met = rows[1]["targets"]
     assert missed == {
@@ -165,7 +164,7 @@ def broken(*arguments: Any) -> Tensor:
 def test_a_wrong_version_gets_no_time(
     wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(bench_ops.EAGER, "dino_loss", {"": wrong})
+    monkeypatch.setitem(timing.EAGER, "dino_loss", {"": wrong})
     out = tmp_path / "ops.json"
     assert command.main(["ops", "--device", "cpu", "--only", "dino_loss", "--json", str(out)]) == 1
     assert "eager wrong: " in capsys.readouterr().out
@@ -174,11 +173,11 @@ def test_a_wrong_version_gets_no_time(
     assert "median_ms" not in row
 
 
-@pytest.mark.parametrize("dtype", bench_ops.TOLERANCE)
+@pytest.mark.parametrize("dtype", timing.TOLERANCE)
 def test_no_tolerance_lets_an_error_of_one_per_cent_through(dtype: torch.dtype) -> None:
     exact = torch.randn(1000, dtype=torch.float64)
-    assert relative_error([(exact.to(dtype) * 1.01).to(dtype)], [exact]) > bench_ops.TOLERANCE[dtype]
-    assert relative_error([exact.to(dtype)], [exact]) < bench_ops.TOLERANCE[dtype]
+    assert relative_error([(exact.to(dtype) * 1.01).to(dtype)], [exact]) > timing.TOLERANCE[dtype]
+    assert relative_error([exact.to(dtype)], [exact]) < timing.TOLERANCE[dtype]
 
 
 def test_one_wrong_integer_is_an_error() -> None:
@@ -190,9 +189,9 @@ def test_one_wrong_integer_is_an_error() -> None:
 
 
 def test_what_cannot_be_compiled_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ops, "LENGTHS_FROM_DATA", ())
+    monkeypatch.setattr(timing, "LENGTHS_FROM_DATA", ())
     monkeypatch.setattr(torch, "compile", lambda call, **_: broken)
-    rows = bench_ops.run_case(LOSS, "cpu", RATES)
+    rows = timing.run_case(LOSS, "cpu", RATES)
     compiled = [row for row in rows if row["kind"] == "compile"]
     assert len(compiled) == 2
     assert {row["skipped"] for row in compiled} == {"RuntimeError: out of order"}
@@ -200,8 +199,8 @@ def test_what_cannot_be_compiled_is_skipped_by_name(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_compiled_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ops, "LENGTHS_FROM_DATA", ())
-    rows = bench_ops.run_case(LOSS, "cpu", RATES)
+    monkeypatch.setattr(timing, "LENGTHS_FROM_DATA", ())
+    rows = timing.run_case(LOSS, "cpu", RATES)
     compiled = {row["version"]: row for row in rows if row["kind"] == "compile"}
     assert compiled.keys() == {"compile gather", "compile all pairs"}
     for row in compiled.values():
@@ -251,12 +250,6 @@ WORK_BY_HAND = {
         [],
         ([torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)], torch.zeros(1, 2), torch.zeros(1), 16),
         Work((16 + 4 * 16 + 4 * 4) + (16 + 4 * 4 + 4 * (32 + 8)), 2 * 2 * 16),
-    ),
-    # 2 globals of one ROI, one level; 1 row of each network in a pair, of 3; capacities 3, 3, 6
-    "nulo_rows": (
-        [torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(6), torch.zeros(6), torch.tensor([1, 1, 1])],
-        ([torch.zeros(2, 2, 4, 4)], [[torch.zeros(2, 2, 4, 4)]], [16], *map(torch.zeros, ((3, 2), (3,), (3,)))),
-        Work(48 + 4 * (8 + 8) + 4 * (6 + 6) + 8 * (6 + 6 + 3) + 48 + 4 * (6 + 64), 2 * 8 * 1 + 2 * 2 * 8 * 1),
     ),
     # 8 values, 3 outputs: 6 weights and 3 + 3 statistics
     "projection_stats": (
@@ -314,8 +307,8 @@ def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("stages", [["test", "everything"], ["sanitise"]])
 def test_gpu_script_refuses_an_unknown_stage_before_it_starts(stages: list[str], tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "bench" / "gpu.sh"
-    environment = os.environ | {"OUT": str(tmp_path / "out")}
-    finished = subprocess.run([script, *stages], env=environment, capture_output=True, text=True)
+    variables = os.environ | {"OUT": str(tmp_path / "out")}
+    finished = subprocess.run([script, *stages], env=variables, capture_output=True, text=True)
     assert finished.returncode == 2
     assert f"unknown stage '{stages[-1]}'" in finished.stderr
     assert not (tmp_path / "out").exists()
@@ -323,8 +316,8 @@ def test_gpu_script_refuses_an_unknown_stage_before_it_starts(stages: list[str],
 
 def test_gpu_script_begins_no_stage_that_the_budget_does_not_hold(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "bench" / "gpu.sh"
-    environment = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable, "BUDGET": "30"}
-    finished = subprocess.run([script, "ops", "data"], env=environment, capture_output=True, text=True)
+    variables = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable, "BUDGET": "30"}
+    finished = subprocess.run([script, "ops", "data"], env=variables, capture_output=True, text=True)
     assert finished.returncode == 1 and finished.stdout.count("no minute of the budget is left") == 2
     stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
     assert [(row["stage"], row["exit_code"]) for row in stages] == [("ops", 1), ("data", 1)]
@@ -332,13 +325,13 @@ def test_gpu_script_begins_no_stage_that_the_budget_does_not_hold(tmp_path: Path
 
 def test_commit_is_named_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMIT", "abc")
-    assert bench_ops.environment("cpu")["commit"] == "abc"
+    assert environment("cpu")["commit"] == "abc"
 
 
 def test_tiny_runs_every_fast_backend_of_this_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["tiny", "--device", "cpu"])
-    bench_tiny.main()
+    tiny_ops.main()
     ran = {tuple(line.split()[i] for i in (0, -1)) for line in capsys.readouterr().out.splitlines()}
     assert ran == {(op, b) for op, homes in backends.HOMES.items() for b in homes if not backends.why_not(op, b, "cpu")}

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as command
-from bench.measure import Rates, held_and_peak
+from bench.machine import Rates
+from bench.measure import held_and_peak
 from bench.step import command as step_command
 from bench.step import fair as step_fair
 from bench.step import literal as step_literal
 from bench.step import networks as step_networks
-from bench.step import timing as step
+from bench.step import timing
 from bench.step.timing import Version
 from muse_fast.config import load_config
 from muse_fast.pretraining.trainer import Trainer
@@ -39,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checked(*some: Version, settings: list[str] = TINY) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {version.name: {} for version in some}
-    step.check(some, [*settings, *step.gates(load_config(None, settings))[-1]], "cpu", rows)
+    timing.check(some, [*settings, *timing.gates(load_config(None, settings))[-1]], "cpu", rows)
     return rows
 
 
@@ -49,7 +50,7 @@ def checked(*some: Version, settings: list[str] = TINY) -> dict[str, dict[str, A
 @pytest.mark.parametrize("baseline", [step_literal, step_fair])
 def test_losses_of_the_baselines_equal_the_equations(baseline: Any) -> None:
     """Equations 3, 6 and 7 in float64, pair by pair."""
-    views = step.synthetic_views(load_config(None, [*TINY, "views.num_locals=3"]))
+    views = timing.synthetic_views(load_config(None, [*TINY, "views.num_locals=3"]))
     random = torch.Generator().manual_seed(1)
     images, rows, K, temps = 5 * 2, len(views.nuclei.xy), 24, (0.1, 0.04)
     image_s, image_t, s, t = (torch.randn(n, K, generator=random) / 4 for n in (images, 4, rows, rows))
@@ -111,7 +112,7 @@ def test_all_versions_train_alike(precision: str) -> None:
 @pytest.mark.slow
 def test_all_versions_of_a_resnet_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step: at sizes this small a ResNet blows rounding errors up in the next."""
-    monkeypatch.setattr(step, "GATE_STEPS", 1)
+    monkeypatch.setattr(timing, "GATE_STEPS", 1)
     # Locals of 32 px would leave BatchNorm two values of each, whose difference may be nothing but rounding.
     settings = ["model.arch=resnet50", "views.local_size=64", "optim.batch_size=4"]
     rows = checked(*versions, settings=[*TINY, *settings])
@@ -121,8 +122,8 @@ def test_all_versions_of_a_resnet_start_alike(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("baseline", [step_literal.LiteralTrainer, step_fair.FairTrainer])
 def test_baselines_freeze_prototypes_and_take_a_batch_without_locals_or_pairs(baseline: Callable[..., Any]) -> None:
     config = load_config(None, [*TINY, "views.num_locals=0", "optim.warmup_steps=0"])
-    weights = step.initial_weights(config, "cpu")
-    trainer, views = baseline(config, weights, CPU), step.synthetic_views(config)
+    weights = timing.initial_weights(config, "cpu")
+    trainer, views = baseline(config, weights, CPU), timing.synthetic_views(config)
     views.nuclei.index.add_(1000 * views.nuclei.image_index().int())  # no nucleus is in two views
     losses = trainer.train_step(views)
     assert math.isfinite(losses["loss_image"]) and losses["loss_nucleus"] == 0
@@ -163,19 +164,19 @@ def test_the_gate_refuses_an_engine_with_other_losses(
     assert "wrong" in rows["fast"] and "wrong" not in rows["fair"]
 
 
-@pytest.mark.parametrize("tolerance", step.TOLERANCE.values())
+@pytest.mark.parametrize("tolerance", timing.TOLERANCE.values())
 def test_no_tolerance_lets_an_error_of_one_per_cent_through(tolerance: float) -> None:
-    assert step.relative_error([11.0, 10.89], [11.0, 11.0]) > tolerance
-    assert step.relative_error([11.0, 11.0001], [11.0, 11.0]) < tolerance
+    assert timing.relative_error([11.0, 10.89], [11.0, 11.0]) > tolerance
+    assert timing.relative_error([11.0, 11.0001], [11.0, 11.0]) < tolerance
 
 
 def test_a_coarse_precision_passes_a_gate_in_float32_too() -> None:
     config = load_config(None, [*TINY, "train.precision=bf16", "optim.batch_size=64"])
-    fine, own = ([*TINY, "train.precision=bf16", "optim.batch_size=64", *gate] for gate in step.gates(config))
+    fine, own = ([*TINY, "train.precision=bf16", "optim.batch_size=64", *gate] for gate in timing.gates(config))
     fine, own = load_config(None, fine), load_config(None, own)
-    assert (fine.train.precision, fine.optim.batch_size) == ("fp32", step.GATE_ROIS)
+    assert (fine.train.precision, fine.optim.batch_size) == ("fp32", timing.GATE_ROIS)
     assert (own.train.precision, own.optim.batch_size) == ("bf16", 64)
-    assert len(step.gates(load_config(None, TINY))) == 1
+    assert len(timing.gates(load_config(None, TINY))) == 1
 
 
 # --- what is measured
@@ -183,7 +184,7 @@ def test_a_coarse_precision_passes_a_gate_in_float32_too() -> None:
 
 def test_inputs_are_those_of_a_real_batch() -> None:
     """Nuclei per view as performance models have them: 60 in 224 px and 12 in 96 px, most of them in several views."""
-    inputs = step.describe(load_config(None, ["optim.batch_size=16"]))
+    inputs = timing.describe(load_config(None, ["optim.batch_size=16"]))
     assert inputs["teacher_rows"] == pytest.approx(2 * 60, rel=0.1)
     assert inputs["rows"] == pytest.approx(2 * 60 + 8 * 12, rel=0.1)
     assert 1 < inputs["pairs"] / inputs["teacher_rows"] < 3
@@ -211,17 +212,17 @@ def test_ratios_targets_and_efficiency() -> None:
         {"kind": "fast", "median_ms": 4.0, "step_bytes": 200, "peak_bytes": 350},
         {"kind": "fast", "median_ms": 1.0, "step_bytes": 200, "peak_bytes": 350},
     ]
-    step.add_ratios(rows)
+    timing.add_ratios(rows)
     assert (rows[2]["speedup_literal"], rows[2]["memory_literal"], rows[2]["peak_literal"]) == (3.0, 3.0, 2.0)
     assert "speedup_fair" not in rows[2] and rows[1].keys() == {"kind", "skipped"}
-    step.add_targets(rows, {"speedup_literal": 4.0, "memory_literal": 2.0, "speedup_fair": 1.0})
+    timing.add_targets(rows, {"speedup_literal": 4.0, "memory_literal": 2.0, "speedup_fair": 1.0})
     assert [(t["figure"], t["met"]) for t in rows[2]["targets"]] == [
         ("speedup_literal", False),
         ("memory_literal", True),
     ]
     assert "targets" not in rows[3]
-    assert step.efficiency(100.0, 1e9, 1e12, None) == {"img_per_s": 100.0, "gflop_per_s": 100.0, "of_matmul": 0.1}
-    assert step.efficiency(100.0, 1e9, 1e12, 4e11)["mfu"] == 0.25
+    assert timing.efficiency(100.0, 1e9, 1e12, None) == {"img_per_s": 100.0, "gflop_per_s": 100.0, "of_matmul": 0.1}
+    assert timing.efficiency(100.0, 1e9, 1e12, 4e11)["mfu"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_ratios_targets_and_efficiency() -> None:
     ],
 )
 def test_targets_of_a_machine(chip: str, settings: list[str], expected: dict[str, float]) -> None:
-    assert step.targets(chip, load_config(None, settings)) == expected
+    assert timing.targets(chip, load_config(None, settings)) == expected
 
 
 def test_a_version_without_the_memory_or_refused_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +248,7 @@ def test_a_version_without_the_memory_or_refused_ends_nothing(monkeypatch: pytes
     real = Version.build
     monkeypatch.setattr(Version, "build", build)
     refused = Version("refused", "fast", ("model.arch=vit_huge",))
-    rows = step.run([LITERAL, FAIR, refused], TINY, "cpu", 0, 1e11, None)
+    rows = timing.run([LITERAL, FAIR, refused], TINY, "cpu", 0, 1e11, None)
     assert rows[0] == {"version": "literal", "kind": "literal", "skipped": "out of memory"}
     assert "vit_huge" in rows[2]["skipped"] and "median_ms" not in rows[2]
     assert rows[1]["median_ms"] > 0 and rows[1]["relative_error"] == 0
@@ -267,10 +268,10 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["img_per_s"] == pytest.approx(2e3 / row["median_ms"])
         assert row["of_matmul"] == pytest.approx(row["gflop_per_s"] / 100)
-        assert row["repeats"] == step.MIN_REPEATS and row["step_bytes"] > 0
+        assert row["repeats"] == timing.MIN_REPEATS and row["step_bytes"] > 0
     fast = report["results"][-1]
     assert fast["speedup_literal"] == pytest.approx(report["results"][0]["median_ms"] / fast["median_ms"])
-    assert len(fast["profile"]) == step.TOP
+    assert len(fast["profile"]) == timing.TOP
     assert [line["ms"] for line in fast["profile"]] == sorted((line["ms"] for line in fast["profile"]), reverse=True)
     printed = capsys.readouterr().out
     assert "where the time of a step goes" in printed and "target 1.5x faster than literal" in printed

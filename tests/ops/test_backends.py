@@ -74,13 +74,6 @@ def test_dino_loss_in_float64_stays_with_the_reference(monkeypatch: pytest.Monke
         backends.choose("dino_loss", "cpu", "cpp", torch.float64)
 
 
-def test_nulo_rows_needs_triton_for_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "cuda_error", lambda op: None)
-    monkeypatch.setattr(backends, "triton_error", lambda: "it is not there")
-    assert backends.why_not("nulo_rows", "cuda", "cuda") == "it is not there"
-    assert backends.why_not("match_nuclei", "cuda", "cuda") is None
-
-
 def test_environment_forces_all_ops_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "library_error", lambda: None)
     monkeypatch.setenv(backends.ENVIRONMENT, "reference")

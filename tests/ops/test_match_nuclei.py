@@ -161,17 +161,13 @@ def test_refuses_broken_packs(backend: str, index: list[int], offsets: list[int]
 
 
 @gpu
-@pytest.mark.parametrize(
-    "op", ["match_nuclei(*pack, 1, 2, capacity=8)", "nulo_rows([level], [[level]], [8], xy, *pack, 1, 2)"]
-)
-def test_cuda_asserts_that_a_pack_is_sound(op: str) -> None:
+def test_cuda_asserts_that_a_pack_is_sound() -> None:
     """In a process of its own: an assertion of the device ends it."""
-    code = f"""
+    code = """
 import torch
 from muse_fast import ops
 pack = [torch.tensor(rows, dtype=torch.int32, device="cuda") for rows in ([3, 2, 1, 2], [0, 2, 4])]
-level, xy = torch.zeros(2, 1, 4, 4, device="cuda"), torch.zeros(4, 2, device="cuda")
-ops.{op}
+ops.match_nuclei(*pack, 1, 2, capacity=8)
 torch.cuda.synchronize()
 """
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the CPU, a std::thread for each of CUDA's, so that g++ and its sanitizers see them: what a block
-// shares, barriers of warp, block and grid, and races are real. Only what the kernels of csrc use is here.
+// shares, barriers of warp and block, and races are real. Only what the kernels of csrc use is here.
 #pragma once
 
 #include <pthread.h>
@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <deque>
 #include <thread>
 #include <vector>
@@ -15,7 +14,6 @@
 #define __host__
 #define __device__
 #define __global__
-#define __grid_constant__
 
 using std::max;
 using std::min;
@@ -50,14 +48,11 @@ struct Block {
   std::deque<Warp> warps;
 };
 
-inline Barrier* grid_barrier;
 inline thread_local Block* block;
 
 }  // namespace cuda_on_cpu
 
 inline thread_local cuda_on_cpu::Index threadIdx, blockIdx, blockDim, gridDim;
-
-inline void grid_sync() { cuda_on_cpu::grid_barrier->wait(); }
 
 inline void __syncthreads() { cuda_on_cpu::block->barrier.wait(); }
 
@@ -84,8 +79,6 @@ namespace cuda_on_cpu {
 // kernel<<<blocks, threads>>>(args...), and a wait for its end. Blocks of whole warps, and all at once.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, const Arguments&... args) {
-  Barrier everyone(blocks * threads);
-  grid_barrier = &everyone;
   std::deque<Block> running;
   std::vector<std::jthread> pool;
   for (unsigned number = 0; number < blocks; ++number) {
