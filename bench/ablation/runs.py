@@ -78,7 +78,7 @@ def in_turn(
         yield variant, seed, row
 
 
-def trained(out: Path, config: Path, settings: Sequence[str]) -> Row:
+def trained(out: Path, config: str, settings: Sequence[str]) -> Row:
     """Pretrain, unless that was done before; figures of the run.
 
     Raises:
@@ -91,7 +91,7 @@ def trained(out: Path, config: Path, settings: Sequence[str]) -> Row:
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file, contextlib.redirect_stdout(file):
-            code = pretrain.main(["--config", str(config), "--out", str(out), *settings])
+            code = pretrain.main(["--config", config, "--out", str(out), *settings])
         if code != 0:
             raise UserError(f"{out} ended with exit code {code}; {log} says why")
     summary = json.loads((out / "summary.json").read_text())
@@ -130,7 +130,7 @@ def measured(
     *,
     rois: Path,
     out: Path,
-    config: Path,
+    config: str,
     settings: Sequence[str],
     device: str,
     tiles: Tiles,

@@ -27,6 +27,7 @@ _T = TypeVar("_T")
 _Config = TypeVar("_Config", bound="Config")
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "whole numbers"}
+CONFIGS = Path(__file__).parents[1] / "configs"  # ship with the package
 MAX_SEED = 2**32 - 1  # of numpy's and torch's generators alike
 _RANGE = "range"  # key of a field's metadata
 
@@ -123,7 +124,7 @@ def load_settings(
     """Settings of that kind.
 
     Args:
-        path: a YAML file, see `config_file`.
+        path: a YAML file or the name of one that ships with the package, see `config_file`.
         items: ``key=value`` of a command line, or values by dotted key. The text of a number, of true and false and of
             a list is read as in YAML; that of a text setting is taken as it is.
         prefix: what messages begin with, such as ``consep: ``.
@@ -168,14 +169,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def config_file(name: str | Path) -> Path:
-    """The YAML file that ``--config`` names.
+    """The YAML file that ``--config`` names: a path, or a file of `CONFIGS` without its suffix.
 
     Raises:
-        UserError: there is no such file.
+        UserError: neither of them; the message suggests the nearest name and lists them all.
     """
-    if not (path := Path(name)).is_file():
-        raise UserError(f"no config file at {path}")
-    return path
+    shipped = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if not Path(name).is_file():
+        guess = did_you_mean(Path(name).stem, shipped) or "."
+        raise UserError(f"no config file '{name}'{guess} Give a path or one of {', '.join(shipped)}")
+    return Path(name)
 
 
 def key_values(items: Sequence[str]) -> dict[str, str]:

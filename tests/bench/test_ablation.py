@@ -15,7 +15,6 @@ from muse_fast import load_backbone, prepare
 from muse_fast.config import load_config
 from muse_fast.runtime import checkpoint
 
-ROOT = Path(__file__).parents[2]
 TOY = """
 data: {split: train, workers: 0}
 views: {global_size: 64, local_size: 32, num_locals: 1}
@@ -100,10 +99,10 @@ def test_a_run_that_fails_is_told(workplace: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("variant", runs.VARIANTS)
-@pytest.mark.parametrize("config", ["ablation.yaml", "brcam2c_cpu.yaml"])
+@pytest.mark.parametrize("config", ["ablation", "brcam2c_cpu"])
 def test_settings(variant: str, config: str) -> None:
-    settings = load_config(ROOT / "configs" / config, runs.VARIANTS[variant])
-    plain = load_config(ROOT / "configs" / config)
+    settings = load_config(config, runs.VARIANTS[variant])
+    plain = load_config(config)
     assert (settings == plain) == (variant == "both losses")
 
 
