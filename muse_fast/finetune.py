@@ -1,4 +1,4 @@
-"""``python -m muse_fast.finetune --config FILE --data SOURCE --weights W --out DIR [--resume ...] [key=value ...]``
+"""``python -m muse_fast.finetune --config CONFIG --data SOURCE --weights W --out DIR [--resume ...] [key=value ...]``
 
 Fine-tunes a nucleus detector (paper, "Downstream Fine-Tuning"); `muse_fast.detection.detector.load_detector` opens it.
 """

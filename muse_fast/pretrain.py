@@ -1,4 +1,4 @@
-"""``python -m muse_fast.pretrain --config FILE --out DIR [--resume auto|never|PATH] [key=value ...]``"""
+"""``python -m muse_fast.pretrain --config CONFIG --out DIR [--resume auto|never|PATH] [key=value ...]``"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m muse_fast.slurm --out DIR ... -- --config FILE [key=value ...]``: pretrain under Slurm until it is done.
+"""``python -m muse_fast.slurm --out DIR ... -- --config CONFIG [key=value ...]``: pretrain under Slurm until done.
 
 One task per GPU. Shortly before its time is over, or when it is preempted, the run saves and the job queues again.
 """
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m muse_fast.slurm",
         description="Submit pretraining to Slurm. The job is queued again until the run is done.",
-        usage="%(prog)s --out DIR --gpus-per-node G --time MINUTES [options] -- --config FILE [key=value ...]",
+        usage="%(prog)s --out DIR --gpus-per-node G --time MINUTES [options] -- --config CONFIG [key=value ...]",
     )
     parser.add_argument("--out", required=True, type=Path, help="run folder, where all nodes see it")
     parser.add_argument("--gpus-per-node", required=True, type=int, help="0 runs on the CPU")
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks-per-node", type=int, help="ranks per node; one per GPU unless given")
     parser.add_argument("--cpus-per-task", type=int, help="data.workers + 2 unless given")
     cluster.add_arguments(parser)
-    parser.add_argument("pretrain", nargs="*", metavar="--config FILE ...", help="for python -m muse_fast.pretrain")
+    parser.add_argument("pretrain", nargs="*", metavar="--config CONFIG ...", help="for python -m muse_fast.pretrain")
     return parser
 
 
