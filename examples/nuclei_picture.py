@@ -1,0 +1,133 @@
+"""The README's picture, from a finished run: a region, its views with matched nuclei, and what their features show.
+
+    python examples/nuclei_picture.py runs/demo docs/img/nuclei.jpg
+
+The region is the ROI with the most nuclei. Its views lie where the run draws them, in the slide's own colours. Nuclei
+are coloured by the first three principal components (red, green, blue) of the teacher's features.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from muse_fast import load_backbone
+from muse_fast.config import load_config
+from muse_fast.images.imagenet import normalise
+from muse_fast.models.backbone import Backbone
+from muse_fast.roiset.records import Roi
+from muse_fast.roiset.roiset import RoiSet
+from muse_fast.views.boxes import ViewBox
+from muse_fast.views.plan import draw_plan
+
+VIEW_COLOURS = ("#00b4f0", "#ff9a00", "#00c853", "#e040fb")  # the same round a view and where it lies in the region
+NUMBERED = 6  # nuclei with a number; more would cover the tissue
+FINE = 2  # drawn this much larger, then reduced: Pillow's circles and lines have no smooth edges
+CELL = 420 * FINE  # side of the two regions
+GAP = 14 * FINE
+TITLE = 34 * FINE
+FONT = 20 * FINE
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw a region, its views and its nuclei by their features.")
+    parser.add_argument("run", type=Path, help="finished run, such as runs/demo")
+    parser.add_argument("out", type=Path, help="picture to write (.jpg or .png)")
+    parser.add_argument("--epoch", type=int, default=0, help="for which the views are drawn (0)")
+    options = parser.parse_args(argv)
+
+    config = load_config(options.run / "config.yaml")
+    roi = max(RoiSet(config.data.roiset), key=lambda roi: len(roi.xy))
+    boxes = draw_plan(roi, options.epoch, config.seed, config.views).boxes[: len(VIEW_COLOURS)]
+    draw(options.out, roi, boxes, colours_of(features(load_backbone(None, options.run), roi)))
+
+
+@torch.inference_mode()
+def features(backbone: Backbone, roi: Roi) -> NDArray[np.float32]:
+    """``[n, D]``, of the nuclei of a square ``roi``, from the whole of it."""
+    whole = ViewBox(0, 0, roi.width, roi.width // 16 * 16)  # a ViT takes sides that its patches fill
+    image = normalise(whole.render(torch.from_numpy(roi.decode()).permute(2, 0, 1))[None])
+    xy = torch.from_numpy(whole.map_points(roi.xy))
+    return backbone.nucleus_features(image, xy, torch.zeros(len(xy), dtype=torch.long)).numpy()
+
+
+def colours_of(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Features ``[n, D]`` to RGB in [0, 1], ``[n, 3]``: their first three principal components."""
+    rows = (features - features.mean(0)) / features.std(0)
+    shades = rows @ np.linalg.eigh(rows.T @ rows).eigenvectors[:, :-4:-1]
+    low, high = np.quantile(shades, (0.02, 0.98), axis=0)
+    return np.clip((shades - low) / (high - low), 0, 1)
+
+
+def draw(out: Path, roi: Roi, boxes: Sequence[ViewBox], colours: NDArray[np.float64]) -> None:
+    """The region with the outlines of its views, the views, and the region's nuclei in ``colours``, side by side."""
+    sheet = Image.new("RGB", (3 * CELL + 2 * GAP, TITLE + CELL), "white")
+    titles = ("one region of a slide", "its views: same number, same nucleus", "its nuclei, coloured by their features")
+    font = ImageFont.load_default(FONT)
+    for column, title in enumerate(titles):
+        center = column * (CELL + GAP) + CELL / 2
+        ImageDraw.Draw(sheet).text((center, TITLE / 2), title, "black", font, anchor="mm")
+
+    pixels, scale = roi.decode(), CELL / roi.width
+    region = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BICUBIC)
+    painted = region.convert("L").point(lambda grey: 110 + grey * 145 // 255).convert("RGB")
+    for box, colour in zip(boxes, VIEW_COLOURS, strict=False):
+        corners = [value * scale for value in (box.x, box.y, box.x + box.side, box.y + box.side)]
+        ImageDraw.Draw(region).rectangle(corners, outline=colour, width=3 * FINE)
+    for (x, y), colour in zip(roi.xy * scale, (colours * 255).astype(int).tolist(), strict=True):
+        disc(painted, x, y, 7 * FINE, fill=tuple(colour), outline="black", width=FINE)
+    sheet.paste(region, (0, TITLE))
+    sheet.paste(painted, (2 * (CELL + GAP), TITLE))
+
+    numbers = numbered(roi, boxes)
+    side = (CELL - GAP) // 2
+    for place, (box, colour) in enumerate(zip(boxes, VIEW_COLOURS, strict=False)):
+        left, top = CELL + GAP + place % 2 * (side + GAP), TITLE + place // 2 * (side + GAP)
+        sheet.paste(view(box, roi, pixels, numbers, colour, side), (left, top))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.resize((sheet.width // FINE, sheet.height // FINE), Image.Resampling.LANCZOS).save(out, quality=88)
+
+
+def view(
+    box: ViewBox, roi: Roi, pixels: NDArray[np.uint8], numbers: Sequence[int], colour: str, side: int
+) -> Image.Image:
+    """One view, ``side`` px, with a number at those of its nuclei that have one."""
+    picture = Image.fromarray(box.render(torch.from_numpy(pixels).permute(2, 0, 1)).permute(1, 2, 0).numpy())
+    picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16 * FINE)
+    xy, seen = box.nuclei(roi.xy)
+    for (x, y), nucleus in zip(xy * (side / box.size), seen.tolist(), strict=True):
+        if nucleus in numbers:
+            disc(picture, x, y, 10 * FINE, outline="white", width=2 * FINE)
+            number, corner = str(numbers.index(nucleus) + 1), (x + 10 * FINE, y - 10 * FINE)
+            draw.text(corner, number, "white", font, "lb", stroke_width=2 * FINE, stroke_fill="black")
+    corner, scale = (8 * FINE, side - 8 * FINE), f"{box.mpp(roi.mpp):.2f} um/px"
+    draw.text(corner, scale, "white", font, "lb", stroke_width=2 * FINE, stroke_fill="black")
+    draw.rectangle((0, 0, side - 1, side - 1), outline=colour, width=4 * FINE)
+    return picture
+
+
+def disc(picture: Image.Image, x: float, y: float, radius: float, **style: Any) -> None:
+    ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), **style)
+
+
+def numbered(roi: Roi, boxes: Sequence[ViewBox]) -> list[int]:
+    """Nuclei of the first view that most other views show too, none beside another."""
+    seen = [set(box.nuclei(roi.xy)[1].tolist()) for box in boxes]
+    chosen: list[int] = []
+    for nucleus in sorted(seen[0], key=lambda nucleus: -sum(nucleus in other for other in seen)):
+        apart = all(np.hypot(*(roi.xy[nucleus] - roi.xy[other])) > boxes[0].side / 7 for other in chosen)
+        if apart and len(chosen) < NUMBERED and any(nucleus in other for other in seen[1:]):
+            chosen.append(nucleus)
+    return chosen
+
+
+if __name__ == "__main__":
+    main()
