@@ -29,9 +29,10 @@ test: .venv/.test lint type-check
 test-fast: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not heavy"
 
-# Bugs planted in the ops must be found by their tests: every one is a build or a run of its own.
+# Bugs planted in the ops must be found by their tests: every one is a build or a run of its own. And properties are
+# searched for counterexamples at random.
 test-heavy: .venv/.test
-	$(BIN)/python -m pytest -n 2 -m heavy
+	$(BIN)/python -m pytest -n 2 -m "heavy or hypothesis" --hypothesis-profile=search
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.support.ranks import Ranks
 
 if not torch.cuda.is_available():  # before any kernel is imported: Triton reads it when it decorates
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# `make test` tries the same examples every time; `make test-heavy` searches at random (--hypothesis-profile=search).
+# Whatever that finds becomes an @example of its test.
+settings.register_profile("fixed", max_examples=200, deadline=None, derandomize=True, database=None)
+settings.register_profile("search", max_examples=5_000, deadline=None)
+settings.load_profile("fixed")
 torch.set_num_threads(1)  # same sums on every machine, and no fight over cores when tests run side by side
 
 

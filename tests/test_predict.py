@@ -296,7 +296,7 @@ def test_a_kill_leaves_no_half_folder_and_the_command_goes_on(tmp_path: Path, do
     out = tmp_path / "out"
     words = in_a_child(0.3, "--weights", "dots:0.5", "--out", out, tmp_path / "in", "batch=1", "tile=256")
     process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not any(
         path.stat().st_size > 1000 for path in out.glob(".tmp-b-*/cells.geojson")
     ):

@@ -102,7 +102,7 @@ def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, 
         assert job.wait() == 1 and not job.processes()
         printed = job.output()
     written = json.loads((out / "exit.json").read_text())
-    assert written["code"] == pretrain.EXIT_STOPPED and written["step"] in (4, 6, 8)
+    assert written["code"] == pretrain.EXIT_STOPPED and written["step"] in range(4, 16, 2)
     assert written["reason"] == ("another rank was told to stop" if told == "rank 1" else "SIGTERM")
     assert checkpoint.steps(out) == [written["step"]] and printed.count("checkpoint written") == 1
     checkpoint.verify(checkpoint.folder_of(out, written["step"]))
@@ -116,7 +116,7 @@ def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, 
 def test_a_batch_that_does_not_divide_is_refused_by_every_rank(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "odd"
     with Job(runs.argv(out, *SHORT, "optim.batch_size=3"), log=tmp_path / "odd.log") as job:
-        assert job.wait(60) == 1
+        assert job.wait(600) == 1
         printed = job.output()
     assert printed.count("error: optim.batch_size=3: expected a multiple of 2 ranks x 1 micro-batches") == 2
     assert "exitcode  : 2" in printed and "muse_fast/train" not in printed

@@ -197,7 +197,7 @@ def bombs(scale: Scale) -> Outcome:
             began = time.process_time()
             refused = attempt(decode, roi_of(bad[name])) is None
             slowest = max(slowest, time.process_time() - began)
-            tally.add(refused and slowest < 0.2, f"{name}: {slowest:.2f} s")
+            tally.add(refused and slowest < scale.limit(0.2), f"{name}: {slowest:.2f} s")
     return tally.outcome(f"headers cost {found['growth']:.0f} MiB, scans {1000 * slowest:.0f} ms")
 
 

@@ -40,7 +40,7 @@ class Child:
         """The exit code, negative after a signal; None while it runs."""
         return self._process.exitcode
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         self._process.join(seconds)
         code = self._process.exitcode
         if code is None:

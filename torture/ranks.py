@@ -59,11 +59,11 @@ def killed_ranks(scale: Scale) -> Outcome:
                 assert len(before) >= 4, before  # two ranks with a loader each
                 os.kill(job.ranks()[victim], signal.SIGKILL)
                 ended = partial(_ended, job, before, for_good=left == 0)
-                gone.append(wait_until(ended, 60, "the other rank was still there"))
-                in_time = gone[-1] < _GONE
+                gone.append(wait_until(ended, scale.limit(60), "the other rank was still there"))
+                in_time = gone[-1] < scale.limit(_GONE)
                 if left:
                     again.append(gone[-1] + job.wait_for_steps(told + 1))
-                    in_time = in_time and again[-1] < _AGAIN
+                    in_time = in_time and again[-1] < scale.limit(_AGAIN)
                     job.wait_for_steps(told + scale.rng.randint(1, 4))
                 at = f"rank {victim} of job {number}, {left} starts left"
                 tally.add(in_time, f"{at}: gone after {gone[-1]:.1f} s, again after {again[-1:]}")
@@ -128,7 +128,7 @@ def hung_rank(scale: Scale) -> Outcome:
             if kind == "stopped":
                 ranks[culprit].signal(signal.SIGSTOP)
             began = time.monotonic()
-            code = ranks[1 - culprit].wait(60)
+            code = ranks[1 - culprit].wait(scale.limit(60))
             took.append(time.monotonic() - began)
             said = "".join(child.output() for child in ranks)
         finally:
@@ -139,7 +139,7 @@ def hung_rank(scale: Scale) -> Outcome:
         why = "no longer answers" if kind == "stopped" else "keeps them waiting"
         named = f"; rank {culprit} (step " in reason and why in reason and reason in said
         kept = not checkpoint.latest(out)[1] and checkpoint.steps(out) != []
-        in_time = took[-1] < _TIMEOUT + 5
+        in_time = took[-1] < scale.limit(_TIMEOUT + 5)
         # The rank that sees the sleeper end by itself first may leave with an error of its connection.
         ended = told.get("code") == EXIT_STALLED and code != 0
         what = f"{kind} rank {culprit}: {name_of(code)} after {took[-1]:.1f} s, {told}, said {said[-400:]!r}"

@@ -33,6 +33,10 @@ class Scale:
     def of(self, full: int, quick: int) -> int:
         return quick if self.quick else full
 
+    def limit(self, seconds: float) -> float:
+        """A promise in seconds on an idle machine. The quick form, beside other work, only stops a hang with it."""
+        return 20 * seconds if self.quick else seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

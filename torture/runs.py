@@ -238,7 +238,7 @@ def lost_workers(scale: Scale) -> Outcome:
     """A loader process killed, crashed or stopped: the run ends, names process and ROIs, and leaves nobody behind."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     took = []
-    endless = ("data.workers=2", "data.timeout=3")
+    endless = ("data.workers=2", "data.timeout=6")
     pretraining = partial(toy.arguments, workplace), toy.command, (*endless, "optim.steps=1000"), "ROIs ["
     finetuning = partial(toy.finetuning_arguments, workplace), toy.finetuning_command, endless, "images synthetic"
     kinds = [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP]
@@ -250,13 +250,14 @@ def lost_workers(scale: Scale) -> Outcome:
             workers = children_of(child.pid)
             os.kill(scale.rng.choice(workers), kind)
             began = time.monotonic()
-            code = child.wait(60)
+            code = child.wait(scale.limit(60))
             took.append(time.monotonic() - began)
             said = child.output()
         told = code == 2 and "loader process" in said and items in said and "Traceback" not in said
         left = [pid for pid in workers if is_alive(pid)]
         tally.add(
-            told and not left and took[-1] < 30, f"{kind.name}, {items}: {code}, left {left}, said {said[-600:]!r}"
+            told and not left and took[-1] < scale.limit(30),
+            f"{kind.name}, {items}: {code}, left {left}, said {said[-600:]!r}",
         )
     return tally.outcome(f"ended after {max(took):.1f} s at the latest")
 

@@ -18,7 +18,7 @@ _MARK = "MUSE_FAST_JOB"  # in the environment of a job's processes, which whoeve
 
 
 class Job(subprocess.Popen[bytes]):
-    """The launcher of ``python -m muse_fast.pretrain``; all that is left of the job is killed at the end.
+    """The launcher of ``python -m torture.paced``; all that is left of the job is killed at the end.
 
     Args:
         argv: of the command.
@@ -31,7 +31,7 @@ class Job(subprocess.Popen[bytes]):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
         with open(log, "ab") as file:
             super().__init__(
-                [*launcher, "-m", "muse_fast.pretrain", *argv],
+                [*launcher, "-m", "torture.paced", *argv],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", _MARK: self._name},
@@ -50,7 +50,7 @@ class Job(subprocess.Popen[bytes]):
         """The steps that were told, of all starts."""
         return [int(step) for step in re.findall(r"^step (\d+)/", self.output(), re.MULTILINE)]
 
-    def wait_for_steps(self, count: int, seconds: float = 120) -> float:
+    def wait_for_steps(self, count: int, seconds: float = 600) -> float:
         """Until so many steps were told, of all starts; returns the seconds that took."""
         took = wait_until(lambda: len(self.steps()) >= count or self.poll() is not None, seconds, f"{count} steps")
         assert len(self.steps()) >= count, f"ended with {self.poll()}: {self.output()[-2000:]}"

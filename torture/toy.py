@@ -86,7 +86,7 @@ def last_step(out: Path) -> int:
 
 def wait_for_step(out: Path, step: int, child: Child) -> None:
     """Until the row of a step is there."""
-    wait_until(lambda: last_step(out) >= step or child.poll() is not None, 120, f"step {step} was not logged")
+    wait_until(lambda: last_step(out) >= step or child.poll() is not None, 600, f"step {step} was not logged")
     if last_step(out) < step:
         raise AssertionError(f"ended before step {step}: {child.output()[-500:]}")
 

@@ -220,15 +220,13 @@ class LfovDataset(Dataset["LfovBatch | UserError"]):
         flip, turns = (bool(rng.integers(2)), int(rng.integers(4))) if self.turns else (False, 0)
         colour = draw_colour(rng, "local", self.colours)
 
-        xy = source.xy - np.array([left, top], np.float32)
-        shown = ((xy >= 0) & (xy < self.size)).all(axis=1)
         plain = _turn(cut_square(source.image, left, top, self.size, self.surroundings), flip, turns)
-        box = ViewBox(left, top, self.size, self.size, flip, turns)
+        xy, shown = ViewBox(left, top, self.size, self.size, flip, turns).nuclei(source.xy)
         return LfovSample(
             plain=plain,
             image=apply_colour(plain, colour),
             places=_turn(self._places(source.region, left, top), flip, turns),
-            xy=box.map_points(source.xy[shown]),
+            xy=xy,
             label=source.label[shown],
         )
 

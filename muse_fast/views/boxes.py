@@ -46,10 +46,16 @@ class ViewBox:
         return out.astype(np.float32)
 
     def nuclei(self, xy: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """The ROI's nuclei that lie in the view: view pixels ``[m, 2]`` and their indices ``[m]``, ascending."""
-        mapped = self.map_points(xy)
-        index = np.flatnonzero(((mapped >= 0) & (mapped < self.size)).all(axis=1))
-        return mapped[index], index.astype(np.int32)
+        """The ROI's nuclei that lie in the view: view pixels ``[m, 2]`` and their indices ``[m]``, ascending.
+
+        The box decides, with its left and top border and without the others, before flip and turns: whether a nucleus
+        is in a view does not depend on them. A position that a flip or rounding puts on the far border of the view,
+        which is outside, moves to the last float32 before it; ROI sets do the same.
+        """
+        offset = xy.astype(np.float64) - (self.x, self.y)
+        index = np.flatnonzero(((offset >= 0) & (offset < self.side)).all(axis=1))
+        last = np.nextafter(np.float32(self.size), np.float32(0))
+        return np.minimum(self.map_points(xy[index]), last), index.astype(np.int32)
 
     def render(self, image: Tensor) -> Tensor:
         """Pixels of the view, uint8 ``[3, size, size]``, from those of the ROI, uint8 ``[3, H, W]``.

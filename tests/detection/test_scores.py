@@ -105,7 +105,7 @@ def test_each_image_has_its_own_scale() -> None:
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings.default.max_examples // 10)
 @given(seed=st.integers(0, 2**16))
 def test_what_must_not_matter_does_not(name: str, seed: int) -> None:
     predictions, truths = images(seed)

@@ -48,13 +48,12 @@ masks = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 -
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(masks)
 def test_tracing_and_filling_gives_the_mask(mask: np.ndarray) -> None:
     np.testing.assert_array_equal(fill(trace(mask), mask.shape), mask)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings.default.max_examples // 10)
 @given(masks.filter(np.any), st.floats(2.0, 160.0))
 def test_a_written_mask_is_read_back(tmp_path_factory: pytest.TempPathFactory, mask: np.ndarray, step: float) -> None:
     path = tmp_path_factory.getbasetemp() / "tissue.geojson"

@@ -70,7 +70,7 @@ def run(
     settings = torch.tensor([num_rois, num_globals, blocks, threads, capacity])
     for name, tensor in (("settings", settings), ("index", index), ("offsets", offsets)):
         (folder / name).write_bytes(tensor.numpy().tobytes())
-    subprocess.run([program, folder], check=True, timeout=120)
+    subprocess.run([program, folder], check=True, timeout=600)
     return [torch.from_numpy(np.fromfile(folder / name, np.int64)) for name in ("teacher", "student", "count")]
 
 

@@ -192,12 +192,12 @@ def test_a_run_killed_three_times_ends_as_an_unbroken_one(
     cohort: Path, tmp_path: Path, unbroken: dict[str, bytes]
 ) -> None:
     """kill -9 at random moments; finished slides are not done again, and no process is left over."""
-    rng, out, done = random.Random(time.time_ns()), tmp_path / "set", {}
+    rng, out, done = random.Random(0), tmp_path / "set", {}
     parts = tmp_path / "set.parts"
     for round_ in range(3):
         command = [sys.executable, "-m", "muse_fast.prepare", *arguments(cohort, out, "workers=2", "max_rois=150")]
         run = subprocess.Popen(command, start_new_session=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while len(states(parts)) <= round_ and time.monotonic() < deadline:
             assert run.poll() is None
             time.sleep(0.01)
@@ -220,7 +220,7 @@ def test_a_run_killed_three_times_ends_as_an_unbroken_one(
 
 def _wait_until_gone(session: int) -> None:
     """Until no process of the killed run is left."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while any(_session(path) == session for path in Path("/proc").glob("[0-9]*")):
         assert time.monotonic() < deadline
         time.sleep(0.05)

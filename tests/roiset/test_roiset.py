@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -363,7 +363,6 @@ def test_a_point_that_rounds_onto_the_border_stays_inside(tmp_path: Path) -> Non
     assert records["xy"][0, 0] == np.nextafter(np.float32(20), np.float32(0))
 
 
-@settings(max_examples=300, deadline=None)
 @given(arrays(np.float64, st.tuples(st.integers(0, 5), st.just(2)), elements=st.floats(-3, 23) | st.floats()))
 def test_points_pass_if_and_only_if_all_are_inside(points: np.ndarray) -> None:
     inside = [0 <= x < 20 and 0 <= y < 10 for x, y in points]

@@ -52,7 +52,7 @@ class Ranks:
 
 def _join(store: str, rank: int, size: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
 
 
 def _run(task: bytes) -> Any:

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,18 +46,20 @@ def test_tensorboard_holds_the_same_values(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 2.5)]
 
 
-def test_stopwatch_tells_waiting_from_working() -> None:
-    def slow_data() -> object:
+def test_stopwatch_tells_waiting_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def slow_data() -> Iterator[None]:
         for _ in range(3):
-            time.sleep(0.03)
+            now[0] += 0.03
             yield None
 
     watch = Stopwatch()
-    for _ in watch.timed(slow_data()):  # type: ignore[arg-type]
-        time.sleep(0.03)
+    for _ in watch.timed(slow_data()):
+        now[0] += 0.09
     reading = watch.read(rois_per_step=8)
-    assert 0.3 < reading["data_wait"] < 0.7
-    assert 24 / 1.0 < reading["rois_per_second"] <= 24 / 0.18
+    assert reading == pytest.approx({"data_wait": 0.25, "rois_per_second": 24 / 0.36})
     assert watch.read(8)["rois_per_second"] == 0
 
 
