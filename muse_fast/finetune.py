@@ -27,7 +27,7 @@ from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import Detector, DetectorSettings, load_detector
 from muse_fast.detection.finetuner import Finetuner
 from muse_fast.detection.memory import situation
-from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names, describe, read_splits
+from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names, describe, read_labelled
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import Points, Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
@@ -111,7 +111,7 @@ def finetune(
         raise UserError("fine-tuning runs in one process; start it without torchrun")
     device = pick_device(config.train.device, "train.device")
     source = open_source(data, **(options or {}))
-    splits = read_splits(source, (config.data.train, config.data.val), config.data.mpp, config.data.sample_size)
+    splits = read_labelled(source, (config.data.train, config.data.val), config.data.mpp, config.data.sample_size)
     train, val = splits[config.data.train], splits[config.data.val]
     names = class_names(source)
 

@@ -19,7 +19,7 @@ from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime.cli import run
 from muse_fast.runtime.options import key_values
 from muse_fast.runtime.progress_bar import ticked
-from muse_fast.sources import Source, open_source, source_kinds
+from muse_fast.sources import Source, source_kinds
 from muse_fast.sources.prepared import Prepared
 from muse_fast.sources.wsi import Slides
 
@@ -78,7 +78,7 @@ def prepare(args: argparse.Namespace) -> int:
         UserError: the source cannot be used, holds no ROI, or the set exists; nothing half-written remains.
     """
     options = key_values(args.options)
-    source = open_source(args.source, **options)
+    source = audit.open_without(args.source, options)
     told = ", ".join(f"{key}={value}" for key, value in options.items()) or "default settings"
     print(f"prepare {args.source} -> {args.out}  ({told})", flush=True)
     options.pop("workers", None)  # the set is the same with any number

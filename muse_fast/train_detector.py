@@ -29,11 +29,11 @@ from muse_fast.finders.network import MULTIPLE, NucleusNet
 from muse_fast.runtime import atomic
 from muse_fast.runtime.cli import run
 from muse_fast.runtime.options import MAX_SEED, Config, known_keys, load_settings, setting
-from muse_fast.sources import Source, open_source
+from muse_fast.sources import open_source
+from muse_fast.sources.base import SPLITS, read_splits
 from muse_fast.training.report import MetricsLog
 from muse_fast.training.schedules import warmup_cosine
 
-SPLITS = ("train", "val", "test")
 WEIGHTS = "detector.safetensors"
 PROTOCOL = "max-matching"  # of muse_fast.detection.protocols: 3 um, as many pairs as possible
 DRAWS = 2000
@@ -206,7 +206,7 @@ def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
     """
     if (out / "summary.json").exists():
         raise UserError(f"{out} holds a finished run; remove it or choose another --out")
-    images = read_splits(open_source(data), data)
+    images = read_splits(open_source(data), SPLITS, lambda item: Labelled(item.image, item.mpp, item.xy))
     counts = {split: (len(found), sum(len(item.xy) for item in found)) for split, found in images.items()}
     told = ", ".join(f"{split} {n} images with {nuclei} nuclei" for split, (n, nuclei) in counts.items())
     print(f"train_detector {data} -> {out}\n{told}\n{options}", flush=True)
@@ -245,22 +245,6 @@ def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
     _print_rows(rows)
     print(f"trained in {seconds['wall']} s, {seconds['cpu']} s of CPU time; {out / WEIGHTS}, {out / 'summary.json'}")
     return 0
-
-
-def read_splits(source: Source, name: str) -> dict[str, list[Labelled]]:
-    """The images of every split; two or three hundred fields of BRCA-M2C's size take a few hundred MB.
-
-    Raises:
-        UserError: a split has no nuclei.
-    """
-    images: dict[str, list[Labelled]] = {split: [] for split in SPLITS}
-    for item in source:
-        if item.split in images:
-            images[item.split].append(Labelled(item.image, item.mpp, item.xy))
-    for split, found in images.items():
-        if not any(len(item.xy) for item in found):
-            raise UserError(f"{name}: no nuclei in split {split}; training needs {', '.join(SPLITS)}")
-    return images
 
 
 def _row(name: str, finder: NucleusFinder, images: Mapping[str, Sequence[Labelled]]) -> dict[str, Any]:

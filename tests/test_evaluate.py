@@ -148,7 +148,7 @@ def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
         (("knn", "--mpp", "-1"), r"--mpp -1.0: expected um per pixel above 0"),
         (("knn", "--weights", "nowhere"), r"nowhere"),
         (("knn", "--weights", "random:vit_tiny", "timm:resnet10t@x.pth"), r"no such file x\.pth; expected the weights"),
-        (("knn", "source.mpp=0.5"), r"brcam2c: no option 'mpp'"),
+        (("knn", "source.mpp=0.5"), r"brcam2c: no setting 'mpp'"),
     ],
 )
 def test_mistakes_are_named(few: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -186,7 +186,7 @@ def test_the_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "muse_fast.evaluate", "knn", "--weights", "random:vit_tiny", "--data", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: 'nothing' is no source")
+    assert done.stderr.startswith("error: 'nothing' is not a source")
     assert "Traceback" not in done.stderr
 
 

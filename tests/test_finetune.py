@@ -15,7 +15,7 @@ import torch
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import load_detector
 from muse_fast.detection.finetuner import Finetuner, assign, proposal_places
-from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, read_splits
+from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, read_labelled
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import evaluate
 from muse_fast.evaluate import main as evaluate_main
@@ -216,7 +216,7 @@ def tuner_and_batch(*overrides: str, size: int = 96) -> tuple[Finetuner, LfovBat
     config = load_settings(
         FinetuneConfig, None, ["data.sample_size=64", "train.precision=fp32", "optim.batch_size=2", *overrides]
     )
-    images = read_splits(open_source("synthetic:4", size=size), ("train",), config.data.mpp)["train"]
+    images = read_labelled(open_source("synthetic:4", size=size), ("train",), config.data.mpp)["train"]
     detector = new_detector(config, CLASSES, "random:vit_tiny", None, None)
     tuner = Finetuner(config, detector, torch.device("cpu"), len(images))
     data = config.data
@@ -288,7 +288,7 @@ def test_images_without_nuclei_train_too() -> None:
 @pytest.mark.slow
 def test_a_small_set_is_learnt() -> None:
     tuner, _ = tuner_and_batch("optim.lr=1e-3", "optim.epochs=30", "data.sample_size=96", size=192)
-    images = read_splits(open_source("synthetic:4", size=192), ("train",), 0.5)["train"][:2]
+    images = read_labelled(open_source("synthetic:4", size=192), ("train",), 0.5)["train"][:2]
     colours = tuner.config.data.colours()
     dataset = LfovDataset(images, size=96, surroundings="reflect", turns=False, colours=colours, seed=0)
 

@@ -182,7 +182,7 @@ def test_slides_and_groups_are_balanced(tmp_path: Path) -> None:
     assert main([f"wsi:{folder}", str(tmp_path / "out"), *options, "max_rois=41"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rois"] == 40 and summary["rois_per_group"] == {"A": 20, "B": 20}
-    assert list(summary["excluded"].values()) == [f"patient TCGA-AA-0002 stands in {tmp_path / 'tested.txt'}"]
+    assert list(summary["excluded"].values()) == [f"patient TCGA-AA-0002 is also in {tmp_path / 'tested.txt'}"]
     rows = {row["slide"]: row for row in report(tmp_path / "out")}
     assert [rows[name]["status"] for name in names] == ["used", "excluded", "used", "used"]
     assert int(rows[names[0]]["rois"]) + int(rows[names[2]]["rois"]) == 20
@@ -214,7 +214,7 @@ def test_parts_of_other_settings_are_kept(tmp_path: Path, capsys: pytest.Capture
     [
         (["synthetic:2", "OUT", "sise=64"], "did you mean 'size'"),
         (["synthetic:2", "OUT", "size"], "'size': expected key=value"),
-        (["nothing:2", "OUT"], "'nothing:2' is no source"),
+        (["nothing:2", "OUT"], "'nothing:2' is not a source"),
         (["wsi:absent.svs", "OUT"], "absent.svs: no such file or folder"),
     ],
 )

@@ -142,11 +142,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--data", "synthetic:2"], "no nuclei in split val"),
+        (["--data", "synthetic:2"], "no image in the split 'val'"),
         (["--data", "synthetic:7", "crop=100"], "crop=100: expected a multiple of 16"),
         (["--data", "synthetic:7", "stepps=100"], "did you mean 'steps'"),
         (["--data", "synthetic:7", "precision=fp16"], "expected bf16 or fp32"),
-        (["--data", "brcam2c:nowhere"], "is no folder"),
+        (["--data", "brcam2c:nowhere"], "is not a folder"),
         (["--data", "synthetic:7", "lr=1e30", "steps=20", "crop=32", "precision=fp32"], "the loss is"),
     ],
 )

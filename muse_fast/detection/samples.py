@@ -7,7 +7,6 @@ of the source's context image, where it has one; beyond it stand mirrored tissue
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
 from muse_fast.images.squares import cut_square, inside
 from muse_fast.sources import Source, SourceImage
-from muse_fast.sources.base import Context, Field
+from muse_fast.sources.base import Context, Field, read_splits
 from muse_fast.views.boxes import ViewBox
 from muse_fast.views.colours import apply_colour, draw_colour
 from muse_fast.views.loader import Sample
@@ -111,33 +110,12 @@ def _with_context(
     return whole, (left, top)
 
 
-def read_splits(
+def read_labelled(
     source: Source, splits: Sequence[str], mpp: float, sample_size: int = 0
 ) -> dict[str, list[LabelledImage]]:
-    """The images of each of ``splits`` at ``mpp``, held in memory; "" stands for all images.
-
-    Args:
-        sample_size: of the samples that will be drawn; context images are read for it.
-
-    Raises:
-        UserError: a split has no image, or no nucleus; or what `labelled_image` raises.
-    """
-    found: dict[str, list[LabelledImage]] = {split: [] for split in splits}
-    seen: Counter[str] = Counter()
-    for item in source:
-        seen[item.split] += 1
-        wanted = [split for split in splits if split in ("", item.split)]
-        if wanted:
-            image = labelled_image(item, mpp, len(class_names(source)), sample_size)
-            for split in wanted:
-                found[split].append(image)
-    held = ", ".join(f"{count} in {split or 'no split'}" for split, count in sorted(seen.items()))
-    for split, images in found.items():
-        if not images:
-            raise UserError(f"no image in the split {split!r}; the source holds {held or 'no image at all'}")
-        if not any(len(image.xy) for image in images):
-            raise UserError(f"the {len(images)} images of the split {split!r} hold no nucleus")
-    return found
+    """The images of each of ``splits`` as `labelled_image` makes them; see `read_splits`."""
+    classes = len(class_names(source))
+    return read_splits(source, splits, lambda image: labelled_image(image, mpp, classes, sample_size))
 
 
 class LfovSample(NamedTuple):

@@ -13,7 +13,7 @@ from muse_fast.errors import require
 from muse_fast.preparing.parts import Part
 from muse_fast.roiset.roiset import Roi
 from muse_fast.sources.cut import priorities
-from muse_fast.sources.wsi import Sampling
+from muse_fast.sources.wsi import Slides
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Chosen:
         yield from (self.part.rois[i] for i in self.ids)
 
 
-def choose(parts: Sequence[Part], sampling: Sampling) -> list[Chosen]:
+def choose(parts: Sequence[Part], options: Slides.Options) -> list[Chosen]:
     """Draw at random, the same number of each group, from all ROIs of all parts.
 
     Each ROI has a number that depends on the seed, its slide and its place alone; a group's lowest are taken. So the
@@ -41,12 +41,12 @@ def choose(parts: Sequence[Part], sampling: Sampling) -> list[Chosen]:
     Raises:
         UserError: ``max_rois`` is less than the number of groups.
     """
-    numbers = [priorities(sampling.seed, part.file.name, part.rois.origin) for part in parts]
+    numbers = [priorities(options.seed, part.file.name, part.rois.origin) for part in parts]
     in_group: dict[str, list[int]] = defaultdict(list)
     for i, part in enumerate(parts):
         if len(part.rois):
             in_group[part.file.group].append(i)
-    limit = _per_group(sampling, len(in_group))
+    limit = _per_group(options, len(in_group))
     taken: dict[int, NDArray[np.bool_]] = {i: np.ones(len(part.rois), bool) for i, part in enumerate(parts)}
     for members in in_group.values():
         together = np.concatenate([numbers[i] for i in members])
@@ -58,12 +58,12 @@ def choose(parts: Sequence[Part], sampling: Sampling) -> list[Chosen]:
     return [Chosen(part, _in_place_order(part, taken[i])) for i, part in enumerate(parts)]
 
 
-def _per_group(sampling: Sampling, groups: int) -> int | None:
+def _per_group(options: Slides.Options, groups: int) -> int | None:
     """The most ROIs of one group; None: all."""
-    limits = [] if sampling.per_group is None else [sampling.per_group]
-    if sampling.max_rois is not None:
-        share = sampling.max_rois // max(1, groups)
-        require(share > 0, "max_rois", sampling.max_rois, f"one at least for each of the {groups} groups")
+    limits = [] if options.per_group is None else [options.per_group]
+    if options.max_rois is not None:
+        share = options.max_rois // max(1, groups)
+        require(share > 0, "max_rois", options.max_rois, f"one at least for each of the {groups} groups")
         limits.append(share)
     return min(limits, default=None)
 

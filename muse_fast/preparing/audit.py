@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from muse_fast.errors import UserError
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime.cli import run
-from muse_fast.sources import open_source
+from muse_fast.sources import Source, open_source
 from muse_fast.sources.names import Names
+from muse_fast.sources.wsi import Slides
 
 EXIT_SHARED = 1
 
@@ -38,6 +39,21 @@ def read_names(side: str) -> Names:
     if not slides:
         raise UserError(f"{side} names no slide")
     return Names.of(slides)
+
+
+def open_without(spec: str, values: Mapping[str, str]) -> Source:
+    """A source by its options, where ``exclude=SET[,SET ...]`` among them leaves out slides of ``wsi:``: those that
+    share a slide or a patient with one of the sets.
+
+    Raises:
+        UserError: what `open_source` and `read_names` raise; ``exclude`` is given with another source.
+    """
+    source = open_source(spec, **{key: value for key, value in values.items() if key != "exclude"})
+    if "exclude" in values:
+        if not isinstance(source, Slides):
+            raise UserError(f"{spec}: exclude={values['exclude']} is for slides (wsi:PATH)")
+        source.exclude({side: read_names(side) for side in values["exclude"].split(",") if side})
+    return source
 
 
 def _of_source(spec: str, split: str) -> list[str]:

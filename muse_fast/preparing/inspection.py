@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError, require
+from muse_fast.preparing.audit import open_without
 from muse_fast.preparing.build import Sample
 from muse_fast.preparing.pictures import roi_sheet
 from muse_fast.preparing.plausible import ScaleCheck
@@ -22,7 +23,7 @@ from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.cli import EXIT_USER_ERROR, run
 from muse_fast.runtime.options import key_values
 from muse_fast.runtime.progress_bar import ticked
-from muse_fast.sources import Dataset, SourceImage, open_source, source_kinds
+from muse_fast.sources import Dataset, SourceImage, source_kinds
 from muse_fast.sources.names import patient
 
 _OVERLAYS = 4
@@ -60,12 +61,12 @@ def inspect(target: str, options: dict[str, str], out: Path | None = None, image
     kind, _, rest = target.partition(":")
     folder = Path(rest) if kind in source_kinds() and rest else Path(target)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
+        raise UserError(f"{folder} is not a folder")
     if folder == Path(target):
         kind = recognise(folder)
     spec, source_type = f"{kind}:{folder}", source_kinds()[kind]
     print(f"{folder} is laid out as {kind}: {source_type.title}")
-    source = open_source(spec, **options)
+    source = open_without(spec, options)
     command = shlex.join(["python", "-m", "muse_fast.prepare", spec, f"runs/{folder.resolve().name}"])
     command += "".join(f" {shlex.quote(f'{key}={value}')}" for key, value in options.items())
     if not isinstance(source, Dataset):

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class Parts:
     def __init__(self, folder: Path, settings: CutSettings, quality: int) -> None:
         self.folder, self.settings, self.quality = folder, settings, quality
         self.rois_written = 0  # by this process, for its progress; several threads count, so it may miss some
-        made_with = json.loads(json.dumps({"program": __version__, "quality": quality, **asdict(settings)}))
+        cut_settings = {one.name: getattr(settings, one.name) for one in fields(CutSettings)}
+        made_with = {"program": __version__, "quality": quality, **cut_settings}
         path = folder / "settings.json"
         if not path.is_file():
             atomic.write_json(path, made_with)

@@ -48,7 +48,7 @@ def prepare_slides(
     _print_left_out(source)
     if share is None and not files:
         raise UserError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
-    parts = Parts(parts_folder(out), source.settings, quality)
+    parts = Parts(parts_folder(out), source.options, quality)
     with Ticker(len(files), "slides") as ticker:
         make_parts(files, parts, source.workers, lambda file: _watch(ticker, parts, file))
     if share is not None:
@@ -110,7 +110,7 @@ def _assemble(
 ) -> dict[str, Any]:
     """Write the set from the parts; returns its summary."""
     source.refused |= {part.file.path: part.skipped for part in parts if part.skipped}
-    chosen = choose(parts, source.sampling)
+    chosen = choose(parts, source.options)
     left_out = [Row(path, path.stem, "skipped", reason) for path, reason in source.refused.items()]
     left_out += [Row(path, path.stem, "excluded", reason) for path, reason in source.excluded.items()]
     used = [row_of(slide) for slide in chosen if not slide.part.skipped]

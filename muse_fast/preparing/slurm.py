@@ -69,7 +69,7 @@ def submit(options: argparse.Namespace, source: Slides) -> int:
     logs = options.out.absolute().with_name(f"{options.out.name}.slurm")
     with cluster.submitting():
         executor = cluster.executor(logs, options.local, _MAX_TIMEOUTS)
-        Parts(parts_folder(options.out), source.settings, options.quality)  # refuses what the tasks would refuse
+        Parts(parts_folder(options.out), source.options, options.quality)  # refuses what the tasks would refuse
         common = {"name": options.out.name, "timeout_min": options.time, "stderr_to_stdout": True}
         slurm = {} if options.local else cluster.slurm_parameters(options, options.cpus_per_task)
         executor.update_parameters(**common, **slurm)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from muse_fast.errors import UserError, did_you_mean
+from muse_fast.runtime.options import load_settings
 from muse_fast.sources.base import Dataset, Source, SourceImage
 
 __all__ = ["Dataset", "Source", "SourceImage", "open_source", "source_kinds"]
 
 
 def source_kinds() -> dict[str, type[Source]]:
-    """The sources by their kind; the more a layout asks for, the earlier it stands."""
+    """The sources by their kind, those whose layouts ask for more before those that ask for less."""
     from muse_fast.sources.beside import Points, QuPath
     from muse_fast.sources.brcam2c import BrcaM2C
     from muse_fast.sources.cellvit import CellViT
@@ -35,7 +36,7 @@ def source_kinds() -> dict[str, type[Source]]:
 
 
 def open_source(spec: str, **options: Any) -> Source:
-    """Open ``KIND:TARGET``; options may be text (``"0.5"``) or values.
+    """Open ``KIND:TARGET`` with options of its class's ``Options``, as text (``"0.5"``) or values.
 
     Raises:
         UserError: unknown kind or option (with the nearest known name), or the target cannot be read.
@@ -44,23 +45,6 @@ def open_source(spec: str, **options: Any) -> Source:
     kind, _, target = spec.partition(":")
     if kind not in kinds or not target:
         hint = did_you_mean(kind, kinds) if kind not in kinds else ""
-        raise UserError(f"{spec!r} is no source, expected KIND:TARGET with KIND one of {', '.join(kinds)}{hint}")
+        raise UserError(f"{spec!r} is not a source, expected KIND:TARGET with KIND one of {', '.join(kinds)}{hint}")
     source = kinds[kind]
-    return source(target, **{name: _parse_option(source, name, value) for name, value in options.items()})  # type: ignore[call-arg]
-
-
-def _parse_option(source: type[Source], name: str, value: Any) -> Any:
-    if name not in source.options:
-        known = ", ".join(source.options) or "none"
-        raise UserError(f"{source.kind}: no option {name!r} among {known}{did_you_mean(name, source.options)}")
-    kind, low, high = source.options[name]
-    if kind is str:
-        return str(value)
-    try:
-        number = kind(str(value))
-    except ValueError:
-        number = None
-    if number is None or not low <= number <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{source.kind}: {name}={value}, expected {what} from {low} to {high}")
-    return number
+    return source(target, load_settings(source.Options, items=options, prefix=f"{kind}: "))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.errors import UserError, did_you_mean
+from muse_fast.errors import UserError
 from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
+from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.slide import Slide
+from muse_fast.runtime.options import Config, setting
 
 SPLITS = ("train", "val", "test")
 Field: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
@@ -82,16 +84,26 @@ class SourceImage:
 
 
 class Source(ABC):
-    """An iterable of ``SourceImage``. Sources that know their length before the work have ``len()``."""
+    """An iterable of ``SourceImage``. Sources that know their length beforehand have ``len()``.
+
+    A source's own ``Options`` is all that an option needs: ``key=value``, its check and its messages follow from it.
+    """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Config):
+        """None, unless the source has its own."""
 
     kind: ClassVar[str]
     title: ClassVar[str] = ""  # what a person calls it
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {}  # name: type, lowest, highest
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = ()  # each: patterns that all match something in such a folder
     label_names: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
-        self.dropped: Counter[str] = Counter()  # what was left out so far, by reason
+    def __init__(self, target: str, options: Options) -> None:
+        """
+        Args:
+            target: what follows ``KIND:``, mostly a folder.
+        """
+        self.dropped: Counter[str] = Counter()  # what was skipped so far, by reason
 
     @abstractmethod
     def __iter__(self) -> Iterator[SourceImage]: ...
@@ -129,11 +141,11 @@ class Dataset(Source):
 
     entries: list[Entry]
 
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        self.folder = Path(folder)
+    def __init__(self, target: str, options: Source.Options) -> None:
+        super().__init__(target, options)
+        self.folder = Path(target)
         if not self.folder.is_dir():
-            raise UserError(f"{folder} is no folder; expected {self.title}")
+            raise UserError(f"{target} is not a folder; expected {self.title}")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -195,6 +207,40 @@ class Dataset(Source):
         return Nuclei(xy[inside], None if label is None else label[inside], None if score is None else score[inside])
 
 
+class _HasNuclei(Protocol):
+    @property
+    def xy(self) -> Sized: ...
+
+
+_Image = TypeVar("_Image", bound=_HasNuclei)
+
+
+def read_splits(
+    source: Source, splits: Sequence[str], make: Callable[[SourceImage], _Image]
+) -> dict[str, list[_Image]]:
+    """What ``make`` makes of the images of each of ``splits``, held in memory; "" stands for all images.
+
+    Raises:
+        UserError: a split has no image, or no nucleus; or what ``make`` raises.
+    """
+    found: dict[str, list[_Image]] = {split: [] for split in splits}
+    seen: Counter[str] = Counter()
+    for item in source:
+        seen[item.split] += 1
+        wanted = [split for split in splits if split in ("", item.split)]
+        if wanted:
+            image = make(item)
+            for split in wanted:
+                found[split].append(image)
+    held = ", ".join(f"{count} in {split or 'no split'}" for split, count in sorted(seen.items()))
+    for split, images in found.items():
+        if not images:
+            raise UserError(f"no image in the split {split!r}; the source has {held or 'no image at all'}")
+        if not any(len(image.xy) for image in images):
+            raise UserError(f"the {len(images)} images of the split {split!r} contain no nucleus")
+    return found
+
+
 def list_images(folder: Path) -> list[Path]:
     """Image files of a folder by name, without the hidden ones that a Mac's zip brings along.
 
@@ -235,15 +281,10 @@ def need_file(path: Path, hint: str) -> Path:
     return path
 
 
-def one_of(kind: str, option: str, value: str, allowed: Collection[str]) -> str:
-    """``value``, if it is allowed.
-
-    Raises:
-        UserError: it is not; names the nearest that is.
-    """
-    if value not in allowed:
-        raise UserError(f"{kind}: {option}={value}, expected {', '.join(allowed)}{did_you_mean(value, allowed)}")
-    return value
+def mpp_setting(default: float | None = None) -> Any:
+    """The field ``mpp`` of a source's options, um per pixel."""
+    low, high = MPP_RANGE
+    return setting(default, ge=low, le=high)
 
 
 def split_names(kind: str, text: str, parts: Sequence[str]) -> dict[str, str]:

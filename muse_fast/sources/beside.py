@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,25 +12,31 @@ import numpy as np
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
 from muse_fast.images.geojson import GeoPoints, read_geojson_points
-from muse_fast.images.mpp import MPP_RANGE, read_mpp_table
+from muse_fast.images.mpp import read_mpp_table
 from muse_fast.images.points_csv import read_points
-from muse_fast.sources.base import Dataset, Entry, Nuclei, list_images, one_of
+from muse_fast.runtime.options import setting
+from muse_fast.sources.base import Dataset, Entry, Nuclei, list_images, mpp_setting
 
 
 class Beside(Dataset):
     """What such folders share.
 
-    The um per pixel comes from ``mpp.csv`` (``image,mpp[,slide][,split]``), else from the option ``mpp``. The option
-    ``labels`` names the classes, for example ``labels=lymphocyte,tumour,stromal``.
+    The um per pixel comes from ``mpp.csv`` (``image,mpp[,slide][,split]``), else from the option ``mpp``.
     """
 
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {"mpp": (float, *MPP_RANGE), "labels": (str, 0, 0)}
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Dataset.Options):
+        mpp: float | None = mpp_setting()
+        """Um per pixel of the images without a row in ``mpp.csv``."""
+        labels: str = ""
+        """The names of the classes, for example ``lymphocyte,tumour,stromal``."""
+
     suffixes: ClassVar[tuple[str, ...]]  # of the file beside an image
     EMPTY: ClassVar[str]  # what that file holds for an image without nuclei
 
-    def __init__(self, folder: str, mpp: float | None = None, labels: str = "") -> None:
-        super().__init__(folder)
-        self.label_names = tuple(filter(None, labels.split(",")))
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        self.label_names = tuple(filter(None, options.labels.split(",")))
         table = read_mpp_table(self.folder)
         images = list_images(self.folder)
         stems = Counter(path.stem for path in images)
@@ -39,7 +46,7 @@ class Beside(Dataset):
                 file = path.stem + self.suffixes[0]
                 raise UserError(f"{path}: another image has the same stem, so {file} could belong to either")
             beside, row = self._beside(path), table.get(path.name)
-            known = row.mpp if row else mpp
+            known = row.mpp if row else options.mpp
             if known is None:
                 raise UserError(
                     f"{path}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv (image,mpp)"
@@ -55,7 +62,7 @@ class Beside(Dataset):
                 f"{path}: {path.stem}{self.suffixes[0]} is missing; an image without nuclei needs {self.EMPTY}"
             )
         if len(found) > 1:
-            raise UserError(f"{path}: both {found[0].name} and {found[1].name} are there; keep one")
+            raise UserError(f"{path}: both {found[0].name} and {found[1].name} exist; keep one")
         return found[0]
 
 
@@ -76,9 +83,13 @@ class QuPath(Beside):
     """Images with QuPath's export each: ``STEM.geojson`` or ``STEM.geojson.gz``, points or outlines in image pixels.
 
     Detections are the nuclei; where a file has none, annotations are. Classes are those of ``labels``, or else all
-    that the files name, by alphabet. The option ``multi=each`` takes every part of a MultiPolygon for a nucleus, as
-    CellViT writes them, and not all parts for one.
+    that the files name, in alphabetical order.
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Beside.Options):
+        multi: str = setting("one", choices=("one", "each"))
+        """``one``: a MultiPolygon is one nucleus; ``each``: every part of it is one, as CellViT writes them."""
 
     kind = "qupath"
     title = "a folder of images with QuPath's GeoJSON each"
@@ -87,12 +98,11 @@ class QuPath(Beside):
     )
     suffixes = GEOJSON_SUFFIXES
     EMPTY = "an empty FeatureCollection"
-    options: ClassVar[dict[str, tuple[type, float, float]]] = Beside.options | {"multi": (str, 0, 0)}
     MAX_AREA_UM2 = 2000.0  # a disc of 50 um; no nucleus is that large, outlines of tissue are
 
-    def __init__(self, folder: str, mpp: float | None = None, labels: str = "", multi: str = "one") -> None:
-        super().__init__(folder, mpp, labels)
-        self._multi = one_of(self.kind, "multi", multi, ("one", "each"))
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        self._multi = options.multi
         if not self.label_names:
             named = (set(self._points(entry).label) for entry in self.entries)
             self.label_names = tuple(sorted(set().union(*named) - {""}))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -18,23 +18,25 @@ class BrcaM2C(Dataset):
 
     An image is called ``{slide}_{x}_{y}_{w}_{h}_{4 * mpp of the slide}.png`` with x, y, w, h in level-0 pixels; its
     labels are rows ``y x class``. The images were resampled to 0.5 um per pixel whatever the slide had.
-
-    Options:
-        slides: folder with slides of TCGA, which hold the tissue around the images; those that are not there have none.
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Dataset.Options):
+        slides: str = ""
+        """Folder with slides of TCGA, which hold the tissue around the images; an image whose slide is missing there
+        has no context."""
 
     kind = "brcam2c"
     title = "BRCA-M2C"
     layouts = (("images/*.png", "labels/*_gt_class_coords.txt", *(f"brca_ds_{split}.txt" for split in SPLITS)),)
     label_names = ("lymphocyte", "tumour", "stromal")
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {"slides": (str, 0, 0)}
     MPP = 0.5
     _NAME = re.compile(r"(?P<slide>[^_]+)_(?P<x>\d+)_(?P<y>\d+)_(?P<width>\d+)_(?P<height>\d+)_[\d.]+\.png")
 
-    def __init__(self, folder: str, slides: str = "") -> None:
-        super().__init__(folder)
-        # A slide's file is called as the slide, a dot, and more.
-        self._slides = {path.name.split(".")[0]: path for path in find_slides(Path(slides))} if slides else {}
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        slides = find_slides(Path(options.slides)) if options.slides else []
+        self._slides = {path.name.split(".")[0]: path for path in slides}  # the file is SLIDE.UUID.svs
         self.entries = [self._entry(name, split) for name, split in self._split_of().items()]
 
     def _split_of(self) -> dict[str, str]:
@@ -44,7 +46,7 @@ class BrcaM2C(Dataset):
             need_file(listing, "expected the folder of BRCA-M2C with images/ and labels/")
             for row, name in enumerate(listing.read_text("utf-8-sig", "replace").split(), start=1):
                 if name in split_of:
-                    raise UserError(f"{listing}, row {row}: {name} stands in the split {split_of[name]} too")
+                    raise UserError(f"{listing}, row {row}: {name} is also listed in the split {split_of[name]}")
                 split_of[name] = split
         return split_of
 

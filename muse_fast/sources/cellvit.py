@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from muse_fast.errors import UserError, did_you_mean
-from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.points_csv import read_bare_points
-from muse_fast.sources.base import Dataset, Entry, Nuclei, need_file, pair_files
+from muse_fast.runtime.options import setting
+from muse_fast.sources.base import Dataset, Entry, Nuclei, mpp_setting, need_file, pair_files
 
 
 class CellViT(Dataset):
@@ -17,11 +17,14 @@ class CellViT(Dataset):
 
     ``label_map.yaml`` names the labels. ``splits/fold_K/{train,val}.csv`` list stems of the train images, one a line;
     without them all are train.
-
-    Options:
-        mpp: um per pixel; needed, as the layout does not tell.
-        fold: K (default 0).
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Dataset.Options):
+        mpp: float | None = mpp_setting()
+        """Um per pixel; required, because the layout does not state it."""
+        fold: int = setting(0, ge=0, le=999)
+        """K of ``splits/fold_K``."""
 
     kind = "cellvit"
     title = "a folder in CellViT++'s layout with train/, test/ and label_map.yaml"
@@ -30,22 +33,21 @@ class CellViT(Dataset):
         for part in ("train", "test")
         for suffix in ("png", "jpg")
     )
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {"mpp": (float, *MPP_RANGE), "fold": (int, 0, 999)}
 
-    def __init__(self, folder: str, mpp: float | None = None, fold: int = 0) -> None:
-        super().__init__(folder)
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
         self.label_names = self._read_label_map(need_file(self.folder / "label_map.yaml", f"expected {self.title}"))
-        if mpp is None:
-            raise UserError(f"{self.folder}: the layout does not tell um per pixel; give mpp=NUMBER")
+        if options.mpp is None:
+            raise UserError(f"{self.folder}: the layout does not state um per pixel; give mpp=NUMBER")
         self.entries = []
         for part in ("train", "test"):
             if not (self.folder / part).is_dir():
                 continue
             pairs = pair_files(self.folder / part / "images", self.folder / part / "labels", ".csv")
-            split_of = self._read_fold(fold, {path.stem for path, _ in pairs}) if part == "train" else {}
+            split_of = self._read_fold(options.fold, {path.stem for path, _ in pairs}) if part == "train" else {}
             for path, labels in pairs:
                 split = split_of.get(path.stem, "") if split_of else part
-                self.entries.append(Entry(path.name, path.stem, split, path, labels, mpp))
+                self.entries.append(Entry(path.name, path.stem, split, path, labels, options.mpp))
         if not self.entries:
             raise UserError(f"{self.folder} has neither train/ nor test/; expected {self.title}")
 
@@ -55,7 +57,7 @@ class CellViT(Dataset):
         try:
             content = OmegaConf.to_container(OmegaConf.load(path))
         except Exception as error:  # what PyYAML and OmegaConf raise has no base in common
-            raise UserError(f"{path}: no readable YAML ({error})") from error
+            raise UserError(f"{path}: not readable as YAML ({error})") from error
         if isinstance(content, Mapping) and isinstance(content.get("labels"), Mapping):
             content = content["labels"]
         names = {str(key): str(name) for key, name in content.items()} if isinstance(content, Mapping) else {}
@@ -80,7 +82,7 @@ class CellViT(Dataset):
                 if stem not in stems:
                     raise UserError(f"{path}, row {row}: train/images has no {stem!r}{did_you_mean(stem, stems)}")
                 if stem in split_of:
-                    raise UserError(f"{path}, row {row}: {stem} stands in the split {split_of[stem]} already")
+                    raise UserError(f"{path}, row {row}: {stem} is already listed in the split {split_of[stem]}")
                 split_of[stem] = split
         return split_of
 

@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, instance_types, integer_map, read_mat
-from muse_fast.images.mpp import MPP_RANGE
-from muse_fast.sources.base import Dataset, Entry, Nuclei, one_of, pair_files
+from muse_fast.runtime.options import setting
+from muse_fast.sources.base import Dataset, Entry, Nuclei, mpp_setting, pair_files
 
 _MAX_ID = 2**31 - 1
 
 
 class CoNSeP(Dataset):
-    """CoNSeP: 27 + 14 colon tiles of 1000 px at 40x with instance maps in MATLAB files.
+    """CoNSeP: 27 + 14 colon tiles of 1000 px at 40x with instance maps in MATLAB files."""
 
-    Options:
-        merge: ``yes`` (default) merges healthy with malignant epithelium (types 3, 4) and fibroblasts, muscle and
-            endothelium (5, 6, 7), as HoVer-Net's evaluation does; ``no`` keeps the seven types.
-        val: so many images of Train, spread evenly over it, become the split val (default 0: there is none).
-        mpp: um per pixel, 0.25 by default: the nominal one of 40x.
-    """
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Dataset.Options):
+        merge: str = setting("yes", choices=("yes", "no"))
+        """``yes`` merges healthy with malignant epithelium (types 3, 4) and fibroblasts, muscle and endothelium (5, 6,
+        7), as HoVer-Net's evaluation does; ``no`` keeps the seven types."""
+        val: int = setting(0, ge=0, le=26)
+        """Number of images of Train, spread evenly over it, that become the split val."""
+        mpp: float = mpp_setting(0.25)
+        """Um per pixel; the nominal value of 40x."""
 
     kind = "consep"
     title = "the folder of CoNSeP with Train/ and Test/"
     layouts = tuple((f"{part}/Images/*.png", f"{part}/Labels/*.mat") for part in ("Train", "Test"))
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {
-        "merge": (str, 0, 0),
-        "val": (int, 0, 26),
-        "mpp": (float, *MPP_RANGE),
-    }
     TYPES = (
         "other", "inflammatory", "healthy_epithelial", "malignant_epithelial", "fibroblast", "muscle", "endothelial",
     )  # fmt: skip
     MERGED = ("other", "inflammatory", "epithelial", "spindle")
     _MERGE = np.array([-1, 0, 1, 2, 2, 3, 3, 3], np.int16)  # by type; a nucleus without one is unknown
 
-    def __init__(self, folder: str, merge: str = "yes", val: int = 0, mpp: float = 0.25) -> None:
-        super().__init__(folder)
-        merged = one_of(self.kind, "merge", merge, ("yes", "no")) == "yes"
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        merged = options.merge == "yes"
         self.label_names = self.MERGED if merged else self.TYPES
         self._label_of = self._MERGE if merged else np.arange(-1, len(self.TYPES), dtype=np.int16)
         self.entries = []
         for part, split in (("Train", "train"), ("Test", "test")):
             if (self.folder / part).is_dir():
                 for path, labels in pair_files(self.folder / part / "Images", self.folder / part / "Labels", ".mat"):
-                    self.entries.append(Entry(path.stem, path.stem, split, path, labels, mpp))
+                    self.entries.append(Entry(path.stem, path.stem, split, path, labels, options.mpp))
         if not self.entries:
             raise UserError(f"{self.folder} has neither Train/ nor Test/; expected {self.title}")
-        self._set_aside(val)
+        self._set_aside(options.val)
 
     def _set_aside(self, count: int) -> None:
         train = [i for i, entry in enumerate(self.entries) if entry.split == "train"]

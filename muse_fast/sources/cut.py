@@ -24,24 +24,39 @@ from muse_fast.images.nuclei_files import Nuclei, read_nuclei
 from muse_fast.images.slide import Slide
 from muse_fast.images.tissue import MASK_UM, read_tissue, tissue_mask
 from muse_fast.roiset.records import encode_jpeg
+from muse_fast.runtime.options import setting
+from muse_fast.sources.base import Source
 
 THUMBNAIL_SIDE = 1024
 _HANDLES = 8  # open slides per process; several slides are under way at a time
 
 
-@dataclass(frozen=True, slots=True)
-class CutSettings:
-    """What decides the ROIs of a slide; the options of ``wsi:`` of these names."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutSettings(Source.Options):
+    """The options of ``wsi:`` that decide the ROIs of a slide."""
 
-    roi_um: float = 512.0
-    min_tissue: float = 0.5
-    min_nuclei: int = 20
-    threshold: float | None = None  # of the detector; None: its own
-    per_slide: int | None = None
-    seed: int = 0
-    max_unreadable: int = 20
-    label_names: tuple[str, ...] = ()
+    roi_um: float = setting(512.0, ge=16, le=4096)
+    """Side of a ROI in um."""
+    min_tissue: float = setting(0.5, ge=0, le=1)
+    """Lowest share of tissue in a ROI."""
+    min_nuclei: int = setting(20, ge=0, le=1_000_000)
+    """Fewest nuclei of a ROI."""
+    labels: str = ""
+    """The names of the classes of the user's nuclei, separated by commas."""
     detector: str = "default"
+    """Of nuclei: ``default``, ``classical``, ``resnet18`` or a .safetensors file."""
+    threshold: float | None = setting(None, ge=0, le=1)
+    """Of the detector, in place of its own."""
+    per_slide: int | None = setting(None, ge=1, le=1_000_000)
+    """Most ROIs of a slide, drawn at random."""
+    seed: int = setting(0, ge=0, le=2**31)
+    """Of the draws of ``per_slide``, ``per_group`` and ``max_rois``."""
+    max_unreadable: int = setting(20, ge=0, le=1_000_000)
+    """ROIs of a slide that cannot be read; with more, the slide is skipped."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.labels.split(",")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.image_files import read_image
-from muse_fast.images.mpp import MPP_RANGE, read_mpp_table
-from muse_fast.sources.base import Source, SourceImage, list_images
+from muse_fast.images.mpp import read_mpp_table
+from muse_fast.runtime.options import setting
+from muse_fast.sources.base import Source, SourceImage, list_images, mpp_setting
 
 
 class Images(Source):
@@ -19,38 +20,36 @@ class Images(Source):
     The um per pixel comes from ``mpp.csv`` of the folder (``image,mpp[,slide][,split]``), else from the option ``mpp``.
     """
 
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Source.Options):
+        mpp: float | None = mpp_setting()
+        """Um per pixel of the images without a row in ``mpp.csv``."""
+        min_nuclei: int = setting(20, ge=0, le=1_000_000)
+        """An image with fewer nuclei is skipped."""
+        detector: str = "default"
+        """``default``, ``classical``, ``resnet18`` or a .safetensors file."""
+        threshold: float | None = setting(None, ge=0, le=1)
+        """Of the detector, in place of its own."""
+
     kind = "images"
     title = "a folder of plain images, whose nuclei are detected"
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {
-        "mpp": (float, *MPP_RANGE),
-        "min_nuclei": (int, 0, 1_000_000),
-        "detector": (str, 0, 0),  # default, classical, resnet18 or a .safetensors file
-        "threshold": (float, 0, 1),  # of the detector, in place of its own
-    }
 
-    def __init__(
-        self,
-        folders: str,
-        mpp: float | None = None,
-        min_nuclei: int = 20,
-        detector: str = "default",
-        threshold: float | None = None,
-    ) -> None:
-        super().__init__()
-        self._detect, self._threshold, self._min_nuclei = load_finder(detector), threshold, min_nuclei
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        self._detect, self._options = load_finder(options.detector), options
         self._images: dict[str, tuple[Path, float, str, str]] = {}  # by stem: file, um/px, slide, split
-        for folder in folders.split(","):
-            self._add(Path(folder), mpp)
+        for folder in target.split(","):
+            self._add(Path(folder))
 
-    def _add(self, folder: Path, mpp: float | None) -> None:
+    def _add(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder; expected images:DIR or images:DIR,DIR")
+            raise UserError(f"{folder} is not a folder; expected images:DIR or images:DIR,DIR")
         table = read_mpp_table(folder)
         for path in list_images(folder):
             if path.stem in self._images:
                 raise UserError(f"{path}: {self._images[path.stem][0]} has the same stem, which names the ROI")
             row = table.get(path.name)
-            known = row.mpp if row else mpp
+            known = row.mpp if row else self._options.mpp
             if known is None:
                 raise UserError(
                     f"{path}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv beside it (image,mpp)"
@@ -68,10 +67,10 @@ class Images(Source):
         for path, mpp, slide, split in self._images.values():
             image = read_image(path)
             try:
-                xy, score = self._detect(image, mpp, threshold=self._threshold)
+                xy, score = self._detect(image, mpp, threshold=self._options.threshold)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
-            if len(xy) < self._min_nuclei:
+            if len(xy) < self._options.min_nuclei:
                 self.dropped["too few nuclei"] += 1
                 continue
             yield SourceImage(path.name, slide, split, image, mpp, xy, None, score)

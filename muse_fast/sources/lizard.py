@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, integer_map, read_mat
-from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.tables import read_rows
-from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, split_names
+from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, mpp_setting, split_names
 
 _MAX_ID = 2**31 - 1
 
@@ -19,23 +18,25 @@ _MAX_ID = 2**31 - 1
 class Lizard(Dataset):
     """Lizard: colon tiles at 20x with instance maps in MATLAB files.
 
-    The PNGs, the ``.mat`` of the same stem and ``info.csv`` (``Filename,Source,Split``) are found wherever they stand
+    The PNGs, the ``.mat`` of the same stem and ``info.csv`` (``Filename,Source,Split``) are found wherever they lie
     below the folder, as the zip files nest them in several ways.
-
-    Options:
-        splits: the names of the splits 1, 2 and 3 of ``info.csv``, ``train,val,test`` by default.
-        mpp: um per pixel, 0.5 by default: the nominal one of 20x.
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Dataset.Options):
+        splits: str = ",".join(SPLITS)
+        """The names of the splits 1, 2 and 3 of ``info.csv``."""
+        mpp: float = mpp_setting(0.5)
+        """Um per pixel; the nominal value of 20x."""
 
     kind = "lizard"
     title = "the folder of Lizard with PNGs, .mat files and info.csv"
     layouts = (("**/*.png", "**/*.mat", "**/info.csv"),)
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {"splits": (str, 0, 0), "mpp": (float, *MPP_RANGE)}
     label_names = ("neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective")
 
-    def __init__(self, folder: str, splits: str = ",".join(SPLITS), mpp: float = 0.5) -> None:
-        super().__init__(folder)
-        names = split_names(self.kind, splits, ("1", "2", "3"))
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        names = split_names(self.kind, options.splits, ("1", "2", "3"))
         images, labels = self._by_stem("png"), self._by_stem("mat")
         infos = self._by_stem("csv")
         if "info" not in infos:
@@ -45,7 +46,9 @@ class Lizard(Dataset):
             for what, found in (("a PNG", images), ("a .mat file", labels), (f"a row of {infos['info']}", split_of)):
                 if stem not in found:
                     raise UserError(f"{self.folder}: {stem} lacks {what}; was every zip file unpacked here?")
-        self.entries = [Entry(stem, stem, split_of[stem], images[stem], labels[stem], mpp) for stem in sorted(images)]
+        self.entries = [
+            Entry(stem, stem, split_of[stem], images[stem], labels[stem], options.mpp) for stem in sorted(images)
+        ]
 
     def _by_stem(self, suffix: str) -> dict[str, Path]:
         found: dict[str, Path] = {}

@@ -5,29 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import read_image
-from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.tables import read_rows
 from muse_fast.roiset.records import check_image
-from muse_fast.sources.base import Dataset, Entry, Nuclei, need_file
+from muse_fast.sources.base import Dataset, Entry, Nuclei, mpp_setting, need_file
 
 
 class Muse(Dataset):
     """MUSE's own pretraining samples: ``samples/*.h5`` of 2048 px at 0.25 um per pixel, listed by ``metadata.csv``.
 
     A sample holds ``patch``, pixels ``[H, W, 3]`` uint8 or the bytes of a JPEG, and ``cell``, ``[n, 2]`` x, y.
-
-    Options:
-        mpp: um per pixel, 0.25 by default. The authors' builder assumes 0.25 for a slide whose header does not tell;
-            where that was wrong, say so here.
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Dataset.Options):
+        mpp: float = mpp_setting(0.25)
+        """Um per pixel. The authors' builder assumes 0.25 for a slide whose header does not state it; where that was
+        wrong, give the true one."""
 
     kind = "muse"
     title = "a folder of MUSE samples with samples/ and metadata.csv"
@@ -35,13 +37,12 @@ class Muse(Dataset):
         ("metadata.csv", "samples/*.h5"),
         ("mpp_*-size_*.npy",),  # their evaluation cache, to say why it is refused
     )
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {"mpp": (float, *MPP_RANGE)}
     COLUMNS = ("sample_name", "wsi_name", "patch_id", "n_cell")
     CACHE = re.compile(r"mpp_[\d.]+-size_\d+.*\.npy")
 
-    def __init__(self, folder: str, mpp: float = 0.25) -> None:
-        self._refuse_cache(Path(folder))
-        super().__init__(folder)
+    def __init__(self, target: str, options: Options) -> None:
+        self._refuse_cache(Path(target))
+        super().__init__(target, options)
         self._metadata = need_file(self.folder / "metadata.csv", f"expected {self.title}")
         self.entries, self._num_cells = [], []
         names = set()
@@ -52,7 +53,7 @@ class Muse(Dataset):
                 raise UserError(f"{self._metadata}, row {row}: {name} {problem}")
             names.add(name)
             path = self.folder / "samples" / f"{name}.h5"
-            self.entries.append(Entry(name, values["wsi_name"], "", path, path, mpp, row=len(self.entries)))
+            self.entries.append(Entry(name, values["wsi_name"], "", path, path, options.mpp, row=len(self.entries)))
             self._num_cells.append(int(values["n_cell"]))
         found = {path.stem for path in (self.folder / "samples").glob("*.h5")}
         if lost := sorted(names - found):
@@ -79,7 +80,7 @@ class Muse(Dataset):
             with h5py.File(path, "r") as file:
                 yield file
         except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(f"{path}: no readable sample ({error}); expected 'patch' and 'cell'") from error
+            raise UserError(f"{path}: not a readable sample ({error}); expected 'patch' and 'cell'") from error
 
     def _pixels(self, entry: Entry) -> NDArray[np.uint8]:
         with self._open(entry.image) as file:

@@ -15,9 +15,9 @@ from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need
 class Ocelot(Dataset):
     """OCELOT 1.0.1: the cell patches, 1024 px at about 0.2 um per pixel from six organs of TCGA.
 
-    ``metadata.json`` tells slide, place and um per pixel of each; labels are rows ``x,y,label`` without a header in a
+    ``metadata.json`` states slide, place and um per pixel of each; labels are rows ``x,y,label`` without a header in a
     CSV that is empty where there is no cell. The tissue patch around a cell patch is its context, where it was
-    unpacked: it has about a quarter of the pixels per um. Splits that were not unpacked are left out.
+    unpacked: it has about a quarter of the pixels per um. Splits that were not unpacked are skipped.
     """
 
     kind = "ocelot"
@@ -25,13 +25,13 @@ class Ocelot(Dataset):
     layouts = (("metadata.json", "images/*/cell/*.jpg", "annotations/*/cell/*.csv"),)
     label_names = ("background_cell", "tumour_cell")
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
+    def __init__(self, target: str, options: Dataset.Options) -> None:
+        super().__init__(target, options)
         self._metadata = need_file(self.folder / "metadata.json", f"expected {self.title}")
         try:
             content = json.loads(self._metadata.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._metadata}: no readable JSON ({error})") from error
+            raise UserError(f"{self._metadata}: not readable as JSON ({error})") from error
         pairs = self._value(content, "sample_pairs", dict)
         here = [split for split in SPLITS if (self.folder / "images" / split / "cell").is_dir()]
         if not here:
@@ -88,7 +88,7 @@ class Ocelot(Dataset):
         return Context(path, ((left - x0) * across, (top - y0) * down, (right - x0) * across, (bottom - y0) * down))
 
     def _value(self, content: Any, *path: Any) -> Any:
-        """What stands at ``key, type, key, type, ...`` of nested mappings."""
+        """The value at ``key, type, key, type, ...`` of nested mappings."""
         walked = []
         for key, kind in zip(path[::2], path[1::2], strict=True):
             walked.append(key)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, instance_types, integer_map
-from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.plain_npy import map_npy, read_npy_mapping
-from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, pair_files, split_names
+from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, mpp_setting, pair_files, split_names
 
 _MAX_ID = 2**31 - 1
 
@@ -24,11 +24,14 @@ class PanNuke(Dataset):
     Three layouts are read: the zip files as unpacked (``Fold 1/images/fold1/images.npy`` and
     ``Fold 1/masks/fold1/masks.npy``), flat folds (``fold0/images.npy``, ``fold0/masks.npy``), and CellViT's conversion
     (``fold0/images/0_17.png``, ``fold0/labels/0_17.npy``). The arrays are mapped, never read whole.
-
-    Options:
-        splits: one split for each fold that is there, in their order; ``train,val,test`` by default.
-        mpp: um per pixel, 0.25 by default: the nominal one.
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Dataset.Options):
+        splits: str = ",".join(SPLITS)
+        """One split for each fold that is there, in their order."""
+        mpp: float = mpp_setting(0.25)
+        """Um per pixel; the nominal value."""
 
     kind = "pannuke"
     title = "the folder of PanNuke with its folds"
@@ -37,18 +40,17 @@ class PanNuke(Dataset):
         ("fold*/images.npy", "fold*/masks.npy"),
         ("fold*/images/*.png", "fold*/labels/*.npy"),
     )
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {"splits": (str, 0, 0), "mpp": (float, *MPP_RANGE)}
     label_names = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
 
-    def __init__(self, folder: str, splits: str = ",".join(SPLITS), mpp: float = 0.25) -> None:
-        super().__init__(folder)
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
         self._maps: dict[Path, NDArray[Any]] = {}
         folds = self._folds()
-        split_of = split_names(self.kind, splits, tuple(folds))
+        split_of = split_names(self.kind, options.splits, tuple(folds))
         self.entries = []
         for name, (images, labels) in folds.items():
             listed = self._stacked if images.suffix == ".npy" else self._single
-            self.entries += listed(name, images, labels, split_of[name], mpp)
+            self.entries += listed(name, images, labels, split_of[name], options.mpp)
 
     def _mapped(self, path: Path) -> NDArray[Any]:
         if path not in self._maps:
@@ -56,15 +58,15 @@ class PanNuke(Dataset):
         return self._maps[path]
 
     def _folds(self) -> dict[str, tuple[Path, Path]]:
-        """Images and labels of every fold by its name, of the first layout of which there is something."""
+        """Images and labels of every fold by its name, of the first layout that matches anything."""
         for layout in self.layouts:
             images, labels = (self._by_fold(pattern) for pattern in layout)
             for fold in images.keys() ^ labels.keys():
                 there, pattern = (images, layout[1]) if fold in images else (labels, layout[0])
-                raise UserError(f"{there[fold]} is there, but of {fold} there is no {pattern}")
+                raise UserError(f"{there[fold]} exists, but {fold} has no {pattern}")
             if images:
                 return {fold: (images[fold], labels[fold]) for fold in sorted(images)}
-        raise UserError(f"{self.folder} holds no fold of PanNuke: none of {', '.join(one[0] for one in self.layouts)}")
+        raise UserError(f"{self.folder} has no fold of PanNuke: none of {', '.join(one[0] for one in self.layouts)}")
 
     def _by_fold(self, pattern: str) -> dict[str, Path]:
         """The stacked array, or the folder of single files, of every fold."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -17,19 +16,20 @@ class Prepared(Source):
     """The ROIs of one ROI set after the other, with all that is known of them.
 
     The classes are those of all sets, by name. Slides of one name in several sets are one slide.
-
-    Options:
-        split: of the ROIs that have none.
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Source.Options):
+        split: str = ""
+        """The split of the ROIs that have none."""
 
     kind = "roiset"
     title = "a ROI set, or several"
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {"split": (str, 0, 0)}
 
-    def __init__(self, folders: str, split: str = "") -> None:
-        super().__init__()
-        self._sets = [RoiSet(Path(folder)) for folder in folders.split(",")]
-        self._split = split
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        self._sets = [RoiSet(Path(folder)) for folder in target.split(",")]
+        self._split = options.split
         self.label_names = tuple(dict.fromkeys(name for each in self._sets for name in each.label_names))
 
     def __len__(self) -> int:

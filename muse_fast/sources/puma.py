@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +12,9 @@ import numpy as np
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.geojson import centroid_and_area, read_shapes
 from muse_fast.images.image_files import IMAGE_SUFFIXES, image_size
-from muse_fast.images.mpp import MPP_RANGE, tiff_mpp
-from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, one_of, pair_files
+from muse_fast.images.mpp import tiff_mpp
+from muse_fast.runtime.options import setting
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, mpp_setting, pair_files
 
 IMAGES, LABELS = "01_training_dataset_tif_ROIs", "01_training_dataset_geojson_nuclei"
 CONTEXTS = "01_training_dataset_tif_context_ROIs"
@@ -25,47 +27,45 @@ CLASSES = (
 class Puma(Dataset):
     """PUMA (Zenodo, version 5): melanoma ROIs of 1024 px with outlines of ten classes of nuclei.
 
-    Options:
-        mpp: um per pixel; needed where the TIFFs do not tell, for no header or page states the scanner's for certain.
-        coarse: ``muse`` (default) has three classes as the paper's code makes them: tumour, lymphocytes alone as TILs,
-            and all others, plasma cells too; ``til`` counts plasma cells among the TILs; ``none`` keeps all ten.
-        centre: ``area`` (default) is the centroid by area moments, as in the paper's code; ``vertices`` the mean of
-            the outline's vertices, as in the challenge's evaluation.
-
     A ROI's context image, five times as long a side around the same middle, is used where it was unpacked. Splits come
-    from ``split/{train,val,test}.json`` of the paper's code, where they are there.
+    from ``split/{train,val,test}.json`` of the paper's code, if present.
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(Dataset.Options):
+        mpp: float | None = mpp_setting()
+        """Um per pixel; required where the TIFFs do not state it, because no page states the scanner's reliably."""
+        coarse: str = setting("muse", choices=("muse", "til", "none"))
+        """``muse``: three classes as in the paper's code, tumour, lymphocytes alone as TILs, and all others, plasma
+        cells too; ``til`` counts plasma cells among the TILs; ``none`` keeps all ten classes."""
+        centre: str = setting("area", choices=("area", "vertices"))
+        """``area``: the centroid by area moments, as in the paper's code; ``vertices``: the mean of the outline's
+        vertices, as in the challenge's evaluation."""
 
     kind = "puma"
     title = f"the folder of PUMA with {IMAGES}/ and {LABELS}/"
     layouts = ((f"{IMAGES}/*.tif", f"{LABELS}/*_nuclei.geojson"),)
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {
-        "mpp": (float, *MPP_RANGE),
-        "coarse": (str, 0, 0),
-        "centre": (str, 0, 0),
-    }
     TILS: ClassVar[dict[str, tuple[str, ...]]] = {"muse": ("lymphocyte",), "til": ("lymphocyte", "plasma_cell")}
 
-    def __init__(self, folder: str, mpp: float | None = None, coarse: str = "muse", centre: str = "area") -> None:
-        super().__init__(folder)
-        one_of(self.kind, "coarse", coarse, (*self.TILS, "none"))
-        self._by_vertices = one_of(self.kind, "centre", centre, ("area", "vertices")) == "vertices"
-        if coarse == "none":
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        self._by_vertices = options.centre == "vertices"
+        if options.coarse == "none":
             self.label_names, groups = CLASSES, list(range(len(CLASSES)))
         else:
             self.label_names = ("tumor", "tils", "other")
-            groups = [0 if name == "tumor" else 1 if name in self.TILS[coarse] else 2 for name in CLASSES]
+            groups = [0 if name == "tumor" else 1 if name in self.TILS[options.coarse] else 2 for name in CLASSES]
         self._label_of = {f"nuclei_{name}": group for name, group in zip(CLASSES, groups, strict=True)}
         pairs = pair_files(self.folder / IMAGES, self.folder / LABELS, "_nuclei.geojson")
         split_of = self._split_of({path.stem for path, _ in pairs})
-        self.entries = [self._entry(path, labels, split_of.get(path.stem, ""), mpp) for path, labels in pairs]
+        self.entries = [self._entry(path, labels, split_of.get(path.stem, ""), options.mpp) for path, labels in pairs]
 
     def _entry(self, path: Path, labels: Path, split: str, mpp: float | None) -> Entry:
         mpp = tiff_mpp(path) if mpp is None else mpp
         if mpp is None:
             raise UserError(
-                f"{path}: the TIFF does not tell um per pixel, and PUMA's pages do not for certain; give mpp=NUMBER "
-                "(a scan at 40x has 0.22 to 0.25)"
+                f"{path}: the TIFF does not state um per pixel, and PUMA's pages do not state it reliably; give "
+                "mpp=NUMBER (a scan at 40x has 0.22 to 0.25)"
             )
         return Entry(path.stem, path.stem, split, path, labels, mpp, context=self._context(path))
 
@@ -95,7 +95,7 @@ class Puma(Dataset):
                 if stem not in stems:
                     raise UserError(f"{path}: there is no {stem}.tif in {IMAGES}{did_you_mean(stem, stems)}")
                 if stem in split_of:
-                    raise UserError(f"{path}: {stem} stands in the split {split_of[stem]} too")
+                    raise UserError(f"{path}: {stem} is also listed in the split {split_of[stem]}")
                 split_of[stem] = split
         return split_of
 

@@ -7,19 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from muse_fast.errors import UserError, require
 from muse_fast.finders.learned import load_finder
-from muse_fast.images.mpp import MPP_RANGE, MppRow, read_mpp_file
+from muse_fast.images.mpp import MppRow, read_mpp_file
 from muse_fast.images.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
 from muse_fast.images.slide import SUFFIXES, Slide, find_slides
 from muse_fast.images.tables import read_groups
 from muse_fast.images.tissue import SUFFIXES as TISSUE_SUFFIXES
-from muse_fast.preparing.audit import read_names
 from muse_fast.roiset.records import MAX_SIDE
-from muse_fast.sources.base import Source, SourceImage
+from muse_fast.runtime.options import setting
+from muse_fast.sources.base import Source, SourceImage, mpp_setting
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, close_slides, survey
+from muse_fast.sources.names import Names
 
 _T = TypeVar("_T")
 _PROBES = 8  # slides opened at a time to look at their headers
@@ -32,15 +33,6 @@ def usable_cpus() -> int:
     return int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How many ROIs of all slides together: at most ``per_group`` of each group and ``max_rois`` shared out evenly."""
-
-    per_group: int | None
-    max_rois: int | None
-    seed: int
-
-
 class Slides(Source):
     """``wsi:PATH``: a slide, or the slides of a folder and the folders within, cut into squares of tissue with nuclei.
 
@@ -49,78 +41,52 @@ class Slides(Source):
 
     Attributes:
         found: number of slides at ``PATH``.
-        files: those that are not left out before any is opened.
-        refused: why a slide is left out, by its file; complete once ``usable`` has been called.
-        excluded: the same for those that share a slide or patient with ``exclude``.
+        files: those that are left before any is opened.
+        refused: why a slide is skipped, by its file; complete once ``usable`` has been called.
+        excluded: the same for those that ``exclude`` left out.
     """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Options(CutSettings):
+        mpp: float | None = mpp_setting()
+        """Um per pixel of the slides without a row in ``mpp.csv``."""
+        mpp_csv: str = ""
+        """In place of the ``mpp.csv`` beside the slides."""
+        tissue: str = ""
+        """Folder of masks (PNG) or outlines (GeoJSON), named as the slides."""
+        nuclei: str = ""
+        """Folder of CSV, GeoJSON or HDF5, named as the slides; without it nuclei are detected."""
+        groups: str = ""
+        """CSV ``slide,group``."""
+        per_group: int | None = setting(None, ge=1, le=10**9)
+        """Most ROIs of a group, drawn at random."""
+        max_rois: int | None = setting(None, ge=1, le=10**9)
+        """Most ROIs in all, the same number of each group."""
+        workers: int | None = setting(None, ge=0, le=1024)
+        """Processes; the ROIs are the same with any number."""
 
     kind = "wsi"
     title = "whole slides"
     layouts = tuple((f"*{suffix}",) for suffix in SUFFIXES)
-    options: ClassVar[dict[str, tuple[type, float, float]]] = {
-        "mpp": (float, *MPP_RANGE),
-        "mpp_csv": (str, 0, 0),
-        "roi_um": (float, 16, 4096),  # side of a ROI in um
-        "tissue": (str, 0, 0),  # folder of masks (PNG) or outlines (GeoJSON), named as the slides
-        "min_tissue": (float, 0, 1),  # lowest share of tissue in a ROI
-        "nuclei": (str, 0, 0),  # folder of CSV, GeoJSON or HDF5, named as the slides; else they are detected
-        "labels": (str, 0, 0),  # names of the classes of the user's nuclei
-        "detector": (str, 0, 0),  # of nuclei: default, classical, resnet18 or a .safetensors file
-        "threshold": (float, 0, 1),  # of the detector, in place of its own
-        "min_nuclei": (int, 0, 1_000_000),
-        "max_unreadable": (int, 0, 1_000_000),  # ROIs of a slide; with more, the slide is left out
-        "per_slide": (int, 1, 1_000_000),  # most ROIs of a slide, drawn at random
-        "groups": (str, 0, 0),  # CSV slide,group
-        "per_group": (int, 1, 10**9),  # most ROIs of a group, drawn at random
-        "max_rois": (int, 1, 10**9),  # most ROIs in all, the same number of each group
-        "seed": (int, 0, 2**31),
-        "exclude": (str, 0, 0),  # sources, ROI sets or lists of names whose slides and patients are left out
-        "workers": (int, 0, 1024),  # processes; the ROIs are the same with any number
-    }
 
-    def __init__(
-        self,
-        path: str,
-        mpp: float | None = None,
-        mpp_csv: str = "",
-        roi_um: float = 512.0,
-        tissue: str = "",
-        min_tissue: float = 0.5,
-        nuclei: str = "",
-        labels: str = "",
-        detector: str = "default",
-        threshold: float | None = None,
-        min_nuclei: int = 20,
-        max_unreadable: int = 20,
-        per_slide: int | None = None,
-        groups: str = "",
-        per_group: int | None = None,
-        max_rois: int | None = None,
-        seed: int = 0,
-        exclude: str = "",
-        workers: int | None = None,
-    ) -> None:
-        super().__init__()
-        require(bool(groups) or per_group is None, "per_group", per_group, "groups=FILE beside it, a CSV slide,group")
-        self.label_names = tuple(filter(None, labels.split(",")))
-        self.workers = usable_cpus() if workers is None else workers
-        self.settings = CutSettings(
-            roi_um, min_tissue, min_nuclei, threshold, per_slide, seed, max_unreadable, self.label_names, detector
-        )
-        load_finder(detector)  # a mistake in it is told before hours of work
-        self.sampling = Sampling(per_group, max_rois, seed)
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(target, options)
+        given = bool(options.groups) or options.per_group is None
+        require(given, "per_group", options.per_group, "groups=FILE beside it, a CSV slide,group")
+        load_finder(options.detector)  # fail now, not after hours of work
+        self.options, self.label_names = options, options.label_names
+        self.workers = usable_cpus() if options.workers is None else options.workers
         self.refused: dict[Path, str] = {}
         self.excluded: dict[Path, str] = {}
-        root, paths = Path(path), find_slides(Path(path))
+        root, paths = Path(target), find_slides(Path(target))
         self.found = len(paths)
-        self._mpp, self._root = mpp, root if root.is_dir() else root.parent
-        self._table = self._mpp_table(mpp_csv)
-        self._groups = (groups, read_groups(Path(groups)) if groups else {})
-        self._not_with = {side: read_names(side) for side in exclude.split(",") if side}
-        self._tissue, self._nuclei = (_folder(name, text) for name, text in (("tissue", tissue), ("nuclei", nuclei)))
+        self._root = root if root.is_dir() else root.parent
+        self._table = self._mpp_table(options.mpp_csv)
+        self._groups = read_groups(Path(options.groups)) if options.groups else {}
+        self._tissue, self._nuclei = _folder("tissue", options.tissue), _folder("nuclei", options.nuclei)
         self.files = self._described(paths)
         if self._tissue and all(file.tissue is None for file in self.files):
-            raise UserError(f"tissue={tissue}: nothing in it has the name of a slide ({', '.join(TISSUE_SUFFIXES)})")
+            raise UserError(f"tissue={options.tissue}: no file is named as a slide ({', '.join(TISSUE_SUFFIXES)})")
 
     def _mpp_table(self, given: str) -> dict[str, MppRow]:
         beside = self._root / "mpp.csv"
@@ -134,16 +100,11 @@ class Slides(Source):
                 self.refused[path] = f"{files[path.stem].path} has the same name; slides need names of their own"
                 continue
             try:
-                file = self._describe(path)
+                files[path.stem] = self._describe(path)
             except UserError as error:
                 self.refused[path] = str(error)
-                continue
-            if reason := self._shared(file):
-                self.excluded[path] = reason
-            else:
-                files[path.stem] = file
         if not files:
-            raise UserError(f"no slide can be used\n{listed(self.refused | self.excluded)}")
+            raise UserError(f"no slide can be used\n{listed(self.refused)}")
         return list(files.values())
 
     def _describe(self, path: Path) -> SlideFile:
@@ -154,33 +115,41 @@ class Slides(Source):
         """
         name = path.stem
         row = _row(self._table, path.relative_to(self._root).as_posix(), path.name, name)
-        mpp, mpp_from = (row.mpp, "mpp.csv") if row else (self._mpp, "header" if self._mpp is None else "option mpp")
+        given = self.options.mpp
+        mpp, mpp_from = (row.mpp, "mpp.csv") if row else (given, "header" if given is None else "option mpp")
         slide = row.slide if row and row.slide else name
-        where, groups = self._groups
-        group = _row(groups, slide, path.name, name)
-        if where and group is None:
-            raise UserError(f"it has no row in groups={where}")
+        group = _row(self._groups, slide, path.name, name)
+        if self.options.groups and group is None:
+            raise UserError(f"it has no row in groups={self.options.groups}")
         nuclei = _beside(self._nuclei, name, NUCLEI_SUFFIXES)
         if self._nuclei and nuclei is None:
             raise UserError(f"nuclei={self._nuclei} holds no {name} with {', '.join(NUCLEI_SUFFIXES)}")
         tissue = _beside(self._tissue, name, TISSUE_SUFFIXES)
         return SlideFile(path, name, slide, row.split if row else "", group or "", mpp, mpp_from, tissue, nuclei)
 
-    def _shared(self, file: SlideFile) -> str:
-        """What of ``exclude`` a slide has in common with it; "" for nothing."""
-        for side, names in self._not_with.items():
-            if shared := names.reason(file.slide) or names.reason(file.name):
-                return f"{shared} stands in {side}"
-        return ""
+    def exclude(self, names: Mapping[str, Names]) -> None:
+        """Leave out the slides that share a slide or a patient with sets of ``names``, each by what it is called.
+
+        Raises:
+            UserError: no slide is left.
+        """
+        for file in self.files:
+            for side, others in names.items():
+                if shared := others.reason(file.slide) or others.reason(file.name):
+                    self.excluded[file.path] = f"{shared} is also in {side}"
+                    break
+        self.files = [file for file in self.files if file.path not in self.excluded]
+        if not self.files:
+            raise UserError(f"no slide can be used\n{listed(self.refused | self.excluded)}")
 
     def slides(self) -> Iterator[tuple[str, str]]:
         """Slide and split of all slides but the excluded ones, without opening them."""
         yield from ((file.slide, file.split) for file in self.files)
 
     def usable(self, files: Sequence[SlideFile]) -> list[SlideFile]:
-        """Those of ``files`` whose header can be used; the others are told in ``refused``.
+        """Those of ``files`` whose header can be used; ``refused`` says why the others cannot.
 
-        All are opened once before the work begins, so that what is wrong is told then and not hours later.
+        All are opened once before the work begins, so that what is wrong is reported then and not hours later.
         """
         with ThreadPoolExecutor(_PROBES) as threads:
             problems = list(threads.map(self._problem, files))
@@ -195,10 +164,10 @@ class Slides(Source):
         except UserError as error:
             return reason_of(error, file.path)
         slide.close()
-        side = round(self.settings.roi_um / slide.mpp)
+        side = round(self.options.roi_um / slide.mpp)
         if side > MAX_SIDE:
-            return f"roi_um={self.settings.roi_um:g} is {side} px, expected {MAX_SIDE} at most"
-        return "" if side else f"roi_um={self.settings.roi_um:g} is no pixel of {slide.mpp:g} um"
+            return f"roi_um={self.options.roi_um:g} is {side} px, expected {MAX_SIDE} at most"
+        return "" if side else f"roi_um={self.options.roi_um:g} is less than a pixel of {slide.mpp:g} um"
 
     def __iter__(self) -> Iterator[SourceImage]:
         """The ROIs of all usable slides, one slide after the other, in this process; without sampling over slides."""
@@ -214,10 +183,10 @@ class Slides(Source):
                 close_slides()
 
     def _images(self, file: SlideFile) -> Iterator[SourceImage]:
-        surveyed = survey(file, self.settings)
+        surveyed = survey(file, self.options)
         if isinstance(surveyed, UserError):
             raise surveyed
-        cut = Cut(surveyed, self.settings)
+        cut = Cut(surveyed, self.options)
         try:
             for square, found in cut.rois():
                 assert not isinstance(found.image, bytes)

@@ -21,7 +21,7 @@ from muse_fast.detection.samples import (
     LfovDataset,
     class_names,
     draw_corner,
-    read_splits,
+    read_labelled,
 )
 from muse_fast.detection.score_detector import detect_images, in_source_pixels
 from muse_fast.errors import UserError
@@ -86,20 +86,20 @@ def test_around_a_roi_stands_its_context(tmp_path: Path) -> None:
     large = synthetic_image(5, 320, 0.25)[0]
     folder = puma_with_context(tmp_path, large, 64)
     source = open_source(f"puma:{folder}", mpp=0.25)
-    (image,) = read_splits(source, ("",), 0.25, sample_size=160)[""]
+    (image,) = read_labelled(source, ("",), 0.25, sample_size=160)[""]
     seen = image.image.permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(seen, large[32:288, 32:288])  # 96 px on each side: all that a sample can show
     assert image.corner == (96, 96) and image.box() == (96, 96, 64, 64)
     np.testing.assert_allclose(image.xy, [[106.5, 116.5]])
 
-    (coarse,) = read_splits(source, ("",), 0.5, sample_size=160)[""]
+    (coarse,) = read_labelled(source, ("",), 0.5, sample_size=160)[""]
     assert coarse.image.shape == (3, 160, 160) and coarse.corner == (64, 64)
     expected = np.asarray(Image.fromarray(large).resize((160, 160), Image.Resampling.BICUBIC))
     error = np.abs(coarse.image.permute(1, 2, 0).numpy().astype(int) - expected)
     assert error[:62].max() <= 1 and error[98:].max() <= 1  # the ROI itself was resampled by itself
     np.testing.assert_allclose(coarse.xy, [[69.25, 74.25]])
 
-    (alone,) = read_splits(source, ("",), 0.25, sample_size=64)[""]
+    (alone,) = read_labelled(source, ("",), 0.25, sample_size=64)[""]
     assert alone.image.shape == (3, 64, 64) and alone.corner == (0, 0)
     sample = dataset(image, 160).sample(0, 0)
     assert (sample.places == ANNOTATED).sum() == 64 * 64 and not (sample.places == EMPTY).any()
@@ -121,7 +121,7 @@ def test_ocelots_tissue_patch_lies_where_the_metadata_says(tmp_path: Path) -> No
     around = {"x_start": 1000, "y_start": 2000, "x_end": 2024, "y_end": 3024}
     entry = {"slide_name": "S", "subset": "train", "cell": place, "tissue": around}
     (tmp_path / "metadata.json").write_text(json.dumps({"sample_pairs": {"001": entry}}))
-    (image,) = read_splits(open_source(f"ocelot:{tmp_path}"), ("",), 0.2, sample_size=512)[""]
+    (image,) = read_labelled(open_source(f"ocelot:{tmp_path}"), ("",), 0.2, sample_size=512)[""]
     # The tissue patch reaches 240 px of the cell patch to the left, 320 upwards and 384 to the right and down.
     assert image.corner == (240, 320) and image.image.shape == (3, 320 + 128 + 384, 240 + 128 + 384)
     np.testing.assert_allclose(image.xy, [[304, 384]])
@@ -158,7 +158,7 @@ def test_around_an_image_of_brcam2c_stands_its_slide(tmp_path: Path, shared_data
     place = x, y, width, height = (300, 900, 402, 320)
     brcam2c_of_a_slide(tmp_path / "set", slide, place)
     source = open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(slide.parent))
-    (image,) = read_splits(source, ("train",), 0.5, sample_size=1024)["train"]
+    (image,) = read_labelled(source, ("train",), 0.5, sample_size=1024)["train"]
     # The slide ends 300 px (of 0.499 um) to the left of the image; 1024 - 401 px are the most to be seen elsewhere.
     assert image.corner == (299, 705) and image.image.shape == (3, 2 * 705 + 319, 299 + 401 + 623)
     np.testing.assert_allclose(image.xy, [[40 + 299, 60 + 705]])
@@ -175,7 +175,7 @@ def test_around_an_image_of_brcam2c_stands_its_slide(tmp_path: Path, shared_data
         error[:, columns] = 0
     assert error.max() <= 1 and expected.std() > 20
 
-    (alone,) = read_splits(open_source(f"brcam2c:{tmp_path / 'set'}"), ("train",), 0.5, sample_size=1024)["train"]
+    (alone,) = read_labelled(open_source(f"brcam2c:{tmp_path / 'set'}"), ("train",), 0.5, sample_size=1024)["train"]
     assert bool(alone.region.all()) and torch.equal(alone.image, image.image[:, 705:1024, 299:700])
 
 
@@ -185,7 +185,7 @@ def test_a_slide_that_does_not_hold_its_image_is_named(tmp_path: Path) -> None:
     write_slide(slide, synthetic_image(5, 320, 0.5)[0])
     source = open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(slide.parent))
     with pytest.raises(UserError, match=r"a.tif: 320 x 320 px, expected a larger image that holds its ROI"):
-        read_splits(source, ("train",), 0.5, sample_size=512)
+        read_labelled(source, ("train",), 0.5, sample_size=512)
     with pytest.raises(UserError, match=r"none: no such file or folder"):
         open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(tmp_path / "none"))
 
@@ -218,7 +218,7 @@ def test_detections_count_inside_the_region_alone(tmp_path: Path, monkeypatch: p
     settings = DetectorSettings(arch="vit_tiny", class_names=("a",), mpp=0.25, sample_size=160)
     detector = Detector(build_backbone("vit_tiny"), settings)
     monkeypatch.setattr(detector, "detect", detect)
-    images = read_splits(source, ("",), 0.25, sample_size=160)[""]
+    images = read_labelled(source, ("",), 0.25, sample_size=160)[""]
     (found,) = detect_images(detector, images)
     assert seen == [(1, 3, 160, 160)]  # one tile, the region in its middle
     in_source = in_source_pixels(found, images[0])
@@ -278,7 +278,7 @@ def test_reflection_repeats_like_numpy() -> None:
 
 
 def test_the_same_sample_whatever_came_before() -> None:
-    images = read_splits(open_source("synthetic:6", size=96), ("train",), 0.5)["train"]
+    images = read_labelled(open_source("synthetic:6", size=96), ("train",), 0.5)["train"]
     make = lambda: LfovDataset(  # noqa: E731
         images, size=64, surroundings="reflect", turns=True, colours=ViewsConfig(), seed=1
     )
@@ -299,12 +299,12 @@ def test_a_proposal_stands_where_its_place_is_read() -> None:
 
 
 def test_reading_splits() -> None:
-    splits = read_splits(open_source("synthetic:10", size=64), ("train", "val"), 0.5)
+    splits = read_labelled(open_source("synthetic:10", size=64), ("train", "val"), 0.5)
     assert [len(splits[name]) for name in ("train", "val")] == [7, 2]
     assert splits["train"][0].image.shape == (3, 32, 32) and splits["train"][0].scale == (0.5, 0.5)
-    assert len(read_splits(open_source("synthetic:10", size=64), ("",), 0.5)[""]) == 10
+    assert len(read_labelled(open_source("synthetic:10", size=64), ("",), 0.5)[""]) == 10
     with pytest.raises(UserError, match=r"split 'valid'.* 7 in train, 2 in val"):
-        read_splits(open_source("synthetic:10", size=64), ("valid",), 0.5)
+        read_labelled(open_source("synthetic:10", size=64), ("valid",), 0.5)
 
 
 def test_labels_without_classes_are_of_one(tmp_path: Path) -> None:
@@ -313,5 +313,5 @@ def test_labels_without_classes_are_of_one(tmp_path: Path) -> None:
     plain = open_source(f"points:{tmp_path}", mpp=0.5)
     named = open_source(f"points:{tmp_path}", mpp=0.5, labels="a,b,c,d,e,f,g,h")
     assert class_names(plain) == ("nucleus",)
-    assert read_splits(plain, ("",), 0.5)[""][0].label.tolist() == [0, 0]
-    assert read_splits(named, ("",), 0.5)[""][0].label.tolist() == [7, -1]
+    assert read_labelled(plain, ("",), 0.5)[""][0].label.tolist() == [0, 0]
+    assert read_labelled(named, ("",), 0.5)[""][0].label.tolist() == [7, -1]

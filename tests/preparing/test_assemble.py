@@ -10,7 +10,7 @@ from muse_fast.preparing.assemble import Chosen, choose
 from muse_fast.preparing.parts import Part
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 from muse_fast.sources.cut import SlideFile
-from muse_fast.sources.wsi import Sampling
+from muse_fast.sources.wsi import Slides
 
 COUNTS = {"a1": 30, "a2": 10, "b1": 7, "c1": 0, "d1": 25}
 
@@ -35,7 +35,7 @@ def drawn(chosen: list[Chosen]) -> dict[str, set[tuple[int, ...]]]:
 
 
 def test_all_in_the_order_of_their_places(parts: list[Part]) -> None:
-    chosen = choose(parts, Sampling(None, None, 0))
+    chosen = choose(parts, Slides.Options())
     assert [len(slide.ids) for slide in chosen] == list(COUNTS.values())
     for slide in chosen:
         places = [(y, x) for x, y in slide.part.rois.origin[slide.ids].tolist()]
@@ -55,7 +55,7 @@ def test_all_in_the_order_of_their_places(parts: list[Part]) -> None:
 def test_groups_are_balanced(
     parts: list[Part], per_group: int | None, max_rois: int | None, expected: dict[str, int]
 ) -> None:
-    chosen = choose(parts, Sampling(per_group, max_rois, 0))
+    chosen = choose(parts, Slides.Options(per_group=per_group, max_rois=max_rois))
     counts = dict.fromkeys(expected, 0)
     for slide in chosen:
         counts[slide.part.file.group] += len(slide.ids)
@@ -64,14 +64,14 @@ def test_groups_are_balanced(
 
 
 def test_a_draw_depends_on_the_seed_and_nothing_else(parts: list[Part]) -> None:
-    sampling = Sampling(12, None, 3)
-    first = drawn(choose(parts, sampling))
-    assert drawn(choose(parts[::-1], sampling)) == first
-    assert {name: places for name, places in drawn(choose(parts[1:], sampling)).items() if name in ("b1", "d1")} == {
+    options = Slides.Options(per_group=12, seed=3)
+    first = drawn(choose(parts, options))
+    assert drawn(choose(parts[::-1], options)) == first
+    assert {name: places for name, places in drawn(choose(parts[1:], options)).items() if name in ("b1", "d1")} == {
         name: first[name] for name in ("b1", "d1")
     }
-    assert drawn(choose(parts, Sampling(12, None, 4))) != first
-    larger = drawn(choose(parts, Sampling(14, None, 3)))
+    assert drawn(choose(parts, Slides.Options(per_group=12, seed=4))) != first
+    larger = drawn(choose(parts, Slides.Options(per_group=14, seed=3)))
     assert all(first[name] <= larger[name] for name in first)
 
 
@@ -79,7 +79,7 @@ def test_every_roi_of_a_group_is_as_likely(parts: list[Part]) -> None:
     """20 of 40 over 400 seeds: each 200 times, with a standard deviation of 10."""
     times = {name: np.zeros(COUNTS[name]) for name in ("a1", "a2")}
     for seed in range(400):
-        for slide in choose(parts[:2], Sampling(20, None, seed)):
+        for slide in choose(parts[:2], Slides.Options(per_group=20, seed=seed)):
             times[slide.part.file.name][slide.ids] += 1
     together = np.concatenate(list(times.values()))
     assert together.sum() == 8000 and abs(together - 200).max() < 45
@@ -88,4 +88,4 @@ def test_every_roi_of_a_group_is_as_likely(parts: list[Part]) -> None:
 
 def test_fewer_than_groups(parts: list[Part]) -> None:
     with pytest.raises(UserError, match="max_rois=2: expected one at least for each of the 3 groups"):
-        choose(parts, Sampling(None, 2, 0))
+        choose(parts, Slides.Options(max_rois=2))

@@ -9,9 +9,10 @@ import pytest
 
 from muse_fast.errors import UserError
 from muse_fast.prepare import main
-from muse_fast.preparing.audit import read_names
+from muse_fast.preparing.audit import open_without, read_names
 from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.sources.names import patient, slide_name
+from muse_fast.sources.wsi import Slides
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,29 @@ def test_slides_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "a@b").mkdir()
     (tmp_path / "a@b" / "case.svs").write_text("no slide")
     assert read_names(f"wsi:{tmp_path / 'a@b'}").slides == {"case"}  # an @ in a path that exists names no split
+
+
+def test_exclude_takes_what_audit_takes(tmp_path: Path, rois: str) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("TCGA-AA-0001-02Z", "case.1", "other", "case.2"):
+        (tmp_path / "in" / f"{name}.svs").write_text("is not opened")
+    (tmp_path / "names.csv").write_text("slide\nother\n")
+    spec, given = f"wsi:{tmp_path / 'in'}", {"exclude": f"{rois},{tmp_path / 'names.csv'}", "mpp": "0.4"}
+    source = open_without(spec, given)
+    assert isinstance(source, Slides)
+    assert [(file.name, file.mpp) for file in source.files] == [("case.2", 0.4)]
+    assert sorted(source.excluded.values()) == [
+        f"patient TCGA-AA-0001 is also in {rois}",
+        f"slide case.1 is also in {rois}",
+        f"slide other is also in {tmp_path / 'names.csv'}",
+    ]
+    assert [file.name for file in open_without(spec, {"exclude": f"{rois}@val"}).files] == [  # type: ignore[attr-defined]
+        "TCGA-AA-0001-02Z", "case.2", "other",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="absent: expected the folder of a ROI set"):
+        open_without(spec, {"exclude": "absent"})
+    with pytest.raises(UserError, match=r"synthetic:3: exclude=absent is for slides \(wsi:PATH\)"):
+        open_without("synthetic:3", {"exclude": "absent"})
 
 
 def test_what_names_nothing_is_refused(tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for argv, message in (
         ([str(tmp_path / "zip")], "zip/CoNSeP is laid out as consep: inspect that"),
         ([str(tmp_path / "empty")], "empty is none of the layouts known (brcam2c, ocelot"),
-        ([str(tmp_path / "absent")], "absent is no folder"),
-        ([str(tiny.folder), "merg=no"], "consep: no option 'merg' among merge, val, mpp; did you mean 'merge'?"),
+        ([str(tmp_path / "absent")], "absent is not a folder"),
+        ([str(tiny.folder), "merg=no"], "consep: no setting 'merg'; did you mean 'merge'?"),
         ([str(tiny.folder), "merge"], "'merge': expected key=value"),
         ([str(tiny.folder), "--images", "0"], "--images=0: expected 1 or more"),
     ):
@@ -166,7 +166,7 @@ def test_a_scale_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["inspect", str(tiny.folder)]) == 2
     printed = capsys.readouterr()
     assert "is laid out as puma: " in printed.out
-    assert "the TIFF does not tell um per pixel" in printed.err
+    assert "the TIFF does not state um per pixel" in printed.err
 
 
 def test_the_evaluation_cache_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

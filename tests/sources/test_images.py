@@ -62,9 +62,9 @@ def test_mistakes(folders: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = folders
     with pytest.raises(UserError, match=r"field0.png: um per pixel unknown; give mpp=NUMBER"):
         open_source(f"images:{first}")
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         open_source(f"images:{second},{tmp_path / 'nowhere'}")
-    with pytest.raises(UserError, match=r"no option 'detektor'.*did you mean 'detector'"):
+    with pytest.raises(UserError, match=r"no setting 'detektor'.*did you mean 'detector'"):
         open_source(f"images:{second}", detektor="classical")
     with pytest.raises(UserError, match=r"detector=clasical: .*did you mean 'classical'"):
         open_source(f"images:{second}", detector="clasical")

@@ -97,7 +97,7 @@ def test_a_missing_file_is_named(tiny: Tiny, which: int) -> None:
 
 
 def test_no_folder(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"nowhere is no folder; expected "):
+    with pytest.raises(UserError, match=r"nowhere is not a folder; expected "):
         open_source(f"{tiny.kind}:{tiny.folder / 'nowhere'}", **tiny.options)
     (tiny.folder / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
@@ -199,7 +199,7 @@ def test_cellvit_folds(tmp_path: Path) -> None:
     listing = tiny.folder / "splits" / "fold_1" / "val.csv"
     for text, message in (
         ("img_1\nimg_3\n", r"val.csv, row 2: train/images has no 'img_3'"),
-        ("img_0\n", r"val.csv, row 1: img_0 stands in the split train already"),
+        ("img_0\n", r"val.csv, row 1: img_0 is already listed in the split train"),
     ):
         listing.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -210,7 +210,7 @@ def test_cellvit_folds(tmp_path: Path) -> None:
 
 def test_cellvit_labels_and_scale(tmp_path: Path) -> None:
     tiny = build("cellvit", tmp_path)
-    with pytest.raises(UserError, match=r"the layout does not tell um per pixel; give mpp=NUMBER"):
+    with pytest.raises(UserError, match=r"the layout does not state um per pixel; give mpp=NUMBER"):
         open_source(tiny.spec)
     assert opened(tiny).label_names == ("Tumour", "Lymphocyte", "Other")
     path = tiny.folder / "label_map.yaml"
@@ -247,7 +247,7 @@ def test_the_evaluation_cache_is_refused(tmp_path: Path) -> None:
         ({"cell": np.full((6, 2), np.nan)}, r"DX0_0.h5: cell is float64"),
         ({"cell": np.zeros((5, 2))}, r"DX0_0.h5: 5 cells, but .*metadata.csv says 6"),
         ({"cell": np.full((6, 2), 64.0)}, r"DX0_0.h5: 6 of 6 nuclei lie outside the image of 64 x 64 px"),
-        ({"cell": None}, r"DX0_0.h5: no readable sample"),
+        ({"cell": None}, r"DX0_0.h5: not a readable sample"),
     ],
 )
 def test_muse_bad_samples(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ def test_puma_coarse_classes(tmp_path: Path) -> None:
         item = next(iter(source))
         assert item.label is not None and item.label.tolist() == expected * 2
     assert next(iter(open_source(tiny.spec, mpp=0.23))).label.tolist() == [0, 1, 2] * 2  # type: ignore[union-attr]
-    with pytest.raises(UserError, match=r"puma: coarse=tils, expected muse, til, none; did you mean 'til'"):
+    with pytest.raises(UserError, match=r"puma: coarse=tils: expected muse, til or none; did you mean 'til'"):
         opened(tiny, coarse="tils")
 
 
@@ -43,7 +43,7 @@ def test_puma_centre_by_vertices(tmp_path: Path) -> None:
 
 def test_puma_um_per_pixel(tmp_path: Path) -> None:
     tiny = build("puma", tmp_path)
-    with pytest.raises(UserError, match=r"roi_001.tif: the TIFF does not tell um per pixel, .* give mpp=NUMBER"):
+    with pytest.raises(UserError, match=r"roi_001.tif: the TIFF does not state um per pixel, .* give mpp=NUMBER"):
         open_source(tiny.spec)
     for number, (name, (path, _)) in enumerate(tiny.files.items()):
         unit, um = (("cm", 10_000), ("inch", 25_400))[number % 2]
@@ -54,7 +54,7 @@ def test_puma_um_per_pixel(tmp_path: Path) -> None:
     assert [item.mpp for item in open_source(tiny.spec)] == pytest.approx([0.22] * 3, rel=1e-3)
     assert {item.mpp for item in open_source(tiny.spec, mpp=0.25)} == {0.25}
     Image.fromarray(tiny.images[name]).save(path, dpi=(72, 72))  # what programs write that know no scale
-    with pytest.raises(UserError, match=r"roi_003.tif: the TIFF does not tell"):
+    with pytest.raises(UserError, match=r"roi_003.tif: the TIFF does not state"):
         open_source(tiny.spec)
 
 
@@ -66,7 +66,7 @@ def test_puma_splits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.json: there is no training_set_metastatic_roi_009.tif"):
         opened(tiny)
     train.write_text(text.replace("roi_001", "roi_002"))
-    with pytest.raises(UserError, match=r"val.json: training_set_metastatic_roi_002 stands in the split train too"):
+    with pytest.raises(UserError, match=r"val.json: training_set_metastatic_roi_002 is also listed in the split train"):
         opened(tiny)
     train.write_text('{"classes": []}')
     with pytest.raises(UserError, match=r'train.json: expected JSON with "anno"'):
@@ -119,7 +119,7 @@ def test_consep_merged_classes(tmp_path: Path) -> None:
     assert {item.split for item in source} == {"train", "test"}
     with pytest.raises(UserError, match=r"consep: val=2, expected fewer than the 2 images of Train"):
         opened(tiny, val=2)
-    with pytest.raises(UserError, match=r"consep: merge=true, expected yes, no"):
+    with pytest.raises(UserError, match=r"consep: merge=true: expected yes or no"):
         opened(tiny, merge="true")
 
 
@@ -343,13 +343,13 @@ def test_qupath_files(tmp_path: Path) -> None:
     tiny = build("qupath", tmp_path)
     path = tiny.files["tile0.png"][1]
     write_geojson(path.with_suffix(".geojson.gz"), [])
-    with pytest.raises(UserError, match=r"tile0.png: both tile0.geojson and tile0.geojson.gz are there; keep one"):
+    with pytest.raises(UserError, match=r"tile0.png: both tile0.geojson and tile0.geojson.gz exist; keep one"):
         opened(tiny)
     path.with_suffix(".geojson.gz").unlink()
     (tiny.folder / "mpp.csv").unlink()
     with pytest.raises(UserError, match=r"tile0.png: um per pixel unknown; give mpp=NUMBER or list"):
         opened(tiny)
-    with pytest.raises(UserError, match=r"qupath: multi=every, expected one, each"):
+    with pytest.raises(UserError, match=r"qupath: multi=every: expected one or each"):
         opened(tiny, mpp=0.25, multi="every")
     path.unlink()
     with pytest.raises(UserError, match=r"tile0.geojson is missing; an image without nuclei needs an empty Feature"):

@@ -67,7 +67,7 @@ def test_brcam2c_bad_label_names_file_and_row(brcam2c: Path, text: str, row: int
 
 def test_brcam2c_folder_mistakes(brcam2c: Path) -> None:
     (brcam2c / "brca_ds_test.txt").write_text(f"{NAME}.png\n")
-    with pytest.raises(UserError, match=r"brca_ds_test.txt, row 1: .* split val too"):
+    with pytest.raises(UserError, match=r"brca_ds_test.txt, row 1: .* is also listed in the split val"):
         open_source(f"brcam2c:{brcam2c}")
     (brcam2c / "brca_ds_test.txt").unlink()
     with pytest.raises(UserError, match=r"brca_ds_test.txt is missing"):
@@ -190,7 +190,7 @@ def test_points_folder_mistakes(points: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image"):
         open_source(f"points:{tmp_path / 'empty'}", mpp=0.5)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         open_source(f"points:{tmp_path / 'absent'}", mpp=0.5)
 
 
@@ -251,11 +251,12 @@ def test_synthetic_splits_and_repeats() -> None:
         ("synthetic:", {}, r"expected KIND:TARGET"),
         ("synthetic:0", {}, r"1 or more"),
         ("synthetic:many", {}, r"1 or more"),
-        ("synthetic:2", {"sise": "64"}, r"no option 'sise' among size, mpp, seed; did you mean 'size'\?"),
-        ("synthetic:2", {"size": "64.5"}, r"size=64.5, expected a whole number from 32 to 8192"),
-        ("synthetic:2", {"mpp": "40"}, r"mpp=40, expected a number from 0.05 to 5"),
+        ("synthetic:2", {"sise": "64"}, r"synthetic: no setting 'sise'; did you mean 'size'\?"),
+        ("synthetic:2", {"size": "64.5"}, r"synthetic: size=64.5: expected a whole number"),
+        ("synthetic:2", {"mpp": "40"}, r"synthetic: mpp=40.0: expected 0.05 to 5"),
+        ("synthetic:2", {"size": 8193}, r"synthetic: size=8193: expected 32 to 8192"),
         ("synthetic:2", {"mpp": "nan"}, r"mpp=nan"),
-        ("brcam2c:x", {"mpp": "0.5"}, r"brcam2c: no option 'mpp' among slides"),
+        ("brcam2c:x", {"mpp": "0.5"}, r"brcam2c: no setting 'mpp'. Known: slides"),
     ],
 )
 def test_mistakes_in_source_and_options(spec: str, options: dict[str, str], message: str) -> None:

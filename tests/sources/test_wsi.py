@@ -11,6 +11,7 @@ from muse_fast.errors import UserError
 from muse_fast.finders.classical import detect_nuclei
 from muse_fast.sources import SourceImage, open_source
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, survey
+from muse_fast.sources.names import Names
 from muse_fast.sources.wsi import Slides, usable_cpus
 from tests.support.small_slides import damage, page_with_tissue, write_slide
 
@@ -97,15 +98,16 @@ def test_a_roi_too_large_to_hold_is_refused(slide: Path) -> None:
 def test_excluded_slides(tmp_path: Path, tissue: np.ndarray) -> None:
     for name in ("TCGA-AA-0001-01Z-00-DX1.8F3A.tif", "TCGA-AA-0002-01Z-00-DX1.tif", "case.tif", "other.tif"):
         write_slide(tmp_path / "in" / name, tissue[:300, :300])
-    (tmp_path / "names.txt").write_text("TCGA-AA-0001-01A-01-TS1\nTCGA-AA-0002-01Z-00-DX1\n")
-    (tmp_path / "more.csv").write_text("slide\ncase.svs\n")
-    source = opened(tmp_path / "in", exclude=f"{tmp_path / 'names.txt'},{tmp_path / 'more.csv'}")
+    source = opened(tmp_path / "in")
+    source.exclude({"one": Names.of(["TCGA-AA-0001-01A-01-TS1", "TCGA-AA-0002-01Z-00-DX1"]), "two": Names.of(["case"])})
     assert [slide for slide, _ in source.slides()] == ["other"]
-    reasons = [reason.split(" stands in ")[0] for reason in source.excluded.values()]
-    assert reasons == ["patient TCGA-AA-0001", "slide TCGA-AA-0002-01Z-00-DX1", "slide case"]
-    (tmp_path / "more.csv").write_text("slide\ncase\nother\n")
-    with pytest.raises(UserError, match=r"no slide can be used\n(.*\n)+.*other.tif: slide other stands in"):
-        opened(tmp_path / "in", exclude=f"{tmp_path / 'names.txt'},{tmp_path / 'more.csv'}")
+    assert list(source.excluded.values()) == [
+        "patient TCGA-AA-0001 is also in one",
+        "slide TCGA-AA-0002-01Z-00-DX1 is also in one",
+        "slide case is also in two",
+    ]
+    with pytest.raises(UserError, match=r"no slide can be used\n(.*\n)+.*other.tif: slide other is also in three"):
+        source.exclude({"three": Names.of(["other"])})
 
 
 @pytest.mark.parametrize(
@@ -114,9 +116,9 @@ def test_excluded_slides(tmp_path: Path, tissue: np.ndarray) -> None:
         ({"per_group": 3}, "per_group=3: expected groups=FILE"),
         ({"groups": "absent.csv"}, "absent.csv: no such file"),
         ({"tissue": "absent"}, "tissue=absent: expected a folder"),
-        ({"exclude": "absent"}, "absent: expected the folder of a ROI set"),
+        ({"exclude": "absent"}, "wsi: no setting 'exclude'"),  # `prepare` alone takes it
         ({"mpp_csv": "absent.csv"}, "absent.csv: no such file"),
-        ({"per_slide": 0}, "per_slide=0, expected a whole number from 1"),
+        ({"per_slide": 0}, "per_slide=0: expected 1 to"),
     ],
 )
 def test_options_that_are_refused(slide: Path, options: dict[str, object], message: str) -> None:
@@ -169,7 +171,7 @@ def test_own_tissue(slide: Path, tmp_path: Path) -> None:
 
     folder = tmp_path / "masks"
     folder.mkdir()
-    with pytest.raises(UserError, match="nothing in it has the name of a slide"):
+    with pytest.raises(UserError, match="no file is named as a slide"):
         opened(slide, tissue=str(folder))
     mask = np.zeros((11, 15), np.uint8)
     mask[2:4, 4:8] = 1  # of 100 px each
@@ -240,7 +242,7 @@ def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarra
     for (x, y), image in images.items():
         np.testing.assert_array_equal(image, tissue[y : y + 200, x : x + 200])
 
-    settings = CutSettings(100, 0, 0, max_unreadable=lost)
+    settings = CutSettings(roi_um=100, min_tissue=0, min_nuclei=0, max_unreadable=lost)
     surveyed = survey(SlideFile(path, "slide", "slide"), settings)
     assert not isinstance(surveyed, UserError)
     assert len(list(Cut(surveyed, settings).rois())) == 35 - lost
