@@ -6,26 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from muse_fast.errors import UserError, did_you_mean, require
+from muse_fast.errors import require
 from muse_fast.runtime.options import MAX_SEED, Config, load_settings, setting
 
-ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet50")
 DATA_BACKENDS = ("cpu", "dali", "cuda")
 ATTENTION = ("sdpa", "xformers", "varlen")
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp32", "fp64")
 PARALLEL = ("ddp", "fsdp")
 CENTERINGS = ("ema", "sinkhorn")
-
-
-def check_arch(arch: str) -> None:
-    """Refuse what is not one of ``ARCHS``.
-
-    Raises:
-        UserError: with the nearest one.
-    """
-    if arch not in ARCHS:
-        raise UserError(f"unknown arch '{arch}'; expected one of {', '.join(ARCHS)}{did_you_mean(arch, ARCHS)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +72,8 @@ class ViewsConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(Config):
-    arch: str = setting("vit_small", choices=ARCHS)
-    """One of vit_tiny, vit_small, vit_base, resnet50."""
+    arch: str = "vit_small"
+    """An encoder of `muse_fast/models/archs.py`: vit_tiny, vit_small, vit_base, resnet50, ..."""
     drop_path: float = setting(0.1, ge=0, lt=1)
     """Stochastic depth of the student's last block (linear over depth); the teacher has none."""
     init: str = ""
@@ -96,11 +85,6 @@ class ModelConfig(Config):
     recompute: str = setting("none", choices=RECOMPUTE)
     """What the backward of a ViT layer computes again instead of storing it: ``none``, ``selective`` (all but matmuls
     and attention) or ``full``."""
-
-    def check(self) -> None:
-        for key, default in (("attention", "sdpa"), ("recompute", "none")):
-            value = getattr(self, key)
-            require(self.arch != "resnet50" or value == default, key, value, f"{default}, as {self.arch} is not a ViT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,10 +178,6 @@ class PretrainConfig(Config):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-    def check(self) -> None:
-        is_vit = self.model.arch != "resnet50"
-        require(is_vit or not self.train.compile, "train.compile", True, f"false, as {self.model.arch} is not a ViT")
 
 
 def load_config(path: str | Path | None, items: Sequence[str] = ()) -> PretrainConfig:

@@ -31,10 +31,9 @@ from muse_fast.classification.features import Progress, extract_features
 from muse_fast.classification.probes import majority
 from muse_fast.classification.tasks import TASKS, Row, Subject, TaskConfig
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
-from muse_fast.config import ARCHS
 from muse_fast.detection import score_detector, score_files
 from muse_fast.errors import UserError
-from muse_fast.models import timm_backbone
+from muse_fast.models import ARCHS, timm_backbone
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.timm_backbone import TimmBackbone
 from muse_fast.runtime.atomic import write_json

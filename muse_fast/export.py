@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,8 @@ from torch import Tensor
 from muse_fast import __version__
 from muse_fast.errors import UserError
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from muse_fast.models.backbone import VIT_DIMS_AND_HEADS
+from muse_fast.models.archs import find_arch
 from muse_fast.models.official import EXACT, PREFIX
-from muse_fast.models.resnet import WIDTHS
-from muse_fast.models.vit import PATCH
 from muse_fast.models.weights import (
     ENCODER,
     POS_EMBED,
@@ -37,6 +34,7 @@ from muse_fast.models.weights import (
     find_checkpoint,
     is_timm_folder,
     load_backbone,
+    stored_image_size,
 )
 from muse_fast.runtime import atomic, checkpoint
 from muse_fast.runtime.tensors import write_tensors
@@ -138,11 +136,12 @@ def write_safetensors(network: Trained, path: Path) -> None:
 
 def write_timm(network: Trained, folder: Path) -> None:
     backbone = network.backbone()
+    config = _timm_config(network.arch, backbone)
     encoder = {name.removeprefix(ENCODER): t for name, t in backbone.items() if name.startswith(ENCODER)}
     decoder = {name: t for name, t in backbone.items() if not name.startswith(ENCODER)}
     _save(encoder, folder / TIMM_WEIGHTS, network.metadata())
     _save(decoder, folder / TIMM_DECODER, network.metadata())
-    atomic.write_json(folder / TIMM_CONFIG, _timm_config(network.arch, backbone))
+    atomic.write_json(folder / TIMM_CONFIG, config)
 
 
 def write_official(network: Trained, path: Path) -> None:
@@ -170,23 +169,27 @@ FORMATS = {
 
 def _timm_config(arch: str, backbone: Mapping[str, Tensor]) -> dict[str, Any]:
     """What timm makes the encoder from; its models end in a pooled image feature, as there are no classes."""
-    is_vit = POS_EMBED in backbone
-    side = PATCH * math.isqrt(backbone[POS_EMBED].shape[1] - 1) if is_vit else 224
+    import timm
+
+    name, side = find_arch(arch).timm, stored_image_size(arch, backbone)
+    if not name:
+        raise UserError(f"--format timm: timm has no architecture like {arch}; take safetensors")
+    known: Any = timm.get_pretrained_cfg(name)
     return {
-        "architecture": f"{arch}_patch{PATCH}_224" if is_vit else arch,
+        "architecture": name,
         "num_classes": 0,
-        "num_features": VIT_DIMS_AND_HEADS[arch][0] if is_vit else WIDTHS[-1],
-        "model_args": {"img_size": side} if is_vit else {},
+        "num_features": find_arch(arch).image_dim,
+        "model_args": {"img_size": side} if POS_EMBED in backbone else {},
         "pretrained_cfg": {
             "input_size": [3, side, side],
-            "fixed_input_size": is_vit,
+            "fixed_input_size": known.fixed_input_size,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
             "num_classes": 0,
-            "first_conv": "patch_embed.proj" if is_vit else "conv1",
-            "classifier": "head" if is_vit else "fc",
+            "first_conv": known.first_conv,
+            "classifier": known.classifier,
         },
     }
 

@@ -22,7 +22,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from muse_fast import __version__, load_backbone
-from muse_fast.config import ARCHS
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import Detector, DetectorSettings, load_detector
 from muse_fast.detection.finetuner import Finetuner
@@ -31,7 +30,8 @@ from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names,
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import Points, Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
-from muse_fast.models.weights import COMPATS, stored_image_size
+from muse_fast.models.archs import ARCHS
+from muse_fast.models.weights import COMPATS
 from muse_fast.preparing import pictures
 from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
@@ -145,7 +145,7 @@ def new_detector(
         mpp=config.data.mpp,
         sample_size=config.data.sample_size,
         surroundings=config.data.surroundings,
-        image_size=stored_image_size(backbone.state_dict()),
+        image_size=backbone.image_size,
         **dataclasses.asdict(config.detector),
     )
     return Detector(backbone, settings)

@@ -21,6 +21,7 @@ from muse_fast import __version__
 from muse_fast.batch import Pairs, Views
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.errors import UserError
+from muse_fast.models.archs import check_model
 from muse_fast.models.backbone import Backbone
 from muse_fast.ops import match_nuclei
 from muse_fast.preparing import pictures
@@ -86,6 +87,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     Raises:
         UserError: settings, data or the state of ``out`` do not allow the run.
     """
+    check_model(config)
     if (out / "summary.json").exists():
         raise UserError(f"{out} holds a finished run; give another --out")
     if not config.data.roiset:

@@ -17,6 +17,7 @@ from typing import Any
 from muse_fast import pretrain
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.errors import require
+from muse_fast.models.archs import check_model
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import cluster
 
@@ -137,6 +138,7 @@ def _check(options: argparse.Namespace, ranks: int) -> PretrainConfig:
     """Refuse here what the job would refuse, perhaps hours later."""
     arguments = pretrain.argument_parser().parse_args(_pretrain_arguments(options))
     config = load_config(arguments.config, arguments.overrides)
+    check_model(config)
     RoiSet(Path(config.data.roiset))
     batch, micro = config.optim.batch_size, config.optim.accumulate
     fitting = f"a multiple of {ranks} tasks x {micro} micro-batches (optim.accumulate)"

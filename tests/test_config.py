@@ -51,7 +51,6 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
         ("views.blur=7", "views.blur=7: expected true or false"),
         ("views.global_size=100", "multiple of 16"),
         ("views.global_mpp_min=0.9", "global_mpp_max"),
-        ("model.arch=vit_smal", "did you mean 'vit_small'"),
         ("loss.centering=none", "ema or sinkhorn"),
         ("optim.warmup_steps=132000", "below steps=132000"),
         ("loss.student_temp=0", "above 0"),
@@ -73,13 +72,6 @@ def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
 def test_bad_values_are_refused_by_key(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_config(None, [override])
-
-
-@pytest.mark.parametrize("setting", ["model.attention=varlen", "model.recompute=full", "train.compile=true"])
-def test_settings_of_a_vit_are_refused_for_resnet50(setting: str) -> None:
-    load_config(None, [setting])
-    with pytest.raises(UserError, match=rf"{setting.split('=')[0]}.*not a ViT"):
-        load_config(None, ["model.arch=resnet50", setting])
 
 
 def test_typo_in_file_names_the_file(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from rich.console import Console
 from bench.machine import environment, machine_rates
 from bench.report import console, number, print_machine, print_verdicts, table, write_json
 from bench.step import lfov, timing
-from muse_fast.config import ARCHS, ATTENTION, load_config
+from muse_fast.config import ATTENTION, load_config
 from muse_fast.errors import UserError
+from muse_fast.models.archs import ARCHS
 from muse_fast.runtime.device import peak_flops
 
 ARCH = {"cpu": "vit_tiny", "cuda": "vit_small"}

@@ -8,8 +8,9 @@ from torch import nn
 from bench.measure import held_and_peak, milliseconds, quantiles
 from bench.step.timing import Row, efficiency, refusals
 from muse_fast.config import RECOMPUTE
+from muse_fast.models.archs import find_arch
 from muse_fast.models.backbone import build_backbone
-from muse_fast.models.vit import check_image_size
+from muse_fast.models.encoder import check_image_size
 from muse_fast.pretraining.flops import view_flops
 
 BATCH = 4
@@ -24,7 +25,7 @@ def run(arch: str, side: int, batch: int, precision: str, device: str, matmul: f
     """
     check_image_size(side)
     rows: list[Row] = []
-    for recompute in RECOMPUTE if arch != "resnet50" else ("none",):
+    for recompute in RECOMPUTE if "model.recompute" in find_arch(arch).supports else ("none",):
         rows.append({"version": f"recompute {recompute}", "kind": "fast"})
         with refusals(rows[-1]):
             rows[-1] |= measure(arch, side, batch, precision, device, recompute)

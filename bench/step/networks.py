@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse_fast.config import PretrainConfig
+from muse_fast.errors import UserError
 
 PATCH, DEPTH, TAPPED_LAYERS = 16, 12, (2, 5, 8, 11)
 VIT_DIM_AND_HEADS = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
@@ -219,6 +220,8 @@ class Backbone(nn.Module):
             self.image_dim, self.dense_dim = 2048, 1024
             self.encoder = ResNetEncoder(drop_path)
             self.decoder = Decoder(RESNET_WIDTHS, self.dense_dim // 4)
+        elif arch not in VIT_DIM_AND_HEADS:
+            raise UserError(f"there is no baseline of {arch}")
         else:
             dim, heads = VIT_DIM_AND_HEADS[arch]
             self.image_dim = self.dense_dim = dim

@@ -121,7 +121,7 @@ def run_linear(subject: Subject, options: LinearConfig, progress: Progress) -> l
 def run_finetune(subject: Subject, options: TuneConfig, progress: Progress) -> list[Row]:
     """The linear probe that fine-tuning starts from, and the fine-tuned network."""
     probe = linear_probe(subject.sets, subject.num_classes, seed=options.seed, progress=progress)
-    lr = options.lr or (4e-5 if "resnet" in subject.backbone.arch else 1e-5)
+    lr = options.lr or subject.backbone.finetune_lr
     tuned = finetune(
         subject.backbone,
         probe.head,

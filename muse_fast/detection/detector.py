@@ -22,13 +22,13 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from muse_fast import ops
-from muse_fast.config import check_arch
 from muse_fast.detection.pairing import Points
 from muse_fast.errors import UserError, require
 from muse_fast.images.imagenet import normalise
 from muse_fast.images.squares import SURROUNDINGS, cut_square
+from muse_fast.models.archs import find_arch
 from muse_fast.models.backbone import Backbone, build_backbone
-from muse_fast.models.vit import PATCH, check_image_size
+from muse_fast.models.encoder import SIDE_STEP, check_image_size
 from muse_fast.models.weights import find_checkpoint
 from muse_fast.runtime import checkpoint
 
@@ -65,11 +65,11 @@ class DetectorSettings:
     """Of two nuclei nearer than this the less probable is dropped."""
 
     def __post_init__(self) -> None:
-        check_arch(self.arch)
+        find_arch(self.arch)
         check_image_size(self.sample_size)
         require(len(self.class_names) > 0, "class_names", self.class_names, "one or more")
         require(self.surroundings in SURROUNDINGS, "surroundings", self.surroundings, " or ".join(SURROUNDINGS))
-        require(self.stride > 0 and PATCH % self.stride == 0, "stride", self.stride, f"a divisor of {PATCH}")
+        require(self.stride > 0 and SIDE_STEP % self.stride == 0, "stride", self.stride, f"a divisor of {SIDE_STEP}")
 
 
 class Proposals(NamedTuple):

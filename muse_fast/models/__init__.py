@@ -1,6 +1,6 @@
 """Encoder, decoder and heads of MUSE, and the loading of their weights."""
 
-from muse_fast.config import ARCHS
+from muse_fast.models.archs import ARCHS
 from muse_fast.models.backbone import Backbone, Features, build_backbone
 from muse_fast.models.heads import DINOHead
 from muse_fast.models.weights import load_backbone

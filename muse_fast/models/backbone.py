@@ -6,13 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from muse_fast.config import check_arch
-from muse_fast.models import resnet
-from muse_fast.models.decoder import Decoder, TokenDecoder, unify
-from muse_fast.models.resnet import ResNetEncoder
-from muse_fast.models.vit import ViTEncoder
-
-VIT_DIMS_AND_HEADS = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
+from muse_fast.models.archs import find_arch
+from muse_fast.models.decoder import build_decoder, unify
 
 
 class Features(NamedTuple):
@@ -29,27 +24,21 @@ class Backbone(nn.Module):
     from 32 to 1024; UserError otherwise. State-dict names are those of the published checkpoints.
 
     Attributes:
-        arch: one of `ARCHS`.
+        arch: its name in `muse_fast.models.ARCHS`.
+        image_size: side in pixels that a ViT stores its position embedding for.
         image_dim: width of the image feature (C for a ViT, 2048 for ResNet-50).
         dense_dim: width D of the unified map and of a nucleus row (C for a ViT, 1024 for ResNet-50).
+        finetune_lr: learning rate of the published fine-tuning for nucleus classification.
     """
 
     def __init__(self, arch: str, drop_path: float, image_size: int, attention: str, recompute: str) -> None:
         super().__init__()
-        self.arch = arch
-        self.encoder: ViTEncoder | ResNetEncoder
-        self.decoder: Decoder
-        if arch in VIT_DIMS_AND_HEADS:
-            dim, heads = VIT_DIMS_AND_HEADS[arch]
-            self.encoder = ViTEncoder(
-                dim, heads, drop_path=drop_path, image_size=image_size, attention=attention, recompute=recompute
-            )
-            self.decoder = TokenDecoder(dim)
-            self.image_dim = self.dense_dim = dim
-        else:
-            self.encoder = ResNetEncoder(drop_path=drop_path)
-            self.image_dim, self.dense_dim = resnet.WIDTHS[-1], resnet.WIDTHS[-1] // 2
-            self.decoder = Decoder(resnet.WIDTHS, self.dense_dim // 4)
+        self.arch, self.image_size = arch, image_size
+        found = find_arch(arch)
+        self.encoder = found.build(drop_path=drop_path, image_size=image_size, attention=attention, recompute=recompute)
+        self.decoder = build_decoder(found.widths, found.strides)
+        self.image_dim, self.dense_dim = found.image_dim, found.dense_dim
+        self.finetune_lr = found.finetune_lr
 
     def forward(self, images: Tensor) -> Features:
         cls, encoded = self.encoder([images])
@@ -81,12 +70,11 @@ def build_backbone(
     """A backbone with random weights, drawn from torch's global generator.
 
     Args:
-        arch: one of `ARCHS`; UserError otherwise.
+        arch: a name in `muse_fast.models.ARCHS`; UserError otherwise.
         drop_path: stochastic depth of the last layer, from 0 at the first. It acts where a training step gives the
             encoder the scales that `muse_fast.pretraining.drop_path` draws, not by itself.
         image_size: side in pixels that a ViT stores its position embedding for (any allowed side runs).
         attention: of a ViT, see `muse_fast.models.attention`.
         recompute: of a ViT, ``none``, ``selective`` or ``full``: activations that the backward computes again.
     """
-    check_arch(arch)
     return Backbone(arch, drop_path, image_size, attention, recompute)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse_fast import ops
+from muse_fast.models.encoder import Maps, conv_flops
 from muse_fast.models.norm import batch_norms, normalising_moments, synced_moments, update_running_stats
-from muse_fast.models.resnet import Maps
 from muse_fast.models.vit import PackedTokens
+
+PYRAMID = (4, 8, 16, 32)
+"""Strides of the maps that decoding starts from."""
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance per channel."""
@@ -208,7 +212,7 @@ class TokenDecoder(Decoder):
     dim_map_layers: Any
 
     def __init__(self, dim: int) -> None:
-        widths = (dim // 4, dim // 2, dim, 2 * dim)
+        widths = token_pyramid(dim)
         super().__init__(widths, dim // 4)
         layers = [nn.Conv2d(dim, width, 1, bias=False) for width in widths]
         for layer in layers:
@@ -225,3 +229,39 @@ class TokenDecoder(Decoder):
             maps = [x[:, 1:].unflatten(1, (g, g)).permute(0, 3, 1, 2) for x, g in zip(rows, grids, strict=True)]
             levels.append([resize(x, int(scale * g)) for x, g in zip(maps, grids, strict=True)])
         return list(zip(*levels, strict=True))
+
+
+def token_pyramid(dim: int) -> tuple[int, int, int, int]:
+    """Widths of the pyramid that tokens of width ``dim`` are reassembled into."""
+    return dim // 4, dim // 2, dim, 2 * dim
+
+
+def dense_dim(widths: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Width D of the unified map of `build_decoder`'s decoder, and of a nucleus row."""
+    return widths[-1] // 2 if strides == PYRAMID else widths[-1]
+
+
+def build_decoder(widths: tuple[int, ...], strides: tuple[int, ...]) -> Decoder:
+    """The decoder of an encoder whose four maps have these widths and strides, with random weights.
+
+    A pyramid is decoded as it is; tokens, four times of one width and stride, are reassembled into one first.
+    """
+    if strides == PYRAMID:
+        return Decoder(widths, dense_dim(widths, strides) // 4)
+    if len({*strides}) > 1 or len({*widths}) > 1:
+        raise ValueError(f"no decoder for maps of widths {widths} at strides {strides}")
+    return TokenDecoder(widths[0])
+
+
+def decoder_flops(widths: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
+    """FLOPs of one forward of `build_decoder`'s decoder, projections included, over an image of ``size`` pixels."""
+    level_dim = dense_dim(widths, strides) // 4
+    total, sides = 0, [-(-size // stride) for stride in strides]
+    if strides != PYRAMID:
+        dim, grid = widths[0], size // strides[0]
+        widths, sides = token_pyramid(dim), [4 * grid, 2 * grid, grid, grid // 2]
+        total += sum(conv_flops(grid, dim, width) for width in widths)
+    # An up block mixes the joined maps of two levels at the finer width; two more convolutions follow.
+    for side, (fine, coarse) in zip(sides, pairwise(widths), strict=False):
+        total += conv_flops(side, coarse + 3 * fine, fine, 3)
+    return total + sum(conv_flops(side, width, level_dim) for side, width in zip(sides, widths, strict=True))

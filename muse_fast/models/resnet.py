@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muse_fast.models.encoder import Encoder, Maps, check_images, conv_flops
 from muse_fast.models.norm import BatchNorm2d
-from muse_fast.models.vit import check_images
 
-WIDTHS = (256, 512, 1024, 2048)
-
-Maps = tuple[Tensor, ...]
-"""Four maps of images of one resolution, finest first."""
+WIDTHS, BLOCKS = (256, 512, 1024, 2048), (3, 4, 6, 3)
 
 
 class BranchScale(nn.Module):
@@ -28,16 +25,14 @@ class BranchScale(nn.Module):
         return x if self.scale is None else (x * self.scale.view(-1, 1, 1, 1)).to(x.dtype)
 
 
-class ResNetEncoder(nn.Module):
+class ResNetEncoder(Encoder):
     """Four maps at strides 4, 8, 16 and 32, and their last one averaged.
 
-    Attributes:
-        drop_rates: stochastic depth of every residual block, rising linearly from 0.
+    Stochastic depth rises linearly from 0 at the first block to ``drop_path`` at the last. It has no use for the other
+    options of an encoder.
     """
 
-    encoder: Any  # of timm, whose layers torch knows as modules alone
-
-    def __init__(self, *, drop_path: float = 0.0) -> None:
+    def __init__(self, *, drop_path: float = 0.0, **unused: object) -> None:
         super().__init__()
         import timm
 
@@ -69,3 +64,15 @@ class ResNetEncoder(nn.Module):
             maps.append(tuple(self.encoder(images)))
             first += len(images)
         return torch.cat([of_group[-1].mean(dim=(2, 3)) for of_group in maps]), maps
+
+
+def resnet50_flops(size: int) -> int:
+    """FLOPs of one forward over an image of ``size`` pixels."""
+    total, in_channels, in_side = conv_flops(size // 2, 3, 64, 7), 64, size // 4
+    for width, stride, blocks in zip(WIDTHS, (4, 8, 16, 32), BLOCKS, strict=True):
+        inner, side = width // 4, -(-size // stride)
+        total += conv_flops(in_side, in_channels, inner) + conv_flops(side, in_channels, width)  # first, its shortcut
+        total += (blocks - 1) * conv_flops(side, width, inner)
+        total += blocks * (conv_flops(side, inner, inner, 3) + conv_flops(side, inner, width))
+        in_channels, in_side = width, side
+    return total

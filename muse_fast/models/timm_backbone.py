@@ -58,6 +58,7 @@ class TimmBackbone(nn.Module):
     Attributes:
         strides: of the maps that are read, in pixels of the network's input.
         dense_dim: width D of a nucleus row.
+        finetune_lr: learning rate of the published fine-tuning, for ResNets and for all else.
     """
 
     gain: Tensor
@@ -69,6 +70,7 @@ class TimmBackbone(nn.Module):
         super().__init__()
         self.network = network
         self.arch = arch
+        self.finetune_lr = 4e-5 if "resnet" in arch else 1e-5
         self.side = side
         self.align_corners = align_corners
         strides = [stage["reduction"] for stage in _feature_info(network)]

@@ -19,29 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from muse_fast.errors import UserError
 from muse_fast.models.attention import Layout, attend
+from muse_fast.models.encoder import Encoder, check_image_size, check_images, conv_flops
 
 PATCH = 16
 DEPTH = 12
 TAPPED_LAYERS = (2, 5, 8, 11)
-MIN_SIDE, MAX_SIDE = 32, 1024
-
-
-def check_images(images: Tensor) -> None:
-    """Raise UserError unless ``images`` is ``[I, 3, R, R]`` with R a multiple of 16 from 32 to 1024."""
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise UserError(f"images must be square, [I, 3, R, R]; got {list(images.shape)}. Crop or pad them first.")
-    check_image_size(images.shape[-1])
-
-
-def check_image_size(side: int) -> None:
-    """Raise UserError unless ``side`` is a multiple of 16 from 32 to 1024 pixels."""
-    if side % PATCH or not MIN_SIDE <= side <= MAX_SIDE:
-        raise UserError(
-            f"an image side of {side} px does not fit: it must be a multiple of {PATCH} "
-            f"from {MIN_SIDE} to {MAX_SIDE}. Resize or pad the images, or cut larger ones into tiles."
-        )
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
@@ -208,11 +191,10 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, self.patch_embed(images)], dim=1) + positions
 
 
-class ViTEncoder(nn.Module):
+class ViTEncoder(Encoder):
     """The transformer and the way its tokens leave it: an image feature, and tokens for the decoder.
 
-    Attributes:
-        drop_rates: stochastic depth of every residual branch, rising linearly from 0 over the layers.
+    Stochastic depth rises linearly from 0 at the first layer to ``drop_path`` at the last.
     """
 
     def __init__(
@@ -229,7 +211,20 @@ class ViTEncoder(nn.Module):
         self.encoder = VisionTransformer(dim, heads, image_size, attention, recompute)
         self.drop_rates = [drop_path * layer / (DEPTH - 1) for layer in range(DEPTH) for _ in range(2)]
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.encoder.blocks
+
     def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, PackedTokens]:
         """Groups of images -> CLS of the last tapped layer ``[images, C]``, and the tapped tokens."""
         tokens = self.encoder(groups, scales)
         return torch.cat([part[:, 0] for part in tokens.split(tokens.taps[-1])]), tokens
+
+
+def vit_flops(dim: int, size: int) -> int:
+    """FLOPs of one forward over an image of ``size`` pixels."""
+    grid = size // PATCH
+    tokens = grid**2 + 1
+    linear = 2 * tokens * 12 * dim**2  # qkv 3, output 1, MLP 4 + 4
+    attention = 2 * 2 * tokens**2 * dim  # scores, and the mean of the values
+    return conv_flops(grid, 3, dim, PATCH) + DEPTH * (linear + attention)

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from muse_fast.config import check_arch
 from muse_fast.errors import UserError
-from muse_fast.models.backbone import VIT_DIMS_AND_HEADS, Backbone, build_backbone
+from muse_fast.models.archs import ARCHS, find_arch
+from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.official import official_pos_embed, read_official
-from muse_fast.models.vit import PATCH
 from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
 
 COMPATS = ("exact", "muse_official")
@@ -29,7 +28,7 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     """A backbone in evaluation mode, float32, on the CPU.
 
     Args:
-        arch: ``vit_tiny``, ``vit_small``, ``vit_base`` or ``resnet50``; None reads it off the weights.
+        arch: a name in `muse_fast.models.ARCHS`, such as ``vit_small``; None reads it off the weights.
         weights: a run folder (its newest checkpoint), one checkpoint folder, any export (``.safetensors``, ``.pth``
             or timm folder), an official ``.pth`` file, or ``"random:vit_small"``; None or ``"random"`` draws random
             weights for ``arch`` from torch's global generator.
@@ -41,7 +40,7 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
             tensors missing or left over. The message names them.
     """
     if arch is not None:
-        check_arch(arch)
+        find_arch(arch)
     if compat not in (None, *COMPATS):
         raise UserError(f"unknown compat {compat!r}; expected one of {', '.join(COMPATS)}")
     if weights is None or str(weights).partition(":")[0] == "random":
@@ -63,19 +62,17 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     if compat == "muse_official" and POS_EMBED in tensors:
         tensors = {**tensors, POS_EMBED: official_pos_embed(tensors[POS_EMBED])}
     with torch.device("meta"):  # no memory and no random draws for values that the file replaces
-        backbone = build_backbone(found_arch, image_size=stored_image_size(tensors))
+        backbone = build_backbone(found_arch, image_size=stored_image_size(found_arch, tensors))
     backbone = backbone.to_empty(device="cpu")
     load_strictly(backbone, tensors, str(path))
     return backbone.eval()
 
 
 def infer_arch(tensors: Mapping[str, Tensor]) -> str | None:
-    """The arch that names and shapes speak for, or None."""
-    if "encoder.encoder.layer4.2.conv3.weight" in tensors:
-        return "resnet50"
-    cls_token = tensors.get("encoder.encoder.cls_token")
-    archs = {dim: arch for arch, (dim, _) in VIT_DIMS_AND_HEADS.items()}
-    return None if cls_token is None else archs.get(cls_token.shape[-1])
+    """The arch whose mark is among the tensors, or None."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    marks = {name: arch.mark for name, arch in ARCHS.items()}
+    return next((name for name, (tensor, shape) in marks.items() if shapes.get(f"encoder.{tensor}") == shape), None)
 
 
 def _random_arch(arch: str | None, weights: str) -> str:
@@ -154,7 +151,7 @@ def _strip(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return stripped or tensors
 
 
-def stored_image_size(tensors: Mapping[str, Tensor]) -> int:
+def stored_image_size(arch: str, tensors: Mapping[str, Tensor]) -> int:
     """The side in pixels that a position embedding was stored for; for a model without one, any allowed side."""
     pos_embed = tensors.get(POS_EMBED)
-    return 224 if pos_embed is None else PATCH * math.isqrt(pos_embed.shape[1] - 1)
+    return 224 if pos_embed is None else find_arch(arch).strides[-1] * math.isqrt(pos_embed.shape[1] - 1)

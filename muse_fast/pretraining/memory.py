@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from muse_fast.config import PretrainConfig
+from muse_fast.models.archs import find_arch
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime.distributed import world_size
 from muse_fast.training.memory import Situation
@@ -27,7 +28,7 @@ def remedies(config: PretrainConfig, rois: int, ranks: int) -> list[str]:
     """
     model, optim, views = config.model, config.optim, config.views
     going_on = []
-    if model.arch != "resnet50" and model.recompute != "full":
+    if "model.recompute" in find_arch(model.arch).supports and model.recompute != "full":
         going_on.append(f"model.recompute={'selective' if model.recompute == 'none' else 'full'}")
     if not config.loss.logit_free:
         going_on.append("loss.logit_free=true")

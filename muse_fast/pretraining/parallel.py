@@ -36,8 +36,8 @@ def shard(network: Network, precision: str) -> Network:
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     backbone = network.backbone
-    for block in getattr(backbone.encoder.encoder, "blocks", []):
-        fully_shard(block, mp_policy=half if precision == "bf16" else whole)
+    for layer in backbone.encoder.layers:
+        fully_shard(layer, mp_policy=half if precision == "bf16" else whole)
     fully_shard(backbone.decoder, mp_policy=whole)
     register_fsdp_forward_method(backbone.decoder, "nucleus_rows")
     for head in (network.image_head, network.nucleus_head):

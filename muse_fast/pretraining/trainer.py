@@ -14,10 +14,11 @@ from muse_fast import ops
 from muse_fast.batch import PackedNuclei, Pairs, Views
 from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
+from muse_fast.models.archs import check_model, find_arch
 from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.heads import HeadOutput
-from muse_fast.models.vit import PATCH, Block, resize_pos_embed
+from muse_fast.models.vit import resize_pos_embed
 from muse_fast.pretraining.centering import sinkhorn_center, update_center
 from muse_fast.pretraining.distill import Network, Outputs, build_student_and_teacher, update_teacher
 from muse_fast.pretraining.drop_path import draw_scales
@@ -56,6 +57,7 @@ class Trainer:
     """
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        check_model(config)
         self.config, self.device, self.step = config, device, 0
         dtype = DTYPES[config.train.precision]
         if reason := why_not(config.model.attention, device, dtype):
@@ -79,8 +81,9 @@ class Trainer:
             # FSDP takes weights in their own order alone; of a 1x1 kernel both orders are the same.
             if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and not self._sharded:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-            if isinstance(module, Block) and self.config.train.compile:
-                module.compile()
+        if self.config.train.compile:
+            for layer in network.backbone.encoder.layers:
+                layer.compile()
         return network
 
     def train_step(self, *micro_batches: Views, measure: bool = True) -> Metrics:
@@ -267,7 +270,7 @@ class Trainer:
         if other:
             settings = ", ".join(f"{key}={then.get(key)} (here {now[key]})" for key in other)
             raise UserError(f"model.init={folder} comes from a run with {settings}; give this one the same")
-        grid = self.config.views.global_size // PATCH
+        grid = self.config.views.global_size // find_arch(self.config.model.arch).strides[-1]
         self._load_networks(
             folder, lambda name, value: resize_pos_embed(value, grid) if name.endswith("pos_embed") else value
         )

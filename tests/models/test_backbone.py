@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from muse_fast.config import ARCHS
 from muse_fast.errors import UserError
+from muse_fast.models.archs import ARCHS
 from muse_fast.models.backbone import build_backbone
 
 

@@ -89,7 +89,7 @@ def test_random_weights_follow_the_seed(models):
     [
         ("vit_smal", None, None, "did you mean 'vit_small'"),
         (None, None, None, "need an arch"),
-        (None, "random:vit_huge", None, "unknown arch 'vit_huge'"),
+        (None, "random:vit_huge", None, "arch=vit_huge: expected one of vit_tiny"),
         ("vit_tiny", "random:vit_small", None, "contradict"),
         ("vit_tiny", None, "official", "unknown compat 'official'.*exact, muse_official"),
         ("vit_tiny", "no/such/file.pth", None, r"no/such/file\.pth do not exist"),

@@ -10,8 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from muse_fast.config import RECOMPUTE, load_config
-from muse_fast.errors import UserError
+from muse_fast.config import RECOMPUTE
 from muse_fast.models.backbone import build_backbone
 from muse_fast.pretraining.drop_path import draw_scales
 from muse_fast.pretraining.trainer import Trainer
@@ -87,9 +86,3 @@ def test_compiled_layers_train_alike(recompute: str) -> None:
             assert got[name] == pytest.approx(expected[name], rel=1e-5), (seed, name)
     assert counters["stats"]["unique_graphs"] == 2  # one for all layers of the student, one for those of the teacher
     assert not counters["graph_break"]
-
-
-def test_resnet50_is_refused() -> None:
-    for setting in ("model.recompute=full", "model.recompute=selective", "train.compile=true"):
-        with pytest.raises(UserError, match="no ViT"):
-            load_config(None, ["model.arch=resnet50", setting])

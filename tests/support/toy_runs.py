@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from muse_fast import pretrain
 from muse_fast.images.synthetic import synthetic_image
-from muse_fast.models import backbone, resnet, vit
+from muse_fast.models import archs, vit
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime import checkpoint, cli
@@ -66,10 +67,13 @@ def run_command(argv: Sequence[str], change: Change = UNCHANGED) -> Ended:
     out, err = io.StringIO(), io.StringIO()
     thin_resnet = partial(timm.create_model, channels=(4, 8, 16, 32))
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(backbone.VIT_DIMS_AND_HEADS, vit_tiny=(32, 2)))
+        thin = {
+            "vit_tiny": archs.vit_arch("vit_tiny", 32, 2),
+            "resnet50": dataclasses.replace(archs.ARCHS["resnet50"], widths=(16, 32, 64, 128)),
+        }
+        stack.enter_context(mock.patch.dict(archs.ARCHS, thin))
         stack.enter_context(mock.patch.multiple(vit, DEPTH=4, TAPPED_LAYERS=(0, 1, 2, 3)))
         stack.enter_context(mock.patch.object(timm, "create_model", thin_resnet))
-        stack.enter_context(mock.patch.object(resnet, "WIDTHS", (16, 32, 64, 128)))
         if change.smooth:
             stack.enter_context(mock.patch.object(F, "relu", lambda x, inplace=False: F.softplus(x)))
         if change.order:

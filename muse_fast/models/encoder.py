@@ -1,0 +1,67 @@
+"""What every encoder shares: its interface, the images that it takes, and how its FLOPs are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from muse_fast.errors import UserError
+
+SIDE_STEP, MIN_SIDE, MAX_SIDE = 16, 32, 1024
+
+Maps = tuple[Tensor, ...]
+"""Four maps of images of one resolution, finest first."""
+
+
+class Encoder(nn.Module):
+    """A network that turns images into image features and into what the decoder starts from.
+
+    Attributes:
+        encoder: the network itself; an export for timm has its tensors under its own names.
+        drop_rates: stochastic depth of every residual branch, from the first to the last.
+    """
+
+    encoder: Any
+    drop_rates: list[float]
+
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """Layers of the same shape: ``train.compile`` compiles and FSDP shards them one by one. None by default."""
+        return ()
+
+    def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Encode groups of images of one resolution each.
+
+        Args:
+            groups: ``[I, 3, R, R]`` each; `check_images` says which R are allowed.
+            scales: factors of the residual branches per image, ``[branches, images of all groups]``, for stochastic
+                depth; None drops nothing.
+
+        Returns:
+            Image features ``[images of all groups, C]`` and, for the decoder, `Maps` per group; from a plain ViT its
+            `muse_fast.models.vit.PackedTokens`.
+        """
+        raise NotImplementedError
+
+
+def check_images(images: Tensor) -> None:
+    """Raise UserError unless ``images`` is ``[I, 3, R, R]`` with R a multiple of 16 from 32 to 1024."""
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise UserError(f"images must be square, [I, 3, R, R]; got {list(images.shape)}. Crop or pad them first.")
+    check_image_size(images.shape[-1])
+
+
+def check_image_size(side: int) -> None:
+    """Raise UserError unless ``side`` is a multiple of 16 from 32 to 1024 pixels."""
+    if side % SIDE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
+        raise UserError(
+            f"an image side of {side} px does not fit: it must be a multiple of {SIDE_STEP} "
+            f"from {MIN_SIDE} to {MAX_SIDE}. Resize or pad the images, or cut larger ones into tiles."
+        )
+
+
+def conv_flops(side: int, in_channels: int, out_channels: int, kernel: int = 1) -> int:
+    """FLOPs, two per multiply-add, of a convolution with ``side * side`` outputs; of a linear layer per row, side 1."""
+    return 2 * side**2 * in_channels * out_channels * kernel**2

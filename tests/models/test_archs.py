@@ -1,0 +1,151 @@
+"""The registry: an encoder that a test adds can do all that the package's own can, and no other file knows its name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from muse_fast import load_backbone
+from muse_fast.config import load_config
+from muse_fast.errors import UserError
+from muse_fast.export import export
+from muse_fast.models.archs import ARCHS, OPTIONAL, Arch, check_model, find_arch
+from muse_fast.models.backbone import build_backbone
+from muse_fast.models.decoder import PYRAMID, build_decoder
+from muse_fast.models.encoder import Encoder, Maps, check_images, conv_flops
+from muse_fast.pretrain import pretrain
+from muse_fast.pretraining.flops import view_flops
+from muse_fast.pretraining.memory import remedies
+from muse_fast.pretraining.trainer import Trainer
+from tests.pretraining.test_trainer import changed, snapshot, toy, toy_views
+
+ROOT = Path(__file__).parents[2]
+WIDTHS = (8, 16, 24, 40)
+
+
+class ToyEncoder(Encoder):
+    """Four strided convolutions; stochastic depth scales the last map."""
+
+    def __init__(self, *, drop_path: float = 0.0, **unused: object) -> None:
+        super().__init__()
+        channels = zip((3, *WIDTHS), WIDTHS, (4, 2, 2, 2), strict=False)
+        self.encoder = nn.ModuleList(nn.Conv2d(a, b, stride, stride) for a, b, stride in channels)
+        self.drop_rates = [drop_path]
+
+    def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, list[Maps]]:
+        maps, first = [], 0
+        for images in groups:
+            check_images(images)
+            pyramid = [images]
+            for conv in self.encoder:
+                pyramid.append(conv(pyramid[-1]).relu())
+            if scales is not None:
+                pyramid[-1] = pyramid[-1] * scales[0, first : first + len(images), None, None, None]
+            maps.append(tuple(pyramid[1:]))
+            first += len(images)
+        return torch.cat([of_group[-1].mean(dim=(2, 3)) for of_group in maps]), maps
+
+
+def toy_flops(size: int) -> int:
+    channels = zip((3, *WIDTHS), WIDTHS, (4, 8, 16, 32), (4, 2, 2, 2), strict=False)
+    return sum(conv_flops(size // stride, a, b, kernel) for a, b, stride, kernel in channels)
+
+
+@pytest.fixture
+def toy_arch(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = Arch(
+        build=ToyEncoder, widths=WIDTHS, strides=PYRAMID, flops=toy_flops, mark=("encoder.0.weight", (8, 3, 4, 4))
+    )
+    monkeypatch.setitem(ARCHS, "toy", arch)
+
+
+@pytest.mark.usefixtures("toy_arch")
+def test_a_new_encoder_trains_and_its_weights_are_found_again(tmp_path: Path) -> None:
+    trainer = Trainer(toy("model.arch=toy", "optim.freeze_prototypes_steps=0"), torch.device("cpu"))
+    before = snapshot(trainer)
+    for seed in range(2):
+        assert torch.isfinite(trainer.train_step(toy_views(seed))["loss"])
+    moved = changed(before, snapshot(trainer))
+    learning = {name for name in before if ".encoder." in name}
+    assert len(learning) == 16 and learning <= moved  # weights and biases of four convolutions, student and teacher
+
+    folder = trainer.save(tmp_path / "run")
+    export(str(folder), tmp_path / "toy.safetensors", "safetensors")
+    expected = trainer.teacher.backbone.state_dict()
+    for source in (folder, tmp_path / "toy.safetensors"):
+        backbone = load_backbone(None, source)
+        assert (backbone.arch, backbone.image_dim, backbone.dense_dim) == ("toy", 40, 20)
+        assert all(torch.equal(value, expected[name]) for name, value in backbone.state_dict().items())
+    with pytest.raises(UserError, match="no architecture like toy"):
+        export(str(folder), tmp_path / "timm", "timm")
+    assert not (tmp_path / "timm").exists()
+
+
+@pytest.mark.usefixtures("toy_arch")
+def test_the_flops_of_a_new_encoder() -> None:
+    backbone = build_backbone("toy").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.randn(1, 3, 96, 96))
+    assert counter.get_total_flops() == view_flops("toy", 96)
+
+
+@pytest.mark.usefixtures("toy_arch")
+@pytest.mark.parametrize("arch", ["toy", "resnet50"])
+@pytest.mark.parametrize("setting", ["model.attention=varlen", "model.recompute=full", "train.compile=true"])
+def test_settings_that_an_encoder_does_not_support_are_refused(setting: str, arch: str) -> None:
+    check_model(load_config(None, [setting]))
+    config = load_config(None, [f"model.arch={arch}", setting])
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"(?i)^{setting}: expected (sdpa|none|false); {arch} does not support"):
+        check_model(config)
+    with pytest.raises(UserError, match=f"^{key}="):
+        Trainer(config, torch.device("cpu"))
+    assert not any("recompute" in remedy for remedy in remedies(config, 4, 1))
+
+
+def test_an_unknown_arch_is_refused_before_data_is_read(tmp_path: Path) -> None:
+    config = load_config(None, ["model.arch=vit_smal", f"data.roiset={tmp_path / 'none'}"])
+    with pytest.raises(UserError, match=r"^model\.arch=vit_smal: expected one of vit_tiny, .*did you mean 'vit_small'"):
+        pretrain(config, tmp_path / "out")
+    with pytest.raises(UserError, match=r"^arch=vit_smal: expected one of"):
+        find_arch("vit_smal")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_an_entry_says_what_its_encoder_is(name: str) -> None:
+    arch = find_arch(name)
+    with torch.device("meta"):
+        encoder = build_backbone(name).encoder
+    tensor, shape = arch.mark
+    assert tuple(encoder.state_dict()[tensor].shape) == shape
+    assert [other for other in ARCHS.values() if other.mark == arch.mark] == [arch]
+    assert bool(list(encoder.layers)) == ("train.compile" in arch.supports)
+    assert set(arch.supports) <= set(OPTIONAL)
+
+
+def test_maps_that_nothing_can_decode_are_refused() -> None:
+    for widths, strides in (((8, 8, 8, 8), (4, 4, 8, 8)), ((8, 8, 8, 16), (16, 16, 16, 16))):
+        with pytest.raises(ValueError, match="no decoder"):
+            build_decoder(widths, strides)
+
+
+def test_only_the_models_compare_names() -> None:
+    """A file that asks ``arch == "resnet50"`` would have to be edited for every new encoder."""
+    files = [path for path in (ROOT / "muse_fast").rglob("*.py") if "models" not in path.parts]
+    assert len(files) > 50
+    asking = {
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and part.value in ARCHS
+    }
+    assert not asking
