@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_nothing(kind: str, run: Run, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("muse_fast.runtime.checkpoint.save_file", full)
+        patch.setattr("muse_fast.runtime.tensors.save_file", full)
         patch.setattr("torch.save", full)
         with pytest.raises(UserError, match=r"x.* was not written: .*No space left"):
             export(str(run.folder), tmp_path / NAMES[kind], kind)
