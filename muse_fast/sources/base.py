@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
-from muse_fast.images.mpp import MPP_RANGE
+from muse_fast.images.mpp import MPP_RANGE, MppRow
 from muse_fast.images.slide import Slide
 from muse_fast.runtime.options import Config, setting
 
@@ -268,6 +268,30 @@ def pair_files(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Path
     if extra := sorted(found - {label.name for _, label in pairs}):
         raise UserError(f"{labels / extra[0]}: there is no image of that name in {images}")
     return pairs
+
+
+def described(image: Path, table: Mapping[str, MppRow], mpp: float | None) -> MppRow:
+    """The image's row of ``mpp.csv``; where it has none or names no slide, the image is a slide of its own.
+
+    Raises:
+        UserError: neither a row nor ``mpp`` gives the um per pixel.
+    """
+    row = table.get(image.name)
+    known = row.mpp if row else mpp
+    if known is None:
+        raise UserError(f"{image}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv (image,mpp)")
+    return MppRow(known, (row.slide if row else "") or image.stem, row.split if row else "")
+
+
+def put_in_split(split_of: dict[str, str], name: str, split: str, where: str) -> None:
+    """Note that the list at ``where`` puts ``name`` into ``split``.
+
+    Raises:
+        UserError: a list has put it into a split before.
+    """
+    if name in split_of:
+        raise UserError(f"{where}: {name} is also listed in the split {split_of[name]}")
+    split_of[name] = split
 
 
 def need_file(path: Path, hint: str) -> Path:

@@ -15,7 +15,7 @@ from muse_fast.images.geojson import GeoPoints, read_geojson_points
 from muse_fast.images.mpp import read_mpp_table
 from muse_fast.images.points_csv import read_points
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Dataset, Entry, Nuclei, list_images, mpp_setting
+from muse_fast.sources.base import Dataset, Entry, Nuclei, described, list_images, mpp_setting
 
 
 class Beside(Dataset):
@@ -45,14 +45,8 @@ class Beside(Dataset):
             if stems[path.stem] > 1:
                 file = path.stem + self.suffixes[0]
                 raise UserError(f"{path}: another image has the same stem, so {file} could belong to either")
-            beside, row = self._beside(path), table.get(path.name)
-            known = row.mpp if row else options.mpp
-            if known is None:
-                raise UserError(
-                    f"{path}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv (image,mpp)"
-                )
-            slide, split = (row.slide or path.stem, row.split) if row else (path.stem, "")
-            self.entries.append(Entry(path.name, slide, split, path, beside, known))
+            beside, row = self._beside(path), described(path, table, options.mpp)
+            self.entries.append(Entry(path.name, row.slide, row.split, path, beside, row.mpp))
 
     def _beside(self, path: Path) -> Path:
         found = [path.with_name(path.stem + suffix) for suffix in self.suffixes]

@@ -10,7 +10,7 @@ import numpy as np
 
 from muse_fast.errors import UserError
 from muse_fast.images.slide import find_slides
-from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need_file
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need_file, put_in_split
 
 
 class BrcaM2C(Dataset):
@@ -45,9 +45,7 @@ class BrcaM2C(Dataset):
             listing = self.folder / f"brca_ds_{split}.txt"
             need_file(listing, "expected the folder of BRCA-M2C with images/ and labels/")
             for row, name in enumerate(listing.read_text("utf-8-sig", "replace").split(), start=1):
-                if name in split_of:
-                    raise UserError(f"{listing}, row {row}: {name} is also listed in the split {split_of[name]}")
-                split_of[name] = split
+                put_in_split(split_of, name, split, f"{listing}, row {row}")
         return split_of
 
     def _entry(self, name: str, split: str) -> Entry:

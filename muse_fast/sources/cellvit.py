@@ -9,7 +9,7 @@ from pathlib import Path
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.points_csv import read_bare_points
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Dataset, Entry, Nuclei, mpp_setting, need_file, pair_files
+from muse_fast.sources.base import Dataset, Entry, Nuclei, mpp_setting, need_file, pair_files, put_in_split
 
 
 class CellViT(Dataset):
@@ -81,9 +81,7 @@ class CellViT(Dataset):
                     continue
                 if stem not in stems:
                     raise UserError(f"{path}, row {row}: train/images has no {stem!r}{did_you_mean(stem, stems)}")
-                if stem in split_of:
-                    raise UserError(f"{path}, row {row}: {stem} is already listed in the split {split_of[stem]}")
-                split_of[stem] = split
+                put_in_split(split_of, stem, split, f"{path}, row {row}")
         return split_of
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:

@@ -51,7 +51,7 @@ class CutSettings(Source.Options):
     """Most ROIs of a slide, drawn at random."""
     seed: int = setting(0, ge=0, le=2**31)
     """Of the draws of ``per_slide``, ``per_group`` and ``max_rois``."""
-    max_unreadable: int = setting(20, ge=0, le=1_000_000)
+    max_unreadable_rois: int = setting(20, ge=0, le=1_000_000)
     """ROIs of a slide that cannot be read; with more, the slide is skipped."""
 
     @property
@@ -141,7 +141,7 @@ def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
 
 def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
     side = round(settings.roi_um / slide.mpp)
-    max_unreadable = settings.max_unreadable * side**2
+    max_unreadable = settings.max_unreadable_rois * side**2
     overview = slide.thumbnail(MASK_UM, max_unreadable)
     step = MASK_UM / slide.mpp
     mask = tissue_mask(overview, MASK_UM) if file.tissue is None else read_tissue(file.tissue, overview.shape[:2], step)
@@ -259,7 +259,7 @@ class Cut:
         """Examine the squares in their order.
 
         Raises:
-            UserError: more squares than ``max_unreadable`` cannot be read.
+            UserError: more squares than ``max_unreadable_rois`` cannot be read.
         """
         limit = self._settings.per_slide
         candidates = [square for square in self._squares if self._may_do(square)]
@@ -268,7 +268,7 @@ class Cut:
             examined += 1
             if isinstance(found, UserError):
                 self._refuse(square, "unreadable")
-                if (count := self.dropped["unreadable"]) > self._settings.max_unreadable:
+                if (count := self.dropped["unreadable"]) > self._settings.max_unreadable_rois:
                     raise UserError(f"{found}; {count} ROIs of it cannot be read, copy the slide anew")
             elif self._enough(found.nuclei, square):
                 yield square, found

@@ -9,9 +9,9 @@ from pathlib import Path
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.image_files import read_image
-from muse_fast.images.mpp import read_mpp_table
+from muse_fast.images.mpp import MppRow, read_mpp_table
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Source, SourceImage, list_images, mpp_setting
+from muse_fast.sources.base import Source, SourceImage, described, list_images, mpp_setting
 
 
 class Images(Source):
@@ -37,7 +37,7 @@ class Images(Source):
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
         self._detect, self._options = load_finder(options.detector), options
-        self._images: dict[str, tuple[Path, float, str, str]] = {}  # by stem: file, um/px, slide, split
+        self._images: dict[str, tuple[Path, MppRow]] = {}  # by stem
         for folder in target.split(","):
             self._add(Path(folder))
 
@@ -48,29 +48,22 @@ class Images(Source):
         for path in list_images(folder):
             if path.stem in self._images:
                 raise UserError(f"{path}: {self._images[path.stem][0]} has the same stem, which names the ROI")
-            row = table.get(path.name)
-            known = row.mpp if row else self._options.mpp
-            if known is None:
-                raise UserError(
-                    f"{path}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv beside it (image,mpp)"
-                )
-            slide, split = (row.slide or path.stem, row.split) if row else (path.stem, "")
-            self._images[path.stem] = path, known, slide, split
+            self._images[path.stem] = path, described(path, table, self._options.mpp)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def slides(self) -> Iterator[tuple[str, str]]:
-        yield from ((slide, split) for _, _, slide, split in self._images.values())
+        yield from ((row.slide, row.split) for _, row in self._images.values())
 
     def __iter__(self) -> Iterator[SourceImage]:
-        for path, mpp, slide, split in self._images.values():
+        for path, row in self._images.values():
             image = read_image(path)
             try:
-                xy, score = self._detect(image, mpp, threshold=self._options.threshold)
+                xy, score = self._detect(image, row.mpp, threshold=self._options.threshold)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
             if len(xy) < self._options.min_nuclei:
                 self.dropped["too few nuclei"] += 1
                 continue
-            yield SourceImage(path.name, slide, split, image, mpp, xy, None, score)
+            yield SourceImage(path.name, row.slide, row.split, image, row.mpp, xy, None, score)

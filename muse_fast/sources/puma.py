@@ -14,7 +14,7 @@ from muse_fast.images.geojson import centroid_and_area, read_shapes
 from muse_fast.images.image_files import IMAGE_SUFFIXES, image_size
 from muse_fast.images.mpp import tiff_mpp
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, mpp_setting, pair_files
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, mpp_setting, pair_files, put_in_split
 
 IMAGES, LABELS = "01_training_dataset_tif_ROIs", "01_training_dataset_geojson_nuclei"
 CONTEXTS = "01_training_dataset_tif_context_ROIs"
@@ -94,9 +94,7 @@ class Puma(Dataset):
                 stem = Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
                 if stem not in stems:
                     raise UserError(f"{path}: there is no {stem}.tif in {IMAGES}{did_you_mean(stem, stems)}")
-                if stem in split_of:
-                    raise UserError(f"{path}: {stem} is also listed in the split {split_of[stem]}")
-                split_of[stem] = split
+                put_in_split(split_of, stem, split, str(path))
         return split_of
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:

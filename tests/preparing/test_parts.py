@@ -112,7 +112,7 @@ def test_a_slide_over_its_budget_is_skipped(cohort: Path, tmp_path: Path) -> Non
     count = part.dropped["unreadable"]
     assert count > 1 and len(part.refused["unreadable"]) == count and len(part.rois) > 5
 
-    parts = Parts(tmp_path / "strict", replace(settings, max_unreadable=count - 1), 95)
+    parts = Parts(tmp_path / "strict", replace(settings, max_unreadable_rois=count - 1), 95)
     make_parts(files, parts, workers=1)
     part, other = parts.find(files[0]), parts.find(files[1])
     assert part is not None and len(part.rois) == 0

@@ -199,7 +199,7 @@ def test_cellvit_folds(tmp_path: Path) -> None:
     listing = tiny.folder / "splits" / "fold_1" / "val.csv"
     for text, message in (
         ("img_1\nimg_3\n", r"val.csv, row 2: train/images has no 'img_3'"),
-        ("img_0\n", r"val.csv, row 1: img_0 is already listed in the split train"),
+        ("img_0\n", r"val.csv, row 1: img_0 is also listed in the split train"),
     ):
         listing.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -242,14 +242,14 @@ def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarra
     for (x, y), image in images.items():
         np.testing.assert_array_equal(image, tissue[y : y + 200, x : x + 200])
 
-    settings = CutSettings(roi_um=100, min_tissue=0, min_nuclei=0, max_unreadable=lost)
+    settings = CutSettings(roi_um=100, min_tissue=0, min_nuclei=0, max_unreadable_rois=lost)
     surveyed = survey(SlideFile(path, "slide", "slide"), settings)
     assert not isinstance(surveyed, UserError)
     assert len(list(Cut(surveyed, settings).rois())) == 35 - lost
-    source = opened(path, **EVERYTHING, max_unreadable=lost - 1)
+    source = opened(path, **EVERYTHING, max_unreadable_rois=lost - 1)
     assert len(list(source)) < 35 - lost
     assert f"{lost} ROIs of it cannot be read, copy the slide anew" in source.refused[path]
-    source = opened(path, **EVERYTHING, max_unreadable=0)
+    source = opened(path, **EVERYTHING, max_unreadable_rois=0)
     assert list(source) == []
     assert source.refused[path].startswith("unreadable at")  # already for the overview
 
