@@ -36,7 +36,7 @@ def choose(parts: Sequence[Part], options: Slides.Options) -> list[Chosen]:
     """Draw at random, the same number of each group, from all ROIs of all parts.
 
     Each ROI has a number that depends on the seed, its slide and its place alone; a group's lowest are taken. So the
-    same are taken however the work was shared out, and a larger sample holds a smaller one of the same seed.
+    same are taken however the work was divided, and a larger sample contains a smaller one of the same seed.
 
     Raises:
         UserError: ``max_rois`` is less than the number of groups.
@@ -63,7 +63,7 @@ def _per_group(options: Slides.Options, groups: int) -> int | None:
     limits = [] if options.per_group is None else [options.per_group]
     if options.max_rois is not None:
         share = options.max_rois // max(1, groups)
-        require(share > 0, "max_rois", options.max_rois, f"one at least for each of the {groups} groups")
+        require(share > 0, "max_rois", options.max_rois, f"at least one for each of the {groups} groups")
         limits.append(share)
     return min(limits, default=None)
 

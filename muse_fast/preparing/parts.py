@@ -2,10 +2,10 @@
 
     OUT.parts/settings.json        what all parts were made with; others are refused
     OUT.parts/SLIDE/               a small ROI set of the slide, and beside its files
-        part.json                  the slide's file as it was, its facts, what was left out, or why it was skipped
+        part.json                  the slide's file as it was, its facts, what was dropped, or why it was skipped
         tissue.geojson  thumbnail.jpg
 
-A run that was killed goes on with the slides that have no part. Several machines may share the folder.
+A run that was killed continues with the slides that have no part. Several machines may share the folder.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Part:
 
     Attributes:
         facts: um per pixel, size, tissue area and the like; empty where the slide was skipped.
-        dropped: squares left out, by reason.
-        refused: places ``x, y`` that were read and left out, by reason.
-        skipped: why the slide gave nothing; "" where it did not fail.
+        dropped: number of squares without a ROI, by reason.
+        refused: places ``x, y`` that were read but not kept, by reason.
+        skipped: why the slide cannot be used; "" if it can.
     """
 
     file: SlideFile
@@ -75,17 +75,17 @@ class Parts:
             atomic.write_json(path, made_with)
         before = _read_json(path)
         if differing := [key for key in {**before, **made_with} if before.get(key) != made_with.get(key)]:
-            told = "; ".join(f"{key}={before.get(key)}, now {made_with.get(key)}" for key in differing)
+            changed = "; ".join(f"{key}={before.get(key)}, now {made_with.get(key)}" for key in differing)
             raise UserError(
-                f"{folder} holds parts made with other settings ({told}); give the same settings to go on, "
-                "or remove that folder to begin anew"
+                f"{folder} holds parts made with other settings ({changed}); give the same settings to continue, "
+                "or remove that folder to start again"
             )
 
     def place(self, file: SlideFile) -> Path:
         return self.folder / file.name
 
     def find(self, file: SlideFile) -> Part | None:
-        """The part of a slide, if there is a sound one of this slide as it is now with the tissue and nuclei as now."""
+        """The part of a slide, if it is intact and the slide, its tissue and its nuclei have not changed since."""
         folder = self.place(file)
         try:
             content = _read_json(folder / "part.json")
@@ -98,7 +98,7 @@ class Parts:
             return None
 
     def write(self, file: SlideFile, pool: Pool) -> None:
-        """Cut one slide and write its part; a slide that cannot be used gets one that says so."""
+        """Cut one slide and write its part; for a slide that cannot be used the part says why."""
         surveyed = pool.call(survey, file, self.settings)
         if isinstance(surveyed, UserError):
             self.skip(file, reason_of(surveyed, file.path))
@@ -180,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove {path.parent} to begin anew") from error
+        raise UserError(f"{path} cannot be read ({error}); remove {path.parent} to start again") from error
     return dict(content)
 
 
@@ -193,8 +193,8 @@ def make_parts(
     """Write the parts that are not there yet, several slides at a time.
 
     Args:
-        workers: processes; up to 1: none but this one.
-        watch: called with each slide that is done, those done before included, and about once a second with None.
+        workers: processes; with 0 or 1 everything runs in this one.
+        watch: called with each slide that is done, including those done before, and about once a second with None.
 
     Raises:
         OSError: a part cannot be written, for example on a full disk. Parts that are done remain.
@@ -206,8 +206,8 @@ def make_parts(
         else:
             watch(file)
     while left:
-        # Where a process dies, of memory or a crash inside a decoder, nobody knows by which slide: each of those that
-        # were under way has another try alone.
+        # A process that dies, out of memory or by a crash inside a decoder, does not tell by which slide: each of those
+        # that were under way is tried again alone.
         for file in _make_some(left, parts, workers, min(workers, _SLIDES_UNDER_WAY), watch):
             if _make_some(deque([file]), parts, workers, 1, watch):
                 parts.skip(file, "a process died while it was read: out of memory, or a crash inside the decoder")
@@ -241,6 +241,6 @@ def _make_some(
                         watch(file)
                 watch(None)
         finally:
-            pool.stop()  # after an error or Ctrl-C the threads have nothing left to wait for
+            pool.stop()  # after an error or Ctrl-C no thread may wait any longer
             close_slides()
     return lost

@@ -1,7 +1,7 @@
-"""Whether the um per pixel of labelled images can be true: how far apart their nuclei are, and how wide they look.
+"""Whether the um per pixel of labelled images is plausible: how far apart their nuclei are, and how wide they look.
 
 A wrong scale does not show in training; it spoils it. Two measures do not depend on what the files claim. Nuclei of a
-tissue section stand about 8 um from the nearest other. And around the centre of a nucleus the image darkens: the mean
+tissue section lie about 8 um from their nearest neighbour. Around the centre of a nucleus the image darkens: the mean
 optical density in red over circles of growing radius falls to half of its height at about 2.5 um, which takes some
 hundred nuclei of any class to measure (BRCA-M2C: 8.1 um apart, 5.3 um wide). Either is off by what the scale is off.
 """
@@ -18,7 +18,7 @@ SPACING_UM = (4.0, 30.0)  # wide: a few classes alone may be annotated
 TYPICAL_WIDTH_UM = 5.0
 MAX_PER_MM2 = 20_000
 MIN_CONTRAST = 0.03  # optical density of nuclei over what is around them
-MIN_NUCLEI = 30  # fewer give no mean worth a word
+MIN_NUCLEI = 30  # too few for a meaningful mean below that
 
 _REACH_UM = 10.0
 _BIN_UM = 0.5
@@ -67,7 +67,7 @@ class ScaleCheck:
         self._measured += len(x)
 
     def summary(self) -> dict[str, float | None]:
-        """Nuclei per mm2, median distance to the nearest other in um, width in um and contrast; None: too few."""
+        """Nuclei per mm2, median distance to the nearest neighbour in um, width in um and contrast; None: too few."""
         spacing = np.concatenate(self._spacing) if self._spacing else np.zeros(0)
         width, contrast = self._width() if self._measured >= MIN_NUCLEI else (None, None)
         return {
@@ -92,7 +92,7 @@ class ScaleCheck:
         return round(float(2 * (radius[i - 1] + part * (radius[i] - radius[i - 1]))), 2), contrast
 
     def warnings(self) -> list[str]:
-        """What cannot be true, in words."""
+        """What is not plausible, in words."""
         found = self.summary()
         mpp = float(np.median(self._mpp)) if self._mpp else 0.0
         said = []
@@ -105,7 +105,7 @@ class ScaleCheck:
             )
         if (spacing := found["spacing_um"]) is not None and not SPACING_UM[0] <= spacing <= SPACING_UM[1]:
             said.append(
-                f"nuclei stand {spacing:.1f} um from the nearest other, expected {SPACING_UM[0]:g} to "
+                f"nuclei lie {spacing:.1f} um from their nearest neighbour, expected {SPACING_UM[0]:g} to "
                 f"{SPACING_UM[1]:g}: a wrong um/px, or few of them are annotated"
             )
         if (crowd := found["nuclei_per_mm2"]) is not None and crowd > MAX_PER_MM2:

@@ -18,7 +18,7 @@ _Result = TypeVar("_Result")
 
 
 class Pool:
-    """Some processes, or none: then everything runs where it is called.
+    """Some processes, or none, and then everything runs where it is called.
 
     At most two results per process wait at a time, however many threads ask for them.
     """
@@ -48,7 +48,7 @@ class Pool:
         waiting: deque[Future[_Result]] = deque()
         try:
             for item in items:
-                # Whoever has results waiting takes one of them rather than wait for room: so none waits for ever.
+                # A caller with results waiting takes one of them instead of waiting for room, so none waits for ever.
                 while not self._room.acquire(blocking=not waiting):
                     yield self._next(waiting)
                 try:
@@ -68,7 +68,7 @@ class Pool:
         return waiting.popleft().result()
 
     def stop(self) -> None:
-        """Drop what has not begun; whoever waits for it gets an error."""
+        """Drop what has not begun; its callers get an error."""
         self._stopped = True
         if self._executor:
             self._executor.shutdown(wait=False, cancel_futures=True)

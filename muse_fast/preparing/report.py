@@ -1,4 +1,4 @@
-"""What a person looks at after ``prepare wsi:``: a table of all slides, and a picture of each with tissue and ROIs."""
+"""What the user looks at after ``prepare wsi:``: a table of all slides, and a picture of each with tissue and ROIs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Row:
     Attributes:
         status: "used", "skipped" or "excluded".
         reason: why it is not used.
-        dropped: squares left out, by reason.
+        dropped: number of squares without a ROI, by reason.
         picture: path of its picture beside the report.
     """
 

@@ -1,6 +1,6 @@
 """``prepare wsi:PATH``: parts of all slides, then the ROI set and its report from the parts.
 
-Repeated after a kill it goes on. Parts may come from many processes and machines; whoever has all of them assembles.
+Run again after a kill, it continues. Many processes and machines may write parts; whoever finds all of them assembles.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def prepare_slides(
     """Write the ROI set of some slides; returns the exit code.
 
     Args:
-        keep_parts: leave the work folder ``OUT.parts`` where it is.
+        keep_parts: do not remove the work folder ``OUT.parts``.
         share: (i, n): only write the parts of every n-th slide from the i-th on; a later call assembles.
 
     Raises:
-        UserError: no slide can be used, none gives a ROI, or ``out`` exists.
+        UserError: no slide can be used, none yields a ROI, or ``out`` exists.
     """
     if out.exists():
         raise UserError(f"{out} exists already; remove it or choose another place")
@@ -57,7 +57,7 @@ def prepare_slides(
     found = [_found(parts, file) for file in files]
     try:
         summary = _assemble(source, found, out, provenance, quality)
-    except _NoRoiError:  # with other settings these parts are of no use
+    except _NoRoiError:  # only other settings help, which cannot use these parts
         if not keep_parts:
             shutil.rmtree(parts.folder)
         raise
@@ -72,7 +72,7 @@ def prepare_slides(
 
 
 class _NoRoiError(UserError):
-    """All slides are done and there is nothing to assemble."""
+    """All slides are done, and none has a ROI."""
 
 
 def parts_folder(out: Path) -> Path:
@@ -80,7 +80,7 @@ def parts_folder(out: Path) -> Path:
 
 
 def _share(files: Sequence[SlideFile], task: int, tasks: int) -> list[SlideFile]:
-    """Every ``tasks``-th slide, the largest first, so that all shares are about as large."""
+    """Every ``tasks``-th slide by falling size, so that all shares are of similar size."""
     return sorted(files, key=lambda file: (-file.path.stat().st_size, file.path))[task::tasks]
 
 
@@ -101,7 +101,7 @@ def _watch(ticker: Ticker, parts: Parts, file: SlideFile | None) -> None:
 def _found(parts: Parts, file: SlideFile) -> Part:
     part = parts.find(file)
     if part is None:
-        raise UserError(f"{file.path} has changed while it was read; give the same command again")
+        raise UserError(f"{file.path} changed while it was read; run the same command again")
     return part
 
 

@@ -27,13 +27,13 @@ _MAX_OUTSIDE = 0.1  # share of outlines whose centre may lie beyond the image th
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The tissue around an annotated image: a larger one without annotation, not read before it is needed.
+    """The tissue around an annotated image: a larger image without annotation, read only when it is needed.
 
     Attributes:
         path: of the larger image.
         box: left, top, right and bottom of the annotated image in pixels of the larger one, of level 0 where that is a
             slide; fractions too.
-        is_slide: the larger image is a slide, of which only what is asked for is read.
+        is_slide: the larger image is a slide; only the part that is needed is read.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Context:
                 width and height to resize it to.
 
         Raises:
-            UserError: the image or slide is damaged, or does not hold ``box``.
+            UserError: the image or slide is damaged, or does not contain ``box``.
         """
         if self.is_slide:
             with closing(Slide(self.path, mpp=1.0)) as slide:  # scales follow from the box alone
@@ -64,7 +64,7 @@ class Context:
         left, top, right, bottom = self.box
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             sides = f"{width} x {height} px"
-            raise UserError(f"{self.path}: {sides}, expected a larger image that holds its ROI at {self.box}")
+            raise UserError(f"{self.path}: {sides}, expected a larger image that contains its ROI at {self.box}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class Dataset(Source):
         """Pixels and nuclei of one entry.
 
         Raises:
-            UserError: a file is missing or damaged, or holds what it should not; names it and the place in it.
+            UserError: a file is missing, damaged or has the wrong content; names the file and the place in it.
         """
         image = self._pixels(entry)
         nuclei = self._nuclei(entry, image.shape[1], image.shape[0])
@@ -242,7 +242,7 @@ def read_splits(
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files of a folder by name, without the hidden ones that a Mac's zip brings along.
+    """Image files of a folder by name, without the hidden ones that zip files of macOS bring along.
 
     Raises:
         UserError: there is none.
@@ -250,7 +250,7 @@ def list_images(folder: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
     images = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
     if not images:
-        raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{folder} contains no image ({', '.join(IMAGE_SUFFIXES)})")
     return images
 
 
@@ -264,7 +264,7 @@ def pair_files(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Path
     found = {path.name for path in labels.glob(f"*{suffix}") if path.name[0] != "."}
     for image, label in pairs:
         if label.name not in found:
-            raise UserError(f"{label} is missing; expected one for each image of {images}, {image.name} too")
+            raise UserError(f"{label} is missing; each image of {images}, such as {image.name}, needs one")
     if extra := sorted(found - {label.name for _, label in pairs}):
         raise UserError(f"{labels / extra[0]}: there is no image of that name in {images}")
     return pairs

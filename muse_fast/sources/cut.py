@@ -97,7 +97,7 @@ class Survey:
 
     Attributes:
         squares: in the order in which they are to be examined.
-        dropped: squares left out already, by reason.
+        dropped: number of squares that are out already, by reason.
         tissue: ``[h, w]`` bool, the mask with pixels of ``MASK_UM``.
         thumbnail: ``[h, w, 3]`` uint8 RGB, at most ``THUMBNAIL_SIDE`` a side.
     """
@@ -241,8 +241,8 @@ class Cut:
     """The ROIs of a surveyed slide, one by one.
 
     Attributes:
-        dropped: squares left out so far, by reason.
-        refused: places ``x, y`` that were read and left out, by reason.
+        dropped: number of squares without a ROI so far, by reason.
+        refused: places ``x, y`` that were read but not kept, by reason.
     """
 
     def __init__(self, survey: Survey, settings: CutSettings, quality: int | None = None) -> None:
@@ -269,7 +269,7 @@ class Cut:
             if isinstance(found, UserError):
                 self._refuse(square, "unreadable")
                 if (count := self.dropped["unreadable"]) > self._settings.max_unreadable_rois:
-                    raise UserError(f"{found}; {count} ROIs of it cannot be read, copy the slide anew")
+                    raise UserError(f"{found}; {count} ROIs of it cannot be read, copy the slide again")
             elif self._enough(found.nuclei, square):
                 yield square, found
                 kept += 1

@@ -43,9 +43,9 @@ class Lizard(Dataset):
             raise UserError(f"{self.folder}: info.csv is missing; expected {self.title}")
         split_of = _read_info(infos["info"], names)
         for stem in sorted(images.keys() | labels.keys() | split_of.keys()):
-            for what, found in (("a PNG", images), ("a .mat file", labels), (f"a row of {infos['info']}", split_of)):
+            for what, found in (("PNG", images), (".mat file", labels), (f"row of {infos['info']}", split_of)):
                 if stem not in found:
-                    raise UserError(f"{self.folder}: {stem} lacks {what}; was every zip file unpacked here?")
+                    raise UserError(f"{self.folder}: {stem} has no {what}; was every zip file unpacked here?")
         self.entries = [
             Entry(stem, stem, split_of[stem], images[stem], labels[stem], options.mpp) for stem in sorted(images)
         ]

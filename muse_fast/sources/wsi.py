@@ -123,7 +123,7 @@ class Slides(Source):
             raise UserError(f"it has no row in groups={self.options.groups}")
         nuclei = _beside(self._nuclei, name, NUCLEI_SUFFIXES)
         if self._nuclei and nuclei is None:
-            raise UserError(f"nuclei={self._nuclei} holds no {name} with {', '.join(NUCLEI_SUFFIXES)}")
+            raise UserError(f"nuclei={self._nuclei} has no {name} with {', '.join(NUCLEI_SUFFIXES)}")
         tissue = _beside(self._tissue, name, TISSUE_SUFFIXES)
         return SlideFile(path, name, slide, row.split if row else "", group or "", mpp, mpp_from, tissue, nuclei)
 
@@ -206,7 +206,7 @@ def listed(reasons: Mapping[Path, str]) -> str:
 
 
 def reason_of(error: UserError, path: Path) -> str:
-    """The message without the slide's path, which stands before it wherever reasons are shown."""
+    """The message without the slide's path, which precedes every reason where they are listed."""
     return str(error).removeprefix(f"{path}: ")
 
 

@@ -184,7 +184,7 @@ def test_a_slide_that_does_not_hold_its_image_is_named(tmp_path: Path) -> None:
     brcam2c_of_a_slide(tmp_path / "set", slide, (100, 100, 300, 300))
     write_slide(slide, synthetic_image(5, 320, 0.5)[0])
     source = open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(slide.parent))
-    with pytest.raises(UserError, match=r"a.tif: 320 x 320 px, expected a larger image that holds its ROI"):
+    with pytest.raises(UserError, match=r"a.tif: 320 x 320 px, expected a larger image that contains its ROI"):
         read_labelled(source, ("train",), 0.5, sample_size=512)
     with pytest.raises(UserError, match=r"none: no such file or folder"):
         open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(tmp_path / "none"))

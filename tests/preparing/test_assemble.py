@@ -87,5 +87,5 @@ def test_every_roi_of_a_group_is_as_likely(parts: list[Part]) -> None:
 
 
 def test_fewer_than_groups(parts: list[Part]) -> None:
-    with pytest.raises(UserError, match="max_rois=2: expected one at least for each of the 3 groups"):
+    with pytest.raises(UserError, match="max_rois=2: expected at least one for each of the 3 groups"):
         choose(parts, Slides.Options(max_rois=2))

@@ -116,7 +116,7 @@ def test_a_slide_over_its_budget_is_skipped(cohort: Path, tmp_path: Path) -> Non
     make_parts(files, parts, workers=1)
     part, other = parts.find(files[0]), parts.find(files[1])
     assert part is not None and len(part.rois) == 0
-    assert f"{count} ROIs of it cannot be read, copy the slide anew" in part.skipped and str(bad) not in part.skipped
+    assert f"{count} ROIs of it cannot be read, copy the slide again" in part.skipped and str(bad) not in part.skipped
     assert other is not None and not other.skipped and len(other.rois) > 5
     before = states(parts.folder)
     make_parts(files, parts, workers=1)

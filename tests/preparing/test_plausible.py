@@ -75,9 +75,9 @@ def test_points_that_lie_elsewhere(shared_data: Path) -> None:
 
 def test_crowds_and_deserts() -> None:
     assert any("per mm2, expected at most" in one for one in check(discs(0.1, 4.0, 6.0, 512)).warnings())
-    assert any("stand 3.0 um from the nearest" in one for one in check(discs(0.1, 2.0, 3.0)).warnings())
+    assert any("lie 3.0 um from their nearest" in one for one in check(discs(0.1, 2.0, 3.0)).warnings())
     far = [replace(discs(0.5, 6.0, 40.0), name=str(i)) for i in range(4)]
-    assert any("stand 40.0 um from the nearest" in one for one in check(*far).warnings())
+    assert any("lie 40.0 um from their nearest" in one for one in check(*far).warnings())
 
 
 def test_too_few_say_nothing() -> None:

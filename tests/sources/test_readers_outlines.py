@@ -283,8 +283,8 @@ def test_lizard_without_ids_counts_in_order(tmp_path: Path) -> None:
     [
         ("consep_2,consep,2", "consep_2,consep,4", r"info.csv, row 3: Split is '4', expected 1, 2, 3"),
         ("consep_2,consep,2", "consep_1,consep,2", r"info.csv, row 3: consep_1 is listed twice"),
-        ("consep_2,consep,2", "", r"consep_2 lacks a row of .*info.csv"),
-        ("consep_2,", "glas_1,", r"consep_2 lacks a row"),
+        ("consep_2,consep,2", "", r"consep_2 has no row of .*info.csv"),
+        ("consep_2,", "glas_1,", r"consep_2 has no row"),
         ("Filename", "Name", r"info.csv, row 1: the header is .*, expected Filename,Source,Split"),
     ],
 )

@@ -188,7 +188,7 @@ def test_points_folder_mistakes(points: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="same stem"):
         open_source(f"points:{points}", mpp=0.5)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="contains no image"):
         open_source(f"points:{tmp_path / 'empty'}", mpp=0.5)
     with pytest.raises(UserError, match="is not a folder"):
         open_source(f"points:{tmp_path / 'absent'}", mpp=0.5)

@@ -248,7 +248,7 @@ def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarra
     assert len(list(Cut(surveyed, settings).rois())) == 35 - lost
     source = opened(path, **EVERYTHING, max_unreadable_rois=lost - 1)
     assert len(list(source)) < 35 - lost
-    assert f"{lost} ROIs of it cannot be read, copy the slide anew" in source.refused[path]
+    assert f"{lost} ROIs of it cannot be read, copy the slide again" in source.refused[path]
     source = opened(path, **EVERYTHING, max_unreadable_rois=0)
     assert list(source) == []
     assert source.refused[path].startswith("unreadable at")  # already for the overview
