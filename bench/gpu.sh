@@ -48,7 +48,7 @@ sys.exit("; ".join(filter(None, errors)) or None)
 PYTHON
 }
 
-# The tests of every op and kernel, and of everything else that asks for a GPU.
+# The tests of every op and kernel, and everything else that needs a GPU.
 stage_test() {
   local files op workers=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "${WORKERS:-4}") # kernels compile side by side
@@ -60,7 +60,7 @@ stage_test() {
   timeout "$(within 470)" "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${files[@]}"
 }
 
-# Out-of-bounds accesses, races in shared memory and reads of what nobody wrote, on the smallest inputs. Without torch's
+# Out-of-bounds accesses, races in shared memory and reads of uninitialised memory, on the smallest inputs. Without torch's
 # cache of device memory, which would hide an access past the end of a tensor.
 stage_sanitize() {
   local tool

@@ -24,7 +24,7 @@ Call = Callable[..., Any]
 
 
 def evaluate(call: Call, arguments: Sequence[Any]) -> list[Tensor]:
-    """What a version returns, then the gradients of the arguments that ask for one, for given gradients of it."""
+    """The results, then the gradients of the arguments that require one, for fixed gradients of the results."""
     result = call(*arguments)
     outputs = list(result) if isinstance(result, (tuple, list)) else [result]
     leaves = [tensor for tensor in tensors_of(arguments) if tensor.requires_grad]

@@ -9,7 +9,7 @@
 //   d loss / d x_i = sum_{p of row i} g_p (q_i - p_j) / ts            (j, i) = (teacher_rows[p], student_rows[p])
 //
 // Rows are worked on in blocks of columns that fit the L1 cache, all rows of a block before the next block: a row that
-// stands in many pairs comes from memory once, then from a cache. What a block gives depends on no other, and blocks
+// is in many pairs comes from memory once, then from a cache. What a block gives depends on no other, and blocks
 // are added up in order: the same bits come out for any number of threads.
 #include "vector_math.h"
 
@@ -58,7 +58,7 @@ class Values {
 
 // --- loops that vectorise: each takes what it needs by value, so that nothing can change under it
 
-// sum_k term(k). A float that has grown rounds off much of what is added, so it starts anew every so often.
+// sum_k term(k). A float that has grown rounds off much of what is added, so it starts again every so often.
 template <typename Term>
 float sum(int64_t size, const Term& term) {
   constexpr int64_t kRun = 256;
@@ -260,7 +260,7 @@ Result add_up(std::span<const Sums> blocks, float inverse_student_temp, float in
           {teacher_peak, static_cast<float>(teacher_total)}};
 }
 
-// -> loss [P], m and Z of every row that stands in a pair [Ns, 2], [Nt, 2] and zeros elsewhere; all float32.
+// -> loss [P], m and Z of every row that is in a pair [Ns, 2], [Nt, 2] and zeros elsewhere; all float32.
 std::tuple<Tensor, Tensor, Tensor> dino_loss_fwd(const Tensor& student_logits, const Tensor& teacher_logits,
                                                  const Tensor& center, const Tensor& teacher_rows,
                                                  const Tensor& student_rows, double student_temp,

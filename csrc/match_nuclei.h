@@ -7,7 +7,7 @@
 
 namespace muse_fast {
 
-// Types, shapes and counts: all that can be told without reading the rows. Returns the number of views V.
+// Types, shapes and counts: everything that can be checked without reading the rows. Returns the number of views V.
 int64_t check_match_nuclei(const torch::stable::Tensor& index, const torch::stable::Tensor& offsets, int64_t num_rois,
                            int64_t num_globals);
 

@@ -1,4 +1,4 @@
-"""Losses of DINO-style training: Triton kernels on CUDA, plain PyTorch elsewhere. README.md tells how to use them.
+"""Losses of DINO-style training: Triton kernels on CUDA, plain PyTorch elsewhere. See README.md.
 
 The folder needs torch, triton for its kernels, and nothing of muse_fast: it can be copied out and imported as it is.
 """

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .arguments import DinoLoss, LinearDinoLoss, check_soft_cross_entropy
 from .blocked.linear_dino_loss import linear_dino_loss as blocked_linear_dino_loss
-from .checks import check_dino_loss, check_linear_dino_loss, check_soft_cross_entropy
 
 
 def dino_loss(
@@ -40,7 +40,7 @@ def dino_loss(
         teacher_logits: ``[Nt, K]`` floating point.
         center: ``[K]``.
         teacher_rows, student_rows: ``[P]`` int64, rows of the two, which must exist (not checked on CUDA). A row may
-            stand in any number of pairs; a pair with a negative row is padding, its loss is 0.
+            be in any number of pairs; a pair with a negative row is padding, its loss is 0.
         student_temp, teacher_temp: temperatures, above 0.
         backend: ``"torch"`` or ``"triton"`` to force one.
 
@@ -50,12 +50,12 @@ def dino_loss(
     Raises:
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
     """
-    arguments = (student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
-    check_dino_loss(*arguments)
+    arguments = DinoLoss(student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
+    arguments.check()
     if _runs_triton("dino_loss", backend, student_logits, teacher_logits, center):
-        from .fused.dino_loss import dino_loss as fused
+        from .fused.dino_loss import dino_loss_fwd
 
-        return fused(*arguments)
+        return dino_loss_fwd(*arguments)[0]
     return reference.dino_loss(*arguments)
 
 
@@ -92,13 +92,13 @@ def linear_dino_loss(
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
     """
     features = (student_z, student_W, teacher_z, teacher_W, center)
-    arguments = (*features, teacher_rows, student_rows, student_temp, teacher_temp)
-    check_linear_dino_loss(*arguments)
+    arguments = LinearDinoLoss(*features, teacher_rows, student_rows, student_temp, teacher_temp)
+    arguments.check()
     if _runs_triton("linear_dino_loss", backend, *features):
         from .fused.linear_dino_loss import linear_dino_loss as fused
 
-        return fused(*arguments)
-    return blocked_linear_dino_loss(*arguments)
+        return fused(arguments)
+    return blocked_linear_dino_loss(arguments)
 
 
 def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float, *, backend: str | None = None) -> Tensor:

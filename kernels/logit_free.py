@@ -18,12 +18,13 @@ prototypes, and that of W needs one, in which each prototype has one owner. A ba
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .namespace import NAMESPACE
+from .arguments import LinearDinoLoss
+from .registration import empty_linear_outputs
 
 # (queries [N, d], keys [K, d], values [K, d], center [K] or None, temp) -> of every query: the largest logit and the
 # sum of exponentials after subtracting it [N, 2], and the mean of the values under its softmax [N, d].
@@ -47,100 +48,65 @@ class Side(NamedTuple):
 PrototypeGradient = Callable[[Side, Side, torch.dtype], Tensor]
 
 
-def define_linear_dino_loss(name: str, attend: Attend, prototype_gradient: PrototypeGradient) -> tuple[Any, Any]:
-    """Registers ``{name}_fwd`` and ``{name}_bwd``, fakes and autograd included, and returns the two ops."""
-
-    @torch.library.custom_op(f"{NAMESPACE}::{name}_fwd", mutates_args=())
-    def forward(
-        student_z: Tensor,
-        student_W: Tensor,
-        teacher_z: Tensor,
-        teacher_W: Tensor,
-        center: Tensor,
-        teacher_rows: Tensor,
-        student_rows: Tensor,
-        student_temp: float,
-        teacher_temp: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """See ``empty_outputs``."""
-        if any_is_empty(student_z, teacher_z, teacher_rows):  # then all pairs are padding
-            outputs = empty_outputs(student_z, student_W, teacher_z, teacher_W, center, teacher_rows)
-            return tuple(output.zero_() for output in outputs)  # type: ignore[return-value]
-        with torch.autocast(student_z.device.type, enabled=False):  # it would reach into the op
-            student_stats, student_mean = attend(student_z, student_W, student_W, None, student_temp)
-            teacher_stats, teacher_mean = attend(teacher_z, teacher_W, student_W, center, teacher_temp)
-        i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
-        peak, total = student_stats[i].unbind(1)
-        score = (student_z[i] * teacher_mean[j]).sum(1)
-        loss = (peak - score) / student_temp + total.log()
-        loss = loss.masked_fill(padding(teacher_rows, student_rows), 0)
-        return loss, student_stats, student_mean, teacher_stats, teacher_mean
-
-    @torch.library.custom_op(f"{NAMESPACE}::{name}_bwd", mutates_args=())
-    def backward(
-        loss_gradient: Tensor,
-        student_z: Tensor,
-        student_W: Tensor,
-        teacher_z: Tensor,
-        teacher_W: Tensor,
-        center: Tensor,
-        student_stats: Tensor,
-        student_mean: Tensor,
-        teacher_stats: Tensor,
-        teacher_mean: Tensor,
-        teacher_rows: Tensor,
-        student_rows: Tensor,
-        student_temp: float,
-        teacher_temp: float,
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of ``student_z`` and ``student_W``, contiguous, in their dtypes."""
-        if any_is_empty(student_z, teacher_z, teacher_rows):
-            return zeros_like(student_z), zeros_like(student_W)
-        i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
-        weight = loss_gradient.masked_fill(padding(teacher_rows, student_rows), 0) / student_temp
-        of_student, of_teacher = group(student_rows, len(student_z)), group(teacher_rows, len(teacher_z))
-        z_gradient = of_student.sum(weight.unsqueeze(1) * (student_mean[i] - teacher_mean[j]))
-        # A teacher's values are a mean of students, no larger than these whatever the weights are.
-        teacher_weight = of_teacher.sum(weight.abs()).clamp(min=torch.finfo(weight.dtype).tiny)
-        teacher_values = of_teacher.sum(weight.unsqueeze(1) * student_z[i]) / teacher_weight.unsqueeze(1)
-        student_peaks, student_totals = student_stats.unbind(1)
-        teacher_peaks, teacher_totals = teacher_stats.unbind(1)
-        student_coefficients = of_student.sum(weight) / student_totals
-        teacher_coefficients = -teacher_weight / teacher_totals
-        with torch.autocast(student_z.device.type, enabled=False):
-            W_gradient = prototype_gradient(
-                Side(student_z, student_W, None, student_temp, student_peaks, student_coefficients, student_z),
-                Side(teacher_z, teacher_W, center, teacher_temp, teacher_peaks, teacher_coefficients, teacher_values),
-                student_W.dtype,
-            )
-        return z_gradient.to(student_z.dtype), W_gradient
-
-    @backward.register_fake
-    def _(loss_gradient: Tensor, student_z: Tensor, student_W: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return student_z.new_empty(student_z.shape), student_W.new_empty(student_W.shape)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, teacher_rows, student_rows, student_temp, teacher_temp = inputs
-        _, *saved = output
-        ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*tensors, *saved, teacher_rows, student_rows)
-        ctx.temperatures = student_temp, teacher_temp
-
-    def gradients(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(loss_gradient, *ctx.saved_tensors, *ctx.temperatures), *[None] * 7
-
-    forward.register_fake(empty_outputs)
-    forward.register_autograd(gradients, setup_context=setup_context)
-    return forward, backward
+def forward(attend: Attend, arguments: LinearDinoLoss) -> tuple[Tensor, ...]:
+    """See ``empty_linear_outputs``."""
+    student_z, student_W, teacher_z, teacher_W, center, teacher_rows, student_rows = arguments[:7]
+    student_temp, teacher_temp = arguments[7:]
+    if any_is_empty(student_z, teacher_z, teacher_rows):  # then all pairs are padding
+        return tuple(output.zero_() for output in empty_linear_outputs(arguments))
+    with torch.autocast(student_z.device.type, enabled=False):  # it would reach into the op
+        student_stats, student_mean = attend(student_z, student_W, student_W, None, student_temp)
+        teacher_stats, teacher_mean = attend(teacher_z, teacher_W, student_W, center, teacher_temp)
+    i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
+    peak, total = student_stats[i].unbind(1)
+    score = (student_z[i] * teacher_mean[j]).sum(1)
+    loss = (peak - score) / student_temp + total.log()
+    loss = loss.masked_fill(padding(teacher_rows, student_rows), 0)
+    return loss, student_stats, student_mean, teacher_stats, teacher_mean
 
 
-def cast_for_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """What autocast gives a matrix product in place of these."""
-    device = features[0].device.type
+def backward(
+    prototype_gradient: PrototypeGradient,
+    loss_gradient: Tensor,
+    student_stats: Tensor,
+    student_mean: Tensor,
+    teacher_stats: Tensor,
+    teacher_mean: Tensor,
+    arguments: LinearDinoLoss,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``student_z`` and ``student_W``, contiguous, in their dtypes."""
+    student_z, student_W, teacher_z, teacher_W, center, teacher_rows, student_rows = arguments[:7]
+    student_temp, teacher_temp = arguments[7:]
+    if any_is_empty(student_z, teacher_z, teacher_rows):
+        return zeros_like(student_z), zeros_like(student_W)
+    i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
+    weight = loss_gradient.masked_fill(padding(teacher_rows, student_rows), 0) / student_temp
+    of_student, of_teacher = group(student_rows, len(student_z)), group(teacher_rows, len(teacher_z))
+    z_gradient = of_student.sum(weight.unsqueeze(1) * (student_mean[i] - teacher_mean[j]))
+    # A teacher's values are a mean of students, no larger than these whatever the weights are.
+    teacher_weight = of_teacher.sum(weight.abs()).clamp(min=torch.finfo(weight.dtype).tiny)
+    teacher_values = of_teacher.sum(weight.unsqueeze(1) * student_z[i]) / teacher_weight.unsqueeze(1)
+    student_peaks, student_totals = student_stats.unbind(1)
+    teacher_peaks, teacher_totals = teacher_stats.unbind(1)
+    student_coefficients = of_student.sum(weight) / student_totals
+    teacher_coefficients = -teacher_weight / teacher_totals
+    with torch.autocast(student_z.device.type, enabled=False):
+        W_gradient = prototype_gradient(
+            Side(student_z, student_W, None, student_temp, student_peaks, student_coefficients, student_z),
+            Side(teacher_z, teacher_W, center, teacher_temp, teacher_peaks, teacher_coefficients, teacher_values),
+            student_W.dtype,
+        )
+    return z_gradient.to(student_z.dtype), W_gradient
+
+
+def cast_for_autocast(arguments: LinearDinoLoss) -> LinearDinoLoss:
+    """z and W as autocast hands them to a matrix product; the centre stays as it is."""
+    device = arguments.student_z.device.type
     if not torch.is_autocast_enabled(device):
-        return features
+        return arguments
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in features)
+    features = (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in arguments[:4])
+    return LinearDinoLoss(*features, *arguments[4:])
 
 
 def padding(teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
@@ -159,7 +125,7 @@ class Groups(NamedTuple):
 
 
 def group(rows: Tensor, num_rows: int) -> Groups:
-    """By ``rows [P]``; negative ones are left out. Sorts on the device, without a host synchronisation."""
+    """By ``rows [P]``; negative ones are skipped. Sorts on the device, without a host synchronisation."""
     sorted_rows, order = rows.sort(stable=True)
     return Groups(order, torch.searchsorted(sorted_rows, torch.arange(num_rows + 1, device=rows.device)))
 
@@ -170,20 +136,3 @@ def any_is_empty(*tensors: Tensor) -> bool:
 
 def zeros_like(tensor: Tensor) -> Tensor:
     return tensor.new_zeros(tensor.shape)  # contiguous, whatever the strides of the tensor are
-
-
-def empty_outputs(
-    student_z: Tensor,
-    student_W: Tensor,
-    teacher_z: Tensor,
-    teacher_W: Tensor,
-    center: Tensor,
-    teacher_rows: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss ``[P]``; of the students and then of the teachers, stats ``[N, 2]`` and mean prototype ``[N, d]``."""
-    dtype = torch.promote_types(student_z.dtype, torch.float32)
-    (num_students, width), num_teachers, num_pairs = student_z.shape, teacher_z.shape[0], teacher_rows.shape[0]
-    shapes = (num_pairs,), (num_students, 2), (num_students, width), (num_teachers, 2), (num_teachers, width)
-    loss, *saved = (student_z.new_empty(shape, dtype=dtype) for shape in shapes)
-    return loss, *saved  # type: ignore[return-value]

@@ -1,24 +1,38 @@
-"""The fakes and the autograd of ``dino_loss_fwd`` and ``dino_loss_bwd``, the same for Triton and C++."""
+"""The fakes and the autograd of every differentiable op, the same for all of its implementations.
+
+An implementation of NAME registers two ops, ``NAME_fwd`` and ``NAME_bwd``, and hands them to ``register_NAME``, which
+adds the fakes of both and makes the second the gradient of the first. What the fakes return is what kernels fill.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import DinoLoss, LinearDinoLoss, schema
+
+# --- dino_loss
+
 
 def register_dino_loss(forward: Any, backward: Any) -> None:
-    """Registers the fakes of both ops, and the backward one as the gradient of the forward one.
-
-    Args:
-        forward: ``(student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp) ->
-            (loss, student_stats, teacher_stats)``.
-        backward: ``(loss_gradient, student_logits, teacher_logits, center, student_stats, teacher_stats, teacher_rows,
-            student_rows, student_temp, teacher_temp) -> gradient of student_logits``.
+    """``forward``: ``DinoLoss -> (loss [P], student_stats [Ns, 2], teacher_stats [Nt, 2])``, all float32.
+    ``backward``: ``(loss_gradient, student_logits, teacher_logits, center, student_stats, teacher_stats, teacher_rows,
+    student_rows, student_temp, teacher_temp) -> gradient of student_logits``, contiguous.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        student, teacher, _, rows, *_ = DinoLoss(*arguments)
+        shapes = (rows.shape[0],), (student.shape[0], 2), (teacher.shape[0], 2)
+        loss, student_stats, teacher_stats = (student.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        return loss, student_stats, teacher_stats
+
+    def fake_backward(loss_gradient: Tensor, student_logits: Tensor, *_: Any) -> Tensor:
+        return student_logits.new_empty(student_logits.shape)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         student_logits, teacher_logits, center, teacher_rows, student_rows, *ctx.temperatures = inputs
         _, *stats = output
         ctx.mark_non_differentiable(*stats)
@@ -28,22 +42,176 @@ def register_dino_loss(forward: Any, backward: Any) -> None:
         gradient = None
         if ctx.needs_input_grad[0]:
             gradient = backward(loss_gradient, *ctx.saved_tensors, *ctx.temperatures)
-        return gradient, None, None, None, None, None, None
+        return gradient, *[None] * 6
 
     torch.library.register_fake(forward, fake_forward)
     torch.library.register_fake(backward, fake_backward)
     torch.library.register_autograd(forward, gradients, setup_context=setup_context)
 
 
-def fake_forward(
-    student_logits: Tensor, teacher_logits: Tensor, center: Tensor, teacher_rows: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss ``[P]``, and of every row two numbers: ``[Ns, 2]``, ``[Nt, 2]``."""
-    shapes = (teacher_rows.shape[0],), (student_logits.shape[0], 2), (teacher_logits.shape[0], 2)
-    loss, student_stats, teacher_stats = (student_logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return loss, student_stats, teacher_stats
+# --- linear_dino_loss
+
+LINEAR_DINO_LOSS_FWD = (
+    f"({schema(LinearDinoLoss)}) -> "
+    "(Tensor loss, Tensor student_stats, Tensor student_mean, Tensor teacher_stats, Tensor teacher_mean)"
+)
+LINEAR_DINO_LOSS_BWD = (
+    "(Tensor loss_gradient, Tensor student_stats, Tensor student_mean, Tensor teacher_stats, Tensor teacher_mean, "
+    f"{schema(LinearDinoLoss)}) -> (Tensor z_gradient, Tensor W_gradient)"
+)
 
 
-def fake_backward(loss_gradient: Tensor, student_logits: Tensor, *_: Any) -> Tensor:
-    """The gradient of the student logits, contiguous."""
-    return student_logits.new_empty(student_logits.shape)
+def register_linear_dino_loss(forward: Any, backward: Any) -> None:
+    """``forward``: an op of the schema ``LINEAR_DINO_LOSS_FWD``; its results are those of ``empty_linear_outputs``.
+    ``backward``: an op of the schema ``LINEAR_DINO_LOSS_BWD``; gradients of ``student_z`` and ``student_W``,
+    contiguous, in their dtypes.
+    """
+
+    def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return empty_linear_outputs(LinearDinoLoss(*arguments))
+
+    def fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        z, W, *_ = LinearDinoLoss(*arguments[5:])
+        return z.new_empty(z.shape), W.new_empty(W.shape)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, student_temp, teacher_temp = inputs
+        _, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*saved, *tensors)
+        ctx.temperatures = student_temp, teacher_temp
+
+    def gradients(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(loss_gradient, *ctx.saved_tensors, *ctx.temperatures), *[None] * 7
+
+    torch.library.register_fake(forward, fake_forward)
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context)
+
+
+def empty_linear_outputs(arguments: LinearDinoLoss) -> tuple[Tensor, ...]:
+    """Loss ``[P]``; of the students and then of the teachers, stats ``[N, 2]`` and mean prototype ``[N, d]``."""
+    z, _, teacher_z, *_ = arguments
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    (num_students, width), num_teachers, num_pairs = z.shape, teacher_z.shape[0], arguments.teacher_rows.shape[0]
+    shapes = (num_pairs,), (num_students, 2), (num_students, width), (num_teachers, 2), (num_teachers, width)
+    return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+# --- soft_cross_entropy
+
+
+def register_soft_cross_entropy(forward: Any, backward: Any) -> None:
+    """``forward``: ``(student_logits, target, temp) -> (loss [N], stats [N, 3])``, float32.
+    ``backward``: ``(loss_gradient, student_logits, target, stats, temp) -> gradient of student_logits``, contiguous.
+    """
+
+    def fake_backward(
+        loss_gradient: Tensor, student_logits: Tensor, target: Tensor, stats: Tensor, temp: float
+    ) -> Tensor:
+        return student_logits.new_empty(student_logits.shape)
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        student, target, ctx.temp = inputs
+        _, stats = output
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(student, target, stats)
+
+    def gradients(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = backward(loss_gradient, *ctx.saved_tensors, ctx.temp)
+        return gradient, None, None
+
+    torch.library.register_fake(forward, empty_loss_and_stats)
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context)
+
+
+def empty_loss_and_stats(student_logits: Tensor, target: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    loss = student_logits.new_empty(student_logits.shape[0], dtype=torch.float32)
+    return loss, loss.new_empty(student_logits.shape[0], 3)
+
+
+# --- sample_nuclei
+
+
+def register_sample_nuclei(forward: Any, backward: Any) -> None:
+    """``forward``: ``(levels, xy, image_index, view_size) -> rows``.
+    ``backward``: ``(gradient, xy, image_index, view_size, num_images, shapes, channels_last) -> gradients``, see
+    :func:`empty_gradients`.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        levels, xy, image_index, ctx.view_size = inputs
+        ctx.save_for_backward(xy, image_index)
+        shapes = [size for level in levels for size in level.shape[1:]]
+        channels_last = all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
+        ctx.layout = levels[0].shape[0], shapes, channels_last
+
+    def gradients(ctx: Any, gradient: Tensor) -> tuple[list[Tensor], None, None, None]:
+        return backward(gradient, *ctx.saved_tensors, ctx.view_size, *ctx.layout), None, None, None
+
+    torch.library.register_fake(forward, empty_rows)
+    torch.library.register_fake(backward, empty_gradients)
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context)
+
+
+def empty_rows(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:
+    return levels[0].new_empty(xy.shape[0], sum(level.shape[1] for level in levels))
+
+
+def empty_gradients(
+    gradient: Tensor,
+    xy: Tensor,
+    image_index: Tensor,
+    view_size: int,
+    num_images: int,
+    shapes: Sequence[int],
+    channels_last: bool,
+) -> list[Tensor]:
+    """One ``[num_images, c, h, w]`` per level, contiguous or channels-last; ``shapes`` is c_0, h_0, w_0, c_1, ..."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [
+        torch.empty(
+            (num_images, *shapes[first : first + 3]),
+            dtype=gradient.dtype,
+            device=gradient.device,
+            memory_format=memory_format,
+        )
+        for first in range(0, len(shapes), 3)
+    ]
+
+
+# --- projection_stats
+
+
+def register_projection_stats(forward: Any, backward: Any) -> None:
+    """``forward``: ``(x, weight) -> (mean [o], var [o])``, see :func:`empty_statistics`.
+    ``backward``: ``(mean_gradient, var_gradient, x, weight, mean) -> gradients of x, in its layout, and of weight``.
+    """
+
+    def fake_backward(
+        mean_gradient: Tensor, var_gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(dense(x)), weight.new_empty(weight.shape)
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+
+    def gradients(ctx: Any, mean_gradient: Tensor, var_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return backward(mean_gradient, var_gradient, *ctx.saved_tensors)
+
+    torch.library.register_fake(forward, empty_statistics)
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context)
+
+
+def empty_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    precision = torch.promote_types(x.dtype, torch.float32)
+    return weight.new_empty(weight.shape[0], dtype=precision), weight.new_empty(weight.shape[0], dtype=precision)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is NCHW or channels-last without gaps, else its NCHW copy."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()

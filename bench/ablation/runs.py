@@ -1,7 +1,7 @@
 """Short pretrainings that differ in one thing each, and what their features know of nuclei (paper, tables 5 and 6).
 
 All variants take the same number of steps over the same ROIs in the same order, from the same weights for each seed.
-What is to be seen is not a network that is good, for which the runs are too short, but the order of the variants.
+The runs are too short to yield a good network; what they show is the order of the variants.
 """
 
 from __future__ import annotations

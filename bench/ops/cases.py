@@ -42,7 +42,7 @@ class Case:
     targets: tuple[Target, ...] = ()
 
 
-# --- inputs: what asks for a gradient is what training differentiates
+# --- inputs: those that training differentiates require a gradient
 
 
 def match_inputs(rois: int, views: int, nuclei: int) -> Build:
@@ -119,7 +119,7 @@ def view_inputs(rois: int, views: int, roi_side: int, size: int) -> Build:
 def loss_inputs(students: int, teachers: int, prototypes: int, pairs: int, width: int = 0) -> Build:
     """Logits of unit rows and prototypes, or with a ``width`` those themselves.
 
-    No row stands in two pairs before every row stands in one: with 1.5 pairs per student, half of them have two
+    No row is in two pairs before every row is in one: with 1.5 pairs per student, half of them have two
     teachers, as nuclei do that both globals show.
     """
 

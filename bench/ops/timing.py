@@ -75,7 +75,7 @@ def expected(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def mapped(arguments: Sequence[Any], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
-    """Leaves again, that ask for a gradient where they did."""
+    """New leaves, which require a gradient where the arguments do."""
 
     def apply(argument: Any) -> Any:
         if isinstance(argument, list):

@@ -63,7 +63,7 @@ class Block(nn.Module):
         return x + self.dropped(self.mlp(self.norm2(x)))
 
     def dropped(self, x: Tensor) -> Tensor:
-        """Stochastic depth: a branch of an image is left out, or made up for."""
+        """Stochastic depth: a branch of an image is skipped, or scaled up to compensate."""
         if not self.drop_path:
             return x
         kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path

@@ -7,45 +7,42 @@ temperature of 0.04 to the second decimal place.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..logit_free import Side, cast_for_autocast, define_linear_dino_loss
+from .. import logit_free
+from ..arguments import LinearDinoLoss
+from ..logit_free import Side, cast_for_autocast
+from ..namespace import NAMESPACE
+from ..registration import LINEAR_DINO_LOSS_BWD, LINEAR_DINO_LOSS_FWD, register_linear_dino_loss
 
 CPU_TILE = 512, 1024  # 2 MB in float32: what a core's cache holds
 GPU_TILE = 2048, 8192  # 64 MB: work enough for each launch
 
 
-def linear_dino_loss(
-    student_z: Tensor,
-    student_W: Tensor,
-    teacher_z: Tensor,
-    teacher_W: Tensor,
-    center: Tensor,
-    teacher_rows: Tensor,
-    student_rows: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> Tensor:
-    """``dino_loss`` of the logits ``z @ W.T``, with gradients for ``student_z`` and ``student_W``.
+def linear_dino_loss(arguments: LinearDinoLoss) -> Tensor:
+    """``dino_loss`` of the logits ``z @ W.T``: ``[P]`` float32 (float64 for float64 students), not reduced.
 
-    Memory is that of the rows, of one block of logits, and of the gradients.
-
-    Args:
-        student_z: ``[Ns, d]`` floating point.
-        student_W: ``[K, d]``.
-        teacher_z: ``[Nt, d]``.
-        teacher_W: ``[K, d]``.
-        center: ``[K]``.
-        teacher_rows, student_rows: ``[P]`` int64; a pair with a negative row is padding.
-        student_temp, teacher_temp: temperatures, above 0.
-
-    Returns:
-        ``[P]`` float32 (float64 for float64 students), not reduced.
+    The gradient flows to ``student_z`` and ``student_W``. Memory is that of the rows, of one block of logits, and of
+    the gradients.
     """
-    features = cast_for_autocast(student_z, student_W, teacher_z, teacher_W)
-    return linear_dino_loss_fwd(*features, center, teacher_rows, student_rows, student_temp, teacher_temp)[0]
+    return linear_dino_loss_fwd(*cast_for_autocast(arguments))[0]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::blocked_linear_dino_loss_fwd", mutates_args=(), schema=LINEAR_DINO_LOSS_FWD)
+def linear_dino_loss_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+    return logit_free.forward(attend, LinearDinoLoss(*arguments))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::blocked_linear_dino_loss_bwd", mutates_args=(), schema=LINEAR_DINO_LOSS_BWD)
+def linear_dino_loss_bwd(loss_gradient: Tensor, *saved_and_arguments: Any) -> tuple[Tensor, Tensor]:
+    saved, arguments = saved_and_arguments[:4], saved_and_arguments[4:]
+    return logit_free.backward(prototype_gradient, loss_gradient, *saved, LinearDinoLoss(*arguments))
+
+
+register_linear_dino_loss(linear_dino_loss_fwd, linear_dino_loss_bwd)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None, temp: float) -> tuple[Tensor, Tensor]:
@@ -112,8 +109,3 @@ def blocks_of(prototypes: Tensor) -> Iterator[slice]:
 def tile_size(tensor: Tensor) -> tuple[int, int]:
     """Rows and prototypes whose logits are computed at a time."""
     return CPU_TILE if tensor.device.type == "cpu" else GPU_TILE
-
-
-linear_dino_loss_fwd, linear_dino_loss_bwd = define_linear_dino_loss(
-    "blocked_linear_dino_loss", attend, prototype_gradient
-)

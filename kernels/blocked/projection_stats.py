@@ -12,12 +12,12 @@ rule of Chan, Golub and LeVeque (1979), so that a mean far larger than the devia
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..namespace import NAMESPACE
+from ..registration import dense, register_projection_stats
 
 BLOCK = 4096  # positions; a block of 96 float32 channels is 1.5 MB
 
@@ -71,31 +71,7 @@ def projection_stats_bwd(
     return x_gradient, weight_gradient.to(weight.dtype)
 
 
-def register_fakes_and_autograd(forward: Any, backward: Any) -> None:
-    """What every implementation has in common: ``forward`` and ``backward`` are a pair of ops like the two above."""
-
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, output[0])
-
-    def differentiate(ctx: Any, mean_gradient: Tensor, var_gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return backward(mean_gradient, var_gradient, *ctx.saved_tensors)
-
-    def empty_gradients(mean_gradient: Tensor, var_gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor) -> Any:
-        return torch.empty_like(dense(x)), torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-
-    forward.register_fake(empty_statistics)
-    backward.register_fake(empty_gradients)
-    forward.register_autograd(differentiate, setup_context=setup_context)
-
-
-def empty_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    precision = torch.promote_types(x.dtype, torch.float32)
-    return weight.new_empty(weight.shape[0], dtype=precision), weight.new_empty(weight.shape[0], dtype=precision)
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` itself where it is NCHW or channels-last without gaps, else its NCHW copy."""
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+register_projection_stats(projection_stats_fwd, projection_stats_bwd)
 
 
 def positions_of(x: Tensor) -> Tensor:
@@ -109,6 +85,3 @@ def blocks(positions: Tensor) -> Iterator[Tensor]:
     """``[images, positions, c]`` in pieces of at most BLOCK positions: parts of one image, or several whole ones."""
     for images in positions.split(max(1, BLOCK // positions.shape[1])):
         yield from images.split(BLOCK, dim=1)
-
-
-register_fakes_and_autograd(projection_stats_fwd, projection_stats_bwd)

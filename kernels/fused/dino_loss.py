@@ -11,7 +11,7 @@ With m the largest entry of a row and Z the sum of its exponentials after subtra
 so that memory holds two numbers per row besides the logits. A program of the forward sees one block of columns of one
 pair and leaves five numbers, from which a second kernel gets the loss, m and Z. A program of the backward owns one
 block of one student row and adds up the pairs of that row in their given order: no atomics, the same bits in every run.
-Programs of the same columns start together: a row that stands in many pairs comes from memory once, then from L2.
+Programs of the same columns start together: a row that is in many pairs comes from memory once, then from L2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..namespace import NAMESPACE
 from ..registration import register_dino_loss
 
 BLOCK = 2048
-LOWEST = tl.constexpr(-1.0e30)  # stands for -inf: two of those would subtract to NaN
+LOWEST = tl.constexpr(-1.0e30)  # in place of -inf, because -inf - -inf is NaN
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(v) = exp2(v * LOG2_E); of the two, exp2 is one instruction
 
 
@@ -161,32 +161,6 @@ def student_gradient_kernel(
     tl.store(gradient + i * NUM_COLUMNS + column, out.to(gradient.dtype.element_ty), mask=inside)
 
 
-def dino_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    center: Tensor,
-    teacher_rows: Tensor,
-    student_rows: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> Tensor:
-    """``-sum_k softmax((t_j - c) / tt)_k log_softmax(x_i / ts)_k`` for every pair, with a gradient for the student.
-
-    Args:
-        student_logits: ``[Ns, K]`` float32, float16 or bfloat16.
-        teacher_logits: ``[Nt, K]`` float32, float16 or bfloat16.
-        center: ``[K]``.
-        teacher_rows, student_rows: ``[P]`` int64; rows of the two, which must exist (not checked). A pair with a
-            negative row is padding: its loss is 0 and it has no gradient.
-        student_temp, teacher_temp: temperatures, above 0.
-
-    Returns:
-        ``[P]`` float32, not reduced.
-    """
-    arguments = (student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
-    return dino_loss_fwd(*arguments)[0]
-
-
 @torch.library.custom_op(f"{NAMESPACE}::dino_loss_fwd", mutates_args=())
 def dino_loss_fwd(
     student_logits: Tensor,
@@ -197,7 +171,7 @@ def dino_loss_fwd(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss ``[P]``, and m and Z of every row that stands in a pair: ``[Ns, 2]``, ``[Nt, 2]``, zeros elsewhere."""
+    """The loss ``[P]``, and m and Z of every row that is in a pair: ``[Ns, 2]``, ``[Nt, 2]``, zeros elsewhere."""
     student, teacher = rows_of(student_logits), rows_of(teacher_logits)
     teacher_rows, student_rows = teacher_rows.contiguous(), student_rows.contiguous()
     num_pairs, num_columns = teacher_rows.shape[0], student.shape[1]

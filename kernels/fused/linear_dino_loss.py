@@ -9,15 +9,19 @@ are no atomics: two runs give the same bits.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import logit_free
+from ..arguments import LinearDinoLoss
 from ..blocked import linear_dino_loss as blocked
-from ..logit_free import Side, cast_for_autocast, define_linear_dino_loss
+from ..logit_free import Side, cast_for_autocast
+from ..namespace import NAMESPACE
+from ..registration import LINEAR_DINO_LOSS_BWD, LINEAR_DINO_LOSS_FWD, register_linear_dino_loss
 from .dot import dot
 
 MAX_WIDTH = 256  # of a row: a block of sums of this width fills the registers
@@ -253,38 +257,29 @@ def prototype_gradient_kernel(
     tl.store(gradient + place, total.to(gradient.dtype.element_ty), mask=inside)
 
 
-def linear_dino_loss(
-    student_z: Tensor,
-    student_W: Tensor,
-    teacher_z: Tensor,
-    teacher_W: Tensor,
-    center: Tensor,
-    teacher_rows: Tensor,
-    student_rows: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> Tensor:
-    """``dino_loss`` of the logits ``z @ W.T``, which are never stored, with gradients for the student's z and W.
+def linear_dino_loss(arguments: LinearDinoLoss) -> Tensor:
+    """``dino_loss`` of the logits ``z @ W.T``, which are never stored: ``[P]`` float32, not reduced.
 
-    bfloat16 and float16 features are multiplied on tensor cores, float32 ones in full float32, which is far slower.
-    Features wider than 256 are left to ``blocked.linear_dino_loss``.
-
-    Args:
-        student_z: ``[Ns, d]`` float32, float16 or bfloat16.
-        student_W: ``[K, d]``.
-        teacher_z: ``[Nt, d]``.
-        teacher_W: ``[K, d]``.
-        center: ``[K]``.
-        teacher_rows, student_rows: ``[P]`` int64; rows of the two, which must exist (not checked). A pair with a
-            negative row is padding.
-        student_temp, teacher_temp: temperatures, above 0.
-
-    Returns:
-        ``[P]`` float32, not reduced.
+    The gradient flows to ``student_z`` and ``student_W``. bfloat16 and float16 features are multiplied on tensor cores,
+    float32 ones in full float32, which is far slower. Features wider than 256 are left to ``blocked.linear_dino_loss``.
     """
-    features = cast_for_autocast(student_z, student_W, teacher_z, teacher_W)
-    op = linear_dino_loss_fwd if student_z.shape[1] <= MAX_WIDTH else blocked.linear_dino_loss_fwd
-    return op(*features, center, teacher_rows, student_rows, student_temp, teacher_temp)[0]
+    if arguments.student_z.shape[1] > MAX_WIDTH:
+        return blocked.linear_dino_loss(arguments)
+    return linear_dino_loss_fwd(*cast_for_autocast(arguments))[0]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_dino_loss_fwd", mutates_args=(), schema=LINEAR_DINO_LOSS_FWD)
+def linear_dino_loss_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+    return logit_free.forward(attend, LinearDinoLoss(*arguments))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_dino_loss_bwd", mutates_args=(), schema=LINEAR_DINO_LOSS_BWD)
+def linear_dino_loss_bwd(loss_gradient: Tensor, *saved_and_arguments: Any) -> tuple[Tensor, Tensor]:
+    saved, arguments = saved_and_arguments[:4], saved_and_arguments[4:]
+    return logit_free.backward(prototype_gradient, loss_gradient, *saved, LinearDinoLoss(*arguments))
+
+
+register_linear_dino_loss(linear_dino_loss_fwd, linear_dino_loss_bwd)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None, temp: float) -> tuple[Tensor, Tensor]:
@@ -402,6 +397,3 @@ def choose_split(row_blocks: int, num_tiles: int, multiprocessors: int) -> int:
         return triton.cdiv(row_blocks * splits, multiprocessors) * triton.cdiv(num_tiles, splits)
 
     return triton.cdiv(num_tiles, min(range(1, most_splits + 1), key=time))
-
-
-linear_dino_loss_fwd, linear_dino_loss_bwd = define_linear_dino_loss("linear_dino_loss", attend, prototype_gradient)

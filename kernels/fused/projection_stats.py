@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocked.projection_stats import dense, empty_statistics, positions_of, register_fakes_and_autograd
+from ..blocked.projection_stats import positions_of
 from ..namespace import NAMESPACE
+from ..registration import dense, empty_statistics, register_projection_stats
 from .dot import dot
 
 MAX_OUTPUTS = 256  # what registers can hold of a tile of positions
@@ -331,7 +332,7 @@ def projection_stats_bwd(
     return x_gradient, run_gradients.sum(0).to(weight.dtype)
 
 
-register_fakes_and_autograd(projection_stats_fwd, projection_stats_bwd)
+register_projection_stats(projection_stats_fwd, projection_stats_bwd)
 
 
 def tile_of(weight: Tensor) -> dict[str, int]:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..namespace import NAMESPACE
-from ..sampling import empty_gradients, empty_rows, register_sample_nuclei
+from ..registration import empty_gradients, empty_rows, register_sample_nuclei
 
 TAPS = tl.constexpr(4)  # pixels of a level that a point weighs along one axis, at most
 BLOCK_CHANNELS = 32
@@ -278,7 +278,7 @@ register_sample_nuclei(sample_nuclei_fwd, sample_nuclei_bwd)
 
 def group_by_image(xy: Tensor, image_index: Tensor, view_size: int, num_images: int) -> tuple[Tensor, Tensor]:
     """The points by image and from top to bottom, so that a block of pixels meets few chunks of them; and the first of
-    every image in that order, ``[num_images + 1]``. Padding stands in no image."""
+    every image in that order, ``[num_images + 1]``. Padding is in no image."""
     height = (xy[:, 1].double() / view_size).clamp(0, 0.999)
     ordered, points = (image_index + height).sort(stable=True)
     images = torch.arange(num_images + 1, dtype=ordered.dtype, device=ordered.device)

@@ -12,14 +12,13 @@ backward writes the gradient once. Memory holds three numbers per row besides th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..namespace import NAMESPACE
+from ..registration import empty_loss_and_stats, register_soft_cross_entropy
 from .dino_loss import LOWEST, block_size, rows_of
 
 
@@ -111,7 +110,7 @@ def soft_cross_entropy_fwd(student_logits: Tensor, target: Tensor, temp: float) 
     """The loss ``[N]``, and of every row its largest entry, log-sum-exp and sum of targets: ``[N, 3]``."""
     student, target = rows_of(student_logits), rows_of(target)
     num_rows, num_columns = student.shape
-    loss, stats = empty_outputs(student)
+    loss, stats = empty_loss_and_stats(student, target, temp)
     if num_rows == 0:
         return loss, stats
     with torch.cuda.device_of(student):
@@ -127,11 +126,6 @@ def soft_cross_entropy_fwd(student_logits: Tensor, target: Tensor, temp: float) 
             BLOCK=block_size(num_columns),
         )
     return loss, stats
-
-
-@soft_cross_entropy_fwd.register_fake
-def _(student_logits: Tensor, target: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-    return empty_outputs(student_logits)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::soft_cross_entropy_bwd", mutates_args=())
@@ -161,28 +155,4 @@ def soft_cross_entropy_bwd(
     return gradient
 
 
-@soft_cross_entropy_bwd.register_fake
-def _(loss_gradient: Tensor, student_logits: Tensor, target: Tensor, stats: Tensor, temp: float) -> Tensor:
-    return torch.empty(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-    student, target, ctx.temp = inputs
-    _, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(student, target, stats)
-
-
-def _backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
-    gradient = None
-    if ctx.needs_input_grad[0]:
-        gradient = soft_cross_entropy_bwd(loss_gradient, *ctx.saved_tensors, ctx.temp)
-    return gradient, None, None
-
-
-soft_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def empty_outputs(student: Tensor) -> tuple[Tensor, Tensor]:
-    loss = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
-    return loss, loss.new_empty(student.shape[0], 3)
+register_soft_cross_entropy(soft_cross_entropy_fwd, soft_cross_entropy_bwd)

@@ -1,4 +1,4 @@
-"""The operations that MUSE adds to DINO, each with a plain PyTorch reference beside its faster backends."""
+"""The operations that MUSE adds to DINO, each with a plain PyTorch reference and faster backends."""
 
 from muse_fast.ops.augment_views import augment_views
 from muse_fast.ops.dino_loss import dino_loss

@@ -60,7 +60,7 @@ def augment_views(
     _check(pixels, images, boxes, colours, size, dtype)
     chosen = backends.choose("augment_views", pixels.device.type, backend)
     if chosen == "triton":
-        from muse_fast.kernels.fused.augment_views import augment_views as fused  # with its fake; needs triton
+        from muse_fast.kernels.fused.augment_views import augment_views as fused  # needs triton
 
         return fused(pixels, images, boxes, colours, size, dtype)
     return reference.augment_views(pixels, images, boxes, colours, size, dtype)

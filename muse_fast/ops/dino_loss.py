@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from muse_fast.kernels.checks import check_dino_loss
+from muse_fast.kernels.arguments import DinoLoss
 from muse_fast.kernels.registration import register_dino_loss
 from muse_fast.ops import backends, reference
 
@@ -49,16 +49,16 @@ def dino_loss(
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run. Rows beyond the last are refused
             on the CPU (IndexError from ``reference``, RuntimeError from ``cpp``).
     """
-    arguments = (student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
-    check_dino_loss(*arguments)
+    arguments = DinoLoss(student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
+    arguments.check()
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     chosen = backends.choose("dino_loss", student_logits.device.type, backend, dtype)
     if chosen == "cpp":
         return torch.ops.muse_fast.dino_loss_fwd(*arguments)[0]
     if chosen == "triton":
-        from muse_fast.kernels.fused.dino_loss import dino_loss as fused  # with its fake and autograd; needs triton
+        from muse_fast.kernels.fused.dino_loss import dino_loss_fwd  # needs triton
 
-        return fused(*arguments)
+        return dino_loss_fwd(*arguments)[0]
     return reference.dino_loss(*arguments)
 
 

@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from muse_fast.kernels.arguments import LinearDinoLoss
 from muse_fast.kernels.blocked import linear_dino_loss as blocked
-from muse_fast.kernels.checks import check_linear_dino_loss
 from muse_fast.ops import backends, reference
 
 
@@ -61,14 +61,14 @@ def linear_dino_loss(
             IndexError on the CPU.
     """
     features = (student_z, student_W, teacher_z, teacher_W)
-    arguments = (*features, center, teacher_rows, student_rows, student_temp, teacher_temp)
-    check_linear_dino_loss(*arguments)
+    arguments = LinearDinoLoss(*features, center, teacher_rows, student_rows, student_temp, teacher_temp)
+    arguments.check()
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in features])
     chosen = backends.choose("linear_dino_loss", student_z.device.type, backend, dtype)
     if chosen == "triton":
         from muse_fast.kernels.fused.linear_dino_loss import linear_dino_loss as fused  # needs triton
 
-        return fused(*arguments)
+        return fused(arguments)
     if chosen == "blocked":
-        return blocked.linear_dino_loss(*arguments)
+        return blocked.linear_dino_loss(arguments)
     return reference.linear_dino_loss(*arguments)

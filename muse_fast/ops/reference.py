@@ -2,7 +2,7 @@
 
 Nothing here is shared with a fast backend, so that one mistake cannot hide in both. Statistics, softmax and losses are
 computed in float32 at least; float64 inputs stay float64. A negative row or image number is padding: it gives zeros and
-has no gradient. The two losses stand in kernels/reference.py, so that the folder can be copied out whole.
+has no gradient. The two losses are in kernels/reference.py, so that the whole folder can be copied out.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from muse_fast.kernels.sampling import register_sample_nuclei
+from muse_fast.kernels.registration import register_sample_nuclei
 from muse_fast.ops import backends, reference
 
 
@@ -47,9 +47,7 @@ def sample_nuclei(
     if chosen == "cpp":
         return torch.ops.muse_fast.sample_nuclei_fwd(*arguments)
     if chosen == "triton":
-        from muse_fast.kernels.fused.sample_nuclei import (
-            sample_nuclei as fused,  # with its fake and autograd; needs triton
-        )
+        from muse_fast.kernels.fused.sample_nuclei import sample_nuclei as fused  # needs triton
 
         return fused(*arguments)
     with torch.autocast(xy.device.type, enabled=False):

@@ -56,7 +56,7 @@ BUGS = {
     ),
     "cpp_off_by_one_tap": Bug("csrc/sample_nuclei.cpp", "std::pair{q + 1, s}", "std::pair{q, s}", *SAMPLED),
     "cpp_wrong_fake_shape": Bug(
-        "kernels/sampling.py", "new_empty(xy.shape[0],", "new_empty(xy.shape[0] + 1,", *CHECKED
+        "kernels/registration.py", "new_empty(xy.shape[0],", "new_empty(xy.shape[0] + 1,", *CHECKED
     ),
     "triton_gradient_1_percent": Bug(
         "kernels/fused/dino_loss.py",
