@@ -5,7 +5,7 @@
 #   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data ablation; all, in this order, when none is named
 #
 # Exit code 1 when a stage failed; the stages after it still run. Each stage ends within 8 minutes, and all within BUDGET
-# seconds where that is set: what a lease leaves. A stage for which no minute is left does not begin and counts as failed.
+# seconds where that is set: what a lease leaves. A stage that has less than a minute left is not started and counts as failed.
 # Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json, step-*.json,
 # data.json and ablation.json.
 #
@@ -163,7 +163,7 @@ for stage in "${@:-${STAGES[@]}}"; do
   echo "== $stage"
   SECONDS=0
   if (($(within 60) < 60)); then
-    echo "no minute of the budget is left"
+    echo "less than a minute of the budget is left"
     false
   else
     "stage_$stage"

@@ -72,7 +72,7 @@ def cuda_error(op: str) -> str | None:
         return error
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"muse_fast::{op}", "CUDA"):
         return (
-            "the C++ library was built without CUDA, for want of nvcc or of a CUDA build of torch; "
+            "the C++ library was built without CUDA, because nvcc or a CUDA build of torch was missing; "
             "`MUSE_FAST_BUILD=require pip install -v --no-build-isolation .` shows which"
         )
     if not torch.cuda.is_available():

@@ -124,7 +124,7 @@ def test_broken_library_says_to_rebuild(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(
     ("built", "capabilities", "reason"),
     [
-        (False, [(9, 0)], "built without CUDA, for want of nvcc"),
+        (False, [(9, 0)], "built without CUDA, because nvcc"),
         (True, [], "torch finds no CUDA device"),
         (True, [(9, 0), (7, 5)], "needs compute capability 8.0, a device here has 7.5"),
         (True, [(8, 0), (9, 0)], None),
