@@ -28,7 +28,7 @@ from rich.table import Table
 
 import muse_fast
 from muse_fast.classification.features import Progress, extract_features
-from muse_fast.classification.probes import majority
+from muse_fast.classification.metrics import METRICS, majority
 from muse_fast.classification.tasks import TASKS, Row, Subject, TaskConfig
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.detection import score_detector, score_files
@@ -231,8 +231,8 @@ def _as_json(row: Row) -> dict[str, Any]:
         "features": row.features,
         "selection": row.selection,
         **row.details,
-        "test": asdict(row.test),
-        "val": asdict(row.val),
+        "test": row.test,
+        "val": row.val,
     }
 
 
@@ -244,22 +244,14 @@ def _print_counts(console: Console, data: Mapping[str, Any]) -> None:
 
 def _print_results(console: Console, report: Mapping[str, Any]) -> None:
     table = Table(title=f"{report['task']}, test split, %")
-    for column in ("weights", "features", "classifier", "ACC", "95 % interval", "balanced"):
-        table.add_column(column, justify="left" if column in ("weights", "features", "classifier") else "right")
-    table.add_column("recall " + " / ".join(report["data"]["classes"]), justify="right")
+    for heading in ("weights", "features", "classifier"):
+        table.add_column(heading)
+    shown = {name: metric for name, metric in METRICS.items() if metric.heading}
+    for metric in shown.values():
+        table.add_column(metric.column(report["data"]["classes"]), justify="right")
     for row in report["results"]:
-        test = row["test"]
-        low, high = test["accuracy_ci95"]
-        recall = " / ".join("-" if r is None else f"{100 * r:.1f}" for r in test["recall"])
-        table.add_row(
-            row["weights"],
-            row["features"],
-            row["selection"],
-            f"{100 * test['accuracy']:.2f}",
-            f"{100 * low:.1f} .. {100 * high:.1f}",
-            f"{100 * test['balanced_accuracy']:.2f}",
-            recall,
-        )
+        values = (metric.show(row["test"][name]) for name, metric in shown.items())
+        table.add_row(row["weights"], row["features"], row["selection"], *values)
     console.print(table)
     majority_rates = report["majority"]
     console.print(

@@ -119,7 +119,7 @@ def scores(backbone: Backbone, tiles: Tiles, num_classes: int, device: str, seed
         for task in ("knn", "linear"):
             for row in TASKS[task].run(subject, TASKS[task].options(seed=seed), lambda *_: None):
                 if "on test" not in row.selection:
-                    figures = {"accuracy": row.test.accuracy, "balanced": row.test.balanced_accuracy}
+                    figures = {"accuracy": row.test["accuracy"], "balanced": row.test["balanced_accuracy"]}
                     of_scale[f"{task} {row.features}"] = figures
     return found
 

@@ -1,78 +1,28 @@
 """Nucleus classification on frozen features: nearest neighbours and a linear probe, as MUSE reports them.
 
-Both take ``train``, ``val`` and ``test`` :class:`NucleusSet`. Accuracy alone flatters a classifier that follows the
-majority class, so every result carries balanced accuracy, recall per class, the confusion matrix and a 95 % interval.
+Both take ``train``, ``val`` and ``test`` :class:`NucleusSet` and yield class probabilities, which
+`muse_fast.classification.metrics` scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse_fast.classification.features import NucleusSet, Progress
+from muse_fast.classification.metrics import Scores, score
 from muse_fast.errors import UserError
 
 KNN_NEIGHBOURS = (10, 20, 100, 200, 500)
 KNN_TEMPERATURE = 0.07
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """How well predictions fit the truth. Shares lie in [0, 1]."""
-
-    accuracy: float
-    accuracy_ci95: tuple[float, float]  # bootstrap over slides
-    balanced_accuracy: float  # mean recall of the classes that occur
-    recall: tuple[float | None, ...]  # per class; None where the class does not occur
-    confusion: list[list[int]]  # [truth][prediction]
-    count: int
-
-
-def score(predicted: Tensor, truth: NucleusSet, num_classes: int) -> Scores:
-    """Scores of ``predicted`` ``[N]`` int64 against ``truth.labels``."""
-    labels = truth.labels.to(predicted.device)
-    hits = (predicted == labels).cpu().numpy()
-    pairs = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    confusion = pairs.view(num_classes, num_classes).cpu().numpy()
-    support = confusion.sum(axis=1)
-    recall = [confusion[c, c] / support[c] if support[c] else None for c in range(num_classes)]
-    present = [value for value in recall if value is not None]
-    return Scores(
-        accuracy=float(hits.mean()),
-        accuracy_ci95=_slide_bootstrap(hits, truth.slides.cpu().numpy()),
-        balanced_accuracy=float(np.mean(present)),
-        recall=tuple(None if value is None else float(value) for value in recall),
-        confusion=confusion.tolist(),
-        count=len(hits),
-    )
-
-
-def _slide_bootstrap(hits: np.ndarray, slides: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the accuracy when slides, not nuclei, are drawn anew: nuclei of a slide are alike."""
-    right = np.bincount(slides, weights=hits)
-    count = np.bincount(slides)
-    right, count = right[count > 0], count[count > 0]
-    drawn = np.random.default_rng(0).integers(len(count), size=(draws, len(count)))
-    low, high = np.quantile(right[drawn].sum(axis=1) / count[drawn].sum(axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def majority(train: Sequence[int], test: Sequence[int]) -> dict[str, float]:
-    """What a classifier that ignores the image scores on test, from the number of nuclei of each class."""
-    most_frequent = max(range(len(train)), key=lambda kind: train[kind])
-    return {
-        "test_majority_share": max(test) / sum(test),
-        "train_majority_accuracy": test[most_frequent] / sum(test),
-    }
-
-
 def standardised(sets: Mapping[str, NucleusSet]) -> dict[str, NucleusSet]:
-    """All splits with the mean of ``train`` taken off and divided by its standard deviation, per feature."""
+    """All splits less the mean of ``train``, divided by the standard deviation of ``train``, per feature."""
     train = sets["train"].features
     mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
     return {name: NucleusSet((one.features - mean) / std, one.labels, one.slides) for name, one in sets.items()}
@@ -82,7 +32,7 @@ def standardised(sets: Mapping[str, NucleusSet]) -> dict[str, NucleusSet]:
 
 
 @torch.inference_mode()
-def knn_predict(
+def knn_probabilities(
     train: Tensor,
     labels: Tensor,
     queries: Tensor,
@@ -92,9 +42,10 @@ def knn_predict(
     temperature: float = KNN_TEMPERATURE,
     chunk: int = 1024,
 ) -> dict[int, Tensor]:
-    """Class of every query by a vote of its k nearest rows of ``train``, for each k.
+    """Class probabilities of every query by a vote of its k nearest rows of ``train``, for each k.
 
-    Similarity is the cosine; a neighbour votes with weight ``exp(similarity / temperature)``.
+    Similarity is the cosine; a neighbour votes for its class with weight ``exp(similarity / temperature)``, and a
+    probability is a class's share of the votes. The shares are float64, so votes that differ in float32 do not tie.
 
     Args:
         train: ``[M, D]`` float; need not be normalised.
@@ -104,19 +55,19 @@ def knn_predict(
         chunk: queries whose ``[chunk, M]`` similarities are held at once.
 
     Returns:
-        ``{k: [Q] int64}``.
+        ``{k: [Q, C] float64}``.
     """
     assert max(neighbours) <= len(train)
     bank = F.normalize(train, dim=1).T
-    predicted: dict[int, list[Tensor]] = {k: [] for k in neighbours}
+    shares: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     for part in F.normalize(queries, dim=1).split(chunk):
         similarity, nearest = (part @ bank).topk(max(neighbours), dim=1)
         weights, classes = (similarity / temperature).exp(), labels[nearest]
         for k in neighbours:
             votes = part.new_zeros(len(part), num_classes)
-            votes.scatter_add_(1, classes[:, :k], weights[:, :k])
-            predicted[k].append(votes.argmax(dim=1))
-    return {k: torch.cat(parts) for k, parts in predicted.items()}
+            votes = votes.scatter_add_(1, classes[:, :k], weights[:, :k]).double()
+            shares[k].append(votes / votes.sum(dim=1, keepdim=True))
+    return {k: torch.cat(parts) for k, parts in shares.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +96,13 @@ def knn(sets: Mapping[str, NucleusSet], num_classes: int, neighbours: tuple[int,
         )
     scores = {}
     for split in ("val", "test"):
-        predicted = knn_predict(train.features, train.labels, sets[split].features, usable, num_classes=num_classes)
-        scores[split] = {k: score(predicted[k], sets[split], num_classes) for k in usable}
+        found = knn_probabilities(train.features, train.labels, sets[split].features, usable, num_classes=num_classes)
+        scores[split] = {k: score(found[k], sets[split]) for k in usable}
     return KnnResult(
         test=scores["test"],
         val=scores["val"],
-        k_best_on_test=max(usable, key=lambda k: scores["test"][k].accuracy),
-        k_chosen_on_val=max(usable, key=lambda k: scores["val"][k].accuracy),
+        k_best_on_test=max(usable, key=lambda k: scores["test"][k]["accuracy"]),
+        k_chosen_on_val=max(usable, key=lambda k: scores["val"][k]["accuracy"]),
         skipped=tuple(k for k in neighbours if k not in usable),
     )
 
@@ -239,7 +190,7 @@ def linear_probe(
         schedule.step()
         if not torch.isfinite(loss):
             raise UserError(f"the linear probe diverged in epoch {epoch} (loss {loss.item()}); lower lr={lr}")
-        hits = int((predict(head, val.features) == val.labels).sum())
+        hits = int((class_probabilities(head, val.features).argmax(dim=1) == val.labels).sum())
         if hits >= best_hits:
             best_hits, best_epoch = hits, epoch
             best_state = {name: value.clone() for name, value in head.state_dict().items()}
@@ -248,14 +199,14 @@ def linear_probe(
     head.load_state_dict(best_state)
     return LinearResult(
         head=head,
-        val=score(predict(head, val.features), val, num_classes),
-        test=score(predict(head, test.features), test, num_classes),
+        val=score(class_probabilities(head, val.features), val),
+        test=score(class_probabilities(head, test.features), test),
         epoch=best_epoch,
         step=step_over_stable(train.features, num_classes, lr),
     )
 
 
 @torch.no_grad()
-def predict(head: nn.Linear, features: Tensor) -> Tensor:
-    """Most likely class of every row, ``[N]`` int64."""
-    return head(features).argmax(dim=1)
+def class_probabilities(head: nn.Linear, features: Tensor) -> Tensor:
+    """Softmax of the logits of every row, ``[N, C]`` float64, in which logits of float32 keep their order."""
+    return head(features).double().softmax(dim=1)

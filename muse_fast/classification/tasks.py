@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from muse_fast.classification.features import NucleusSet, Progress
-from muse_fast.classification.probes import KNN_NEIGHBOURS, LinearResult, Scores, knn, linear_probe, standardised
+from muse_fast.classification.metrics import Scores
+from muse_fast.classification.probes import KNN_NEIGHBOURS, LinearResult, knn, linear_probe, standardised
 from muse_fast.classification.tiles import Tile
 from muse_fast.classification.tuned import finetune
 from muse_fast.errors import require
@@ -92,8 +93,8 @@ def run_knn(subject: Subject, options: KnnConfig, progress: Progress) -> list[Ro
     for name, sets in _feature_kinds(subject.sets, options.standardise):
         result = knn(sets, subject.num_classes, tuple(options.k))
         by_k = {
-            k: {"val": result.val[k].accuracy, "test": result.test[k].accuracy, "balanced": scores.balanced_accuracy}
-            for k, scores in result.test.items()
+            k: {"val": result.val[k]["accuracy"], "test": test["accuracy"], "balanced": test["balanced_accuracy"]}
+            for k, test in result.test.items()
         }
         for rule, k in (("chosen on val", result.k_chosen_on_val), ("best on test", result.k_best_on_test)):
             details = {"k": k, "by_k": by_k, "k_skipped": result.skipped}

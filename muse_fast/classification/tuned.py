@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse_fast.classification.features import NucleusSet, Progress, TileBatch, stack_tiles
-from muse_fast.classification.probes import Scores, score
+from muse_fast.classification.metrics import Scores, score
 from muse_fast.classification.tiles import Tile
 from muse_fast.errors import UserError
 
@@ -67,7 +67,6 @@ def finetune(
     Raises:
         UserError: the loss is no longer finite.
     """
-    num_classes = head.out_features
     device = head.weight.device
     generator = torch.Generator().manual_seed(seed)
     model = NucleusClassifier(backbone, head)
@@ -100,30 +99,32 @@ def finetune(
         schedule.step()
         if not torch.isfinite(total):
             raise UserError(f"fine-tuning diverged in epoch {epoch} (loss {total.item()}); lower lr={lr}")
-        hits = int((classify(model, tiles["val"], batch_size, bf16) == sets["val"].labels).sum())
-        history.append({"train_loss": float(total) / steps, "val_accuracy": hits / len(sets["val"].labels)})
+        predicted = class_probabilities(model, tiles["val"], batch_size, bf16).argmax(dim=1)
+        hits = int((predicted == sets["val"].labels.cpu()).sum())
+        history.append({"train_loss": float(total) / steps, "val_accuracy": hits / len(predicted)})
         if hits >= best_hits:
             best_hits, best_epoch = hits, epoch
             best_state = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best_state)
     scores = {
-        split: score(classify(model, tiles[split], batch_size, bf16), sets[split], num_classes)
+        split: score(class_probabilities(model, tiles[split], batch_size, bf16), sets[split])
         for split in ("val", "test")
     }
     return TunedResult(model, scores["val"], scores["test"], best_epoch, tuple(history))
 
 
 @torch.inference_mode()
-def classify(model: NucleusClassifier, tiles: Sequence[Tile], batch_size: int, bf16: bool = False) -> Tensor:
-    """Class of every nucleus of ``tiles`` with the model in eval mode, ``[N]`` int64 on the CPU."""
+def class_probabilities(model: NucleusClassifier, tiles: Sequence[Tile], batch_size: int, bf16: bool = False) -> Tensor:
+    """Softmax of the logits of every nucleus of ``tiles`` in eval mode, ``[N, C]`` float64 on the CPU."""
     device = model.head.weight.device
     model.eval()
-    predicted = []
+    found = []
     for start in range(0, len(tiles), batch_size):
         batch = stack_tiles(tiles[start : start + batch_size], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            predicted.append(model(batch).argmax(dim=1).cpu())
-    return torch.cat(predicted)
+            logits = model(batch)
+        found.append(logits.cpu().double().softmax(dim=1))
+    return torch.cat(found)
 
 
 def turned(batch: TileBatch, turns: Tensor) -> TileBatch:

@@ -14,9 +14,9 @@ import muse_fast
 from muse_fast.classification.features import NucleusSet, extract_features
 from muse_fast.classification.probes import (
     KNN_NEIGHBOURS,
-    knn_predict,
+    class_probabilities,
+    knn_probabilities,
     linear_probe,
-    predict,
     standardised,
     step_over_stable,
 )
@@ -63,11 +63,11 @@ def knn_of_scikit_learn(train: Tensor, labels: Tensor, queries: Tensor, k: int) 
 @pytest.mark.parametrize("features", ["vit_tiny", "vit_tiny, standardised", "resnet10t", "resnet10t, standardised"])
 def test_knn_predicts_as_scikit_learn_on_real_nuclei(real: dict[str, Sets], features: str) -> None:
     train, test = real[features]["train"], real[features]["test"]
-    ours = knn_predict(train.features, train.labels, test.features, KNN_NEIGHBOURS, num_classes=3)
+    ours = knn_probabilities(train.features, train.labels, test.features, KNN_NEIGHBOURS, num_classes=3)
     answers = set()
     for k in KNN_NEIGHBOURS:
-        assert ours[k].tolist() == knn_of_scikit_learn(train.features, train.labels, test.features, k), k
-        answers.add(tuple(ours[k].tolist()))
+        assert ours[k].argmax(1).tolist() == knn_of_scikit_learn(train.features, train.labels, test.features, k), k
+        answers.add(tuple(ours[k].argmax(1).tolist()))
     assert len(answers) > 2  # k matters, so a wrong one would show
 
 
@@ -79,9 +79,9 @@ def test_knn_predicts_as_scikit_learn_where_neighbours_tie(seed: int) -> None:
     kinds = torch.randint(4, (60,), generator=generator)
     copies = torch.randint(60, (700,), generator=generator)
     queries = torch.randn(300, 5, generator=generator)
-    ours = knn_predict(rows[copies], kinds[copies], queries, KNN_NEIGHBOURS, num_classes=4, chunk=128)
+    ours = knn_probabilities(rows[copies], kinds[copies], queries, KNN_NEIGHBOURS, num_classes=4, chunk=128)
     for k in KNN_NEIGHBOURS:
-        assert ours[k].tolist() == knn_of_scikit_learn(rows[copies], kinds[copies], queries, k), k
+        assert ours[k].argmax(1).tolist() == knn_of_scikit_learn(rows[copies], kinds[copies], queries, k), k
 
 
 def test_knn_predicts_as_scikit_learn_where_votes_tie() -> None:
@@ -89,11 +89,11 @@ def test_knn_predicts_as_scikit_learn_where_votes_tie() -> None:
     train = torch.eye(4).repeat(3, 1)
     labels = torch.tensor([3, 1, 2, 0]).repeat(3)
     queries = torch.tensor([[1.0, 1, 0, 0], [0, 2, 2, 0], [1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
-    ours = knn_predict(train, labels, queries, (12,), num_classes=4)[12].tolist()
+    ours = knn_probabilities(train, labels, queries, (12,), num_classes=4)[12].argmax(1).tolist()
     assert ours == [1, 1, 0, 0, 0] == knn_of_scikit_learn(train, labels, queries, 12)
     more = torch.cat([labels[:-1], torch.tensor([2])])
     undirected = queries[-1:]
-    assert knn_predict(train, more, undirected, (12,), num_classes=4)[12].tolist() == [2]
+    assert knn_probabilities(train, more, undirected, (12,), num_classes=4)[12].argmax(1).tolist() == [2]
     assert knn_of_scikit_learn(train, more, undirected, 12) == [2]
 
 
@@ -106,12 +106,12 @@ def test_linear_probe_predicts_as_its_float64_twin_on_real_nuclei(real: dict[str
     assert result.epoch == epoch
     for split in ("val", "test"):
         expected = (sets[split].features.double().numpy() @ weight.T + bias).argmax(1)
-        assert predict(result.head, sets[split].features).tolist() == expected.tolist()
+        assert class_probabilities(result.head, sets[split].features).argmax(1).tolist() == expected.tolist()
     assert len(np.unique(expected)) > 1
 
 
-def test_a_step_beyond_the_stable_one_is_told(real: dict[str, Sets]) -> None:
-    """The untrained ViT's features are so large that the published step leaps about, in every implementation."""
+def test_a_step_beyond_the_stable_one_is_reported(real: dict[str, Sets]) -> None:
+    """The untrained ViT's features are so large that the published step oscillates, in every implementation."""
     sets = real["vit_tiny"]
     x = sets["train"].features.double().numpy()
     curvature = np.linalg.eigvalsh(x.T @ x / len(x))[-1] / 3

@@ -154,7 +154,7 @@ def test_it_can_be_fine_tuned(name: str) -> None:
     sets = extract_features(backbone, splits)
     head = new_head(backbone.dense_dim, 2, torch.Generator().manual_seed(0))
     tuned = finetune(backbone, head, splits, sets, lr=2e-3, epochs=12, batch_size=4)
-    assert tuned.test.accuracy > 0.9
+    assert tuned.test["accuracy"] > 0.9
     # Every weight that the maps depend on has moved: all but a norm or pool after them.
     same = [key for key, value in backbone.named_parameters() if torch.equal(value, before[key])]
     assert not same

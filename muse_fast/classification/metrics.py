@@ -1,0 +1,136 @@
+"""Metrics of nucleus classification: how well class probabilities fit the true classes.
+
+`METRICS` is the one list of them: `score` computes every entry, the report holds each under its name, and those with a
+heading are columns of the printed table. Accuracy alone flatters a classifier that follows the majority class, so it
+never appears without balanced accuracy, recall per class, the confusion matrix and a 95 % interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from muse_fast.classification.features import NucleusSet
+from muse_fast.errors import UserError
+
+Scores = dict[str, Any]
+"""A value for each name in `METRICS`."""
+
+Interval = tuple[float, float]
+PerClass = tuple[float | None, ...]  # None where undefined, such as the recall of a class that does not occur
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says about the nuclei of one split, and the truth."""
+
+    probabilities: NDArray[np.float64]  # [N, C]
+    labels: NDArray[np.int64]  # [N] true classes
+    slides: NDArray[np.int64]  # [N] slide of each nucleus; nuclei of one slide are not independent
+
+    @property
+    def num_classes(self) -> int:
+        return self.probabilities.shape[1]
+
+    @cached_property
+    def classes(self) -> NDArray[np.int64]:
+        """``[N]`` most probable class; of equally probable ones the first."""
+        return self.probabilities.argmax(axis=1)
+
+
+def score(probabilities: Tensor, truth: NucleusSet) -> Scores:
+    """Every metric of class probabilities ``[N, C]`` float64 against ``truth``.
+
+    Raises:
+        UserError: probabilities are NaN.
+    """
+    predictions = Predictions(probabilities.cpu().numpy(), truth.labels.cpu().numpy(), truth.slides.cpu().numpy())
+    if np.isnan(predictions.probabilities).any():
+        raise UserError("class probabilities are NaN: the network's features are not finite; check its weights")
+    return {name: metric.compute(predictions) for name, metric in METRICS.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def accuracy(predictions: Predictions) -> float:
+    return float((predictions.classes == predictions.labels).mean())
+
+
+def accuracy_ci95(predictions: Predictions, draws: int = 2000) -> Interval:
+    """95 % interval of the accuracy by bootstrap over slides, not over nuclei: nuclei of one slide are alike."""
+    hits = np.bincount(predictions.slides, weights=predictions.classes == predictions.labels)
+    count = np.bincount(predictions.slides)
+    hits, count = hits[count > 0], count[count > 0]
+    drawn = np.random.default_rng(0).integers(len(count), size=(draws, len(count)))
+    low, high = np.quantile(hits[drawn].sum(axis=1) / count[drawn].sum(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def confusion(predictions: Predictions) -> list[list[int]]:
+    """``[C][C]`` numbers of nuclei: rows are true classes, columns predicted ones."""
+    size = predictions.num_classes
+    pairs = np.bincount(predictions.labels * size + predictions.classes, minlength=size**2)
+    return pairs.reshape(size, size).tolist()
+
+
+def recall(predictions: Predictions) -> PerClass:
+    """Share of each class's nuclei that are predicted as that class."""
+    return tuple(row[kind] / sum(row) if any(row) else None for kind, row in enumerate(confusion(predictions)))
+
+
+def macro(values: PerClass) -> float | None:
+    """Mean over the classes where the value is defined; None where it is defined for none."""
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
+
+
+# ------------------------------------------------------------------------------------------------------------- table
+
+
+def percent(value: float | None, decimals: int = 2) -> str:
+    return "-" if value is None else f"{100 * value:.{decimals}f}"
+
+
+def percent_interval(value: Interval) -> str:
+    return " .. ".join(percent(end, 1) for end in value)
+
+
+def percent_per_class(values: PerClass) -> str:
+    return " / ".join(percent(value, 1) for value in values)
+
+
+class Metric(NamedTuple):
+    """A number, or several, of a classifier's predictions."""
+
+    compute: Callable[[Predictions], Any]  # a value that JSON can hold
+    heading: str = ""  # of its column in the printed table; empty: in the report alone. {classes}: the classes' names
+    show: Callable[[Any], str] = percent  # the value in that column
+
+    def column(self, class_names: Sequence[str]) -> str:
+        return self.heading.format(classes=" / ".join(class_names))
+
+
+METRICS = {
+    "accuracy": Metric(accuracy, "ACC"),
+    "accuracy_ci95": Metric(accuracy_ci95, "95 % interval", percent_interval),
+    "balanced_accuracy": Metric(lambda predictions: macro(recall(predictions)), "balanced"),
+    "recall": Metric(recall, "recall {classes}", percent_per_class),
+    "confusion": Metric(confusion),
+    "count": Metric(lambda predictions: len(predictions.labels)),
+}
+
+
+def majority(train: Sequence[int], test: Sequence[int]) -> dict[str, float]:
+    """What a classifier that ignores the image scores on test, from the number of nuclei of each class."""
+    most_frequent = max(range(len(train)), key=lambda kind: train[kind])
+    return {
+        "test_majority_share": max(test) / sum(test),
+        "train_majority_accuracy": test[most_frequent] / sum(test),
+    }
