@@ -7,13 +7,14 @@ never appears without balanced accuracy, recall per class, the confusion matrix 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from muse_fast.classification.features import NucleusSet
@@ -42,6 +43,11 @@ class Predictions:
     def classes(self) -> NDArray[np.int64]:
         """``[N]`` most probable class; of equally probable ones the first."""
         return self.probabilities.argmax(axis=1)
+
+    def against_the_rest(self) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
+        """For each class: which nuclei are of it ``[N]``, and how probable that is ``[N]``."""
+        for kind, probability in enumerate(self.probabilities.T):
+            yield self.labels == kind, probability
 
 
 def score(probabilities: Tensor, truth: NucleusSet) -> Scores:
@@ -85,6 +91,29 @@ def recall(predictions: Predictions) -> PerClass:
     return tuple(row[kind] / sum(row) if any(row) else None for kind, row in enumerate(confusion(predictions)))
 
 
+def roc_auc(predictions: Predictions) -> PerClass:
+    """Area under the ROC curve of each class against the rest; None without nuclei of the class, or of the rest.
+
+    It is the probability that a nucleus of the class gets a higher probability of that class than another nucleus, a
+    tie counting one half (Fawcett, 2006).
+    """
+    return tuple(
+        float(roc_auc_score(is_kind, probability)) if 0 < is_kind.sum() < len(is_kind) else None
+        for is_kind, probability in predictions.against_the_rest()
+    )
+
+
+def average_precision(predictions: Predictions) -> PerClass:
+    """Average precision of each class against the rest; None for a class that does not occur.
+
+    It is the sum of ``(R_n - R_{n-1}) P_n`` over thresholds, with recall R and precision P, without interpolation.
+    """
+    return tuple(
+        float(average_precision_score(is_kind, probability)) if is_kind.any() else None
+        for is_kind, probability in predictions.against_the_rest()
+    )
+
+
 def macro(values: PerClass) -> float | None:
     """Mean over the classes where the value is defined; None where it is defined for none."""
     defined = [value for value in values if value is not None]
@@ -121,6 +150,10 @@ METRICS = {
     "accuracy": Metric(accuracy, "ACC"),
     "accuracy_ci95": Metric(accuracy_ci95, "95 % interval", percent_interval),
     "balanced_accuracy": Metric(lambda predictions: macro(recall(predictions)), "balanced"),
+    "mean_roc_auc": Metric(lambda predictions: macro(roc_auc(predictions)), "ROC-AUC"),
+    "roc_auc": Metric(roc_auc),
+    "mean_average_precision": Metric(lambda predictions: macro(average_precision(predictions)), "mAP"),
+    "average_precision": Metric(average_precision),
     "recall": Metric(recall, "recall {classes}", percent_per_class),
     "confusion": Metric(confusion),
     "count": Metric(lambda predictions: len(predictions.labels)),

@@ -10,7 +10,16 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, recall_score
 
 from muse_fast.classification.features import NucleusSet
-from muse_fast.classification.metrics import METRICS, Scores, majority, score
+from muse_fast.classification.metrics import (
+    METRICS,
+    Predictions,
+    Scores,
+    average_precision,
+    macro,
+    majority,
+    roc_auc,
+    score,
+)
 from muse_fast.errors import UserError
 
 
@@ -54,6 +63,62 @@ def test_interval_is_over_slides_not_nuclei() -> None:
     """Two slides, one all right and one all wrong: a bootstrap of slides sees 0 and 1, one of nuclei about 0.5."""
     slides = np.arange(200) // 100
     assert scores_of(slides, [0] * 200, slides, 2)["accuracy_ci95"] == (0.0, 1.0)
+
+
+def predictions(probabilities: np.ndarray, labels: Sequence[int]) -> Predictions:
+    return Predictions(probabilities, np.array(labels, np.int64), np.zeros(len(labels), np.int64))
+
+
+def auc_by_pairs(probability: np.ndarray, is_kind: np.ndarray) -> float:
+    """Share of pairs of a nucleus of the class and another in which the former is the more probable one."""
+    difference = probability[is_kind][:, None] - probability[~is_kind][None, :]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def precision_by_thresholds(probability: np.ndarray, is_kind: np.ndarray) -> float:
+    """Mean over the nuclei of the class of the precision among those at least as probable."""
+    return float(np.mean([is_kind[probability >= threshold].mean() for threshold in probability[is_kind]]))
+
+
+@pytest.mark.parametrize("decimals", [1, 16])  # with one decimal most nuclei tie with others
+def test_auc_and_average_precision_agree_with_their_definitions(decimals: int) -> None:
+    rng = np.random.default_rng(decimals)
+    labels = rng.choice(4, 300, p=[0.6, 0.3, 0.1, 0])
+    probabilities = rng.dirichlet([1, 1, 1, 1], 300) + 0.3 * np.eye(4)[labels]
+    probabilities = (probabilities / probabilities.sum(axis=1, keepdims=True)).round(decimals)
+    assert (len(np.unique(probabilities[:, 0])) < 30) == (decimals == 1)
+    found = score(
+        torch.tensor(probabilities), NucleusSet(torch.empty(300, 0), torch.tensor(labels), torch.tensor(labels))
+    )
+    kinds = [(probabilities[:, kind], labels == kind) for kind in range(3)]
+    for name, of_class in (("roc_auc", auc_by_pairs), ("average_precision", precision_by_thresholds)):
+        expected = [of_class(*kind) for kind in kinds]
+        assert found[name] == (*(pytest.approx(value, abs=1e-12) for value in expected), None)
+        assert found[f"mean_{name}"] == pytest.approx(np.mean(expected), abs=1e-12)  # of the classes that occur
+        assert 0.2 < min(expected) < max(expected) < 0.99
+
+
+def test_auc_and_average_precision_of_a_hand_worked_case() -> None:
+    # Class 1, most probable first: no, yes, then a tie of yes and no. Pairs won: (1 of 2) and (0 + 1/2 of 2).
+    probability = np.array([0.9, 0.7, 0.4, 0.4])
+    found = predictions(np.stack([1 - probability, probability], axis=1), [0, 1, 1, 0])
+    assert roc_auc(found) == pytest.approx((1.5 / 4, 1.5 / 4))
+    assert average_precision(found)[1] == pytest.approx((1 / 2 + 2 / 4) / 2)
+
+
+@pytest.mark.parametrize("labels", [[1, 1, 1], [1]])
+def test_without_other_classes_the_auc_is_undefined(labels: list[int]) -> None:
+    found = predictions(np.full((len(labels), 2), 0.5), labels)
+    assert roc_auc(found) == (None, None)
+    assert macro(roc_auc(found)) is None
+    assert average_precision(found) == (None, 1.0)
+    assert METRICS["mean_roc_auc"].show(None) == "-"
+
+
+def test_without_nuclei_nothing_is_defined() -> None:
+    found = predictions(np.empty((0, 3)), [])
+    assert roc_auc(found) == average_precision(found) == (None, None, None)
+    assert macro(average_precision(found)) is None
 
 
 def test_nan_is_refused() -> None:
