@@ -23,12 +23,12 @@ from rich.console import Console
 
 from muse_fast import __version__, load_backbone
 from muse_fast.detection.config import FinetuneConfig
-from muse_fast.detection.detector import Detector, DetectorSettings, load_detector
+from muse_fast.detection.detector import Detector, DetectorSpec, load_detector
 from muse_fast.detection.finetuner import Finetuner
 from muse_fast.detection.memory import situation
-from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names, describe, read_labelled
+from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names, describe, known_nuclei, read_labelled
 from muse_fast.detection.score_detector import detect_images
-from muse_fast.detection.scores import Points, Scores, evaluate, evaluate_all, scores_table
+from muse_fast.detection.scores import Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
 from muse_fast.models.archs import ARCHS
 from muse_fast.models.weights import COMPATS
@@ -139,7 +139,7 @@ def new_detector(
     """A pretrained backbone with fresh heads, whose weights derive from the seed."""
     torch.manual_seed(config.seed)
     backbone = load_backbone(arch, weights, compat=compat)
-    settings = DetectorSettings(
+    spec = DetectorSpec(
         arch=backbone.arch,
         class_names=names,
         mpp=config.data.mpp,
@@ -148,7 +148,7 @@ def new_detector(
         image_size=backbone.image_size,
         **dataclasses.asdict(config.detector),
     )
-    return Detector(backbone, settings)
+    return Detector(backbone, spec)
 
 
 def _refuse_other_data(start: Path, names: tuple[str, ...], num_images: int) -> None:
@@ -227,21 +227,9 @@ def _run(tuner: Finetuner, out: Path, train: Sequence[LabelledImage], val: Seque
 def _validate(tuner: Finetuner, images: Sequence[LabelledImage]) -> Scores:
     with tuner.autocast():
         found = detect_images(tuner.detector, images)
-    settings, train = tuner.detector.settings, tuner.config.train
-    return evaluate(
-        found,
-        [truth(image) for image in images],
-        settings.mpp,
-        len(settings.class_names),
-        train.protocol,
-        train.radius_um,
-    )
-
-
-def truth(image: LabelledImage) -> Points:
-    """The annotated nuclei of known class."""
-    known = image.label >= 0
-    return Points(image.xy[known], image.label[known])
+    truths = [known_nuclei(image.xy, image.label) for image in images]
+    detector, train = tuner.detector, tuner.config.train
+    return evaluate(found, truths, detector.mpp, len(detector.class_names), train.protocol, train.radius_um)
 
 
 def _as_row(scores: Scores, names: Sequence[str], epoch: int) -> dict[str, float]:
@@ -275,10 +263,10 @@ def _announce(
     train: Sequence[LabelledImage],
     val: Sequence[LabelledImage],
 ) -> None:
-    config, settings = tuner.config, tuner.detector.settings
-    print(f"muse_fast {__version__} finetune: {settings.arch} on {tuner.device}, {config.train.precision}")
+    config, spec = tuner.config, tuner.detector.spec
+    print(f"muse_fast {__version__} finetune: {spec.arch} on {tuner.device}, {config.train.precision}")
     for name, images in ((config.data.train or "all", train), (config.data.val or "all", val)):
-        counts = ", ".join(f"{value} {key}" for key, value in describe(images, settings.class_names).items())
+        counts = ", ".join(f"{value} {key}" for key, value in describe(images, spec.class_names).items())
         print(f"  data   {data}, {name}: {counts}")
         with_context = sum(not image.region.all() for image in images)
         print(f"         {with_context} of {len(images)} have tissue around their region")
@@ -287,8 +275,8 @@ def _announce(
         "mask": "left white and out of all losses, so that nothing is unlabelled",
     }
     print(
-        f"  sample {settings.sample_size} px at {settings.mpp} um/px; beyond what an image holds is "
-        f"{beyond[settings.surroundings]} (data.surroundings={settings.surroundings})"
+        f"  sample {spec.sample_size} px at {spec.mpp} um/px; beyond what an image holds is "
+        f"{beyond[spec.surroundings]} (data.surroundings={spec.surroundings})"
     )
     print(f"  run    {config.optim.epochs} epochs = {tuner.steps} steps of {config.optim.batch_size} images, to {out}")
     print(f"  from   {weights}" if start is None else f"  resume {start}, step {tuner.step}")
@@ -302,7 +290,7 @@ def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: 
     detector = load_detector(out, tuner.device)
     with tuner.autocast():
         found = detect_images(detector, val)
-    truths = [truth(image) for image in val]
+    truths = [known_nuclei(image.xy, image.label) for image in val]
     scores, _ = evaluate_all(found, truths, detector.mpp, len(detector.class_names))
     drawn = slice(0, _MOST_DRAWN)
     picture = out / "pictures" / PICTURE

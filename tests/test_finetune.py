@@ -15,11 +15,11 @@ import torch
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import load_detector
 from muse_fast.detection.finetuner import Finetuner, assign, proposal_places
-from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, read_labelled
+from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, known_nuclei, read_labelled
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import evaluate
 from muse_fast.evaluate import main as evaluate_main
-from muse_fast.finetune import main, new_detector, truth
+from muse_fast.finetune import main, new_detector
 from muse_fast.images.points_csv import read_points
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.cli import run as run_command
@@ -293,7 +293,8 @@ def test_a_small_set_is_learnt() -> None:
     dataset = LfovDataset(images, size=96, surroundings="reflect", turns=False, colours=colours, seed=0)
 
     def f1() -> float:
-        return evaluate(detect_images(tuner.detector, images), [truth(one) for one in images], 0.5, 3).mean_f1
+        truths = [known_nuclei(one.xy, one.label) for one in images]
+        return evaluate(detect_images(tuner.detector, images), truths, 0.5, 3).mean_f1
 
     before, offsets = f1(), []
     for epoch in range(40):

@@ -36,13 +36,13 @@ BEST = "best"
 """Folder inside a run that holds its best detector, as a checkpoint of its own."""
 
 STEM = "detector"
-"""File of a checkpoint that holds the network, and key of its state that holds the settings."""
+"""File of a checkpoint that holds the network, and key of its state that holds its `DetectorSpec`."""
 
 _REACH_UM = 32.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DetectorSettings:
+class DetectorSpec:
     """What a saved detector needs beside its weights."""
 
     arch: str
@@ -84,7 +84,7 @@ class Detector(nn.Module):
     """Backbone and heads. `load_detector` opens a trained one; a new one has random heads that move no proposal.
 
     Attributes:
-        settings: see `DetectorSettings`.
+        spec: see `DetectorSpec`.
         mpp: um per pixel of the images that it takes.
         class_names: of the labels 0, 1, ...
         tile_size: side in pixels that it works on at a time; an image of another size is padded, or cut in windows.
@@ -93,27 +93,27 @@ class Detector(nn.Module):
             figure is a choice, not a limit.
     """
 
-    def __init__(self, backbone: Backbone, settings: DetectorSettings) -> None:
+    def __init__(self, backbone: Backbone, spec: DetectorSpec) -> None:
         super().__init__()
-        self.settings = settings
+        self.spec = spec
         self.backbone = backbone
-        width, hidden = backbone.dense_dim, settings.hidden_dim
-        offset, types = nn.Linear(hidden, 2), nn.Linear(hidden, len(settings.class_names) + 1)
+        width, hidden = backbone.dense_dim, spec.hidden_dim
+        offset, types = nn.Linear(hidden, 2), nn.Linear(hidden, len(spec.class_names) + 1)
         nn.init.zeros_(offset.weight)
         nn.init.zeros_(offset.bias)
         self.reg_head, self.type_head = _mlp(width, hidden, offset), _mlp(width, hidden, types)
 
     @property
     def mpp(self) -> float:
-        return self.settings.mpp
+        return self.spec.mpp
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self.settings.class_names
+        return self.spec.class_names
 
     @property
     def tile_size(self) -> int:
-        return self.settings.sample_size
+        return self.spec.sample_size
 
     @property
     def reach_um(self) -> float:
@@ -123,10 +123,10 @@ class Detector(nn.Module):
         """Proposals of images ``[I, 3, R, R]``, normalised floats, R a multiple of 16 up to 1024."""
         count, side = len(images), images.shape[-1]
         levels = self.backbone(images).levels
-        xy = grid(side, self.settings.stride).to(images.device)
+        xy = grid(side, self.spec.stride).to(images.device)
         image_index = torch.arange(count, device=images.device).repeat_interleave(len(xy))
         rows = ops.sample_nuclei(levels, xy.repeat(count, 1), image_index, side)
-        offsets = self.settings.stride * self.reg_head(rows).float().unflatten(0, (count, len(xy)))
+        offsets = self.spec.stride * self.reg_head(rows).float().unflatten(0, (count, len(xy)))
         return Proposals(xy, xy + offsets, self.type_head(rows).float().unflatten(0, (count, len(xy))))
 
     @torch.inference_mode()
@@ -152,12 +152,12 @@ class Detector(nn.Module):
         found: list[list[Points]] = [[] for _ in range(len(images))]
         for top, *rows in windows(height, self.tile_size, margin):
             for left, *columns in windows(width, self.tile_size, margin):
-                square = cut_square(images, left, top, self.tile_size, self.settings.surroundings)
+                square = cut_square(images, left, top, self.tile_size, self.spec.surroundings)
                 area = (columns[0], rows[0], columns[1], rows[1])
                 for one, points in zip(found, self._detect_square(square, (left, top), (width, height)), strict=True):
                     one.append(_within(points, area))
         self.train(was_training)
-        return [suppress(_join(parts), self.settings.nms_um / self.mpp) for parts in found]
+        return [suppress(_join(parts), self.spec.nms_um / self.mpp) for parts in found]
 
     def _detect_square(self, squares: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> list[Points]:
         """Predictions ``[B]`` of squares, in pixels of their images, of proposals inside those."""
@@ -171,7 +171,7 @@ class Detector(nn.Module):
         probabilities = logits.softmax(dim=-1)
         score = 1 - probabilities[..., -1]
         label = probabilities[..., :-1].argmax(dim=-1)
-        keep = in_image & (score >= self.settings.min_score)
+        keep = in_image & (score >= self.spec.min_score)
         arrays = (tensor.cpu().numpy() for tensor in (nuclei, label, score, keep))
         return [Points(x[k], kind[k], s[k]) for x, kind, s, k in zip(*arrays, strict=True)]
 
@@ -231,9 +231,9 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     state = checkpoint.read_state(folder)
     if STEM not in state:
         raise UserError(f"{folder}: no detector, but a checkpoint of pretraining; run muse_fast.finetune on it first")
-    settings = DetectorSettings(**{**state[STEM], "class_names": tuple(state[STEM]["class_names"])})
+    spec = DetectorSpec(**{**state[STEM], "class_names": tuple(state[STEM]["class_names"])})
     with torch.device("meta"):  # no memory and no random draws for values that the file replaces
-        detector = Detector(build_backbone(settings.arch, image_size=settings.image_size), settings)
+        detector = Detector(build_backbone(spec.arch, image_size=spec.image_size), spec)
     detector = detector.to_empty(device="cpu")
     detector.load_state_dict(checkpoint.read_tensors(folder, STEM))
     return detector.to(device).eval()

@@ -71,7 +71,7 @@ class Finetuner:
         }
 
         # Forward: everything in the sample is detected, then split by the annotated region.
-        places = proposal_places(batch.places, self.detector.settings.stride).to(self.device)
+        places = proposal_places(batch.places, self.detector.spec.stride).to(self.device)
         pseudo_view = self._logits_in_plain_colours(batch) if weights["cons"] and self._looks_twice else None
         self.detector.train()
         with self.autocast():
@@ -158,7 +158,7 @@ class Finetuner:
             "num_images": self.num_images,
             "best": self.best,
             "config": dataclasses.asdict(self.config),
-            STEM: dataclasses.asdict(self.detector.settings),
+            STEM: dataclasses.asdict(self.detector.spec),
         }
 
     def load(self, folder: Path) -> None:

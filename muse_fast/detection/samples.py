@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from muse_fast.classification.tiles import resample
 from muse_fast.config import ViewsConfig
+from muse_fast.detection.pairing import Points
 from muse_fast.errors import UserError
 from muse_fast.images.squares import cut_square, inside
 from muse_fast.sources import Source, SourceImage
@@ -59,6 +60,12 @@ def labels(image: SourceImage, classes: int) -> NDArray[np.int64]:
     if classes == 1 or image.label is None:
         return np.full(len(image.xy), 0 if classes == 1 else -1, np.int64)
     return image.label.astype(np.int64)
+
+
+def known_nuclei(xy: NDArray[Any], label: NDArray[Any]) -> Points:
+    """The annotated nuclei of known class, the truth that detections are scored against."""
+    known = label >= 0
+    return Points(xy[known], label[known])
 
 
 def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: int = 0) -> LabelledImage:

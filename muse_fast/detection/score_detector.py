@@ -19,7 +19,7 @@ from rich.console import Console
 from muse_fast import __version__
 from muse_fast.classification.features import Progress
 from muse_fast.detection.detector import Detector, load_detector
-from muse_fast.detection.samples import LabelledImage, class_names, labelled_image, labels
+from muse_fast.detection.samples import LabelledImage, class_names, known_nuclei, labelled_image, labels
 from muse_fast.detection.score_files import Bar
 from muse_fast.detection.scores import Points, evaluate_all, scores_table
 from muse_fast.errors import UserError, require
@@ -48,7 +48,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
         at_scale = [labelled_image(image, detector.mpp, classes, detector.tile_size) for image in images]
         found = detect_images(detector, at_scale, progress)
     found = [in_source_pixels(points, one) for points, one in zip(found, at_scale, strict=True)]
-    truths = [_known(Points(image.xy, labels(image, classes))) for image in images]
+    truths = [known_nuclei(image.xy, labels(image, classes)) for image in images]
     detected, annotated = (sum(len(points.xy) for points in some) for some in (found, truths))
     console.print(
         f"{args.data}, {args.split or 'all'}: {detected} nuclei in {len(images)} images, {annotated} annotated"
@@ -76,7 +76,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
             "weights": args.weights,
             "data": args.data,
             "split": args.split,
-            "detector": dataclasses.asdict(detector.settings),
+            "detector": dataclasses.asdict(detector.spec),
             "images": len(images),
             "detected": detected,
             "annotated": annotated,
@@ -161,9 +161,3 @@ def _read(args: argparse.Namespace, names: tuple[str, ...]) -> list[SourceImage]
     if not images:
         raise UserError(f"{args.data} holds no image in the split {args.split!r}; --split '' takes all")
     return images
-
-
-def _known(points: Points) -> Points:
-    """The nuclei of known class."""
-    known = points.label >= 0
-    return Points(points.xy[known], points.label[known])

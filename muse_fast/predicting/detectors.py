@@ -84,7 +84,7 @@ class FineTunedDetector:
         self._network, self._device = load_detector(weights, device), device
         self.mpp, self.class_names = self._network.mpp, self._network.class_names
         self.tile_size, self.reach_um = self._network.tile_size, self._network.reach_um
-        self.min_distance_um = self._network.settings.nms_um
+        self.min_distance_um = self._network.spec.nms_um
 
     def detect(self, images: Tensor) -> list[Points]:
         """As `TileDetector`."""

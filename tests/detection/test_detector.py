@@ -13,7 +13,7 @@ from torch import Tensor
 from muse_fast.detection.detector import (
     STEM,
     Detector,
-    DetectorSettings,
+    DetectorSpec,
     Proposals,
     grid,
     load_detector,
@@ -25,13 +25,13 @@ from muse_fast.errors import UserError
 from muse_fast.models.backbone import build_backbone
 from muse_fast.runtime import checkpoint
 
-SETTINGS = DetectorSettings(arch="vit_tiny", class_names=("a", "b"), mpp=0.5, sample_size=64)
+SPEC = DetectorSpec(arch="vit_tiny", class_names=("a", "b"), mpp=0.5, sample_size=64)
 
 
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     torch.manual_seed(0)
-    return Detector(build_backbone("vit_tiny"), SETTINGS).eval()
+    return Detector(build_backbone("vit_tiny"), SPEC).eval()
 
 
 class DarkPixels(Detector):
@@ -48,8 +48,8 @@ class DarkPixels(Detector):
 
 
 def dark_pixels(surroundings: str = "reflect", nms_um: float = 0.0) -> Detector:
-    settings = {**asdict(SETTINGS), "surroundings": surroundings, "nms_um": nms_um}
-    return DarkPixels(build_backbone("vit_tiny"), DetectorSettings(**settings))
+    spec = {**asdict(SPEC), "surroundings": surroundings, "nms_um": nms_um}
+    return DarkPixels(build_backbone("vit_tiny"), DetectorSpec(**spec))
 
 
 def test_proposals_stand_on_the_grid_and_read_the_unified_map(detector: Detector) -> None:
@@ -131,12 +131,12 @@ def test_detect_runs_in_evaluation_mode_and_leaves_the_mode(detector: Detector) 
 
 
 def test_a_saved_detector_comes_back(detector: Detector, tmp_path: Path) -> None:
-    state = {STEM: asdict(SETTINGS), "step": 3}
+    state = {STEM: asdict(SPEC), "step": 3}
     folder = checkpoint.save(tmp_path / "run", 3, {STEM: detector.state_dict()}, state, keep_every=0)
     image = torch.randint(0, 255, (1, 3, 90, 70), dtype=torch.uint8)
     for path in (folder, tmp_path / "run", str(folder)):
         loaded = load_detector(path)
-        assert loaded.settings == SETTINGS and not loaded.training and loaded.class_names == ("a", "b")
+        assert loaded.spec == SPEC and not loaded.training and loaded.class_names == ("a", "b")
         assert (loaded.mpp, loaded.tile_size, loaded.reach_um) == (0.5, 64, 8.0)
         assert np.array_equal(loaded.detect(image)[0].xy, detector.eval().detect(image)[0].xy)
 
@@ -152,4 +152,4 @@ def test_what_cannot_be_used_is_refused_with_words(detector: Detector, tmp_path:
     with pytest.raises(UserError, match="checkpoint of pretraining; run muse"):
         load_detector(folder)
     with pytest.raises(UserError, match="stride=5: expected a divisor"):
-        DetectorSettings(**{**asdict(SETTINGS), "stride": 5})
+        DetectorSpec(**{**asdict(SPEC), "stride": 5})

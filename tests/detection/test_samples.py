@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.config import ViewsConfig
-from muse_fast.detection.detector import Detector, DetectorSettings
+from muse_fast.detection.detector import Detector, DetectorSpec
 from muse_fast.detection.finetuner import proposal_places
 from muse_fast.detection.pairing import Points
 from muse_fast.detection.samples import (
@@ -215,8 +215,8 @@ def test_detections_count_inside_the_region_alone(tmp_path: Path, monkeypatch: p
         xy = (torch.stack([x, y], dim=1) + 0.5).numpy().astype(np.float32)
         return [Points(xy, np.zeros(len(xy), np.int64), np.ones(len(xy), np.float32))]
 
-    settings = DetectorSettings(arch="vit_tiny", class_names=("a",), mpp=0.25, sample_size=160)
-    detector = Detector(build_backbone("vit_tiny"), settings)
+    spec = DetectorSpec(arch="vit_tiny", class_names=("a",), mpp=0.25, sample_size=160)
+    detector = Detector(build_backbone("vit_tiny"), spec)
     monkeypatch.setattr(detector, "detect", detect)
     images = read_labelled(source, ("",), 0.25, sample_size=160)[""]
     (found,) = detect_images(detector, images)
