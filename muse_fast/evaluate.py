@@ -84,7 +84,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="labelled source with train, val and test, e.g. brcam2c:DIR")
     parser.add_argument("--mpp", type=float, default=0.5, help="um/px of the tiles (0.5)")
     parser.add_argument("--size", type=int, default=224, help="side of the tiles in pixels (224)")
-    parser.add_argument("--arch", choices=ARCHS, help="needed only where the weights do not tell")
+    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not say")
     parser.add_argument("--compat", choices=("exact", "muse_official"), help="position embedding, see load_backbone")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="muse", help=PROTOCOL_HELP)
     parser.add_argument("--baseline-random", action="store_true", help="also evaluate the same network untrained")
@@ -186,7 +186,7 @@ def _evaluate_network(
 
 
 def _networks(args: argparse.Namespace, options: TaskConfig) -> Iterator[Network]:
-    """Every network to evaluate, each followed by its untrained twin where that is asked for."""
+    """Every network to evaluate, each followed by its untrained twin if requested."""
     for weights in args.weights:
         torch.manual_seed(options.seed)
         if weights.startswith(timm_backbone.PREFIX):
@@ -209,7 +209,7 @@ def _networks_of_timm(weights: str, args: argparse.Namespace, options: TaskConfi
 
 
 def _origin(weights: Path, default_seed: int) -> tuple[int, int]:
-    """Seed and image size that a run or checkpoint started from; a bare file does not tell."""
+    """Seed and image size that a run or checkpoint started from; a bare file does not say."""
     from muse_fast.runtime import checkpoint
 
     folder = checkpoint.latest(weights)[0] or weights

@@ -54,7 +54,7 @@ from muse_fast.views.loader import StepSampler, load_batches
 
 PICTURE = "detections.png"
 
-# Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
+# Settings that may differ between a run and its continuation: they do not change its numbers.
 _FREE_ON_RESUME = ("data.workers", "data.timeout", "train.log_every")
 _MOST_DRAWN = 6  # images in the picture
 
@@ -80,7 +80,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="YAML file or shipped config, such as finetune_brcam2c")
     parser.add_argument("--data", required=True, help="annotated source with a train and a val split, e.g. brcam2c:DIR")
     parser.add_argument("--weights", required=True, help="run, checkpoint, export, .pth or random:ARCH")
-    parser.add_argument("--arch", choices=ARCHS, help="needed only where the weights do not tell")
+    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not say")
     parser.add_argument("--compat", choices=COMPATS, help="position embedding, see load_backbone")
     parser.add_argument("--out", required=True, type=Path, help="run folder")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
@@ -106,7 +106,7 @@ def finetune(
         UserError: settings, data, weights or the state of ``out`` do not allow the run.
     """
     if (out / "summary.json").exists():
-        raise UserError(f"{out} holds a finished run; give another --out")
+        raise UserError(f"{out} is a finished run; choose another --out")
     if distributed.launched():
         raise UserError("fine-tuning runs in one process; start it without torchrun")
     device = pick_device(config.train.device, "train.device")
@@ -272,7 +272,7 @@ def _announce(
         print(f"         {with_context} of {len(images)} have tissue around their region")
     beyond = {
         "reflect": "mirrored at its border, as unlabelled tissue",
-        "mask": "left white and out of all losses, so that nothing is unlabelled",
+        "mask": "left white and excluded from all losses, so that nothing is unlabelled",
     }
     print(
         f"  sample {spec.sample_size} px at {spec.mpp} um/px; beyond what an image holds is "

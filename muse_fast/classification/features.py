@@ -13,11 +13,11 @@ from torch import Tensor
 from muse_fast.classification.tiles import Tile
 from muse_fast.images.imagenet import normalise
 
-Progress = Callable[[int, int, str], None]  # done, total, what is being counted
+Progress = Callable[[int, int, str], None]  # done, total, unit
 
 
 class NucleusFeatures(Protocol):
-    """What a backbone must offer here; ``muse_fast.models.Backbone`` does."""
+    """A backbone, as feature extraction needs it; see ``muse_fast.models.backbone.Backbone``."""
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor: ...
 

@@ -112,7 +112,7 @@ def knn(sets: Mapping[str, NucleusSet], num_classes: int, neighbours: tuple[int,
 
 @dataclass(frozen=True, slots=True)
 class LinearResult:
-    """A trained linear classifier and how it did."""
+    """A trained linear classifier and its scores."""
 
     head: nn.Linear  # of the epoch kept
     val: Scores
@@ -135,11 +135,11 @@ MOMENTUM = 0.9
 
 @torch.no_grad()
 def step_over_stable(features: Tensor, num_classes: int, lr: float) -> float:
-    """The probe's step over the longest that settles, at its start; above 1 the training is chaotic.
+    """The probe's learning rate over the largest stable one, at the start; above 1 the training is chaotic.
 
     Cross-entropy at equal probabilities of C classes has the curvature ``largest eigenvalue of E[x x^T] / C``, and
-    descent with momentum m is stable where step times curvature is below ``2 (1 + m)``. Beyond, differences of rounding
-    grow until nothing is left in common: features ``[N, D]`` as they come from a network may be that large.
+    descent with momentum m is stable where step times curvature is below ``2 (1 + m)``. Beyond that, rounding
+    differences grow until two runs have nothing in common; raw features ``[N, D]`` of a network may be that large.
     """
     direction = features.mean(0)
     for _ in range(30):  # power iteration
@@ -161,7 +161,7 @@ def linear_probe(
     """Cross-entropy classifier on features as they are; SGD with momentum 0.9, no weight decay, cosine to 0 per epoch.
 
     One CPU generator seeded with ``seed`` draws the weights, then a permutation per epoch. The last incomplete batch
-    of an epoch is dropped, as published; a train split smaller than one batch makes a batch of its own.
+    of an epoch is dropped, as published; a train split smaller than one batch is one batch.
 
     Where `step_over_stable` is below 1, other implementations and precisions give the same predictions.
 

@@ -1,10 +1,10 @@
-"""Evaluation tiles: labelled images cut so that every nucleus is looked at exactly once.
+"""Evaluation tiles: labelled images cut so that every nucleus is evaluated exactly once.
 
 The published benchmark splits the annotated area into cells of 224 x 224 px at the evaluation's um/px and evaluates
-each nucleus in the tile of its cell; tiles larger than a cell see context around it, and tiles without nuclei are
-left out. The published builder reads that context from the whole-slide file. A data set of plain images has none, so
-here a tile that would leave its image is shifted back inside: its nuclei then stand off centre, with real tissue
-around them. Only an image smaller than the tile is padded, by reflection.
+each nucleus in the tile of its cell; tiles larger than a cell include context around it, and tiles without nuclei are
+skipped. The published builder reads that context from the whole-slide file. A data set of plain images has none, so
+here a tile that would cross the border of its image is shifted back inside: its nuclei are then off centre, with real
+tissue around them. Only an image smaller than the tile is padded, by reflection.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def cut_tiles(source: SourceImage, *, size: int = 224, mpp: float = 0.5, truncat
     """Tiles of ``size`` px at ``mpp`` um/px that hold every labelled nucleus of ``source`` once.
 
     ``truncate`` drops the fraction of the coordinates, as the published builder does. Nuclei without a class
-    (label below 0) or outside the image are left out.
+    (label below 0) or outside the image are skipped.
 
     Raises:
-        UserError: the image carries no labels.
+        UserError: the image has no labels.
     """
     if source.label is None:
         raise UserError(

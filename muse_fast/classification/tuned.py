@@ -1,7 +1,7 @@
-"""Nucleus classification with the whole network trained: the published fine-tuning protocol, and its ceiling.
+"""Nucleus classification with the whole network trained: the published fine-tuning protocol, and an upper bound.
 
-Started from random weights with a larger step the same loop is plain supervised training, which shows what the
-network can reach on the data set at all.
+From random weights and with a larger learning rate, the same loop is plain supervised training, which shows how well
+the network can do on the data set at all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from muse_fast.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class TunedResult:
-    """A fine-tuned classifier: ``model.backbone`` and ``model.head`` carry the weights of the epoch kept."""
+    """A fine-tuned classifier: ``model.backbone`` and ``model.head`` have the weights of the epoch kept."""
 
     model: NucleusClassifier
     val: Scores
@@ -61,8 +61,8 @@ def finetune(
     """Train ``backbone`` and ``head`` in place: AdamW without weight decay, cosine to 0 per epoch, selected on val.
 
     BatchNorm runs in training mode. ``batch_size`` counts tiles; the last incomplete batch of an epoch is dropped, and
-    a train split smaller than one batch makes a batch of its own. ``augment`` adds flips and quarter turns, which the
-    published protocol has not. ``sets`` gives the labels and slides of ``tiles``.
+    a train split smaller than one batch is one batch. ``augment`` adds flips and quarter turns, which the
+    published protocol does not have. ``sets`` gives the labels and slides of ``tiles``.
 
     Raises:
         UserError: the loss is no longer finite.
@@ -131,7 +131,7 @@ def turned(batch: TileBatch, turns: Tensor) -> TileBatch:
     """Each tile and its nuclei under one of the eight symmetries of the square.
 
     ``turns`` ``[I]`` in 0..7: bit 0 mirrors x, bit 1 mirrors y, bit 2 then swaps the axes. A point mirrors to
-    ``size - x``: that is the point which reads the mirrored feature map where ``x`` read the old one.
+    ``size - x``: there the mirrored feature map has the value that the old one has at ``x``.
     """
     size = batch.images.shape[-1]
     images = []

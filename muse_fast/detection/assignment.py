@@ -1,4 +1,4 @@
-"""Which proposal answers for which annotated nucleus: a one-to-one assignment of least total cost.
+"""Which proposal is matched with which annotated nucleus: a one-to-one assignment of least total cost.
 
 The cost of a pair is P2PNet's (Song et al., 2021): ``distance_weight * distance - probability``, with the distance in
 pixels between the predicted point and the nucleus, and the predicted probability of the nucleus' class. Of a nucleus of
@@ -22,7 +22,7 @@ NEIGHBOURS = 32
 Assignment = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Rows of the proposals and of the nuclei, pair by pair, nuclei ascending."""
 
-_FAR = 1e6  # pixels: in the place of a coordinate that is not finite, which only the loss is to report
+_FAR = 1e6  # pixels: replaces a coordinate that is not finite, which the loss reports
 
 
 def match(
@@ -34,11 +34,11 @@ def match(
     distance_weight: float,
     neighbours: int = NEIGHBOURS,
 ) -> Assignment:
-    """Give every nucleus a proposal of its own; where proposals are fewer, every proposal gets a nucleus.
+    """Match every nucleus with a proposal of its own; if proposals are fewer, match every proposal with a nucleus.
 
     Only the predicted points nearest to a nucleus are its candidates at first: a fortieth of the dense problem's time
     at 16,384 proposals and 1,500 nuclei. Prices of the proposals tell whether a point farther away could lower the
-    total; then candidates double, and at last the dense problem is solved. So the total is always the least there is.
+    total; if so, candidates double, and in the end the dense problem is solved. The total is always minimal.
 
     Args:
         points: ``[P, 2]`` predicted points.
@@ -81,7 +81,7 @@ def _sparse(
     candidates = csr_array((cost.ravel() + 2, proposal.ravel(), start), shape=(len(xy), len(points)))
     try:
         _, chosen = min_weight_full_bipartite_matching(candidates)  # rows come in their order
-    except ValueError:  # its word for "no full matching exists"
+    except ValueError:  # scipy's "no full matching exists"
         return (np.zeros(0, np.int64), np.zeros(0, np.int64)), False
     found = chosen.astype(np.int64), np.arange(len(xy))
     beyond = distance_weight * distance[:, -1] - of_class.max(axis=0)[column]  # least cost of what is no candidate
@@ -92,7 +92,7 @@ def _sparse(
 def _prices(
     cost: NDArray[Any], proposal: NDArray[Any], chosen: NDArray[Any], paid: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """Dual variables of the proposals, 0 or below: how much dearer it would be to do without one.
+    """Dual variables of the proposals, 0 or below: how much the total would rise without one.
 
     With them no candidate costs a nucleus less than ``paid`` less the price of the chosen one. They are the shortest
     paths of exchanges, found by Bellman and Ford's relaxation.

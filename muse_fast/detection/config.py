@@ -1,4 +1,4 @@
-"""Settings of a fine-tuning run; the defaults are the paper's for BRCA-M2C (appendix B) where it gives any."""
+"""Settings of a fine-tuning run; the defaults are the paper's for BRCA-M2C (appendix B) where it states them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SamplesConfig(Config):
     """Side of a sample in pixels (equation 8). About the side of the annotated regions: no large field of view, the
     paper's ablation. Below it, samples are crops of the regions."""
     surroundings: str = setting("reflect", choices=SURROUNDINGS)
-    """What stands beyond an image: ``reflect`` mirrors it, ``mask`` leaves it white and out of all losses."""
+    """What lies beyond an image: ``reflect`` mirrors it, ``mask`` leaves it white and excludes it from all losses."""
     turns: bool = True
     """Flips and 90 degree turns."""
     jitter: float = setting(0.4, ge=0, le=1)

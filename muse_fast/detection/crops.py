@@ -1,4 +1,4 @@
-"""What the learned nucleus detector is trained on: turned, scaled and restained crops, and the heatmaps to predict."""
+"""Training crops of the learned nucleus detector: rotated, scaled and restained, with the heatmaps to predict."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from muse_fast.finders.network import STRIDE, optical_density
 
 ZOOM = (0.8, 1.25)  # of a crop: nuclei of other organs are larger or smaller
 # Spread of the logarithm of the factors of hematoxylin, eosin and the residual, and of red, green and blue. With half
-# of it a network finds a sixth of the nuclei of a laboratory that stains redder than those of BRCA-M2C.
+# of it, a network finds only a sixth of the nuclei of a laboratory whose stain is redder than that of BRCA-M2C.
 COLOUR = 0.35
-FOCUS = (-0.7, 1.0)  # how much of a blur of up to 1.2 px is added, or taken off as a scanner's sharpening does
+FOCUS = (-0.7, 1.0)  # how much of a blur of up to 1.2 px is added, or subtracted, as a scanner's sharpening does
 BLUR = 1.2
 
 
@@ -33,7 +33,7 @@ class Annotated:
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """One batch. Cells outside the image have weight 0: nobody has looked for nuclei there."""
+    """One batch. Cells outside the image have weight 0, as nuclei are not annotated there."""
 
     density: Tensor  # [B, 3, size, size] optical density
     target: Tensor  # [B, size / STRIDE, size / STRIDE]
@@ -43,7 +43,7 @@ class Crops:
 def draw_crops(
     images: Sequence[Annotated], rng: np.random.Generator, *, batch_size: int, size: int, sigma: float
 ) -> Crops:
-    """``batch_size`` random crops of different images (of the same ones again where there are fewer).
+    """``batch_size`` random crops, each of a different image as long as there are enough.
 
     Args:
         size: side of a crop in pixels.
@@ -57,7 +57,7 @@ def draw_crops(
 def gaussian_target(xy: Tensor, size: int, sigma: float) -> Tensor:
     """``[size / STRIDE, size / STRIDE]``: ``exp(-d^2 / (2 sigma^2))`` of a cell's distance d to the next centre."""
     places = (torch.arange(size // STRIDE) + 0.5) * STRIDE
-    xy = xy[((xy > -4 * sigma) & (xy < size + 4 * sigma)).all(1)]  # others are felt nowhere
+    xy = xy[((xy > -4 * sigma) & (xy < size + 4 * sigma)).all(1)]  # others do not reach the crop
     if not len(xy):
         return torch.zeros(len(places), len(places))
     squares = (places - xy[:, :, None]) ** 2  # [n, 2, cells]
@@ -73,7 +73,7 @@ def _draw_crop(item: Annotated, rng: np.random.Generator, size: int, sigma: floa
     inset = np.minimum(size / zoom / 2, sides / 2)  # a centre so far from the border keeps most of the crop inside
     centre = torch.tensor(rng.uniform(inset, sides - inset), dtype=torch.float32)
     cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
-    # In the crop a point stands at to_crop (point - centre) + size / 2.
+    # In the crop a point is at to_crop (point - centre) + size / 2.
     to_crop = torch.tensor([[mirror * cos, -sin], [mirror * sin, cos]], dtype=torch.float32)
 
     xy = (item.xy - centre) @ to_crop.T + size / 2

@@ -1,6 +1,6 @@
 """The nucleus detector of fine-tuning (paper, figure 5), and how it is applied to images.
 
-Proposals stand on a regular grid. The backbone's unified map is read at each, and two independent heads turn that row
+Proposals are on a regular grid. The backbone's unified map is read at each, and two independent heads turn that row
 into an offset, which moves the proposal onto a nucleus, and into a type, which may be background. Shapes in this file:
 
     I  images    R  side in pixels    P  proposals of an image = (R / stride) ** 2    D  feature width    C  classes
@@ -43,16 +43,16 @@ _REACH_UM = 32.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorSpec:
-    """What a saved detector needs beside its weights."""
+    """What a saved detector needs besides its weights."""
 
     arch: str
     class_names: tuple[str, ...]
     mpp: float
     """um per pixel of the images it takes."""
     sample_size: int
-    """Side in pixels of the samples that it was trained on, in which it sees images later too."""
+    """Side in pixels of the samples that it was trained on, and of the tiles that it is applied to."""
     surroundings: str = "reflect"
-    """What stands beyond the border of an image, see `muse_fast.images.squares`."""
+    """What lies beyond the border of an image, see `muse_fast.images.squares`."""
     image_size: int = 224
     """Side that a ViT stores its position embedding for."""
     stride: int = 8
@@ -73,10 +73,10 @@ class DetectorSpec:
 
 
 class Proposals(NamedTuple):
-    """What the network says at every proposal, in float32."""
+    """What the network predicts at every proposal, float32."""
 
-    xy: Tensor  # [P, 2] pixels, where they stand; the same in every image
-    points: Tensor  # [I, P, 2] pixels, where they see a nucleus
+    xy: Tensor  # [P, 2] pixels, their places on the grid; the same in every image
+    points: Tensor  # [I, P, 2] pixels, where they predict a nucleus
     logits: Tensor  # [I, P, C + 1], background last
 
 
@@ -89,8 +89,8 @@ class Detector(nn.Module):
         class_names: of the labels 0, 1, ...
         tile_size: side in pixels that it works on at a time; an image of another size is padded, or cut in windows.
         reach_um: pixels farther away than this matter little to a prediction, so windows overlap by twice as much:
-            32 um, about three nuclei, but at most a quarter of ``tile_size``. A ViT attends to its whole tile, so the
-            figure is a choice, not a limit.
+            32 um, about three nuclei, but at most a quarter of ``tile_size``. A ViT attends to its whole tile, so this
+            is a choice, not a limit.
     """
 
     def __init__(self, backbone: Backbone, spec: DetectorSpec) -> None:
@@ -221,7 +221,7 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
         device: where to put it.
 
     Raises:
-        UserError: nothing there, or no detector.
+        UserError: there is no such folder, or it does not hold a detector.
         CheckpointError: a file is damaged.
     """
     path = Path(path)
@@ -230,7 +230,7 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     folder = find_checkpoint(path / BEST if (path / BEST).is_dir() else path)
     state = checkpoint.read_state(folder)
     if STEM not in state:
-        raise UserError(f"{folder}: no detector, but a checkpoint of pretraining; run muse_fast.finetune on it first")
+        raise UserError(f"{folder} is a checkpoint of pretraining, not a detector; run muse_fast.finetune on it first")
     spec = DetectorSpec(**{**state[STEM], "class_names": tuple(state[STEM]["class_names"])})
     with torch.device("meta"):  # no memory and no random draws for values that the file replaces
         detector = Detector(build_backbone(spec.arch, image_size=spec.image_size), spec)

@@ -26,10 +26,10 @@ TERMS = ("reg", "type", "cons")
 
 
 class Targets(NamedTuple):
-    """What the annotated nuclei of a batch ask of its proposals, of all images one after the other."""
+    """Targets of the proposals of a batch, image after image, by the annotated nuclei."""
 
     type: Tensor  # [I * P] int64; UNKNOWN outside annotated regions and at nuclei of unknown class
-    matched: Tensor  # [M] int64, rows of proposals that answer for a nucleus
+    matched: Tensor  # [M] int64, rows of proposals that are matched with a nucleus
     nuclei: Tensor  # [M, 2], where those are
 
 
@@ -39,7 +39,7 @@ class Finetuner:
     Attributes:
         step: completed steps.
         steps: length of the run.
-        best: step, epoch and F1 of the best evaluation up to now; empty before the first.
+        best: step, epoch and F1 of the best evaluation so far; empty before the first.
     """
 
     def __init__(self, config: FinetuneConfig, detector: Detector, device: torch.device, num_images: int) -> None:
@@ -60,7 +60,7 @@ class Finetuner:
     def train_step(self, batch: LfovBatch, *, measure: bool = True) -> Metrics:
         """One optimisation step (equation 9); returns its measurements if ``measure``.
 
-        Values that are not finite keep the step, and every later one, from changing the detector; `check` tells.
+        If a value is not finite, neither this step nor any later one changes the detector, and `check` raises.
         """
         config, optim = self.config.loss, self.config.optim
         epoch = self.epoch_of(self.step)
@@ -88,7 +88,7 @@ class Finetuner:
         }
         loss = torch.stack([weights[name] * losses[name] for name in TERMS]).sum()
 
-        # Backward, and a last look before anything is changed.
+        # Backward, and a last check before anything changes.
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for p in self.detector.parameters() if p.grad is not None]
@@ -131,10 +131,10 @@ class Finetuner:
         return normalise(images.to(self.device, non_blocking=True))
 
     def check(self) -> None:
-        """Ask whether all steps up to now were finite; the host waits.
+        """Check that all steps so far were finite; the host waits for the device.
 
         Raises:
-            NonFiniteError: for the first that was not.
+            NonFiniteError: names the first that was not.
         """
         self.guard.check()
 
@@ -142,14 +142,14 @@ class Finetuner:
         """Write a checkpoint of everything that the next step depends on.
 
         Raises:
-            NonFiniteError: the state is not worth keeping.
+            NonFiniteError: a step was not finite.
         """
         self.check()
         tensors = {STEM: self.detector.state_dict(), "optimizer": moments(self.detector, self.optimizer)}
         return checkpoint.save(run, self.step, tensors, self._state(), keep_every=0)
 
     def save_best(self, run: Path) -> Path:
-        """Write the detector alone, as the run's best."""
+        """Write only the detector, as the run's best."""
         return checkpoint.save(run / BEST, self.step, {STEM: self.detector.state_dict()}, self._state(), keep_every=0)
 
     def _state(self) -> dict[str, Any]:
@@ -179,9 +179,9 @@ def proposal_places(places: Tensor, stride: int) -> Tensor:
 
 
 def assign(proposals: Proposals, places: Tensor, batch: LfovBatch, distance_weight: float) -> Targets:
-    """Match the annotated nuclei of each image with proposals that stand in its annotated region.
+    """Match the annotated nuclei of each image with proposals in its annotated region.
 
-    Background is the target of the proposals there that no nucleus got. The matching runs on the host.
+    The target of unmatched proposals there is background. The matching runs on the host.
     """
     points = proposals.points.detach().cpu().numpy()
     probabilities = proposals.logits.detach().softmax(dim=-1).cpu().numpy()

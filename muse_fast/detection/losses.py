@@ -1,6 +1,6 @@
 """The losses of fine-tuning (paper, equation 9) and the weight of the third.
 
-All take rows of proposals, whatever images they come from, and are 0 with zero gradients where there are none.
+All take rows of proposals, from any images, and are 0 with zero gradients if there are none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UNKNOWN = -1
-"""Target of a proposal whose class nobody knows: it takes no part."""
+"""Target of a proposal whose class is unknown; the loss ignores it."""
 
 
 def regression_loss(points: Tensor, nuclei: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Tenso
 
     Args:
         logits: ``[M, C + 1]``, background last.
-        target: ``[M]`` int64, ``UNKNOWN`` for rows that take no part.
+        target: ``[M]`` int64, ``UNKNOWN`` for rows to ignore.
     """
     weight = logits.new_ones(logits.shape[1])
     weight[-1] = background_weight

@@ -1,4 +1,4 @@
-"""What a fine-tuning run says when memory is short."""
+"""What a fine-tuning run reports when it runs out of memory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def situation(tuner: Finetuner) -> Situation:
 
 
 def remedies(config: FinetuneConfig, device: str) -> list[str]:
-    """The same for fine-tuning; all of them change a run's numbers, and so are for a new one."""
+    """Settings that would need less memory. All of them change a run's numbers, so they need a new run."""
     data, optim = config.data, config.optim
-    anew = []
+    smaller = []
     if config.train.precision == "fp32" and device == "cuda":
-        anew.append("train.precision=bf16")
+        smaller.append("train.precision=bf16")
     if optim.batch_size > 1:
-        anew.append(f"optim.batch_size={optim.batch_size // 2}")
+        smaller.append(f"optim.batch_size={optim.batch_size // 2}")
     if data.sample_size >= 64:
-        anew.append(f"data.sample_size={data.sample_size // 32 * 16}")
+        smaller.append(f"data.sample_size={data.sample_size // 32 * 16}")
     if config.detector.stride < 16:
-        anew.append(f"detector.stride={2 * config.detector.stride}")
-    return [f"{one} (a new run)" for one in [*anew, "weights of a smaller architecture"]]
+        smaller.append(f"detector.stride={2 * config.detector.stride}")
+    return [f"{one} (a new run)" for one in [*smaller, "weights of a smaller architecture"]]

@@ -1,7 +1,7 @@
 """One-to-one pairs of predicted and true points, by the rules that published evaluations follow.
 
-The rules differ in who chooses first and what counts as best, so they find different numbers of pairs for the same
-points. All but `by_total_distance` look only at the candidates, which are the pairs within the radius.
+The rules differ in which points choose first and what counts as best, so they find different numbers of pairs for the
+same points. All but `by_total_distance` look only at the candidates, which are the pairs within the radius.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def find_candidates(predictions: Points, truths: Points, radius: float, strict: 
     predicted, true = (np.asarray(points.xy, np.float64) for points in (predictions, truths))
     if not len(predicted) or not len(true):
         return Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-    # The trees compare squares, which rounds differently on the border: they look a little further than need be.
+    # The trees compare squares, which rounds differently on the border: so search a little further than the radius.
     found = KDTree(predicted).sparse_distance_matrix(KDTree(true), radius * (1 + 1e-9), output_type="ndarray")
     prediction, truth = found["i"].astype(np.int64), found["j"].astype(np.int64)
     distance = np.sqrt(((predicted[prediction] - true[truth]) ** 2).sum(axis=1))
@@ -90,7 +90,7 @@ def by_confidence(near: Candidates, predictions: Points, truths: Points) -> Pair
 def by_raster(near: Candidates, predictions: Points, truths: Points, nearest: int = 50) -> Pairs:
     """True points choose, row by row of the image: each the nearest prediction that is still free.
 
-    A true point looks at its ``nearest`` candidates alone, free or not. Ties: of equal place, the earlier true point;
+    A true point considers only its ``nearest`` candidates, free or not. Ties: of equal place, the earlier true point;
     of equal distance, the prediction that is first row by row.
     """
     truth = _raster_rank(truths.xy)[near.truth]
@@ -109,7 +109,7 @@ def by_truth(near: Candidates, predictions: Points, truths: Points) -> Pairs:
     order = np.lexsort((near.prediction, near.distance, -predictions.confidence()[near.prediction], near.truth))
     rows = np.column_stack([predictions.xy, predictions.label])
     place = np.unique(rows, axis=0, return_inverse=True)[1].ravel().tolist()  # a number for place and class
-    waiting: list[list[int]] = [[] for _ in place]  # by place; the earliest row stands last
+    waiting: list[list[int]] = [[] for _ in place]  # by place; the earliest row is last
     for row in reversed(range(len(place))):
         waiting[place[row]].append(row)
     pairs, taken = [], set()
@@ -136,9 +136,9 @@ def as_many_as_possible(near: Candidates, predictions: Points, truths: Points) -
 def by_total_distance(predictions: Points, truths: Points, radius: float) -> Pairs:
     """As many pairs as there are points, at the least total distance; those beyond ``radius`` are dropped afterwards.
 
-    Points without a partner nearby take part too, and can draw others away from theirs: near pairs are lost that every
-    other rule finds. So the solution depends on the whole matrix of distances, and candidates within any radius do not
-    give it. Ties: as `scipy.optimize.linear_sum_assignment` breaks them with one row per true point.
+    Points without a partner nearby are assigned too, and can take the partners of others, so near pairs are lost that
+    every other rule finds. The solution therefore depends on the whole matrix of distances; candidates within a radius
+    are not enough. Ties: as `scipy.optimize.linear_sum_assignment` breaks them with one row per true point.
 
     Raises:
         TooManyPointsError: the matrix would have more than ``MAX_DISTANCES`` entries.
@@ -146,7 +146,7 @@ def by_total_distance(predictions: Points, truths: Points, radius: float) -> Pai
     if len(predictions.xy) * len(truths.xy) > MAX_DISTANCES:
         raise TooManyPointsError(
             f"{len(predictions.xy)} predicted and {len(truths.xy)} true points in one image: the hovernet protocol "
-            f"assigns on all their distances, of which there may be {MAX_DISTANCES:,}; cut the image, or leave it out"
+            f"assigns on all their distances, at most {MAX_DISTANCES:,}; cut the image into parts, or leave it out"
         )
     distance = cdist(np.asarray(truths.xy, np.float64), np.asarray(predictions.xy, np.float64))
     truth, prediction = linear_sum_assignment(distance)
@@ -155,7 +155,7 @@ def by_total_distance(predictions: Points, truths: Points, radius: float) -> Pai
 
 
 def _first_come(near: Candidates) -> Pairs:
-    """Take candidates in their order, those of which neither point is taken yet."""
+    """Take candidates in their order, skipping those of which a point is already taken."""
     predictions, truths, pairs = set(), set(), []
     for prediction, truth in zip(near.prediction.tolist(), near.truth.tolist(), strict=True):
         if prediction not in predictions and truth not in truths:

@@ -1,7 +1,7 @@
 """Samples with a large field of view for fine-tuning (paper, "LFoV Samples", equation 8).
 
-The annotated region of an image stands anywhere inside a larger square, whose rest is tissue without annotation: that
-of the source's context image, where it has one; beyond it stand mirrored tissue or glass
+The annotated region of an image lies anywhere inside a larger square. The rest of the square is tissue without
+annotation, from the source's context image if it has one, and beyond that mirrored tissue or glass
 (`muse_fast.images.squares`). Every random choice of a sample derives from (seed, epoch, image).
 """
 
@@ -29,7 +29,7 @@ from muse_fast.views.colours import apply_colour, draw_colour
 from muse_fast.views.loader import Sample
 
 UNLABELLED, ANNOTATED, EMPTY = 0, 1, 2
-"""What a place of a sample is: tissue without annotation, annotated, or glass in the place of unknown tissue."""
+"""What a pixel of a sample is: tissue without annotation, annotated tissue, or glass instead of unknown tissue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class LabelledImage:
 
 
 def class_names(source: Source) -> tuple[str, ...]:
-    """Of the labels of its images; one class where it names none."""
+    """Names of its labels 0, 1, ...; one class if it does not name any."""
     return tuple(source.label_names) or ("nucleus",)
 
 
@@ -71,7 +71,7 @@ def known_nuclei(xy: NDArray[Any], label: NDArray[Any]) -> Points:
 def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: int = 0) -> LabelledImage:
     """``source`` at ``mpp``, all of it annotated, with as much of its context as samples of ``sample_size`` can show.
 
-    Nuclei beyond its border are left out.
+    Nuclei beyond its border are skipped.
 
     Raises:
         UserError: the context image is damaged, or does not hold the image.
@@ -99,7 +99,7 @@ def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: i
 def _with_context(
     image: NDArray[np.uint8], context: Context, sample_size: int
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """``image`` in the middle of what lies around it at the same scale, and the x, y at which it stands there."""
+    """``image`` in the middle of what lies around it at the same scale, and its x, y there."""
     height, width = image.shape[:2]
     x0, y0, x1, y1 = context.box
     across, down = (x1 - x0) / width, (y1 - y0) / height  # pixels of the larger image per pixel of this one
@@ -151,8 +151,8 @@ class LfovBatch(NamedTuple):
 def draw_corner(rng: np.random.Generator, box: tuple[int, int, int, int], size: int) -> tuple[int, int]:
     """Top-left pixel of a sample of ``size`` that shows the region ``box`` (x, y, width, height): equation 8.
 
-    Each axis is drawn alone: the region lies uniformly anywhere inside the sample. An axis along which the region is
-    the larger one has the sample uniformly anywhere inside the region.
+    Each axis is drawn separately: the region lies uniformly anywhere inside the sample. Along an axis where the region
+    is larger, the sample lies uniformly anywhere inside the region.
     """
     x, y, width, height = box
     offsets = [int(rng.integers(min(0, size - side), max(0, size - side) + 1)) for side in (width, height)]
@@ -163,9 +163,9 @@ class LfovDataset(Dataset["LfovBatch | UserError"]):
     """``dataset[samples]`` is the batch of ``samples``, pairs of an epoch and a position in ``images``.
 
     Args:
-        images: what to draw samples of.
+        images: to draw samples from.
         size: R, pixels along a side.
-        surroundings: what stands beyond an image, ``reflect`` or ``mask``.
+        surroundings: what lies beyond an image, ``reflect`` or ``mask``.
         turns: flips and quarter turns.
         colours: its jitter, grey and blur are drawn as for a local view of pretraining.
         seed: of all draws.

@@ -34,7 +34,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
     """Run the command; ``bar`` shows its progress.
 
     Raises:
-        UserError: no detector, a source with other classes, no image in the split, or a place that exists already.
+        UserError: not a detector, a source with other classes, no image in the split, or an output that already exists.
     """
     args = _parse(argv)
     began = time.perf_counter()
@@ -66,7 +66,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
         )
     console.print(scores_table(scores, detector.class_names))
     for name, reason in left_out.items():
-        console.print(f"{name} left out: {reason}")
+        console.print(f"{name} skipped: {reason}")
     if args.csv is not None:
         for image, points in zip(images, found, strict=True):
             write_points(args.csv / f"{Path(image.name).stem}.csv", points.xy, points.label, points.confidence())
@@ -96,7 +96,7 @@ def detect_images(
 ) -> list[Points]:
     """Nuclei of the annotated regions of images at the detector's um per pixel, in pixels of those images.
 
-    Of the tissue around a region it sees as much on either side as fills a tile.
+    It also sees the tissue around a region, on either side as much as fills a tile.
     """
     device = next(detector.parameters()).device
     found = []
@@ -116,7 +116,7 @@ def detect_images(
 
 
 def in_source_pixels(points: Points, image: LabelledImage) -> Points:
-    """Points of ``image`` in pixels of the source's image that it was made from."""
+    """Points of ``image`` in pixels of the source's image."""
     xy = (points.xy - np.array(image.corner)) / np.array(image.scale)
     return Points(xy.astype(np.float32), points.label, points.score)
 
@@ -133,7 +133,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
     parser.add_argument("--seed", type=int, default=0, help="of those samples (0)")
-    parser.add_argument("--csv", type=Path, metavar="DIR", help="write what was detected here; must not exist")
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="write the detected points here; must not exist")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
     parser.add_argument("options", nargs="*", metavar="source.key=value", help="options of the source")
     args = parser.parse_intermixed_args(argv)
@@ -155,9 +155,9 @@ def _read(args: argparse.Namespace, names: tuple[str, ...]) -> list[SourceImage]
     if classes != names:
         raise UserError(
             f"{args.data} has the classes {', '.join(classes)}, but {args.weights} was trained on "
-            f"{', '.join(names)}: their labels do not compare"
+            f"{', '.join(names)}: their labels are not comparable"
         )
     images = [image for image in source if args.split in ("", image.split)]
     if not images:
-        raise UserError(f"{args.data} holds no image in the split {args.split!r}; --split '' takes all")
+        raise UserError(f"{args.data} has no image in the split {args.split!r}; --split '' takes all")
     return images

@@ -1,7 +1,8 @@
 """``python -m muse_fast.evaluate points --predictions DIR --truth DIR --mpp 0.5 [--protocol NAME] [--json OUT]``
 
 Scores files of points against files of points. Each folder holds one CSV per image, ``x,y[,label][,score]`` in pixels;
-files of one image have the same name. What `muse_fast.predict` left, ``IMAGE/cells.csv``, stands for ``IMAGE.csv``.
+files of one image have the same name. A folder that `muse_fast.predict` wrote works too: its ``IMAGE/cells.csv`` counts
+as ``IMAGE.csv``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
     """Run the command; ``bar`` shows its progress.
 
     Raises:
-        UserError: files are missing, left over or not readable, labels stand on one side alone, or as `evaluate`.
+        UserError: files are missing on one side or not readable, only one side has labels, or as `evaluate`.
     """
     args = _parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
@@ -43,7 +44,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
     boxes = sum(len(points.xy) for points in predictions), sum(len(points.xy) for points in truths)
     console.print(f"{args.predictions}: {boxes[0]} points in {len(truths)} images, against {boxes[1]} in {args.truth}")
     if all(points.score is None for points in predictions):
-        console.print("no scores: the order in the files takes the place of confidence")
+        console.print("no scores: points count as more confident the earlier they are in a file")
     options = {"radius_um": args.radius, "draws": args.draws, "seed": args.seed}
     if args.protocol == ALL:
         with bar(console, "scoring") as progress:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
         console.print(figures_table(one, classes))
     console.print(scores_table(scores, classes))
     for name, reason in left_out.items():
-        console.print(f"{name} left out: {reason}")
+        console.print(f"{name} skipped: {reason}")
     if args.json is not None:
         report = {
             "predictions": str(args.predictions),
@@ -80,10 +81,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mpp", required=True, help="um per pixel of the images")
     parser.add_argument("--protocol", default=ALL, help=f"{ALL} ({', '.join(PROTOCOLS)}), or one of them")
     parser.add_argument(
-        "--radius", type=float, metavar="UM", help="um within which points may pair; else the protocol's"
+        "--radius", type=float, metavar="UM", help="um within which points may pair; default: the protocol's"
     )
-    parser.add_argument("--classes", default="", help="names of the labels 0, 1, ..., with commas between")
-    parser.add_argument("--ignore-labels", action="store_true", help="score detection alone")
+    parser.add_argument("--classes", default="", help="names of the labels 0, 1, ..., separated by commas")
+    parser.add_argument("--ignore-labels", action="store_true", help="score detection only")
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
     parser.add_argument("--seed", type=int, default=0, help="of those samples (0)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
@@ -125,8 +126,8 @@ def _class_names(paths: Sequence[Path], classes: Sequence[str]) -> dict[int, str
         for label, name in read_class_names(path).items():
             if names.setdefault(label, name) != name:
                 raise UserError(
-                    f"{path} calls label {label} {name!r}, {origin[label]} {names[label]!r}: these labels do not "
-                    "compare. Number them alike, or score detection alone with --ignore-labels"
+                    f"{path} calls label {label} {name!r}, {origin[label]} {names[label]!r}: these labels are not "
+                    "comparable. Number them alike, or score only detection with --ignore-labels"
                 )
             origin.setdefault(label, str(path))
     return names
@@ -136,7 +137,7 @@ def _matching_files(predictions: Path, truth: Path) -> tuple[list[Path], list[Pa
     """The files of both folders in the same order of images; UserError unless both have the same images."""
     found, true = _files(predictions), _files(truth)
     if not true:
-        raise UserError(f"{truth} holds no .csv; expected one per image, x,y[,label]")
+        raise UserError(f"{truth} has no .csv files; expected one per image, x,y[,label]")
     for folder, names, other in (
         (predictions, true.keys() - found.keys(), truth),
         (truth, found.keys() - true.keys(), predictions),
@@ -144,14 +145,14 @@ def _matching_files(predictions: Path, truth: Path) -> tuple[list[Path], list[Pa
         if names:
             shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise UserError(
-                f"{folder} lacks {shown}, which {other} has; an image without points needs a file with the header alone"
+                f"{folder} lacks {shown}, which {other} has; an image without points needs a file with only the header"
             )
     return [found[name] for name in sorted(true)], [true[name] for name in sorted(true)]
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """CSVs of points by the name that they have, or would have: those in ``folder``, else what predict left there."""
+    """CSVs of points by file name: those in ``folder``, else those that predict wrote there."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; expected one with a CSV of points per image")
+        raise UserError(f"{folder} is not a folder; expected one with a CSV of points per image")
     plain = {path.name: path for path in folder.iterdir() if path.suffix == ".csv"}
     return plain or {f"{path.parent.name}.csv": path for path in folder.glob(f"*/{CELLS}")}

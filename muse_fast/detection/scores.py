@@ -1,7 +1,7 @@
 """Scores of nucleus detection and classification: predicted points against true ones, by a named protocol.
 
-The protocol alone moves F1 by ten points and more on the same points, so a figure says little without its name;
-`evaluate_all` sets all of them side by side. `muse_fast.detection.protocols` says what each does.
+On the same points, the choice of protocol alone changes F1 by ten points and more, so a number means little without its
+name; `evaluate_all` computes all of them. `muse_fast.detection.protocols` describes each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Score:
 
     tp: int
     fp: int  # hovernet: a prediction paired with a nucleus of another class counts twice
-    fn: int  # hovernet: so does the nucleus
+    fn: int  # hovernet: likewise
     precision: float
     recall: float
     f1: float
@@ -38,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What one protocol says of predictions."""
+    """Scores of predictions by one protocol."""
 
     protocol: str
     radius_um: float
@@ -64,7 +64,7 @@ def evaluate(
 
     Args:
         predictions: per image; scores may be missing, then predictions count as equally confident, in their order.
-        truths: per image, the images in the same order; their scores are not looked at.
+        truths: per image, the images in the same order; their scores are ignored.
         mpp: um per pixel, of all images or of each.
         num_classes: labels are 0 to ``num_classes - 1``. Without classes: labels of 0, and 1.
         protocol: a name in `muse_fast.detection.protocols`.
@@ -94,7 +94,7 @@ def evaluate_all(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Scores], dict[str, str]]:
-    """`evaluate` by every protocol: scores by name, and by name why a protocol was left out (an image too large)."""
+    """`evaluate` by every protocol: scores by name, and by name why a protocol was skipped (an image is too large)."""
     _check(predictions, truths, num_classes, radius_um)
     scales = _scales(mpp, len(truths))
     scores, left_out = {}, {}
@@ -139,7 +139,7 @@ def _evaluate(
 
 
 def _figures(protocol: Protocol, counts: Counts, weights: NDArray[np.int64]) -> tuple[Figures, NDArray[np.float64]]:
-    """Figures ``[draws, classes + 1, 3]`` and mean F1 ``[draws]`` of images taken so often as ``weights`` says.
+    """Figures ``[draws, classes + 1, 3]`` and mean F1 ``[draws]`` of images, each counted as often as ``weights`` says.
 
     ``counts`` is ``[images, classes + 1, 3]``, ``weights`` ``[draws, images]``.
     """
@@ -173,7 +173,7 @@ def _scales(mpp: float | Sequence[float], images: int) -> Sequence[float]:
 def _check(predictions: Sequence[Points], truths: Sequence[Points], num_classes: int, radius_um: float | None) -> None:
     if len(predictions) != len(truths) or not len(truths):
         raise UserError(
-            f"predictions for {len(predictions)} images, truth for {len(truths)}; expected as many, and some"
+            f"predictions for {len(predictions)} images, truth for {len(truths)}; expected the same number, at least 1"
         )
     require(num_classes >= 1, "num_classes", num_classes, "1 or more")
     require(radius_um is None or 0 < radius_um < np.inf, "radius_um", radius_um, "um above 0, such as 3")
@@ -199,7 +199,7 @@ def _check_points(points: Points, num_classes: int, where: str) -> None:
 def scores_table(scores: Mapping[str, Scores], class_names: Sequence[str]) -> Table:
     """F1 in percent, protocols as rows and classes as columns, with intervals where there are any.
 
-    Without ``class_names`` detection stands alone.
+    Without ``class_names``, only detection.
     """
     intervals = any(one.mean_f1_ci95 for one in scores.values())
     table = Table(title="F1, %, with 95 % intervals over images" if intervals else "F1, %")

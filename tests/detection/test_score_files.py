@@ -99,7 +99,7 @@ def test_files_without_points_need_no_label_column(tmp_path: Path) -> None:
     [
         ({"a.csv": FOUND["a.csv"]}, TRUTH, [], "found lacks b.csv, c.csv, which .*truth has"),
         (FOUND, {"a.csv": TRUTH["a.csv"]}, [], "truth lacks b.csv, c.csv, which .*found has"),
-        ({}, {}, [], "truth holds no .csv"),
+        ({}, {}, [], "truth has no .csv"),
         ({**FOUND, "b.csv": "x,y\n5,5\n"}, TRUTH, [], "found/b.csv: points without a label"),
         ({**FOUND, "b.csv": "x,y,label\n5,5,-1\n"}, TRUTH, [], "found/b.csv: points without a label"),
         (dict.fromkeys(TRUTH, "x,y\n1,1\n"), TRUTH, [], "found/a.csv: points without a label, .*--ignore-labels"),
@@ -124,7 +124,7 @@ def test_mistakes_are_named(
 
 def test_folders_and_reports_are_checked_first(tmp_path: Path) -> None:
     command = folders(tmp_path)
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         main([*command, "--truth", str(tmp_path / "nowhere")])
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match=r"x\.json exists already"):
@@ -192,7 +192,7 @@ def test_two_files_that_name_a_label_differently(tmp_path: Path) -> None:
     command = folders(tmp_path)
     as_predicted(tmp_path / "predicted", {"a": f"{CELLS}1,1,1,x,1\n", "b": f"{CELLS}1,1,1,y,1\n", "c": CELLS})
     command[2] = str(tmp_path / "predicted")
-    with pytest.raises(UserError, match=r"b/cells\.csv calls label 1 'y', \S+a/cells\.csv 'x': these labels do not"):
+    with pytest.raises(UserError, match=r"b/cells\.csv calls label 1 'y', \S+a/cells\.csv 'x': these labels are not"):
         main(command)
     shutil.rmtree(tmp_path / "predicted" / "c")
     with pytest.raises(UserError, match=r"predicted lacks c\.csv, which"):
