@@ -30,7 +30,8 @@ def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Tenso
     weight = logits.new_ones(logits.shape[1])
     weight[-1] = background_weight
     total = F.cross_entropy(logits, target, weight, ignore_index=UNKNOWN, reduction="sum")
-    return total / _total_weight(weight, target).clamp_min(torch.finfo(logits.dtype).tiny)
+    total_weight = torch.where(target == UNKNOWN, 0, weight[target]).sum()
+    return total / total_weight.clamp_min(torch.finfo(logits.dtype).tiny)
 
 
 def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:
@@ -42,7 +43,3 @@ def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:
 def consistency_weight(epoch: int, epochs: int, maximum: float) -> float:
     """Weight of the consistency loss: ``1 - cos(pi * epoch / epochs)`` of the paper, scaled to end at ``maximum``."""
     return maximum * (1 - math.cos(math.pi * epoch / epochs)) / 2
-
-
-def _total_weight(weight: Tensor, target: Tensor) -> Tensor:
-    return torch.where(target == UNKNOWN, 0, weight[target]).sum()
