@@ -149,7 +149,7 @@ def test_what_cannot_be_used_is_refused_with_words(detector: Detector, tmp_path:
     with pytest.raises(UserError, match="neither a run"):
         load_detector(tmp_path)
     folder = checkpoint.save(tmp_path / "pretraining", 1, {"teacher": {}}, {"step": 1, "config": {}}, keep_every=0)
-    with pytest.raises(UserError, match="checkpoint of pretraining; run muse"):
+    with pytest.raises(UserError, match="checkpoint of pretraining, not a detector; run muse"):
         load_detector(folder)
     with pytest.raises(UserError, match="stride=5: expected a divisor"):
         DetectorSpec(**{**asdict(SPEC), "stride": 5})
