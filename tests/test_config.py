@@ -7,7 +7,7 @@ from muse_fast.config import PretrainConfig, load_config
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
 from muse_fast.runtime.options import CONFIGS, known_keys, load_settings
-from torture.settings import one_edit
+from torture.rows.settings import one_edit
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 

@@ -18,7 +18,7 @@ from muse_fast.errors import UserError
 from muse_fast.ops import backends
 from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime import checkpoint
-from torture.checkpoints import save
+from torture.rows.checkpoints import save
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ import torch
 from muse_fast.roiset import roiset
 from muse_fast.runtime import checkpoint, options, watchdog
 from torture import __main__ as command
-from torture import checkpoints, data, outlines, runs, security, settings, table, toy
-from torture.rows import Outcome, Row, Scale, Tally, run
+from torture import toy
+from torture.harness import Outcome, Row, Scale, Tally, run
+from torture.rows import checkpoints, data, outlines, runs, security, settings, table
 
 QUICK = ("C4", "S1", "S2", "T1", "T3", "T4", "T6", "T7", "U1", "O1")
 

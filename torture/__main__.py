@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from muse_fast.runtime.atomic import write_json
-from torture import table
-from torture.rows import Ran, Row, run
+from torture.harness import Ran, Row, run
+from torture.rows import table
 
 _PACKAGES = ("torch", "safetensors", "numpy", "simplejpeg", "pillow", "omegaconf")
 

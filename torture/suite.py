@@ -9,7 +9,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from torture.rows import Outcome
+from torture.harness import Outcome
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from muse_fast.errors import UserError
 from muse_fast.images import jpeg, jpeg_rows
 from torture import jpeg_corpus as corpus
-from torture.data import NAMED, attempt, damaged_pixels, header_bombs, roi_of
+from torture.harness import Scale
 from torture.processes import Child
-from torture.rows import Scale
+from torture.rows.data import NAMED, attempt, damaged_pixels, header_bombs, roi_of
 
 VALID, BAD = corpus.valid(), corpus.bad()
 COMPILED = jpeg.cutter is not jpeg_rows

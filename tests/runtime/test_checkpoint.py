@@ -10,9 +10,9 @@ import torch
 
 from muse_fast.errors import UserError
 from muse_fast.runtime import atomic, checkpoint
-from torture.checkpoints import flips_and_cuts, kills
-from torture.rows import Scale
-from torture.security import Payload
+from torture.harness import Scale
+from torture.rows.checkpoints import flips_and_cuts, kills
+from torture.rows.security import Payload
 
 
 def tensors(step: int, size: int = 50) -> dict[str, dict[str, torch.Tensor]]:

@@ -33,8 +33,8 @@ from muse_fast.runtime import checkpoint, cli
 from muse_fast.runtime.atomic import file_sha256
 from muse_fast.sources import open_source
 from torture import toy
-from torture.checkpoints import filled
-from torture.rows import Outcome, Row, Scale, Tally
+from torture.harness import Outcome, Row, Scale, Tally
+from torture.rows.checkpoints import filled
 from torture.suite import ROOT
 
 # ------------------------------------------------------------------------------------------------------ the grep gate

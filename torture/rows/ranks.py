@@ -17,9 +17,9 @@ from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import rank
 from muse_fast.training.run import EXIT_STALLED
 from torture import toy
+from torture.harness import Outcome, Row, Scale, Tally
 from torture.processes import is_alive, name_of, wait_until
-from torture.rows import Outcome, Row, Scale, Tally
-from torture.runs import codes_of, two_ranks
+from torture.rows.runs import codes_of, two_ranks
 from torture.suite import tests
 from torture.torchrun import Job
 

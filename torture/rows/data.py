@@ -25,8 +25,8 @@ from muse_fast.views.plan import draw_plan, pack
 from muse_fast.views.renderers import render_batch
 from torture import jpeg_corpus as corpus
 from torture import toy
+from torture.harness import Outcome, Row, Scale, Tally
 from torture.processes import Child, name_of
-from torture.rows import Outcome, Row, Scale, Tally
 from torture.suite import tests
 
 NAMED = r"the set, ROI 7: the JPEG cannot be decoded \(.+\)"  # what every refusal must say

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torture import checkpoints, data, operators, outlines, ranks, runs, security, settings
+from torture.rows import checkpoints, data, operators, outlines, ranks, runs, security, settings
 
 _ORDER = "CSDTUKO"
 _MODULES = (checkpoints, runs, security, data, ranks, settings, operators, outlines)

@@ -23,8 +23,8 @@ from muse_fast.pretraining.trainer import Metrics, Trainer
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import rank
 from torture import toy
+from torture.harness import Outcome, Row, Scale, Tally
 from torture.processes import Child, children_of, free_port, is_alive, name_of, rank_environment, wait_until
-from torture.rows import Outcome, Row, Scale, Tally
 from torture.suite import tests
 
 # ---------------------------------------------------------------------------------------------------------------- C2

@@ -6,7 +6,7 @@ import torch
 
 from muse_fast import ops
 from muse_fast.ops import dino_loss, match_nuclei, reference, sample_nuclei
-from torture.rows import Outcome, Row, Scale, Tally
+from torture.harness import Outcome, Row, Scale, Tally
 from torture.suite import ROOT, tests
 
 _ROW = 32_768  # rows of 65,536 logits are 2**31 numbers

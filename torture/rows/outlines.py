@@ -13,7 +13,7 @@ import numpy as np
 
 from muse_fast.images.geojson import read_shapes, write_outlines
 from muse_fast.images.tissue import write_tissue
-from torture.rows import Outcome, Row, Scale, Tally
+from torture.harness import Outcome, Row, Scale, Tally
 
 
 def strict_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from muse_fast.config import PretrainConfig
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
 from muse_fast.runtime.options import flatten, known_keys, load_settings
-from torture.rows import Outcome, Row, Scale, Tally
+from torture.harness import Outcome, Row, Scale, Tally
 
 _LEAST_RIGHT = 0.95  # of the hints
 

@@ -15,7 +15,7 @@ import torch
 from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint
 from torture import toy
-from torture.rows import Outcome, Row, Scale, Tally
+from torture.harness import Outcome, Row, Scale, Tally
 
 STEMS = ("student", "teacher")
 _TMPFS_BYTES = 12 << 20
