@@ -91,7 +91,7 @@ def test_images_with_a_table(tmp_path: Path, dots: dict) -> None:
     assert main(["--weights", "dots:0.5", "--out", str(out), str(tmp_path), "tissue=false"]) == 2  # b has no mpp
     assert_same_places(positions(out / "a"), planted, 0.1)
     assert list(summary(out)["refused"]) == ["b.tif"]
-    assert "um per pixel unknown" in summary(out)["refused"]["b.tif"]
+    assert "does not give um per pixel" in summary(out)["refused"]["b.tif"]
     assert not (out / "b").exists()
 
 
@@ -200,7 +200,7 @@ def test_bad_slides_are_named_and_the_others_done(tmp_path: Path, capsys: pytest
     assert "has the same name" in refused["a.tif"]
     assert "OpenSlide cannot read it" in refused["broken.svs"]
     assert "2 tiles of it cannot be read" in refused["damaged.tif"] or "unreadable at" in refused["damaged.tif"]
-    assert "header does not tell um per pixel" in refused["scaleless.tif"]
+    assert "header does not give um per pixel" in refused["scaleless.tif"]
     assert {path.name for path in out.iterdir()} == {"a", "z", "summary.json", "predict.json"}
     assert all(len(positions(out / path.stem)) for path in good)
     error = capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_an_image_without_nuclei_is_kept(tmp_path: Path) -> None:
 def test_slide_without_mpp(tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slide = shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs"
     assert main([f"wsi:{slide}", str(tmp_path / "out")]) == 2
-    assert "tcga-cr-7395-01a-01-ts1.svs: the header does not tell um per pixel; give mpp=" in capsys.readouterr().err
+    assert "tcga-cr-7395-01a-01-ts1.svs: the header does not give um per pixel; give mpp=" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +118,7 @@ def test_a_folder_with_one_good_and_one_bad_slide(
 ) -> None:
     """The real slides: one tells its um per pixel, the other does not."""
     out, folder = tmp_path / "out", shared_data / "wsi"
-    bad, why = "tcga-cr-7395-01a-01-ts1", "the header does not tell um per pixel; give mpp=NUMBER"
+    bad, why = "tcga-cr-7395-01a-01-ts1", "the header does not give um per pixel; give mpp=NUMBER"
     assert main([f"wsi:{folder}", str(out), "workers=1"]) == 0
     said = capsys.readouterr().out
     assert said.count(f"{bad}.svs: {why}") == 2 and "1 of 2 slides cannot be used" in said  # before and after the work

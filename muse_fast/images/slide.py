@@ -1,90 +1,111 @@
-"""One whole slide, opened with OpenSlide. It is never held as a whole: bands for the overview, squares for the rest."""
+"""`open_slide` opens any slide or plain image; a reader, a subclass of `Slide`, adds a file format.
+
+A slide is never held in memory as a whole: bands are read for the overview, squares for the rest.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.images.mpp import check_mpp
+from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
+from muse_fast.images.mpp import check_mpp, tiff_mpp
 
-SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm", ".czi")
 _BAND_PIXELS = 16_000_000
 _UNREADABLE_PIXELS = 256  # side below which an unreadable part of the overview is not divided further
 
 
-class Slide:
-    """A slide opened with OpenSlide.
+class Level(NamedTuple):
+    """One resolution of a slide."""
 
-    Args:
-        path: the slide.
-        mpp: um per pixel of level 0; None: what the header says. The magnification is never taken for it: slides with
-            the same one differ by a factor of two.
+    width: int
+    height: int
+    downsample: float  # level-0 pixels per pixel, by which positions in it are asked for
 
-    Raises:
-        UserError: no slide, or um per pixel are unknown.
+
+class Slide(ABC):
+    """An open slide; `open_slide` makes one.
+
+    A subclass is the reader of a file format: it sets ``path`` and ``levels`` and defines ``suffixes``, `header_mpp`,
+    `read` and `close`. The rest follows from these.
+
+    Attributes:
+        suffixes: of the files it opens, in lower case.
+        in_memory: the file is a plain image, held as a whole. Threads may share it, and a folder of slides is searched
+            for such files only on request.
+        path: the file.
+        levels: level 0 first, each coarser than the one before.
+        mpp: um per pixel of level 0; `open_slide` sets it.
     """
 
-    def __init__(self, path: Path, mpp: float | None = None) -> None:
-        self.path = path
-        self._open()
-        self.width, self.height = self._handle.dimensions
-        self.mpp = self._header_mpp() if mpp is None else mpp
+    suffixes: ClassVar[tuple[str, ...]]
+    in_memory: ClassVar[bool] = False
+    path: Path
+    levels: tuple[Level, ...]
+    mpp: float
 
-    def _open(self) -> None:
-        import openslide
+    @abstractmethod
+    def __init__(self, path: Path) -> None:
+        """Open the file.
 
-        try:
-            self._handle = openslide.OpenSlide(str(self.path))
-        except (openslide.OpenSlideError, OSError) as error:
-            raise UserError(f"{self.path}: OpenSlide cannot read it ({str(error) or type(error).__name__})") from error
+        Raises:
+            UserError: it cannot be read; names the file.
+        """
 
-    def _header_mpp(self) -> float:
-        values = [self._handle.properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
-        if None in values:
-            raise UserError(
-                f"{self.path}: the header does not tell um per pixel; give mpp=NUMBER or list the slide in mpp.csv"
-            )
-        x, y = (check_mpp(str(value), f"{self.path}: openslide.mpp in the header") for value in values)
-        if abs(x - y) > 0.02 * x:
-            raise UserError(f"{self.path}: pixels are {x} x {y} um, expected squares; give mpp=NUMBER to go on anyway")
-        return (x + y) / 2
+    @classmethod
+    def opens(cls, path: Path) -> bool:
+        """Whether this reader is the right one for a file of one of its suffixes."""
+        return True
 
+    @abstractmethod
+    def header_mpp(self) -> float | None:
+        """um per pixel of level 0 from the header; None where it does not say.
+
+        The magnification is not enough: slides of the same magnification differ by a factor of two.
+
+        Raises:
+            UserError: the header is implausible; names the file.
+        """
+
+    @abstractmethod
     def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
         """``[height, width, 3]`` RGB of one level, ``x`` and ``y`` in level-0 pixels; white where nothing was scanned.
 
         Raises:
-            UserError: the pixels are damaged. Other places can still be read: the slide is opened anew, as the library
-                bars a handle that has met an error.
+            UserError: the pixels are damaged; names file and place. Other places can still be read afterwards.
         """
-        import openslide
 
-        try:
-            region = self._handle.read_region((x, y), level, (width, height))
-        except openslide.OpenSlideError as error:
-            self._handle.close()
-            self._open()
-            raise UserError(f"{self.path}: unreadable at {x}, {y}, level {level} ({error})") from error
-        page = Image.new("RGB", region.size, (255, 255, 255))
-        page.paste(region, mask=region.getchannel("A"))
-        return np.asarray(page)
+    @abstractmethod
+    def close(self) -> None:
+        """Close the file."""
+
+    @property
+    def width(self) -> int:
+        return self.levels[0].width
+
+    @property
+    def height(self) -> int:
+        return self.levels[0].height
 
     def resized(self, field: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
         """A part of the slide, left, top, right and bottom in level-0 pixels, as ``[h, w, 3]`` RGB of ``size`` (w, h).
 
-        It is read from the coarsest level that is finer than that, and shrunk with a filter that lets nothing alias.
+        It is read from the coarsest level that is finer than that, and shrunk with a filter that prevents aliasing.
 
         Raises:
             UserError: the pixels are damaged.
         """
         left, top, right, bottom = field
         finest = min((right - left) / size[0], (bottom - top) / size[1])
-        level = self._handle.get_best_level_for_downsample(max(1.0, finest))
-        downsample = self._handle.level_downsamples[level]
+        level = self._coarsest(finest)
+        downsample = self.levels[level].downsample
         x, y = math.floor(left), math.floor(top)
         width, height = (math.ceil((far - near) / downsample) for near, far in ((x, right), (y, bottom)))
         pixels = Image.fromarray(self.read(x, y, width, height, level))
@@ -99,9 +120,9 @@ class Slide:
             UserError: more than ``max_unreadable`` pixels of level 0 cannot be read; up to that many are left white.
         """
         columns, rows = math.ceil(self.width * self.mpp / um), math.ceil(self.height * self.mpp / um)
-        level = self._handle.get_best_level_for_downsample(max(1.0, um / self.mpp))
-        downsample = self._handle.level_downsamples[level]
-        step = um / self.mpp  # level-0 pixels per mask pixel
+        step = um / self.mpp  # level-0 pixels per pixel of the thumbnail
+        level = self._coarsest(step)
+        downsample = self.levels[level].downsample
         width = round(columns * step / downsample)
         rows_per_band = max(1, int(_BAND_PIXELS / width / (step / downsample)))
         bands, damage = [], _Damage(max_unreadable)
@@ -112,15 +133,20 @@ class Slide:
             bands.append(np.asarray(Image.fromarray(band).resize((columns, count), Image.Resampling.BOX)))
         return np.concatenate(bands)
 
+    def _coarsest(self, downsample: float) -> int:
+        """The coarsest level that is at least as fine as ``downsample``; level 0 where none is."""
+        fine = (number for number, level in enumerate(self.levels) if level.downsample <= downsample)
+        return max(fine, default=0)
+
     def _read_sound(self, x: int, y: int, width: int, height: int, level: int, damage: _Damage) -> NDArray[np.uint8]:
         """Like ``read``, with the parts that cannot be read left white: halved until they are small."""
+        downsample = self.levels[level].downsample
         try:
             return self.read(x, y, width, height, level)
         except UserError as error:
             if max(width, height) <= _UNREADABLE_PIXELS:
-                damage.add(width * height * self._handle.level_downsamples[level] ** 2, error)
+                damage.add(width * height * downsample**2, error)
                 return np.full((height, width, 3), 255, np.uint8)
-        downsample = self._handle.level_downsamples[level]
         axis, half = int(width >= height), max(width, height) // 2
         sizes = [(half, height), (width - half, height)] if axis else [(width, half), (width, height - half)]
         shift = round(half * downsample)
@@ -128,8 +154,152 @@ class Slide:
         halves = (self._read_sound(*place, *size, level, damage) for place, size in zip(places, sizes, strict=True))
         return np.concatenate(list(halves), axis=axis)
 
+
+class OpenSlideSlide(Slide):
+    """What OpenSlide reads."""
+
+    suffixes = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm", ".czi")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open()
+        sizes, downsamples = self._handle.level_dimensions, self._handle.level_downsamples
+        self.levels = tuple(Level(*size, downsample) for size, downsample in zip(sizes, downsamples, strict=True))
+
+    def _open(self) -> None:
+        import openslide
+
+        try:
+            self._handle = openslide.OpenSlide(str(self.path))
+        except (openslide.OpenSlideError, OSError) as error:
+            raise UserError(f"{self.path}: OpenSlide cannot read it ({str(error) or type(error).__name__})") from error
+
+    @classmethod
+    def opens(cls, path: Path) -> bool:
+        import openslide
+
+        return openslide.OpenSlide.detect_format(str(path)) is not None
+
+    def header_mpp(self) -> float | None:
+        values = [self._handle.properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
+        if None in values:
+            return None
+        x, y = (check_mpp(str(value), f"{self.path}: openslide.mpp in the header") for value in values)
+        if abs(x - y) > 0.02 * x:
+            raise UserError(f"{self.path}: pixels are {x} x {y} um, expected squares; give mpp=NUMBER to go on anyway")
+        return (x + y) / 2
+
+    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
+        import openslide
+
+        try:
+            region = self._handle.read_region((x, y), level, (width, height))
+        except openslide.OpenSlideError as error:
+            self._handle.close()
+            self._open()  # after an error the library refuses every further read from a handle
+            raise UserError(f"{self.path}: unreadable at {x}, {y}, level {level} ({error})") from error
+        page = Image.new("RGB", region.size, (255, 255, 255))
+        page.paste(region, mask=region.getchannel("A"))
+        return np.asarray(page)
+
     def close(self) -> None:
         self._handle.close()
+
+
+class ImageSlide(Slide):
+    """A plain image, held as a whole: at most 16,384 px a side."""
+
+    suffixes = IMAGE_SUFFIXES
+    in_memory = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pixels = read_image(path)
+        height, width, _ = self._pixels.shape
+        self.levels = (Level(width, height, 1.0),)
+
+    def header_mpp(self) -> float | None:
+        return tiff_mpp(self.path)
+
+    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
+        return cut_block(self._pixels, x, y, width, height)
+
+    def thumbnail(self, um: float, max_unreadable: float = 0) -> NDArray[np.uint8]:
+        size = math.ceil(self.width * self.mpp / um), math.ceil(self.height * self.mpp / um)
+        covered = (0, 0, min(self.width, size[0] * um / self.mpp), min(self.height, size[1] * um / self.mpp))
+        return np.asarray(Image.fromarray(self._pixels).resize(size, Image.Resampling.BOX, covered))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+READERS: list[type[Slide]] = [OpenSlideSlide, ImageSlide]
+"""All readers; where several know a suffix, the first that opens the file takes it, or the last if none does."""
+
+
+def open_slide(path: Path, mpp: float | None = None) -> Slide:
+    """Open a slide or an image.
+
+    Args:
+        mpp: um per pixel of level 0; None: what the header says.
+
+    Raises:
+        UserError: no reader can read it, or um per pixel are not known; names the file.
+    """
+    known = [reader for reader in READERS if path.suffix.lower() in reader.suffixes] or [OpenSlideSlide]
+    slide = next((reader for reader in known[:-1] if reader.opens(path)), known[-1])(path)
+    try:
+        found = slide.header_mpp() if mpp is None else mpp
+        if found is None:
+            raise UserError(
+                f"{path}: the header does not give um per pixel; "
+                "give mpp=NUMBER or list the file in mpp.csv (image,mpp)"
+            )
+    except UserError:
+        slide.close()
+        raise
+    slide.mpp = found
+    return slide
+
+
+def slide_suffixes(*, images: bool = False) -> tuple[str, ...]:
+    """Suffixes of the files that are slides, or plain images too."""
+    readers = (reader for reader in READERS if images or not reader.in_memory)
+    return tuple(dict.fromkeys(suffix for reader in readers for suffix in reader.suffixes))
+
+
+def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Path]:
+    """The slide at ``path``, or all slides in that folder and the folders within, sorted.
+
+    Args:
+        images: plain images count as well.
+        skip: name of files that do not count.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    suffixes = slide_suffixes(images=images)
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in suffixes and file.name[0] != "." and file.name != skip and file.is_file()
+    )
+    if not files:
+        raise UserError(f"{path} contains no slide{' or image' if images else ''} ({', '.join(suffixes)})")
+    return files
+
+
+def cut_block(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    """``[height, width, 3]`` of an image ``[H, W, 3]``, with the top-left corner at ``x``, ``y``; white outside."""
+    block = np.full((height, width, 3), 255, np.uint8)
+    left, top = max(x, 0), max(y, 0)
+    part = pixels[top : max(y + height, 0), left : max(x + width, 0)]
+    block[top - y : top - y + part.shape[0], left - x : left - x + part.shape[1]] = part
+    return block
 
 
 class _Damage:
@@ -142,23 +312,3 @@ class _Damage:
         self._left -= pixels
         if self._left < 0:
             raise error
-
-
-def find_slides(path: Path) -> list[Path]:
-    """The slide at ``path``, or all slides in that folder and the folders within, sorted.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
-    if not files:
-        raise UserError(f"{path} holds no slide ({', '.join(SUFFIXES)})")
-    return files

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from muse_fast.predicting.pages import OVERLAY, Page
+from muse_fast.images.slide import Slide
+from muse_fast.predicting.pages import OVERLAY
 from muse_fast.preparing.pictures import PALETTE, overlay
 
 OVERLAY_SIDE = 2048  # pixels, the longer one at most
@@ -36,7 +37,7 @@ class CellFiles:
     """
 
     def __init__(
-        self, folder: Path, page: Page, name: str, class_names: Sequence[str], compress: bool, max_unreadable: float
+        self, folder: Path, page: Slide, name: str, class_names: Sequence[str], compress: bool, max_unreadable: float
     ) -> None:
         self.counts = np.zeros(len(class_names), np.int64)
         self._names, self._folder = class_names, folder

@@ -1,7 +1,7 @@
-"""Whole slides and plain images alike: pages that are read piece by piece at the um per pixel that one wants.
+"""Pages, which are slides or plain images, read piece by piece at the um per pixel that a detector wants.
 
-Positions are in level-0 pixels, in pixels of a level, or in pixels of the page scaled to other um per pixel; all are
-counted from the same corner, so they differ by factors alone.
+Positions are in level-0 pixels, in pixels of a level, or in pixels of the page scaled to other um per pixel. All have
+the same origin, so they differ only by factors.
 """
 
 from __future__ import annotations
@@ -9,85 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
-from muse_fast.images.mpp import read_mpp_file, tiff_mpp
-from muse_fast.images.slide import SUFFIXES as SLIDE_SUFFIXES
-from muse_fast.images.slide import Slide
+from muse_fast.images.mpp import read_mpp_file
+from muse_fast.images.slide import Level, Slide, find_slides, open_slide
 
-SAME_SCALE = 0.02  # um per pixel that differ by less are taken for equal, and pixels as they are
-OVERLAY = "overlay.png"  # what predictions leave beside slides is no slide
+SAME_SCALE = 0.02  # um per pixel that differ by less count as equal, and pixels are not resampled
+OVERLAY = "overlay.png"  # what predict writes beside slides is not a slide
 MOST_ENLARGED = 2.0  # in coarser slides a detector would look at blur
-
-
-class Level(NamedTuple):
-    """One resolution of a page."""
-
-    width: int
-    height: int
-    downsample: float  # by which positions in it are asked for, see `Page.read`
-
-
-class Page(Protocol):
-    """A slide or an image."""
-
-    path: Path
-    width: int
-    height: int
-    mpp: float
-
-    @property
-    def levels(self) -> tuple[Level, ...]: ...
-
-    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
-        """``[height, width, 3]`` RGB of a level, ``x`` and ``y`` in level-0 pixels; white beyond the page."""
-        ...
-
-    def thumbnail(self, um: float, max_unreadable: float = 0) -> NDArray[np.uint8]:
-        """``[ceil(H * mpp / um), ceil(W * mpp / um), 3]`` RGB."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class SlidePage(Slide):
-    """A slide that tells its levels."""
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        sizes, downsamples = self._handle.level_dimensions, self._handle.level_downsamples
-        return tuple(Level(*size, downsample) for size, downsample in zip(sizes, downsamples, strict=True))
-
-
-class ImagePage:
-    """An image file, which is held as a whole: at most 16,384 px a side."""
-
-    def __init__(self, path: Path, mpp: float) -> None:
-        self.path, self.mpp = path, mpp
-        self._pixels = read_image(path)
-        self.height, self.width, _ = self._pixels.shape
-        self.levels = (Level(self.width, self.height, 1.0),)
-
-    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
-        block = np.full((height, width, 3), 255, np.uint8)
-        left, top = max(x, 0), max(y, 0)
-        part = self._pixels[top : max(y + height, 0), left : max(x + width, 0)]
-        block[top - y : top - y + part.shape[0], left - x : left - x + part.shape[1]] = part
-        return block
-
-    def thumbnail(self, um: float, max_unreadable: float = 0) -> NDArray[np.uint8]:
-        size = math.ceil(self.width * self.mpp / um), math.ceil(self.height * self.mpp / um)
-        covered = (0, 0, min(self.width, size[0] * um / self.mpp), min(self.height, size[1] * um / self.mpp))
-        return np.asarray(Image.fromarray(self._pixels).resize(size, Image.Resampling.BOX, covered))
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 class PageFile(NamedTuple):
@@ -100,64 +34,28 @@ class PageFile(NamedTuple):
     def name(self) -> str:
         return self.path.stem
 
-    def open(self) -> Page:
-        """Open it.
-
-        Raises:
-            UserError: no slide or image, damaged, or its um per pixel are unknown.
-        """
-        if _is_slide(self.path):
-            return SlidePage(self.path, self.mpp)
-        mpp = tiff_mpp(self.path) if self.mpp is None else self.mpp
-        if mpp is None:
-            raise UserError(f"{self.path}: um per pixel unknown; give mpp=NUMBER or list it in mpp.csv (image,mpp)")
-        return ImagePage(self.path, mpp)
+    def open(self) -> Slide:
+        """Open it; errors as in `open_slide`."""
+        return open_slide(self.path, self.mpp)
 
 
 def find_pages(inputs: Sequence[Path], mpp: float | None) -> list[PageFile]:
-    """The slides and images that ``inputs`` name, or that lie in those which are folders and in the folders within.
+    """The slides and images that ``inputs`` name, and those in the folders they name and in the folders within.
 
     The um per pixel comes from ``mpp.csv`` beside a file or in the folder that was given, then from ``mpp``, then from
     the header.
 
     Raises:
-        UserError: nothing there, or a table that cannot be used.
+        UserError: nothing is there, or a table cannot be used.
     """
     pages: dict[Path, PageFile] = {}
     for given in inputs:
         root = given if given.is_dir() else given.parent
         table = read_mpp_file(root / "mpp.csv") if (root / "mpp.csv").is_file() else {}
-        for path in _paths(given):
+        for path in find_slides(given, images=True, skip=OVERLAY):
             row = table.get(path.relative_to(root).as_posix()) or table.get(path.name)
             pages[path] = PageFile(path, row.mpp if row else mpp)
     return list(pages.values())
-
-
-def _paths(given: Path) -> list[Path]:
-    if given.is_file():
-        return [given]
-    if not given.is_dir():
-        raise UserError(f"{given}: no such file or folder")
-    suffixes = {*SLIDE_SUFFIXES, *IMAGE_SUFFIXES}
-    found = sorted(
-        file
-        for file in given.rglob("*")
-        if file.suffix.lower() in suffixes and file.name[0] != "." and file.name != OVERLAY and file.is_file()
-    )
-    if not found:
-        raise UserError(f"{given} holds no slide or image ({', '.join(sorted(suffixes))})")
-    return found
-
-
-def _is_slide(path: Path) -> bool:
-    """Whether OpenSlide is to read a file; what may be both is an image if OpenSlide does not know it."""
-    import openslide
-
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        return True
-    if path.suffix.lower() not in SLIDE_SUFFIXES:
-        return False
-    return openslide.OpenSlide.detect_format(str(path)) is not None
 
 
 class Scale:
@@ -174,7 +72,7 @@ class Scale:
         UserError: the slide is too coarse.
     """
 
-    def __init__(self, page: Page, mpp: float) -> None:
+    def __init__(self, page: Slide, mpp: float) -> None:
         if page.mpp > MOST_ENLARGED * mpp * (1 + SAME_SCALE):
             raise UserError(
                 f"{page.path}: {page.mpp:g} um/px is too coarse for a detector that works at {mpp:g}, "
@@ -192,7 +90,7 @@ class Scale:
             max(1, math.floor(side / shrink)) for side, shrink in zip(self._level[:2], self._shrink, strict=True)
         )
 
-    def read(self, page: Page, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, page: Slide, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """``[height, width, 3]`` RGB with the corner at ``x``, ``y``, in pixels of this scale, all of it on the page.
 
         The same pixel is the same whatever piece it is read with.
@@ -217,7 +115,7 @@ class Scale:
         return start * shrink - location / downsample, location, last - first
 
 
-def _ratios(page: Page, level: Level) -> tuple[float, float]:
+def _ratios(page: Slide, level: Level) -> tuple[float, float]:
     """Level-0 pixels per pixel of a level, along x and y.
 
     Sides of levels are rounded to whole pixels, so their quotient is a little off. Where a whole number explains them

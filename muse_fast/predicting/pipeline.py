@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from muse_fast.detection.pairing import Points
 from muse_fast.errors import UserError
+from muse_fast.images.slide import Slide
 from muse_fast.predicting.detectors import TileDetector
 from muse_fast.predicting.files import CellFiles
-from muse_fast.predicting.pages import ImagePage, Page, PageFile, Scale
+from muse_fast.predicting.pages import PageFile, Scale
 from muse_fast.predicting.seams import Found, Seams
 from muse_fast.predicting.tiles import Grid, Tile, Tissue
 
@@ -117,16 +118,16 @@ class Prediction:
         except UserError as error:
             return tile, error
 
-    def _own_page(self) -> Page:
+    def _own_page(self) -> Slide:
         """The page for this thread: a slide's handle that has met an error is closed under whoever shares it."""
-        if isinstance(self.page, ImagePage):
+        if self.page.in_memory:
             return self.page
         if not hasattr(self._local, "page"):
             page = self._file.open()
             with self._lock:
                 self._pages.append(page)
             self._local.page = page
-        own: Page = self._local.page
+        own: Slide = self._local.page
         return own
 
     def _sound(self, read: Iterable[tuple[Tile, _Pixels | UserError]], tally: Tally) -> Iterator[tuple[Tile, _Pixels]]:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import require
+from muse_fast.images.slide import Slide
 from muse_fast.images.tissue import MASK_UM, tissue_mask
-from muse_fast.predicting.pages import Page, Scale
+from muse_fast.predicting.pages import Scale
 
 ALIGNMENT = 32  # pixels: the coarsest stride of the networks
 _RIM = 2  # pixels of the mask around tissue that count as tissue too: a nucleus at its edge
@@ -80,7 +81,7 @@ class Tissue:
         area_mm2: of the tissue, or of the page.
     """
 
-    def __init__(self, page: Page, everywhere: bool, max_unreadable: float) -> None:
+    def __init__(self, page: Slide, everywhere: bool, max_unreadable: float) -> None:
         from scipy.ndimage import binary_dilation
 
         self._pitch = MASK_UM / page.mpp  # level-0 pixels per pixel of the mask

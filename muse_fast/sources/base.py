@@ -17,7 +17,7 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
 from muse_fast.images.mpp import MPP_RANGE, MppRow
-from muse_fast.images.slide import Slide
+from muse_fast.images.slide import open_slide
 from muse_fast.runtime.options import Config, setting
 
 SPLITS = ("train", "val", "test")
@@ -51,7 +51,7 @@ class Context:
             UserError: the image or slide is damaged, or does not contain ``box``.
         """
         if self.is_slide:
-            with closing(Slide(self.path, mpp=1.0)) as slide:  # scales follow from the box alone
+            with closing(open_slide(self.path, mpp=1.0)) as slide:  # scales follow from the box alone
                 self._check(slide.width, slide.height)
                 return slide.resized(*choose(slide.width, slide.height))
         larger = read_image(self.path)

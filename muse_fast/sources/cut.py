@@ -21,7 +21,7 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.nuclei_files import Nuclei, read_nuclei
-from muse_fast.images.slide import Slide
+from muse_fast.images.slide import Slide, open_slide
 from muse_fast.images.tissue import MASK_UM, read_tissue, tissue_mask
 from muse_fast.roiset.records import encode_jpeg
 from muse_fast.runtime.options import setting
@@ -128,7 +128,7 @@ OrderedMap = Callable[[Examine, Iterable[Square]], Iterable[Found | UserError]]
 def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
     """Find tissue and squares of a slide; an error is returned, so that it reaches other processes as it is."""
     try:
-        slide = Slide(file.path, file.mpp)
+        slide = open_slide(file.path, file.mpp)
         try:
             return _survey(slide, file, settings)
         finally:
@@ -195,7 +195,7 @@ def priorities(seed: int, name: str, origins: NDArray[np.int64]) -> NDArray[np.u
 
 
 # Handles do not survive the way to another process; each process keeps its own.
-_opened = lru_cache(maxsize=_HANDLES)(Slide)
+_opened = lru_cache(maxsize=_HANDLES)(open_slide)
 
 
 def close_slides() -> None:

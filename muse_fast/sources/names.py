@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from muse_fast.images.slide import SUFFIXES
+from muse_fast.images.slide import slide_suffixes
 
 _PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 
@@ -18,7 +18,7 @@ _PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE
 def slide_name(name: str) -> str:
     """The form in which slides are compared: no folder, no suffix of a slide's file, TCGA's up to the first dot."""
     name = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
-    if name.lower().endswith(SUFFIXES):
+    if name.lower().endswith(slide_suffixes()):
         name = name[: name.rindex(".")]
     return name.split(".", 1)[0].upper() if _PATIENT.match(name) else name
 

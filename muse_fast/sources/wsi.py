@@ -13,7 +13,7 @@ from muse_fast.errors import UserError, require
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.mpp import MppRow, read_mpp_file
 from muse_fast.images.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
-from muse_fast.images.slide import SUFFIXES, Slide, find_slides
+from muse_fast.images.slide import find_slides, open_slide, slide_suffixes
 from muse_fast.images.tables import read_groups
 from muse_fast.images.tissue import SUFFIXES as TISSUE_SUFFIXES
 from muse_fast.roiset.records import MAX_SIDE
@@ -67,7 +67,7 @@ class Slides(Source):
 
     kind = "wsi"
     title = "whole slides"
-    layouts = tuple((f"*{suffix}",) for suffix in SUFFIXES)
+    layouts = tuple((f"*{suffix}",) for suffix in slide_suffixes())
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
@@ -160,7 +160,7 @@ class Slides(Source):
 
     def _problem(self, file: SlideFile) -> str:
         try:
-            slide = Slide(file.path, file.mpp)
+            slide = open_slide(file.path, file.mpp)
         except UserError as error:
             return reason_of(error, file.path)
         slide.close()

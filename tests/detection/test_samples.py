@@ -25,7 +25,7 @@ from muse_fast.detection.samples import (
 )
 from muse_fast.detection.score_detector import detect_images, in_source_pixels
 from muse_fast.errors import UserError
-from muse_fast.images.slide import Slide
+from muse_fast.images.slide import open_slide
 from muse_fast.images.squares import GLASS, cut_square
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.models.backbone import build_backbone
@@ -141,7 +141,7 @@ def test_ocelots_tissue_patch_lies_where_the_metadata_says(tmp_path: Path) -> No
 def brcam2c_of_a_slide(folder: Path, slide: Path, place: tuple[int, int, int, int]) -> None:
     """BRCA-M2C with one image at 0.5 um/px, cut from x, y, width, height of a slide; a nucleus at its pixel 40, 60."""
     x, y, width, height = place
-    opened = Slide(slide)
+    opened = open_slide(slide)
     name = f"{slide.stem}_{x}_{y}_{width}_{height}_{4 * opened.mpp:g}"
     (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
@@ -162,7 +162,7 @@ def test_around_an_image_of_brcam2c_stands_its_slide(tmp_path: Path, shared_data
     # The slide ends 300 px (of 0.499 um) to the left of the image; 1024 - 401 px are the most to be seen elsewhere.
     assert image.corner == (299, 705) and image.image.shape == (3, 2 * 705 + 319, 299 + 401 + 623)
     np.testing.assert_allclose(image.xy, [[40 + 299, 60 + 705]])
-    opened = Slide(slide)
+    opened = open_slide(slide)
     across, down = width / 401, height / 319
     field = (x - 299 * across, y - 705 * down, x + width + 623 * across, y + height + 705 * down)
     whole = Image.fromarray(opened.read(0, 0, opened.width, opened.height))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from muse_fast.errors import UserError
 from muse_fast.images import slide as slide_module
-from muse_fast.images.slide import Slide, find_slides
+from muse_fast.images.slide import find_slides, open_slide
 from muse_fast.images.tissue import MASK_UM
 from tests.support.small_slides import Mpp, damage, page_with_tissue, write_slide
 
@@ -28,7 +28,7 @@ def slide(tmp_path: Path, page: np.ndarray) -> Path:
 @pytest.mark.parametrize(
     ("mpp", "message"),
     [
-        (None, r"does not tell um per pixel; give mpp=NUMBER or list the slide in mpp.csv"),
+        (None, r"does not give um per pixel; give mpp=NUMBER or list the file in mpp.csv"),
         (352.8, r"openslide.mpp in the header is '352.*', expected um per pixel, 0.05 to 5"),  # 72 dpi
         ((0.5, 0.6), r"pixels are 0.5 x 0.6 um, expected squares"),
     ],
@@ -36,20 +36,20 @@ def slide(tmp_path: Path, page: np.ndarray) -> Path:
 def test_a_header_without_a_usable_mpp_is_refused(tmp_path: Path, page: np.ndarray, mpp: Mpp, message: str) -> None:
     path = write_slide(tmp_path / "bad.tif", page[:300, :300], mpp)
     with pytest.raises(UserError, match=rf"bad\.tif: .*{message}"):
-        Slide(path)
-    assert Slide(path, 0.3).mpp == 0.3
+        open_slide(path)
+    assert open_slide(path, 0.3).mpp == 0.3
 
 
 def test_real_slides(shared_data: Path) -> None:
-    assert Slide(shared_data / "wsi" / "cmu-1-small-region.svs").mpp == 0.499
-    with pytest.raises(UserError, match=r"tcga-cr-7395-01a-01-ts1\.svs: the header does not tell um per pixel"):
-        Slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs")
+    assert open_slide(shared_data / "wsi" / "cmu-1-small-region.svs").mpp == 0.499
+    with pytest.raises(UserError, match=r"tcga-cr-7395-01a-01-ts1\.svs: the header does not give um per pixel"):
+        open_slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs")
 
 
 @pytest.mark.parametrize("scale", [0.8, 1.0, 3.1, 9.0])
 def test_a_part_of_a_real_slide_of_two_levels_at_any_scale(shared_data: Path, scale: float) -> None:
     """Against level 0 as a whole, shrunk by Pillow: the other level was shrunk and compressed by somebody else."""
-    slide = Slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs", mpp=0.5)
+    slide = open_slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs", mpp=0.5)
     field, size = (800.5, 600.25, 2600.5, 1500.25), (round(1800 / scale), round(900 / scale))
     found = slide.resized(field, size)
     level0 = Image.fromarray(slide.read(0, 0, slide.width, slide.height))
@@ -64,13 +64,13 @@ def test_a_part_of_a_real_slide_of_two_levels_at_any_scale(shared_data: Path, sc
 def test_a_file_that_is_no_slide(tmp_path: Path) -> None:
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     with pytest.raises(UserError, match=r"broken.svs: OpenSlide cannot read it"):
-        Slide(tmp_path / "broken.svs")
+        open_slide(tmp_path / "broken.svs")
 
 
 def test_a_thumbnail_in_bands_is_the_thumbnail(slide: Path, page: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Slide(slide).thumbnail(MASK_UM)
+    whole = open_slide(slide).thumbnail(MASK_UM)
     monkeypatch.setattr(slide_module, "_BAND_PIXELS", 100_000)
-    np.testing.assert_array_equal(Slide(slide).thumbnail(MASK_UM), whole)
+    np.testing.assert_array_equal(open_slide(slide).thumbnail(MASK_UM), whole)
     mean = page[16:32, 320:336].reshape(-1, 3).mean(0)  # the 16 x 16 px under mask pixel (20, 1)
     np.testing.assert_allclose(whole[1, 20], mean, atol=1)
 
@@ -79,7 +79,7 @@ def test_damage_costs_its_own_place_alone(tmp_path: Path, page: np.ndarray) -> N
     """OpenSlide bars a handle after an error; the slide is opened anew and the rest is read."""
     path = write_slide(tmp_path / "slide.tif", page, compression="zlib")
     damage(path, 9)  # of 6 columns: x 768 to 1023, y 256 to 511
-    slide = Slide(path)
+    slide = open_slide(path)
     with pytest.raises(UserError, match=r"slide.tif: unreadable at 800, 300, level 0 \("):
         slide.read(800, 300, 20, 20)
     np.testing.assert_array_equal(slide.read(300, 300, 50, 50), page[300:350, 300:350])
@@ -91,7 +91,7 @@ def test_damage_costs_its_own_place_alone(tmp_path: Path, page: np.ndarray) -> N
     assert (found[20, 52] == 255).all()
     assert x.min() > 768 - 256 and x.max() < 1024 + 256 and y.min() >= 256 - 256 and y.max() < 512 + 256
     white = (found == 255).all(axis=2, keepdims=True)
-    sound = Slide(write_slide(tmp_path / "sound.tif", page)).thumbnail(MASK_UM)
+    sound = open_slide(write_slide(tmp_path / "sound.tif", page)).thumbnail(MASK_UM)
     assert np.abs(np.where(white, 0, found.astype(int) - sound)).mean() < 0.5  # the rims of white parts are mixed
 
 
@@ -108,5 +108,5 @@ def test_slides_are_found_in_folders_within(tmp_path: Path) -> None:
     assert find_slides(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]  # OpenSlide decides on a named file
     with pytest.raises(UserError, match="no such file or folder"):
         find_slides(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"folder.svs holds no slide"):
+    with pytest.raises(UserError, match=r"folder.svs contains no slide"):
         find_slides(tmp_path / "folder.svs")

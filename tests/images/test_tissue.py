@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.images.slide import Slide
+from muse_fast.images.slide import open_slide
 from muse_fast.images.tissue import MASK_UM, fill, read_tissue, tissue_mask, trace, write_tissue
 from tests.support.small_slides import page_with_tissue, write_slide
 
 
 def test_tissue_mask_finds_the_tissue(tmp_path: Path) -> None:
     path = write_slide(tmp_path / "slide.tif", page_with_tissue())
-    mask = tissue_mask(Slide(path).thumbnail(MASK_UM), MASK_UM)
+    mask = tissue_mask(open_slide(path).thumbnail(MASK_UM), MASK_UM)
     assert mask.shape == (69, 94)  # ceil(1100 / 16), ceil(1500 / 16)
     true = np.zeros(mask.shape, bool)
     true[3:66, 19:83] = True

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.predicting.pages import ImagePage, PageFile, Scale, find_pages
+from muse_fast.images.slide import ImageSlide
+from muse_fast.predicting.pages import PageFile, Scale, find_pages
 from tests.support.planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 
 WIDTH, HEIGHT = 2003, 1507  # no multiple of a factor: 4 x 500 px are 3 px short
@@ -61,7 +62,7 @@ def test_an_image_reads_as_a_slide(slide: Path, tmp_path: Path) -> None:
     pixels = opened.read(0, 0, WIDTH, HEIGHT)
     Image.fromarray(pixels).save(tmp_path / "dots.png")
     image = PageFile(tmp_path / "dots.png", 0.25).open()
-    assert isinstance(image, ImagePage)
+    assert isinstance(image, ImageSlide)
     assert (image.width, image.height) == (WIDTH, HEIGHT)
     for place in ((0, 0, 50, 60), (-20, -30, 70, 40), (1990, 1500, 40, 40), (3000, 10, 5, 5)):
         np.testing.assert_array_equal(image.read(*place), opened.read(*place))
@@ -72,8 +73,8 @@ def test_an_image_reads_as_a_slide(slide: Path, tmp_path: Path) -> None:
 
 def test_files_are_told_apart(tmp_path: Path, slide: Path) -> None:
     Image.new("RGB", (64, 64), "white").save(tmp_path / "plain.tif")  # in strips, which OpenSlide does not read
-    assert isinstance(PageFile(tmp_path / "plain.tif", 0.5).open(), ImagePage)
-    with pytest.raises(UserError, match=r"plain.tif: um per pixel unknown; give mpp=NUMBER or list it in mpp.csv"):
+    assert isinstance(PageFile(tmp_path / "plain.tif", 0.5).open(), ImageSlide)
+    with pytest.raises(UserError, match=r"plain.tif: the header does not give um per pixel; give mpp=NUMBER or list"):
         PageFile(tmp_path / "plain.tif", None).open()
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     with pytest.raises(UserError, match=r"broken.svs: OpenSlide cannot read it"):
@@ -93,5 +94,5 @@ def test_um_per_pixel_come_from_the_table_then_the_option(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"absent: no such file or folder"):
         find_pages([tmp_path / "absent"], None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty holds no slide or image"):
+    with pytest.raises(UserError, match=r"empty contains no slide or image"):
         find_pages([tmp_path / "empty"], None)

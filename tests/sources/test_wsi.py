@@ -75,7 +75,7 @@ def test_bad_slides_do_not_stop_the_others(slide: Path, tissue: np.ndarray) -> N
     told = {path.relative_to(folder).as_posix(): reason for path, reason in source.refused.items()}
     assert set(told) == {"nothing.tif", "broken.svs", "within/slide.tif"}
     assert told["broken.svs"].startswith("OpenSlide cannot read it")
-    assert told["nothing.tif"].startswith("the header does not tell um per pixel; give mpp=NUMBER")
+    assert told["nothing.tif"].startswith("the header does not give um per pixel; give mpp=NUMBER")
     assert "slide.tif has the same name" in told["within/slide.tif"]
 
 
@@ -87,7 +87,7 @@ def test_when_none_can_be_used_all_are_told(tmp_path: Path, tissue: np.ndarray) 
     lines = str(caught.value).splitlines()
     assert lines[0] == "no slide can be used"
     assert lines[1].startswith(f"  {tmp_path / 'broken.svs'}: OpenSlide cannot read it")
-    assert lines[2].startswith(f"  {tmp_path / 'nothing.tif'}: the header does not tell")
+    assert lines[2].startswith(f"  {tmp_path / 'nothing.tif'}: the header does not give")
 
 
 def test_a_roi_too_large_to_hold_is_refused(slide: Path) -> None:
