@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import uuid
 import zlib
 from collections import Counter
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
-from muse_fast.errors import UserError
+from muse_fast.errors import UserError, did_you_mean
 from muse_fast.runtime.atomic import replacing
 
 SUFFIXES = (".geojson", ".geojson.gz")
@@ -29,6 +31,7 @@ SUFFIXES = (".geojson", ".geojson.gz")
 Polygon = list[NDArray[np.float64]]
 
 _KINDS = ("Point", "MultiPoint", "Polygon", "MultiPolygon")
+MAX_AREA_UM2 = 2000.0  # a disc of 50 um; no nucleus is that large, outlines of tissue are
 _MAX_PARTS = 20  # of a MultiPolygon that is one nucleus
 _NO_NUCLEI = {"tile": "tile", "tmaCore": "TMA core", "root": "root object"}
 
@@ -40,7 +43,7 @@ class Shape:
     Attributes:
         points: ``[n, 2]`` float64.
         label: name of the feature's class, "" where it has none.
-        kind: QuPath's type of object, "detection" or "annotation" for example, "" where the file tells none.
+        kind: QuPath's type of object, "detection" or "annotation" for example, "" where the file gives none.
         where: the feature's place in the file, for messages.
     """
 
@@ -55,67 +58,83 @@ class Shape:
 class GeoPoints:
     """The nuclei of a file as points."""
 
+    path: Path
     xy: NDArray[np.float64]  # [n, 2] pixels: the point, or the centroid of the outline
-    area: NDArray[np.float64]  # [n] square pixels, 0 for points
     label: list[str]  # [n] name of the class, "" where there is none
     where: list[str]  # [n] the feature, for messages
-    left_out: Counter[str] = field(default_factory=Counter)  # objects that are no nuclei, by reason
+    left_out: Counter[str]  # objects that are not nuclei, by reason
 
-    def smaller_than(self, area: float) -> GeoPoints:
-        """Without the outlines of more than ``area`` square pixels."""
-        keep = np.flatnonzero(self.area <= area).tolist()
-        left_out = self.left_out + Counter({"outline too large for a nucleus": len(self.area) - len(keep)})
-        label, where = ([part[row] for row in keep] for part in (self.label, self.where))
-        return GeoPoints(self.xy[keep], self.area[keep], label, where, left_out)
+    def labels(self, label_names: Sequence[str]) -> NDArray[np.int16]:
+        """Positions ``[n]`` of the classes in ``label_names``, -1 where there is none.
+
+        Raises:
+            UserError: a class is not among them; names file and feature.
+        """
+        position = {name: i for i, name in enumerate(label_names)} | {"": -1}
+        for name, where in zip(self.label, self.where, strict=True):
+            if name not in position:
+                hint = did_you_mean(name, label_names)
+                raise UserError(f"{self.path}, {where}: class {name!r}, expected {', '.join(label_names)}{hint}")
+        return np.array([position[name] for name in self.label], np.int16)
 
 
-def read_geojson_points(path: Path, multi: str = "one") -> GeoPoints:
+def read_geojson_points(path: Path, multi: str = "one", max_area: float = math.inf) -> GeoPoints:
     """The nuclei of a file: its detections and cells; where it has none, its annotations.
 
-    A cell counts by the outline of its nucleus, where it has one.
+    A cell counts by the outline of its nucleus, where it has one. Objects of a class that QuPath ignores, whose name
+    ends with an asterisk (``Ignore*``), do not count.
 
     Args:
-        multi: a MultiPolygon is ``one`` nucleus in parts, or ``each`` part is a nucleus. MultiPoints always are many.
+        multi: ``one``: a MultiPolygon is one nucleus in parts; ``each``: each part is a nucleus. A MultiPoint is always
+            many nuclei.
+        max_area: square pixels; larger outlines are not nuclei.
 
     Raises:
-        UserError: as :func:`read_shapes`, or a MultiPolygon that can hardly be one nucleus; names file and feature.
+        UserError: as in :func:`read_shapes`, or a MultiPolygon can hardly be one nucleus; names file and feature.
     """
     shapes = list(read_shapes(path, nuclei=True))
     detected = any(shape.kind in ("detection", "cell") for shape in shapes)
     left_out: Counter[str] = Counter()
-    xy, area, label, where = [], [], [], []
+    xy, label, where = [], [], []
     for shape in shapes:
-        if shape.kind in _NO_NUCLEI:
-            left_out[_NO_NUCLEI[shape.kind]] += 1
-            continue
-        if detected and shape.kind == "annotation":
-            left_out["annotation beside detections"] += 1
+        if reason := _why_not(shape, detected):
+            left_out[reason] += 1
             continue
         if multi == "one" and len(shape.polygons) > _MAX_PARTS:
             raise UserError(
                 f"{path}, {shape.where}: a MultiPolygon of {len(shape.polygons)} parts is hardly one nucleus; "
-                "give multi=each to take every part for one, as CellViT writes them"
+                "give multi=each to count every part as one, as CellViT writes them"
             )
         outlines = [shape.polygons] if multi == "one" and shape.polygons else [[one] for one in shape.polygons]
         found = [(point, 0.0) for point in shape.points] + [centroid_and_area(polygons) for polygons in outlines]
-        for point, size in found:
-            xy.append(point)
-            area.append(size)
-            label.append(shape.label)
-            where.append(shape.where)
-    return GeoPoints(np.array(xy, np.float64).reshape(-1, 2), np.array(area, np.float64), label, where, left_out)
+        small = [point for point, area in found if area <= max_area]
+        if len(small) < len(found):
+            left_out["outline too large for a nucleus"] += len(found) - len(small)
+        xy += small
+        label += [shape.label] * len(small)
+        where += [shape.where] * len(small)
+    return GeoPoints(path, np.array(xy, np.float64).reshape(-1, 2), label, where, left_out)
+
+
+def _why_not(shape: Shape, detected: bool) -> str:
+    """Why a feature is not a nucleus, "" if it is one."""
+    if shape.kind in _NO_NUCLEI:
+        return _NO_NUCLEI[shape.kind]
+    if detected and shape.kind == "annotation":
+        return "annotation beside detections"
+    return "ignored class" if shape.label.endswith("*") else ""
 
 
 def read_shapes(path: Path, *, nuclei: bool = False) -> Iterator[Shape]:
-    """The features of a file, plain or gzipped, with points or polygons; others, lines for example, are passed over.
+    """The features of a file, plain or gzipped, with points or polygons; others, such as lines, are skipped.
 
-    A ``FeatureCollection``, a list of features, one feature and a bare geometry are all taken.
+    The file may hold a ``FeatureCollection``, a list of features, one feature or a bare geometry.
 
     Args:
-        nuclei: of QuPath's cells take the outline of the nucleus, not that of the cell.
+        nuclei: for QuPath's cells, take the outline of the nucleus, not that of the cell.
 
     Raises:
-        UserError: no such file, or what stands in it is no GeoJSON; names file and feature.
+        UserError: no such file, or it is not GeoJSON; names file and feature.
     """
     for number, feature in enumerate(_features(path), start=1):
         where = f"{path}, feature {number}"
@@ -135,31 +154,14 @@ def read_shapes(path: Path, *, nuclei: bool = False) -> Iterator[Shape]:
 
 
 def centroid_and_area(polygons: Sequence[Polygon]) -> tuple[NDArray[np.float64], float]:
-    """Centre of area ``[2]`` and area of polygons taken as one shape, holes left away, by Green's theorem.
+    """Centre of area ``[2]`` and area of polygons taken as one shape, excluding holes.
 
-    Where that is no answer (no area, or an outline that crosses itself), the centre is the mean of the vertices.
+    An outline that crosses itself is repaired first, and one without area has the centre of its line.
     """
-    total, moment = 0.0, np.zeros(2)
-    for polygon in polygons:
-        for number, ring in enumerate(polygon):
-            here = ring - ring[0]  # near zero the sums lose no digits
-            there = np.roll(here, -1, axis=0)
-            cross = here[:, 0] * there[:, 1] - there[:, 0] * here[:, 1]
-            turn = np.sign(cross.sum()) * (1 if number == 0 else -1)  # whichever way round the rings go
-            size = turn * cross.sum() / 2
-            moment += size * ring[0] + turn * ((here + there) * cross[:, None]).sum(axis=0) / 6
-            total += size
-    corners = np.concatenate([_open(polygon[0]) for polygon in polygons])
-    if total > 1e-9:
-        centre = moment / total
-        if ((corners.min(axis=0) <= centre) & (centre <= corners.max(axis=0))).all():
-            return centre, total
-    return corners.mean(axis=0), max(total, 0.0)
-
-
-def centroid(polygon: Polygon) -> NDArray[np.float64]:
-    """Centre of area ``[2]`` of one polygon."""
-    return centroid_and_area([polygon])[0]
+    shape = shapely.MultiPolygon([(outline, holes) for outline, *holes in polygons])
+    if not shape.is_valid:
+        shape = shapely.make_valid(shape, method="structure", keep_collapsed=True)
+    return np.array([shape.centroid.x, shape.centroid.y]), shape.area
 
 
 def write_outlines(path: Path, polygons: list[Polygon], name: str, colour: tuple[int, int, int]) -> None:
@@ -183,11 +185,6 @@ def _closed(ring: NDArray[np.float64]) -> list[list[float]]:
     return positions if positions[0] == positions[-1] else [*positions, positions[0]]
 
 
-def _open(ring: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Without the last vertex, where it repeats the first."""
-    return ring[:-1] if len(ring) > 1 and (ring[0] == ring[-1]).all() else ring
-
-
 def _features(path: Path) -> list[Any]:
     try:
         data = path.read_bytes()
@@ -196,7 +193,7 @@ def _features(path: Path) -> list[Any]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: {reason}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no valid JSON ({error}), expected GeoJSON") from error
+        raise UserError(f"{path}: not valid JSON ({error}), expected GeoJSON") from error
     if isinstance(content, list):
         return content
     if isinstance(content, dict) and isinstance(content.get("features"), list):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from muse_fast.errors import UserError, did_you_mean
-from muse_fast.images.geojson import centroid, read_shapes
+from muse_fast.errors import UserError
+from muse_fast.images.geojson import MAX_AREA_UM2, read_geojson_points
+from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
 from muse_fast.images.points_csv import read_points
 
-SUFFIXES = (".csv", ".geojson", ".json", ".h5", ".hdf5")
+SUFFIXES = (".csv", *GEOJSON_SUFFIXES, ".json", ".h5", ".hdf5")
 HDF5_KEY = "prediction"  # what the authors' sample builder reads: [n, 2 or more], x and y first
 
 
@@ -36,42 +38,29 @@ class Nuclei:
         return Nuclei(xy[inside], label, score)
 
 
-def read_nuclei(path: Path, width: int, height: int, label_names: tuple[str, ...] = ()) -> Nuclei:
-    """Nuclei of a slide of ``width`` x ``height`` level-0 pixels.
+def read_nuclei(
+    path: Path, width: int, height: int, mpp: float, label_names: tuple[str, ...] = (), multi: str = "one"
+) -> tuple[Nuclei, Counter[str]]:
+    """Nuclei of a slide, and the objects of the file that are not nuclei, by reason.
 
-    A CSV has the header ``x,y[,label][,score]``. In a GeoJSON every point is a nucleus and so is every polygon, at its
-    centre of area; the names of their classes are looked up in ``label_names`` where that is given.
+    Args:
+        path: a CSV with the header ``x,y[,label][,score]``, GeoJSON, or HDF5.
+        width, height: of the slide, level-0 pixels.
+        mpp: um per pixel of level 0.
+        label_names: where given, the names of the classes in a GeoJSON.
+        multi: see `read_geojson_points`, whose rules say which objects are nuclei.
 
     Raises:
-        UserError: the file cannot be read, holds a nucleus outside the slide or of an unknown class; names it.
+        UserError: the file cannot be read, or has a nucleus outside the slide or of an unknown class; names it.
     """
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        xy, label, score = read_points(path, width, height, len(label_names))
-        return Nuclei(xy, label, score)
+        return Nuclei(*read_points(path, width, height, len(label_names))), Counter()
     if suffix in (".h5", ".hdf5"):
-        return Nuclei(_inside(path, _read_hdf5(path), width, height))
-    return _read_geojson(path, width, height, label_names)
-
-
-def _read_geojson(path: Path, width: int, height: int, label_names: tuple[str, ...]) -> Nuclei:
-    points: list[NDArray[np.float64]] = []
-    labels: list[int] = []
-    for shape in read_shapes(path, nuclei=True):
-        found = [*shape.points, *(centroid(polygon) for polygon in shape.polygons)]
-        points += found
-        labels += [_label(path, shape.label, label_names)] * len(found)
-    xy = _inside(path, np.array(points, np.float64).reshape(-1, 2), width, height)
-    return Nuclei(xy, np.array(labels, np.int16) if label_names else None)
-
-
-def _label(path: Path, name: str, label_names: tuple[str, ...]) -> int:
-    if not name or not label_names:
-        return -1
-    if name not in label_names:
-        known = ", ".join(label_names)
-        raise UserError(f"{path}: the class {name!r} is not among labels={known}{did_you_mean(name, label_names)}")
-    return label_names.index(name)
+        return Nuclei(_inside(path, _read_hdf5(path), width, height)), Counter()
+    points = read_geojson_points(path, multi, MAX_AREA_UM2 / mpp**2)
+    label = points.labels(label_names) if label_names else None
+    return Nuclei(_inside(path, points.xy, width, height), label), points.left_out
 
 
 def _read_hdf5(path: Path) -> NDArray[np.float64]:
@@ -90,7 +79,7 @@ def _read_hdf5(path: Path) -> NDArray[np.float64]:
     except (OSError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: no readable HDF5 file of numbers ({error})") from error
+        raise UserError(f"{path}: not a readable HDF5 file of numbers ({error})") from error
 
 
 def _inside(path: Path, xy: NDArray[np.float64], width: int, height: int) -> NDArray[np.float32]:

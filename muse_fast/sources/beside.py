@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
-from muse_fast.errors import UserError, did_you_mean
+from muse_fast.errors import UserError
+from muse_fast.images.geojson import MAX_AREA_UM2, GeoPoints, read_geojson_points
 from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
-from muse_fast.images.geojson import GeoPoints, read_geojson_points
 from muse_fast.images.mpp import read_mpp_table
 from muse_fast.images.points_csv import read_points
 from muse_fast.runtime.options import setting
@@ -92,7 +90,6 @@ class QuPath(Beside):
     )
     suffixes = GEOJSON_SUFFIXES
     EMPTY = "an empty FeatureCollection"
-    MAX_AREA_UM2 = 2000.0  # a disc of 50 um; no nucleus is that large, outlines of tissue are
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
@@ -102,18 +99,9 @@ class QuPath(Beside):
             self.label_names = tuple(sorted(set().union(*named) - {""}))
 
     def _points(self, entry: Entry) -> GeoPoints:
-        return read_geojson_points(entry.labels, self._multi).smaller_than(self.MAX_AREA_UM2 / entry.mpp**2)
+        return read_geojson_points(entry.labels, self._multi, MAX_AREA_UM2 / entry.mpp**2)
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
         points = self._points(entry)
-        for reason, count in points.left_out.items():
-            self.dropped[reason] += count
-        position = {name: i for i, name in enumerate(self.label_names)} | {"": -1}
-        for name, where in zip(points.label, points.where, strict=True):
-            if name not in position:
-                hint = did_you_mean(name, self.label_names)
-                raise UserError(
-                    f"{entry.labels}, {where}: class {name!r}, expected {', '.join(self.label_names)}{hint}"
-                )
-        label = np.array([position[name] for name in points.label], np.int16)
-        return self._inside(Nuclei(points.xy, label), width, height, entry.labels)
+        self.dropped += points.left_out
+        return self._inside(Nuclei(points.xy, points.labels(self.label_names)), width, height, entry.labels)

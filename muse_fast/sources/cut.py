@@ -43,6 +43,8 @@ class CutSettings(Source.Options):
     """Fewest nuclei of a ROI."""
     labels: str = ""
     """The names of the classes of the user's nuclei, separated by commas."""
+    multi: str = setting("one", choices=("one", "each"))
+    """In the user's GeoJSON a MultiPolygon is ``one`` nucleus, or ``each`` part of it is, as CellViT writes them."""
     detector: str = "default"
     """Of nuclei: ``default``, ``classical``, ``resnet18`` or a .safetensors file."""
     threshold: float | None = setting(None, ge=0, le=1)
@@ -97,7 +99,8 @@ class Survey:
 
     Attributes:
         squares: in the order in which they are to be examined.
-        dropped: number of squares that are out already, by reason.
+        dropped: number of squares that are out already, and of objects in the user's file that are not nuclei, by
+            reason.
         tissue: ``[h, w]`` bool, the mask with pixels of ``MASK_UM``.
         thumbnail: ``[h, w, 3]`` uint8 RGB, at most ``THUMBNAIL_SIDE`` a side.
     """
@@ -145,12 +148,12 @@ def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
     overview = slide.thumbnail(MASK_UM, max_unreadable)
     step = MASK_UM / slide.mpp
     mask = tissue_mask(overview, MASK_UM) if file.tissue is None else read_tissue(file.tissue, overview.shape[:2], step)
-    given = (
-        None
-        if file.nuclei is None
-        else read_nuclei(file.nuclei, slide.width, slide.height, label_names=settings.label_names)
-    )
-    squares, dropped = [], Counter[str]()
+    given, dropped = None, Counter[str]()
+    if file.nuclei is not None:
+        given, dropped = read_nuclei(
+            file.nuclei, slide.width, slide.height, slide.mpp, settings.label_names, settings.multi
+        )
+    squares = []
     for y in range(0, slide.height - side + 1, side):
         for x in range(0, slide.width - side + 1, side):
             square = Square(file.path, slide.mpp, x, y, side)

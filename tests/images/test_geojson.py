@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from muse_fast.errors import UserError
-from muse_fast.images.geojson import centroid, read_shapes
+from muse_fast.images.geojson import centroid_and_area, read_shapes
 
 POINT = {"type": "Point", "coordinates": [1.5, 2]}
 SQUARE = {"type": "Polygon", "coordinates": [[[0, 0], [4, 0], [4, 4], [0, 4], [0, 0]]]}
@@ -45,14 +45,14 @@ def test_classes_and_cells(tmp_path: Path) -> None:
     small = {"type": "Polygon", "coordinates": [[[1, 1], [2, 1], [2, 2], [1, 2], [1, 1]]]}
     path = written(tmp_path / "a.json", [feature(SQUARE, nucleusGeometry=small, **named), feature(POINT, **plain)])
     assert [shape.label for shape in read_shapes(path)] == ["Tumor", "Stroma"]
-    assert centroid(next(read_shapes(path)).polygons[0]).tolist() == [2, 2]
-    assert centroid(next(read_shapes(path, nuclei=True)).polygons[0]).tolist() == [1.5, 1.5]
+    for nuclei, expected in ((False, [2, 2]), (True, [1.5, 1.5])):
+        assert centroid_and_area(next(read_shapes(path, nuclei=nuclei)).polygons)[0].tolist() == expected
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("no json", r"a.geojson: no valid JSON"),
+        ("no json", r"a.geojson: not valid JSON"),
         ('{"type": "Topology"}', r"a.geojson: expected GeoJSON"),
         ("[3]", r"a.geojson, feature 1: expected a GeoJSON feature, found int"),
         ([feature(POINT), feature({"type": "Point", "coordinates": [1]})], r"feature 2: expected positions \[x, y\]"),
@@ -84,10 +84,10 @@ def test_centroids_are_those_of_the_pixels() -> None:
     inside = _inside(outline, grid) & ~_inside(hole, grid)
     expected = grid[inside].mean(axis=0) + shift
     for rings in ([outline, hole], [outline[::-1], hole], [outline, hole[::-1]]):
-        np.testing.assert_allclose(centroid([ring + shift for ring in rings]), expected, atol=0.01)
+        np.testing.assert_allclose(centroid_and_area([[ring + shift for ring in rings]])[0], expected, atol=0.01)
     assert np.abs(outline.mean(axis=0) + shift - expected).max() > 0.2  # the mean of the corners is another point
     line = np.array([[0.0, 0], [2, 2], [4, 4]])
-    assert centroid([line]).tolist() == [2, 2]
+    assert centroid_and_area([[line]])[0].tolist() == [2, 2]
 
 
 def _inside(ring: np.ndarray, points: np.ndarray) -> np.ndarray:

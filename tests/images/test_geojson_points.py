@@ -63,15 +63,26 @@ def test_centroid_far_from_the_origin() -> None:
     np.testing.assert_array_equal(centre, far + np.array([4, 2]))
 
 
-def test_outlines_without_an_answer() -> None:
-    """No area; a line; and a bow tie, whose moments divided by almost nothing lie far away."""
+def test_outlines_without_area() -> None:
+    """One place; and a line."""
     for outline, expected in (
         (ring((3, 4), (3, 4), (3, 4)), (3, 4)),
         (ring((0, 0), (4, 2), (8, 4), (0, 0)), (4, 2)),
-        (ring((0, 0), (4, 4), (4, 0), (0, 4.001)), (2, 2.00025)),
     ):
-        centre, _ = centroid_and_area([[outline]])
+        centre, area = centroid_and_area([[outline]])
         np.testing.assert_allclose(centre, expected, atol=1e-9)
+        assert area == 0
+
+
+def test_an_outline_that_crosses_itself() -> None:
+    """A bow tie is its two triangles, which meet where y = x crosses y = 4.001 - 1.00025 x."""
+    meet = 4.001 / 2.00025
+    triangles = [((0, 0), (0, 4.001), (meet, meet)), ((4, 4), (4, 0), (meet, meet))]
+    areas = np.array([4.001 * meet / 2, 4 * (4 - meet) / 2])
+    expected = areas @ np.mean(triangles, axis=1) / areas.sum()
+    centre, area = centroid_and_area([[ring((0, 0), (4, 4), (4, 0), (0, 4.001))]])
+    np.testing.assert_allclose(centre, expected, atol=1e-9)
+    assert area == pytest.approx(areas.sum())
 
 
 def test_agrees_with_a_raster() -> None:
@@ -168,17 +179,40 @@ def test_multipolygons(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_geojson_points(path).xy, [[9, 5]])
     points = read_geojson_points(path, "each")
     np.testing.assert_allclose(points.xy, [[4, 5], [14, 5]])
-    np.testing.assert_allclose(points.area, [16, 16])
     path = written(tmp_path, [item("MultiPolygon", [[SQUARE]] * 21)])
     with pytest.raises(UserError, match=r"a.geojson, feature 1: a MultiPolygon of 21 parts .* give multi=each"):
         read_geojson_points(path)
     assert len(read_geojson_points(path, "each").xy) == 21
 
 
+def test_what_is_not_a_nucleus(tmp_path: Path) -> None:
+    """TMA cores, annotations beside detections, ignored classes, and outlines as large as tissue."""
+    large = [[0, 0], [50, 0], [50, 50], [0, 50], [0, 0]]
+    detected = {"objectType": "detection"}
+    path = written(
+        tmp_path,
+        [
+            item("Polygon", [SQUARE], properties=detected),
+            item("Polygon", [large], properties=detected),
+            item("Polygon", [SQUARE], properties={"objectType": "tmaCore"}),
+            item("Polygon", [SQUARE], properties={"objectType": "annotation"}),
+            item("Polygon", [SQUARE], properties=detected | {"classification": {"name": "Ignore*"}}),
+        ],
+    )
+    points = read_geojson_points(path, max_area=2499)
+    np.testing.assert_allclose(points.xy, [[4, 5]])
+    assert points.left_out == {
+        "outline too large for a nucleus": 1,
+        "TMA core": 1,
+        "annotation beside detections": 1,
+        "ignored class": 1,
+    }
+    assert len(read_geojson_points(path, max_area=2501).xy) == 2
+
+
 def test_none_and_many(tmp_path: Path) -> None:
     points = read_geojson_points(written(tmp_path, []))
     assert points.xy.shape == (0, 2)
-    assert points.smaller_than(1).area.shape == (0,)
     coordinates = np.random.default_rng(0).uniform(0, 1e5, (20_000, 2)).tolist()
     points = read_geojson_points(written(tmp_path, [item("MultiPoint", coordinates)]))
     np.testing.assert_array_equal(points.xy, coordinates)
@@ -187,11 +221,11 @@ def test_none_and_many(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"type": "FeatureCollection", "features": [', r"a.geojson: no valid JSON \(.*\), expected GeoJSON"),
-        ("", r"no valid JSON"),
+        ('{"type": "FeatureCollection", "features": [', r"a.geojson: not valid JSON \(.*\), expected GeoJSON"),
+        ("", r"not valid JSON"),
         ('"text"', r"expected GeoJSON: a FeatureCollection, a list of features"),
         ({"type": "Topology"}, r"expected GeoJSON"),
-        ("[" * 100_000, r"no valid JSON"),
+        ("[" * 100_000, r"not valid JSON"),
         ([3], r"feature 1: expected a GeoJSON feature, found int"),
         ([item(), item(coordinates=[1])], r"feature 2: expected positions \[x, y\] in pixels"),
         ([item(coordinates="ab")], r"feature 1: expected positions"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import numpy as np
 import pytest
 
 from muse_fast.errors import UserError
-from muse_fast.images.nuclei_files import Nuclei, read_nuclei
+from muse_fast.images.nuclei_files import SUFFIXES, Nuclei
+from muse_fast.images.nuclei_files import read_nuclei as read_file
 
 h5py = pytest.importorskip("h5py")
+
+
+def read_nuclei(path: Path, width: int, height: int, labels: tuple[str, ...] = (), multi: str = "one") -> Nuclei:
+    return read_file(path, width, height, 0.5, labels, multi)[0]
+
 
 XY = np.array([[3.5, 4.25], [0, 0], [99.5, 59.5]])
 
@@ -64,9 +71,29 @@ def test_what_predict_wrote_is_read_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(with_names, column), getattr(without, column))
 
 
-def test_a_multipolygon_is_a_nucleus_a_polygon(tmp_path: Path) -> None:
+def test_geojson_follows_the_rules_of_the_source_qupath(tmp_path: Path) -> None:
+    """A MultiPolygon is one nucleus unless multi=each; TMA cores, annotations and tissue are not; gzip is read."""
     both = {"type": "MultiPolygon", "coordinates": [square(*xy)["coordinates"] for xy in ((10, 10), (30, 20))]}
-    assert read_nuclei(geojson(tmp_path / "a.geojson", (both, "")), 100, 60).xy.tolist() == [[10, 10], [30, 20]]
+    path = geojson(tmp_path / "a.geojson", (both, ""))
+    assert read_nuclei(path, 100, 60).xy.tolist() == [[20, 15]]
+    assert read_nuclei(path, 100, 60, multi="each").xy.tolist() == [[10, 10], [30, 20]]
+
+    content = json.loads(path.read_text())
+    content["features"] = [
+        {"type": "Feature", "geometry": square(x, 9), "properties": {"objectType": kind, "classification": name}}
+        for x, kind, name in (
+            (10, "detection", "a"),
+            (20, "annotation", "Region"),
+            (30, "tmaCore", None),
+            (40, "detection", "Ignore*"),
+        )
+    ]
+    (tmp_path / "b.geojson.gz").write_bytes(gzip.compress(json.dumps(content).encode()))
+    nuclei, left_out = read_file(tmp_path / "b.geojson.gz", 100, 60, 0.5, ("a",))
+    assert nuclei.xy.tolist() == [[10, 9]] and nuclei.label is not None and nuclei.label.tolist() == [0]
+    assert left_out == {"annotation beside detections": 1, "TMA core": 1, "ignored class": 1}
+    assert len(read_file(path, 100, 60, 50.0, multi="each")[0]) == 0  # squares of 100 um
+    assert ".geojson.gz" in SUFFIXES
 
 
 def test_none(tmp_path: Path) -> None:
@@ -91,7 +118,7 @@ def test_within() -> None:
         ([1.0, 2], "prediction", r"a.h5: 'prediction' is of shape \[2\]"),
         ([[1.0, 60]], "prediction", r"a.h5: nucleus 1 is at x, y = 1, 60, expected .* 0 <= x < 100 and 0 <= y < 60"),
         ([[1.0, 2], [np.nan, 2]], "prediction", r"a.h5: nucleus 2 is at x, y = nan, 2"),
-        ([[b"a", b"b"]], "prediction", r"a.h5: no readable HDF5 file of numbers"),
+        ([[b"a", b"b"]], "prediction", r"a.h5: not a readable HDF5 file of numbers"),
     ],
 )
 def test_hdf5_that_is_refused(tmp_path: Path, rows: object, key: str, message: str) -> None:
@@ -101,12 +128,14 @@ def test_hdf5_that_is_refused(tmp_path: Path, rows: object, key: str, message: s
 
 def test_others_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.h5").write_text("no hdf5")
-    with pytest.raises(UserError, match=r"a.h5: no readable HDF5"):
+    with pytest.raises(UserError, match=r"a.h5: not a readable HDF5"):
         read_nuclei(tmp_path / "a.h5", 100, 60)
     geojson(tmp_path / "a.geojson", (point(100, 3), "Tumour"))
     with pytest.raises(UserError, match=r"a.geojson: nucleus 1 is at x, y = 100, 3"):
         read_nuclei(tmp_path / "a.geojson", 100, 60)
-    with pytest.raises(UserError, match=r"'Tumour' is not among labels=tumour, stroma; did you mean 'tumour'"):
+    with pytest.raises(
+        UserError, match=r"a.geojson, feature 1: class 'Tumour', expected tumour, stroma; did you mean"
+    ):
         read_nuclei(tmp_path / "a.geojson", 100, 60, ("tumour", "stroma"))
     (tmp_path / "a.csv").write_text("x,y\n3,60\n")
     with pytest.raises(UserError, match=r"a.csv, row 2: y is '60'"):
