@@ -297,8 +297,8 @@ def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: 
     pictures.detection_sheet(
         picture,
         [image.image.permute(1, 2, 0).numpy() for image in val[drawn]],
-        [(points.xy, points.label) for points in truths[drawn]],
-        [(points.xy, points.label) for points in found[drawn]],
+        [(points.xy, points.classes()) for points in truths[drawn]],
+        [(points.xy, points.classes()) for points in found[drawn]],
         [image.name for image in val[drawn]],
         detector.class_names,
     )

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from muse_fast import __version__
 from muse_fast.detection.crops import Annotated, Crops, draw_crops
-from muse_fast.detection.scores import Points, Score, evaluate
+from muse_fast.detection.scores import Score, evaluate
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, NucleusFinder, resampled, write_finder
 from muse_fast.finders.network import MULTIPLE, NucleusNet
+from muse_fast.images.points import Points
 from muse_fast.runtime import atomic
 from muse_fast.runtime.cli import run
 from muse_fast.runtime.options import MAX_SEED, Config, known_keys, load_settings, setting
@@ -151,11 +152,16 @@ def scores_at(
         draws: bootstrap samples of the images for the intervals of F1; 0 makes none.
     """
     found = [finder(item.image, item.mpp, threshold=thresholds[0]) for item in images]
-    truths = [_points(item.xy) for item in images]
+    truths = [Points(item.xy) for item in images]
     scales = [item.mpp for item in images]
     return [
         evaluate(
-            [_points(xy[score >= threshold]) for xy, score in found], truths, scales, 1, PROTOCOL, draws=draws
+            [Points(points.xy[points.confidence() >= threshold]) for points in found],
+            truths,
+            scales,
+            1,
+            PROTOCOL,
+            draws=draws,
         ).detection
         for threshold in thresholds
     ]
@@ -164,10 +170,6 @@ def scores_at(
 def scored(finder: NucleusFinder, images: Sequence[Labelled], draws: int = 0) -> Score:
     """The scores at the finder's own threshold."""
     return scores_at(finder, images, [finder.threshold], draws)[0]
-
-
-def _points(xy: NDArray[np.float32]) -> Points:
-    return Points(xy, np.zeros(len(xy), np.int64))
 
 
 def choose_settings(finder: LearnedFinder, val: Sequence[Labelled]) -> None:

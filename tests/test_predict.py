@@ -16,8 +16,8 @@ from PIL import Image
 
 from muse_fast import evaluate
 from muse_fast import predict as command
-from muse_fast.detection.pairing import Points
 from muse_fast.finders.classical import detect_nuclei
+from muse_fast.images.points import Points
 from muse_fast.images.points_csv import write_points
 from muse_fast.predict import main
 from tests.support.planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid

@@ -13,18 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from muse_fast import ops
-from muse_fast.detection.pairing import Points
 from muse_fast.errors import UserError, require
 from muse_fast.images.imagenet import normalise
+from muse_fast.images.points import Points, non_maximum_suppression
 from muse_fast.images.squares import SURROUNDINGS, cut_square
 from muse_fast.models.archs import find_arch
 from muse_fast.models.backbone import Backbone, build_backbone
@@ -203,14 +201,7 @@ def suppress(points: Points, radius: float) -> Points:
     Of equal confidence the earlier stays. The result is sorted by falling confidence.
     """
     order = np.argsort(-points.confidence(), kind="stable")
-    xy = points.xy[order].astype(np.float64)
-    keep = np.ones(len(xy), bool)
-    if len(xy) and radius > 0:
-        pairs = cKDTree(xy).query_pairs(radius, output_type="ndarray")  # first below second, in the sorted order
-        for better, worse in pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].tolist():
-            if keep[better]:  # final: all pairs in which it is the worse one came before
-                keep[worse] = False
-    return _take(points, order[keep])
+    return points.take(order[non_maximum_suppression(points.xy[order], radius)])
 
 
 def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detector:
@@ -243,16 +234,11 @@ def _mlp(in_dim: int, hidden_dim: int, last: nn.Linear) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), last)
 
 
-def _take(points: Points, which: NDArray[Any]) -> Points:
-    return Points(points.xy[which], points.label[which], None if points.score is None else points.score[which])
-
-
 def _within(points: Points, area: tuple[int, int, int, int]) -> Points:
     """The points in the rectangle from (x0, y0) to (x1, y1), the far borders outside."""
-    inside = (points.xy >= area[:2]) & (points.xy < area[2:])
-    return _take(points, np.flatnonzero(inside.all(axis=1)))
+    return points.take(np.all((points.xy >= area[:2]) & (points.xy < area[2:]), axis=1))
 
 
 def _join(parts: Sequence[Points]) -> Points:
-    xy, label, score = zip(*((part.xy, part.label, part.confidence()) for part in parts), strict=True)
+    xy, label, score = zip(*((part.xy, part.classes(), part.confidence()) for part in parts), strict=True)
     return Points(np.concatenate(xy), np.concatenate(label), np.concatenate(score))

@@ -7,7 +7,6 @@ same points. All but `by_total_distance` look only at the candidates, which are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 
 from muse_fast.errors import UserError
+from muse_fast.images.points import Points
 
 MAX_DISTANCES = (
     100_000_000  # entries of the matrix in `by_total_distance`: 10,000 x 10,000 take 800 MB and half a minute
@@ -31,22 +31,6 @@ class TooManyPointsError(UserError):
 
 Pairs = NDArray[np.int64]
 """``[k, 2]``: row of the predictions, row of the truth."""
-
-
-@dataclass(frozen=True, slots=True)
-class Points:
-    """The nuclei of one image, predicted or true."""
-
-    xy: NDArray[Any]  # [n, 2] float, pixels
-    label: NDArray[Any]  # [n] int, the class, from 0
-    score: NDArray[Any] | None = None  # [n] float, confidence; None: all alike, so that their order decides
-
-    def confidence(self) -> NDArray[Any]:
-        return np.zeros(len(self.xy)) if self.score is None else self.score
-
-    def unlabelled(self) -> Points:
-        """The same points, all of one class."""
-        return Points(self.xy, np.zeros(len(self.xy), np.int64), self.score)
 
 
 class Candidates(NamedTuple):
@@ -107,7 +91,7 @@ def by_truth(near: Candidates, predictions: Points, truths: Points) -> Pairs:
     class lie at the same place, the earliest of them is used up whichever was chosen, as in PUMA's code.
     """
     order = np.lexsort((near.prediction, near.distance, -predictions.confidence()[near.prediction], near.truth))
-    rows = np.column_stack([predictions.xy, predictions.label])
+    rows = np.column_stack([predictions.xy, predictions.classes()])
     place = np.unique(rows, axis=0, return_inverse=True)[1].ravel().tolist()  # a number for place and class
     waiting: list[list[int]] = [[] for _ in place]  # by place; the earliest row is last
     for row in reversed(range(len(place))):

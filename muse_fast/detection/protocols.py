@@ -35,7 +35,6 @@ from numpy.typing import NDArray
 
 from muse_fast.detection.pairing import (
     Pairs,
-    Points,
     Rule,
     as_many_as_possible,
     by_confidence,
@@ -45,6 +44,7 @@ from muse_fast.detection.pairing import (
     find_candidates,
 )
 from muse_fast.errors import UserError, did_you_mean
+from muse_fast.images.points import Points
 
 Counts = NDArray[np.int64]
 """``[..., 3]``: true positives, false positives and false negatives, as the protocol weighs them."""
@@ -86,10 +86,10 @@ def _per_class(
     """Pairs within each class, and once more whatever the class."""
     near = find_candidates(predictions, truths, radius, strict)
     # Points of different classes share no candidate, so one call pairs all classes as calls of their own would.
-    alike = near.take(predictions.label[near.prediction] == truths.label[near.truth])
+    alike = near.take(predictions.classes()[near.prediction] == truths.classes()[near.truth])
     pairs = rule(alike, predictions, truths)
-    detected = rule(near, predictions.unlabelled(), truths.unlabelled())
-    tp = np.bincount(truths.label[pairs[:, 1]], minlength=num_classes)
+    detected = rule(near, Points(predictions.xy, score=predictions.score), Points(truths.xy))
+    tp = np.bincount(truths.classes()[pairs[:, 1]], minlength=num_classes)
     return _counts(
         tp, _sizes(predictions, num_classes) - tp, _sizes(truths, num_classes) - tp, detected, predictions, truths
     )
@@ -98,7 +98,7 @@ def _per_class(
 def _then_class(predictions: Points, truths: Points, radius: float, num_classes: int) -> Counts:
     """Pairs whatever the class; those of unlike classes count twice against both."""
     pairs = by_total_distance(predictions, truths, radius)
-    predicted, true = predictions.label[pairs[:, 0]], truths.label[pairs[:, 1]]
+    predicted, true = predictions.classes()[pairs[:, 0]], truths.classes()[pairs[:, 1]]
     tp = np.bincount(true[predicted == true], minlength=num_classes)
     confused_as = np.bincount(predicted[predicted != true], minlength=num_classes)
     confused = np.bincount(true[predicted != true], minlength=num_classes)
@@ -116,7 +116,7 @@ def _counts(
 
 
 def _sizes(points: Points, num_classes: int) -> NDArray[np.int64]:
-    return np.bincount(points.label, minlength=num_classes)
+    return np.bincount(points.classes(), minlength=num_classes)
 
 
 # ------------------------------------------------------------------------------------------------------------ figures

@@ -21,8 +21,9 @@ from muse_fast.classification.features import Progress
 from muse_fast.detection.detector import Detector, load_detector
 from muse_fast.detection.samples import LabelledImage, class_names, known_nuclei, labelled_image, labels
 from muse_fast.detection.score_files import Bar
-from muse_fast.detection.scores import Points, evaluate_all, scores_table
+from muse_fast.detection.scores import evaluate_all, scores_table
 from muse_fast.errors import UserError, require
+from muse_fast.images.points import Points
 from muse_fast.images.points_csv import write_points
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
@@ -69,7 +70,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
         console.print(f"{name} skipped: {reason}")
     if args.csv is not None:
         for image, points in zip(images, found, strict=True):
-            write_points(args.csv / f"{Path(image.name).stem}.csv", points.xy, points.label, points.confidence())
+            write_points(args.csv / f"{Path(image.name).stem}.csv", points.xy, points.classes(), points.confidence())
         console.print(f"points in {args.csv}")
     if args.json is not None:
         report = {
@@ -109,7 +110,7 @@ def detect_images(
         xy = points.xy + np.array([left, top], np.float32)
         column, row = np.minimum(xy.astype(np.int64), (one.image.shape[2] - 1, one.image.shape[1] - 1)).T
         inside = one.region.numpy()[row, column]
-        found.append(Points(xy[inside], points.label[inside], points.confidence()[inside]))
+        found.append(Points(xy, points.label, points.confidence()).take(inside))
         if progress is not None:
             progress(done, len(images), "images")
     return found

@@ -15,15 +15,15 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from muse_fast import __version__
 from muse_fast.classification.features import Progress
 from muse_fast.detection.protocols import PROTOCOLS, find_protocol
-from muse_fast.detection.scores import Points, evaluate, evaluate_all, figures_table, scores_table
+from muse_fast.detection.scores import evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.errors import UserError, require
 from muse_fast.images.mpp import check_mpp
+from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_class_names, read_points
 from muse_fast.runtime.atomic import write_json
 
@@ -103,20 +103,20 @@ def _read(args: argparse.Namespace) -> tuple[list[Points], list[Points], list[st
     """Points per image, and the names of the classes; none where only detection can be scored."""
     predicted, true = _matching_files(args.predictions, args.truth)
     classes = [name for name in args.classes.split(",") if name]
-    tables = [(path, *read_points(path, math.inf, math.inf, len(classes))) for path in predicted + true]
-    labelled = not args.ignore_labels and any(label is not None for _, _, label, _ in tables)
-    points = []
-    for path, xy, label, score in tables:
-        if not labelled or not len(xy):
-            label = np.zeros(len(xy), np.int16)
-        elif label is None or label.min() < 0:
+    tables = {path: read_points(path, math.inf, math.inf, len(classes)) for path in predicted + true}
+    labelled = not args.ignore_labels and any(points.label is not None for points in tables.values())
+    for path, points in tables.items():
+        if labelled and len(points) and (points.label is None or points.label.min() < 0):
             raise UserError(f"{path}: points without a label, where others have one; add it, or give --ignore-labels")
-        points.append(Points(xy, label, score))
     if labelled:
-        highest = max(int(one.label.max(initial=0)) for one in points)
-        names = _class_names([path for path, *_ in tables], classes)
+        highest = max(int(points.classes().max(initial=0)) for points in tables.values())
+        names = _class_names(list(tables), classes)
         classes = classes or [names.get(label, str(label)) for label in range(highest + 1)]
-    return points[: len(predicted)], points[len(predicted) :], classes if labelled else []
+    found, truth = (
+        [tables[path] if labelled else Points(tables[path].xy, score=tables[path].score) for path in paths]
+        for paths in (predicted, true)
+    )
+    return found, truth, classes if labelled else []
 
 
 def _class_names(paths: Sequence[Path], classes: Sequence[str]) -> dict[int, str]:

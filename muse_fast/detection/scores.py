@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from muse_fast.classification.features import Progress
-from muse_fast.detection.pairing import Points, TooManyPointsError
+from muse_fast.detection.pairing import TooManyPointsError
 from muse_fast.detection.protocols import PROTOCOLS, Counts, Figures, Protocol, find_protocol
 from muse_fast.errors import UserError, require
+from muse_fast.images.points import Points
 
-__all__ = ["Interval", "Points", "Score", "Scores", "evaluate", "evaluate_all", "figures_table", "scores_table"]
+__all__ = ["Interval", "Score", "Scores", "evaluate", "evaluate_all", "figures_table", "scores_table"]
 
 Interval = tuple[float, float]
 
@@ -186,8 +187,9 @@ def _check_points(points: Points, num_classes: int, where: str) -> None:
     count = len(points.xy)
     if points.xy.shape != (count, 2) or not np.isfinite(points.xy).all():
         raise UserError(f"{where}: xy is {list(points.xy.shape)}; expected [n, 2] finite pixels")
-    integers = points.label.shape == (count,) and np.issubdtype(points.label.dtype, np.integer)
-    if not integers or (count and not 0 <= points.label.min() <= points.label.max() < num_classes):
+    label = points.classes()
+    integers = label.shape == (count,) and np.issubdtype(label.dtype, np.integer)
+    if not integers or (count and not 0 <= label.min() <= label.max() < num_classes):
         raise UserError(f"{where}: labels must be [{count}] whole numbers from 0 to {num_classes - 1}")
     if points.score is not None and (points.score.shape != (count,) or np.isnan(points.score).any()):
         raise UserError(f"{where}: scores must be [{count}] numbers, none of them NaN")

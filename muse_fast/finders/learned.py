@@ -22,6 +22,7 @@ from PIL import Image
 
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.finders import classical
+from muse_fast.images.points import Points, non_maximum_suppression
 from muse_fast.runtime import atomic
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the classical finder needs none
@@ -36,8 +37,6 @@ KIND = "muse_fast nucleus detector"
 
 _TILE = 1536  # pixels: side of what is computed at a time, without the margin; a ROI of 512 um and its own fit
 _SETTINGS = ("mpp", "threshold", "min_distance_um")
-
-Points = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 class NucleusFinder(Protocol):
@@ -55,7 +54,7 @@ class NucleusFinder(Protocol):
         """Nuclei of ``image`` ``[H, W, 3]`` uint8 RGB at ``mpp`` um per pixel.
 
         Returns:
-            xy ``[n, 2]`` float32 pixels of ``image``, and scores ``[n]`` float32, highest first.
+            xy float32 in pixels of ``image``, and scores float32, highest first; no labels.
         """
         ...
 
@@ -69,7 +68,8 @@ class ClassicalFinder:
         self.threshold = threshold
 
     def __call__(self, image: NDArray[np.uint8], mpp: float, *, threshold: float | None = None) -> Points:
-        return classical.detect_nuclei(image, mpp, threshold=self.threshold if threshold is None else threshold)
+        xy, response = classical.detect_nuclei(image, mpp, threshold=self.threshold if threshold is None else threshold)
+        return Points(xy, score=response)
 
 
 class LearnedFinder:
@@ -101,7 +101,7 @@ class LearnedFinder:
         xy *= np.array([width / small_width, height / small_height], np.float32)
         # The summit in the last cell may lie on the border, which is outside.
         inside = np.nextafter(np.array([width, height], np.float32), np.float32(0))
-        return np.clip(xy, 0, inside), score
+        return Points(np.clip(xy, 0, inside), score=score)
 
     def heatmap(self, image: NDArray[np.uint8], tile: int = _TILE) -> NDArray[np.float32]:
         """Logits ``[ceil(H / 2), ceil(W / 2)]`` of an image at the finder's um/px.
@@ -161,7 +161,9 @@ def resampled(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(image).resize(size, how))
 
 
-def heatmap_peaks(heat: NDArray[np.float32], min_distance: float, threshold: float) -> Points:
+def heatmap_peaks(
+    heat: NDArray[np.float32], min_distance: float, threshold: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Local maxima of logits, to a fraction of a cell, in pixels of the image (cells of 2 x 2).
 
     A cell counts where none of its eight neighbours is higher; the place is the top of the parabola through it and
@@ -188,7 +190,7 @@ def heatmap_peaks(heat: NDArray[np.float32], min_distance: float, threshold: flo
     x = columns + _summit(padded[rows + 1, columns], heat[rows, columns], padded[rows + 1, columns + 2])
     y = rows + _summit(padded[rows, columns + 1], heat[rows, columns], padded[rows + 2, columns + 1])
     xy = ((np.stack([x, y], axis=1) + 0.5) * STRIDE).astype(np.float32)
-    kept = _spread_out(xy, min_distance)
+    kept = non_maximum_suppression(xy, min_distance)
     return xy[kept], score[rows, columns][kept]
 
 
@@ -196,20 +198,6 @@ def _summit(before: NDArray[np.float32], at: NDArray[np.float32], after: NDArray
     """Where the parabola through three neighbours is highest, -0.5 to 0.5 from the middle one."""
     bend = 2 * at - before - after
     return np.clip((after - before) / np.maximum(2 * bend, 1e-6), -0.5, 0.5)
-
-
-def _spread_out(xy: NDArray[np.float32], distance: float) -> NDArray[np.bool_]:
-    """Keep the first of any points nearer to each other than ``distance``; ``xy`` stands in order of preference."""
-    from scipy.spatial import cKDTree
-
-    kept = np.ones(len(xy), bool)
-    if len(xy):
-        # Sorted by the earlier point: when its turn comes, whether it stays has been decided.
-        pairs = cKDTree(xy).query_pairs(distance, output_type="ndarray")
-        for first, second in pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]:
-            if kept[first]:
-                kept[second] = False
-    return kept
 
 
 # --------------------------------------------------------------------------------------------------------- files

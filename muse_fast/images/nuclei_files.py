@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +11,16 @@ from numpy.typing import NDArray
 from muse_fast.errors import UserError
 from muse_fast.images.geojson import MAX_AREA_UM2, read_geojson_points
 from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
+from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_points
 
 SUFFIXES = (".csv", *GEOJSON_SUFFIXES, ".json", ".h5", ".hdf5")
 HDF5_KEY = "prediction"  # what the authors' sample builder reads: [n, 2 or more], x and y first
 
 
-@dataclass(frozen=True, slots=True)
-class Nuclei:
-    """Nuclei of an image or slide: xy ``[n, 2]`` in its pixels, label ``[n]`` and score ``[n]`` where known."""
-
-    xy: NDArray[np.float32]
-    label: NDArray[np.int16] | None = None
-    score: NDArray[np.float32] | None = None
-
-    def __len__(self) -> int:
-        return len(self.xy)
-
-    def within(self, x: int, y: int, side: int) -> Nuclei:
-        """Those inside a square, in pixels of that square."""
-        xy = self.xy - np.array([x, y], np.float32)
-        inside = ((xy >= 0) & (xy < side)).all(axis=1)
-        label = None if self.label is None else self.label[inside]
-        score = None if self.score is None else self.score[inside]
-        return Nuclei(xy[inside], label, score)
-
-
 def read_nuclei(
     path: Path, width: int, height: int, mpp: float, label_names: tuple[str, ...] = (), multi: str = "one"
-) -> tuple[Nuclei, Counter[str]]:
+) -> tuple[Points, Counter[str]]:
     """Nuclei of a slide, and the objects of the file that are not nuclei, by reason.
 
     Args:
@@ -55,12 +35,12 @@ def read_nuclei(
     """
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        return Nuclei(*read_points(path, width, height, len(label_names))), Counter()
+        return read_points(path, width, height, len(label_names)), Counter()
     if suffix in (".h5", ".hdf5"):
-        return Nuclei(_inside(path, _read_hdf5(path), width, height)), Counter()
+        return Points(_inside(path, _read_hdf5(path), width, height)), Counter()
     points = read_geojson_points(path, multi, MAX_AREA_UM2 / mpp**2)
     label = points.labels(label_names) if label_names else None
-    return Nuclei(_inside(path, points.xy, width, height), label), points.left_out
+    return Points(_inside(path, points.xy, width, height), label), points.left_out
 
 
 def _read_hdf5(path: Path) -> NDArray[np.float64]:

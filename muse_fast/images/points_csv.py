@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
+from muse_fast.images.points import Points
 from muse_fast.images.tables import column_names, parse_number, rows
 from muse_fast.runtime.atomic import replacing
 
 
-def read_points(
-    path: Path, width: float, height: float, num_labels: int
-) -> tuple[NDArray[np.float32], NDArray[np.int16] | None, NDArray[np.float32] | None]:
+def read_points(path: Path, width: float, height: float, num_labels: int) -> Points:
     """Points of one image from a CSV with the header ``x,y[,label][,score]``; a byte-order mark and blank lines pass.
 
     A column ``class`` beside ``label``, as `muse_fast.predict` writes, is left to `read_class_names`.
@@ -26,7 +25,7 @@ def read_points(
         num_labels: labels are 0 to ``num_labels - 1``, or -1 for unknown; 0: any whole number from -1.
 
     Returns:
-        xy ``[n, 2]`` float32, label ``[n]`` int16 or None, score ``[n]`` float32 or None (columns that are absent).
+        xy float32, label int16 and score float32, None where there is no such column.
 
     Raises:
         UserError: a column is missing or unknown, or a value cannot be used; names file and row.
@@ -36,7 +35,7 @@ def read_points(
     table = _point_table(path, columns, rows(path, columns), (width, height), (-1, highest))
     label = table["label"].astype(np.int16) if "label" in table else None
     score = table["score"].astype(np.float32) if "score" in table else None
-    return _points_inside(table, width, height), label, score
+    return Points(_points_inside(table, width, height), label, score)
 
 
 def read_class_names(path: Path) -> dict[int, str]:
@@ -62,16 +61,14 @@ def _point_columns(path: Path) -> list[str]:
     return columns
 
 
-def read_bare_points(
-    path: Path, width: float, height: float, labels: range
-) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+def read_bare_points(path: Path, width: float, height: float, labels: range) -> Points:
     """Points of one image from a CSV with rows ``x,y,label`` and no header (one that says just that passes).
 
     Args:
         labels: those that the file may hold; they come out counted from 0.
 
     Returns:
-        xy ``[n, 2]`` float32 and label ``[n]`` int16; an empty file is an image without nuclei.
+        xy float32 and label int16; an empty file is an image without nuclei.
 
     Raises:
         UserError: a value cannot be used; names file and row.
@@ -79,7 +76,7 @@ def read_bare_points(
     columns = ["x", "y", "label"]
     bare = rows(path, columns, header=False)
     table = _point_table(path, columns, bare, (width, height), (labels[0], labels[-1]))
-    return _points_inside(table, width, height), (table["label"] - labels[0]).astype(np.int16)
+    return Points(_points_inside(table, width, height), (table["label"] - labels[0]).astype(np.int16))
 
 
 def _point_table(

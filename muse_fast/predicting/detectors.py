@@ -5,14 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from muse_fast.detection.pairing import Points
 from muse_fast.finders import classical
 from muse_fast.finders.learned import LearnedFinder, load_finder
+from muse_fast.images.points import Points
 
 NUCLEI = "nuclei"
 _AT_A_TIME = 2  # tiles: while nuclei are picked out of the one, the other is computed
@@ -68,11 +66,7 @@ class NucleusDetector:
 
     def detect(self, images: Tensor) -> list[Points]:
         """As `TileDetector`."""
-        return list(self._threads.map(self._detect, images.permute(0, 2, 3, 1).numpy()))
-
-    def _detect(self, image: NDArray[np.uint8]) -> Points:
-        xy, score = self._finder(image, self.mpp)
-        return Points(xy, np.zeros(len(xy), np.int64), score)
+        return list(self._threads.map(lambda image: self._finder(image, self.mpp), images.permute(0, 2, 3, 1).numpy()))
 
 
 class FineTunedDetector:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from muse_fast.detection.pairing import Points
 from muse_fast.errors import UserError
+from muse_fast.images.points import Points
 from muse_fast.images.slide import Slide
 from muse_fast.predicting.detectors import TileDetector
 from muse_fast.predicting.files import CellFiles
@@ -156,8 +156,7 @@ class Prediction:
         Raises:
             UserError: a position or score is no number.
         """
-        assert points.score is not None
-        xy, score = points.xy.astype(np.float64), points.score.astype(np.float64)
+        xy, score = points.xy.astype(np.float64), points.confidence().astype(np.float64)
         if not (np.isfinite(xy).all() and np.isfinite(score).all()):
             raise UserError(
                 f"{self._file.path}: the detector gave positions or scores that are no numbers in the tile at "
@@ -167,7 +166,7 @@ class Prediction:
         core, end = np.array([tile.x.core, tile.y.core]), np.array([tile.x.end, tile.y.end])
         near = _within(xy, core - self._radius, end + self._radius)
         number = np.full(len(xy), tile.number)
-        return Found(xy, points.label.astype(np.int64), score, number, _within(xy, core, end)).take(near)
+        return Found(xy, points.classes().astype(np.int64), score, number, _within(xy, core, end)).take(near)
 
     def on_page(self, xy: NDArray[np.float64]) -> NDArray[np.float64]:
         """Level-0 pixels for pixels of the scale."""

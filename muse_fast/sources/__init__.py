@@ -17,7 +17,7 @@ __all__ = ["Dataset", "Source", "SourceImage", "open_source", "source_kinds"]
 
 def source_kinds() -> dict[str, type[Source]]:
     """The sources by their kind, those whose layouts ask for more before those that ask for less."""
-    from muse_fast.sources.beside import Points, QuPath
+    from muse_fast.sources.beside import CsvPoints, QuPath
     from muse_fast.sources.brcam2c import BrcaM2C
     from muse_fast.sources.cellvit import CellViT
     from muse_fast.sources.consep import CoNSeP
@@ -31,7 +31,7 @@ def source_kinds() -> dict[str, type[Source]]:
     from muse_fast.sources.synthetic import Synthetic
     from muse_fast.sources.wsi import Slides
 
-    datasets = (BrcaM2C, Ocelot, Puma, CoNSeP, PanNuke, Lizard, CellViT, Muse, QuPath, Points)
+    datasets = (BrcaM2C, Ocelot, Puma, CoNSeP, PanNuke, Lizard, CellViT, Muse, QuPath, CsvPoints)
     return {source.kind: source for source in (*datasets, Slides, Images, Prepared, Synthetic)}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
 from muse_fast.images.mpp import MPP_RANGE, MppRow
+from muse_fast.images.points import Points
 from muse_fast.images.slide import open_slide
 from muse_fast.runtime.options import Config, setting
 
@@ -128,14 +129,6 @@ class Entry:
     context: Context | None = None
 
 
-class Nuclei(NamedTuple):
-    """The nuclei of one image."""
-
-    xy: NDArray[np.floating]  # [n, 2] pixels
-    label: NDArray[np.int16] | None
-    score: NDArray[np.float32] | None = None
-
-
 class Dataset(Source):
     """A source that lists its images, in ``entries``, before it reads the first."""
 
@@ -182,10 +175,10 @@ class Dataset(Source):
         return read_image(entry.image)
 
     @abstractmethod
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         """Nuclei of an image of ``width`` x ``height`` px, all inside it."""
 
-    def _inside(self, nuclei: Nuclei, width: int, height: int, path: Path) -> Nuclei:
+    def _inside(self, nuclei: Points, width: int, height: int, path: Path) -> Points:
         """Drop the nuclei whose centre lies outside the image: outlines may cross its border.
 
         Raises:
@@ -193,7 +186,7 @@ class Dataset(Source):
         """
         # As float32, in which they will be kept: rounding must not put one onto the border, where it is outside.
         xy = nuclei.xy.astype(np.float32)
-        inside = ((xy >= 0) & (xy < (width, height))).all(axis=1)
+        inside = np.all((xy >= 0) & (xy < (width, height)), axis=1)
         outside = len(xy) - int(inside.sum())
         if outside > max(1, _MAX_OUTSIDE * len(xy)):
             x, y = xy[~inside][0]
@@ -203,8 +196,7 @@ class Dataset(Source):
             )
         if outside:
             self.dropped["nucleus outside its image"] += outside
-        label, score = nuclei.label, nuclei.score
-        return Nuclei(xy[inside], None if label is None else label[inside], None if score is None else score[inside])
+        return Points(xy, nuclei.label, nuclei.score).take(inside)
 
 
 class _HasNuclei(Protocol):

@@ -11,9 +11,10 @@ from muse_fast.errors import UserError
 from muse_fast.images.geojson import MAX_AREA_UM2, GeoPoints, read_geojson_points
 from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
 from muse_fast.images.mpp import read_mpp_table
+from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_points
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Dataset, Entry, Nuclei, described, list_images, mpp_setting
+from muse_fast.sources.base import Dataset, Entry, described, list_images, mpp_setting
 
 
 class Beside(Dataset):
@@ -58,7 +59,7 @@ class Beside(Dataset):
         return found[0]
 
 
-class Points(Beside):
+class CsvPoints(Beside):
     """Images with a CSV each, with the header ``x,y[,label][,score]``."""
 
     kind = "points"
@@ -67,8 +68,8 @@ class Points(Beside):
     suffixes = (".csv",)
     EMPTY = "the header alone"
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
-        return Nuclei(*read_points(entry.labels, width, height, len(self.label_names)))
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
+        return read_points(entry.labels, width, height, len(self.label_names))
 
 
 class QuPath(Beside):
@@ -101,7 +102,7 @@ class QuPath(Beside):
     def _points(self, entry: Entry) -> GeoPoints:
         return read_geojson_points(entry.labels, self._multi, MAX_AREA_UM2 / entry.mpp**2)
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         points = self._points(entry)
         self.dropped += points.left_out
-        return self._inside(Nuclei(points.xy, points.labels(self.label_names)), width, height, entry.labels)
+        return self._inside(Points(points.xy, points.labels(self.label_names)), width, height, entry.labels)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from muse_fast.errors import UserError
+from muse_fast.images.points import Points
 from muse_fast.images.slide import find_slides
-from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need_file, put_in_split
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, need_file, put_in_split
 
 
 class BrcaM2C(Dataset):
@@ -59,7 +60,7 @@ class BrcaM2C(Dataset):
         image = self.folder / "images" / name
         return Entry(name, parts["slide"], split, image, labels, self.MPP, (x, y), context=context)
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         path = need_file(entry.labels, "an image without nuclei needs an empty file")
         rows = []
         for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), start=1):
@@ -73,4 +74,4 @@ class BrcaM2C(Dataset):
                 raise UserError(f"{path}, row {number}: {line!r}, expected y < {height}, x < {width}, class 1 to 3")
             rows.append((x, y, label - 1))
         table = np.array(rows, np.int64).reshape(-1, 3)
-        return Nuclei(table[:, :2].astype(np.float32), table[:, 2].astype(np.int16))
+        return Points(table[:, :2].astype(np.float32), table[:, 2].astype(np.int16))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muse_fast.errors import UserError, did_you_mean
+from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_bare_points
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Dataset, Entry, Nuclei, mpp_setting, need_file, pair_files, put_in_split
+from muse_fast.sources.base import Dataset, Entry, mpp_setting, need_file, pair_files, put_in_split
 
 
 class CellViT(Dataset):
@@ -84,5 +85,5 @@ class CellViT(Dataset):
                 put_in_split(split_of, stem, split, f"{path}, row {row}")
         return split_of
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
-        return Nuclei(*read_bare_points(entry.labels, width, height, range(len(self.label_names))))
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
+        return read_bare_points(entry.labels, width, height, range(len(self.label_names)))

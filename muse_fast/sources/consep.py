@@ -8,8 +8,9 @@ import numpy as np
 
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, instance_types, integer_map, read_mat
+from muse_fast.images.points import Points
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Dataset, Entry, Nuclei, mpp_setting, pair_files
+from muse_fast.sources.base import Dataset, Entry, mpp_setting, pair_files
 
 _MAX_ID = 2**31 - 1
 
@@ -58,10 +59,10 @@ class CoNSeP(Dataset):
             row = train[i * len(train) // count]
             self.entries[row] = replace(self.entries[row], split="val")
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         content = read_mat(entry.labels, ("inst_map", "type_map"))
         shape = (height, width)
         instances = integer_map(content["inst_map"], shape, _MAX_ID, f"{entry.labels}: inst_map")
         types = integer_map(content["type_map"], shape, len(self.TYPES), f"{entry.labels}: type_map")
         numbers, xy = instance_centroids(instances)
-        return Nuclei(xy, self._label_of[instance_types(instances, types, numbers)])
+        return Points(xy, self._label_of[instance_types(instances, types, numbers)])

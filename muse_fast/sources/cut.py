@@ -20,7 +20,8 @@ from PIL import Image
 
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
-from muse_fast.images.nuclei_files import Nuclei, read_nuclei
+from muse_fast.images.nuclei_files import read_nuclei
+from muse_fast.images.points import Points
 from muse_fast.images.slide import Slide, open_slide
 from muse_fast.images.tissue import MASK_UM, read_tissue, tissue_mask
 from muse_fast.roiset.records import encode_jpeg
@@ -90,7 +91,7 @@ class Square:
     x: int
     y: int
     side: int
-    nuclei: Nuclei | None = None
+    nuclei: Points | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class Found:
     """A square's pixels ``[side, side, 3]``, or the JPEG made of them, and its nuclei."""
 
     image: NDArray[np.uint8] | bytes
-    nuclei: Nuclei
+    nuclei: Points
 
 
 Examine = Callable[[Square], Found | UserError]
@@ -222,12 +223,11 @@ def examine(square: Square, settings: CutSettings) -> Found | UserError:
     return Found(image, _detect(block, square, settings).within(margin, margin, side))
 
 
-def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> Nuclei:
+def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> Points:
     """Nuclei of the pixels of a square and its margin."""
     if square.nuclei is not None:
         return square.nuclei
-    xy, score = load_finder(settings.detector)(block, square.mpp, threshold=settings.threshold)
-    return Nuclei(xy, score=score)
+    return load_finder(settings.detector)(block, square.mpp, threshold=settings.threshold)
 
 
 def examine_to_jpeg(square: Square, settings: CutSettings, quality: int) -> Found | UserError:
@@ -285,7 +285,7 @@ class Cut:
         """False for a square that need not be read: the user's nuclei in it are too few."""
         return square.nuclei is None or self._enough(square.nuclei, square)
 
-    def _enough(self, nuclei: Nuclei, square: Square) -> bool:
+    def _enough(self, nuclei: Points, square: Square) -> bool:
         if len(nuclei) >= self._settings.min_nuclei:
             return True
         self._refuse(square, "too few nuclei")

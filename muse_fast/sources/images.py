@@ -60,10 +60,10 @@ class Images(Source):
         for path, row in self._images.values():
             image = read_image(path)
             try:
-                xy, score = self._detect(image, row.mpp, threshold=self._options.threshold)
+                found = self._detect(image, row.mpp, threshold=self._options.threshold)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
-            if len(xy) < self._options.min_nuclei:
+            if len(found) < self._options.min_nuclei:
                 self.dropped["too few nuclei"] += 1
                 continue
-            yield SourceImage(path.name, row.slide, row.split, image, row.mpp, xy, None, score)
+            yield SourceImage(path.name, row.slide, row.split, image, row.mpp, found.xy, None, found.score)

@@ -9,8 +9,9 @@ import numpy as np
 
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, integer_map, read_mat
+from muse_fast.images.points import Points
 from muse_fast.images.tables import read_rows
-from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, mpp_setting, split_names
+from muse_fast.sources.base import SPLITS, Dataset, Entry, mpp_setting, split_names
 
 _MAX_ID = 2**31 - 1
 
@@ -60,7 +61,7 @@ class Lizard(Dataset):
             found[path.stem] = path
         return found
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         """``class`` has a row per nucleus, in the order of ``id``, which need be neither gapless nor ascending."""
         path = entry.labels
         content = read_mat(path, ("inst_map", "class"), ("id",))
@@ -83,7 +84,7 @@ class Lizard(Dataset):
             raise UserError(
                 f"{path}: class 0 of nucleus {numbers[label < 0][0]}, expected 1 to {len(self.label_names)}"
             )
-        return Nuclei(xy, label.astype(np.int16))
+        return Points(xy, label.astype(np.int16))
 
 
 def _read_info(path: Path, names: dict[str, str]) -> dict[str, str]:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import read_image
+from muse_fast.images.points import Points
 from muse_fast.images.tables import read_rows
 from muse_fast.roiset.records import check_image
-from muse_fast.sources.base import Dataset, Entry, Nuclei, mpp_setting, need_file
+from muse_fast.sources.base import Dataset, Entry, mpp_setting, need_file
 
 
 class Muse(Dataset):
@@ -96,7 +97,7 @@ class Muse(Dataset):
         check_image(pixels, str(entry.image))
         return pixels
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         with self._open(entry.labels) as file:
             cell = file["cell"][()]
         cell = np.asarray(cell).reshape(-1, 2) if np.size(cell) == 0 else np.asarray(cell)
@@ -106,4 +107,4 @@ class Muse(Dataset):
             raise UserError(
                 f"{entry.labels}: {len(cell)} cells, but {self._metadata} says {self._num_cells[entry.row]}"
             )
-        return self._inside(Nuclei(cell, None), width, height, entry.labels)
+        return self._inside(Points(cell, None), width, height, entry.labels)

@@ -8,8 +8,9 @@ from typing import Any
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import image_size
 from muse_fast.images.mpp import check_mpp
+from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_bare_points
-from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, need_file
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, need_file
 
 
 class Ocelot(Dataset):
@@ -107,6 +108,6 @@ class Ocelot(Dataset):
         if extra := sorted(found - listed):
             raise UserError(f"{folder / extra[0]}.jpg is not in {self._metadata} as {split}")
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         path = need_file(entry.labels, "an image without nuclei has an empty CSV")
-        return Nuclei(*read_bare_points(path, width, height, range(1, 3)))
+        return read_bare_points(path, width, height, range(1, 3))

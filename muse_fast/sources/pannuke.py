@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, instance_types, integer_map
 from muse_fast.images.plain_npy import map_npy, read_npy_mapping
-from muse_fast.sources.base import SPLITS, Dataset, Entry, Nuclei, mpp_setting, pair_files, split_names
+from muse_fast.images.points import Points
+from muse_fast.sources.base import SPLITS, Dataset, Entry, mpp_setting, pair_files, split_names
 
 _MAX_ID = 2**31 - 1
 
@@ -97,7 +98,7 @@ class PanNuke(Dataset):
         pixels = self._mapped(entry.image)[entry.row]
         return integer_map(pixels, pixels.shape, 255, f"{entry.image}, image {entry.row}").astype(np.uint8)
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         if entry.image.suffix != ".npy":
             return self._single_nuclei(entry, width, height)
         masks = self._mapped(entry.labels)[entry.row]
@@ -107,11 +108,11 @@ class PanNuke(Dataset):
             instances = integer_map(masks[..., channel], (height, width), _MAX_ID, f"{where}, channel {channel}")
             found.append(instance_centroids(instances)[1])
         label = np.repeat(np.arange(-1, len(self.label_names)), [len(xy) for xy in found])
-        return Nuclei(np.concatenate(found), label.astype(np.int16))
+        return Points(np.concatenate(found), label.astype(np.int16))
 
-    def _single_nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _single_nuclei(self, entry: Entry, width: int, height: int) -> Points:
         maps, shape = read_npy_mapping(entry.labels, ("inst_map", "type_map")), (height, width)
         instances = integer_map(maps["inst_map"], shape, _MAX_ID, f"{entry.labels}: inst_map")
         types = integer_map(maps["type_map"], shape, len(self.label_names), f"{entry.labels}: type_map")
         numbers, xy = instance_centroids(instances)
-        return Nuclei(xy, (instance_types(instances, types, numbers) - 1).astype(np.int16))
+        return Points(xy, (instance_types(instances, types, numbers) - 1).astype(np.int16))

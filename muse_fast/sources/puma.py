@@ -13,8 +13,9 @@ from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.geojson import centroid_and_area, read_shapes
 from muse_fast.images.image_files import IMAGE_SUFFIXES, image_size
 from muse_fast.images.mpp import tiff_mpp
+from muse_fast.images.points import Points
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, Nuclei, mpp_setting, pair_files, put_in_split
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, mpp_setting, pair_files, put_in_split
 
 IMAGES, LABELS = "01_training_dataset_tif_ROIs", "01_training_dataset_geojson_nuclei"
 CONTEXTS = "01_training_dataset_tif_context_ROIs"
@@ -97,7 +98,7 @@ class Puma(Dataset):
                 put_in_split(split_of, stem, split, str(path))
         return split_of
 
-    def _nuclei(self, entry: Entry, width: int, height: int) -> Nuclei:
+    def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         xy, label = [], []
         for shape in read_shapes(entry.labels):
             if shape.label not in self._label_of:
@@ -112,5 +113,5 @@ class Puma(Dataset):
             else:
                 xy.append(centroid_and_area(shape.polygons)[0])
             label.append(self._label_of[shape.label])
-        nuclei = Nuclei(np.array(xy, np.float64).reshape(-1, 2), np.array(label, np.int16))
+        nuclei = Points(np.array(xy, np.float64).reshape(-1, 2), np.array(label, np.int16))
         return self._inside(nuclei, width, height, entry.labels)

@@ -20,8 +20,8 @@ from muse_fast.detection.detector import (
     suppress,
     windows,
 )
-from muse_fast.detection.pairing import Points
 from muse_fast.errors import UserError
+from muse_fast.images.points import Points
 from muse_fast.models.backbone import build_backbone
 from muse_fast.runtime import checkpoint
 

@@ -8,7 +8,8 @@ import pytest
 from muse_fast.detection import pairing
 from muse_fast.detection.pairing import TooManyPointsError, by_total_distance, find_candidates
 from muse_fast.detection.protocols import PROTOCOLS
-from muse_fast.detection.scores import Points, evaluate, evaluate_all
+from muse_fast.detection.scores import evaluate, evaluate_all
+from muse_fast.images.points import Points
 
 
 def points(*rows: tuple[float, ...], scores: tuple[float, ...] | None = None) -> Points:

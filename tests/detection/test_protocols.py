@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from muse_fast.detection.protocols import PROTOCOLS, find_protocol
-from muse_fast.detection.scores import Points, evaluate
+from muse_fast.detection.scores import evaluate
 from muse_fast.errors import UserError
+from muse_fast.images.points import Points
 
 CASES = 200
 

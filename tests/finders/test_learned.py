@@ -75,11 +75,10 @@ def test_peaks_of_tiny_heatmaps(shape: tuple[int, int]) -> None:
 def test_threshold_and_cut_of_the_scores_agree(shipped: LearnedFinder) -> None:
     """What the choice of a threshold on val relies on."""
     image, _, _ = synthetic_image(0)
-    xy, score = shipped(image, 0.25, threshold=0.05)
-    higher, kept = shipped(image, 0.25, threshold=0.5)
-    assert 0 < len(higher) < len(xy)
-    np.testing.assert_array_equal(higher, xy[score >= 0.5])
-    assert (np.diff(score) <= 0).all() and kept.min() >= 0.5
+    found, higher = (shipped(image, 0.25, threshold=threshold) for threshold in (0.05, 0.5))
+    assert found.score is not None and 0 < len(higher) < len(found)
+    np.testing.assert_array_equal(higher.xy, found.xy[found.score >= 0.5])
+    assert (np.diff(found.score) <= 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -148,9 +147,9 @@ def test_points_at_the_borders_lie_inside(
 @pytest.mark.parametrize("grey", [255, 230])
 @pytest.mark.parametrize("name", ["classical", "resnet18"])
 def test_nothing_in_empty_images(shape: tuple[int, int], grey: int, name: str) -> None:
-    xy, score = load_finder(name)(np.full((*shape, 3), grey, np.uint8), 0.25)
-    assert xy.shape == (0, 2) and score.shape == (0,)
-    assert (xy.dtype, score.dtype) == (np.float32, np.float32)
+    found = load_finder(name)(np.full((*shape, 3), grey, np.uint8), 0.25)
+    assert found.score is not None and found.xy.shape == (0, 2) and found.score.shape == (0,)
+    assert (found.xy.dtype, found.score.dtype) == (np.float32, np.float32)
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.4, 0.5, 1.0])
@@ -179,7 +178,7 @@ def test_the_classical_one_is_itself() -> None:
     for threshold in (None, 0.1):
         found = load_finder("classical")(image, 0.5, threshold=threshold)
         expected = detect_nuclei(image, 0.5, **({} if threshold is None else {"threshold": threshold}))
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip((found.xy, found.score), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
@@ -239,7 +238,7 @@ def _in_worker(name: str) -> tuple[int, set[int]]:
     finder, threads = load_finder(name), set()
     assert isinstance(finder, LearnedFinder)
     finder.network.register_forward_pre_hook(lambda *_: threads.add(torch.get_num_threads()))
-    return len(finder(image, 0.5)[0]), threads
+    return len(finder(image, 0.5)), threads
 
 
 def test_a_spawned_worker_finds_the_same_with_one_thread() -> None:

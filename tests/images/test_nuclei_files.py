@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from muse_fast.errors import UserError
-from muse_fast.images.nuclei_files import SUFFIXES, Nuclei
+from muse_fast.images.nuclei_files import SUFFIXES
 from muse_fast.images.nuclei_files import read_nuclei as read_file
+from muse_fast.images.points import Points
 
 h5py = pytest.importorskip("h5py")
 
 
-def read_nuclei(path: Path, width: int, height: int, labels: tuple[str, ...] = (), multi: str = "one") -> Nuclei:
+def read_nuclei(path: Path, width: int, height: int, labels: tuple[str, ...] = (), multi: str = "one") -> Points:
     return read_file(path, width, height, 0.5, labels, multi)[0]
 
 
@@ -105,10 +106,10 @@ def test_none(tmp_path: Path) -> None:
 
 
 def test_within() -> None:
-    nuclei = Nuclei(XY.astype(np.float32), np.arange(3, dtype=np.int16), None).within(0, 4, 60)
+    nuclei = Points(XY.astype(np.float32), np.arange(3, dtype=np.int16), None).within(0, 4, 60)
     assert nuclei.xy.tolist() == [[3.5, 0.25]]
     assert nuclei.label is not None and nuclei.label.tolist() == [0] and nuclei.score is None
-    assert len(Nuclei(np.array([[60.0, 4]], np.float32)).within(0, 4, 60)) == 0  # the right edge is outside
+    assert len(Points(np.array([[60.0, 4]], np.float32)).within(0, 4, 60)) == 0  # the right edge is outside
 
 
 @pytest.mark.parametrize(
@@ -133,9 +134,7 @@ def test_others_that_are_refused(tmp_path: Path) -> None:
     geojson(tmp_path / "a.geojson", (point(100, 3), "Tumour"))
     with pytest.raises(UserError, match=r"a.geojson: nucleus 1 is at x, y = 100, 3"):
         read_nuclei(tmp_path / "a.geojson", 100, 60)
-    with pytest.raises(
-        UserError, match=r"a.geojson, feature 1: class 'Tumour', expected tumour, stroma; did you mean"
-    ):
+    with pytest.raises(UserError, match=r"a.geojson, feature 1: class 'Tumour', expected tumour, stroma; did you mean"):
         read_nuclei(tmp_path / "a.geojson", 100, 60, ("tumour", "stroma"))
     (tmp_path / "a.csv").write_text("x,y\n3,60\n")
     with pytest.raises(UserError, match=r"a.csv, row 2: y is '60'"):

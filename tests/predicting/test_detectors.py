@@ -24,11 +24,11 @@ def test_tiles_of_a_batch_are_looked_at_one_by_one(weights: str, name: str) -> N
     assert detector.mpp == 0.5 and detector.class_names == ("nucleus",)
     assert len(found) == 3
     for image, points in zip(images, found, strict=True):
-        xy, score = load_finder(name)(image, 0.5)
-        assert len(xy) > 5
-        np.testing.assert_array_equal(points.xy, xy)
-        np.testing.assert_array_equal(points.score, score)
-        assert points.label.tolist() == [0] * len(xy)
+        expected = load_finder(name)(image, 0.5)
+        assert len(points) > 5
+        np.testing.assert_array_equal(points.xy, expected.xy)
+        np.testing.assert_array_equal(points.score, expected.score)
+        assert points.classes().tolist() == [0] * len(points)
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_kept_by_the_writer(xy: object, kept: object) -> None:
 def csv_points(folder: Path, text: str | bytes) -> np.ndarray:
     path = folder / "a.csv"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_points(path, WIDTH, HEIGHT, 2)[0]
+    return read_points(path, WIDTH, HEIGHT, 2).xy
 
 
 @pytest.mark.parametrize(

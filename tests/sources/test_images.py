@@ -42,16 +42,16 @@ def test_detections_of_two_folders(folders: tuple[Path, Path]) -> None:
     ]
     assert list(source.slides()) == [("field0", ""), ("field1", ""), ("S2", "val")]
     for item in items:
-        xy, score = load_finder("default")(item.image, item.mpp)
-        np.testing.assert_array_equal(item.xy, xy)
-        np.testing.assert_array_equal(item.score, score)
-        assert item.label is None and len(xy) > 20
+        found = load_finder("default")(item.image, item.mpp)
+        np.testing.assert_array_equal(item.xy, found.xy)
+        np.testing.assert_array_equal(item.score, found.score)
+        assert item.label is None and len(found) > 20
 
 
 def test_options(folders: tuple[Path, Path]) -> None:
     spec = f"images:{folders[0]}"
     (first, _) = open_source(spec, mpp=0.5, detector="classical")
-    np.testing.assert_array_equal(first.xy, load_finder("classical")(first.image, 0.5)[0])
+    np.testing.assert_array_equal(first.xy, load_finder("classical")(first.image, 0.5).xy)
     fewer = next(iter(open_source(spec, mpp=0.5, threshold=0.6, min_nuclei=0)))
     assert len(fewer.xy) < len(next(iter(open_source(spec, mpp=0.5))).xy)
     source = open_source(spec, mpp=0.5, min_nuclei=1000)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from muse_fast.detection.pairing import Points
+from muse_fast.images.points import Points
 
 tifffile = pytest.importorskip("tifffile")
 

@@ -1,0 +1,62 @@
+"""The nuclei of one image as points, and which of them stay where they crowd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """The nuclei of one image, tile or slide, found or annotated; positions are float32, except where scores need more.
+
+    Attributes:
+        xy: ``[n, 2]`` float, pixels.
+        label: ``[n]`` int, the class, from 0, -1 unknown; None: no classes.
+        score: ``[n]`` float, confidence; None: all alike.
+    """
+
+    xy: NDArray[Any]
+    label: NDArray[Any] | None = None
+    score: NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.xy)
+
+    def classes(self) -> NDArray[Any]:
+        """``label``, or zeros where there is none: all are of one class."""
+        return np.zeros(len(self.xy), np.int64) if self.label is None else self.label
+
+    def confidence(self) -> NDArray[Any]:
+        """``score``, or zeros where there is none, so that the order of the points decides."""
+        return np.zeros(len(self.xy)) if self.score is None else self.score
+
+    def take(self, which: NDArray[Any]) -> Points:
+        """The points at some rows, or where a mask is true."""
+        label = None if self.label is None else self.label[which]
+        return Points(self.xy[which], label, None if self.score is None else self.score[which])
+
+    def within(self, x: int, y: int, side: int) -> Points:
+        """Those inside a square, in pixels of that square; its right and lower borders are outside."""
+        xy = self.xy - np.array([x, y], np.float32)
+        return Points(xy, self.label, self.score).take(np.all((xy >= 0) & (xy < side), axis=1))
+
+
+def non_maximum_suppression(xy: NDArray[Any], radius: float) -> NDArray[np.bool_]:
+    """Which points ``[n, 2]``, the most confident first, stay: each removes those within ``radius`` that come after it.
+
+    Returns:
+        ``[n]`` bool.
+    """
+    from scipy.spatial import KDTree
+
+    keep = np.ones(len(xy), bool)
+    if len(xy) and radius > 0:
+        pairs = KDTree(xy).query_pairs(radius, output_type="ndarray")  # the first row is below the second
+        for better, worse in pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].tolist():
+            if keep[better]:  # final: all pairs in which it is the worse one came before
+                keep[worse] = False
+    return keep
