@@ -24,8 +24,9 @@ from muse_fast import __version__
 from muse_fast.detection.crops import Annotated, Crops, draw_crops
 from muse_fast.detection.scores import Score, evaluate
 from muse_fast.errors import UserError
-from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, NucleusFinder, resampled, write_finder
+from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, NucleusFinder, write_finder
 from muse_fast.finders.network import MULTIPLE, NucleusNet
+from muse_fast.images.image_files import resampled
 from muse_fast.images.points import Points
 from muse_fast.runtime import atomic
 from muse_fast.runtime.cli import run

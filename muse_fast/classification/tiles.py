@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
+from muse_fast.images.image_files import resampled
 from muse_fast.sources import SourceImage
 
 VALID = 224  # side of a grid cell in pixels, whatever the size of the tile around it
@@ -102,14 +103,8 @@ def tiles_by_split(
 
 def resample(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Image and nuclei at ``mpp``; points scale by the true ratio of the rounded sides, so they stay put."""
-    height, width = source.image.shape[:2]
-    ratio = source.mpp / mpp
-    new_width, new_height = max(round(width * ratio), 1), max(round(height * ratio), 1)
-    image = source.image
-    if (new_width, new_height) != (width, height):
-        # Pillow widens its filter when it shrinks an image, so no frequency folds over.
-        resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
-        image = np.asarray(resized)
+    image = resampled(source.image, source.mpp / mpp, shrink=Image.Resampling.BICUBIC)
+    (height, width), (new_height, new_width) = source.image.shape[:2], image.shape[:2]
     return image, source.xy.astype(np.float64) * (new_width / width, new_height / height)
 
 

@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from muse_fast.images.image_files import resampled
 
 WORKING_MPP = 0.5  # finer images are reduced to this
 RADII_UM = (3.5, 5.0, 6.5)
@@ -26,7 +27,7 @@ def detect_nuclei(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Find nuclei as local maxima of the mean Laplacian-of-Gaussian response of the optical density in red.
 
-    A disc of radius r answers strongest at sigma = r / sqrt(2). The mean over radii, unlike the maximum, does not
+    A disc of radius r responds most strongly at sigma = r / sqrt(2). The mean over radii, unlike the maximum, does not
     break large nuclei with coarse chromatin into several.
 
     Args:
@@ -42,8 +43,7 @@ def detect_nuclei(
 
     height, width, _ = image.shape
     scale = min(1.0, mpp / WORKING_MPP)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) if scale < 1 else image
+    small = resampled(image, scale)
     # Red light alone, and no unmixing by fixed stain vectors: those put half the hematoxylin of a reddish slide into
     # eosin, and gain 0.005 F1 where they fit.
     density = -np.log10(np.maximum(small[..., 0], 1, dtype=np.float32) / 255)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.finders import classical
+from muse_fast.images.image_files import resampled
 from muse_fast.images.points import Points, non_maximum_suppression
 from muse_fast.runtime import atomic
 
@@ -150,15 +150,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def resampled(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
-    """``image`` with sides ``scale`` times as long, at least 1: by area where it shrinks, else bicubic."""
-    size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
-    if size == image.shape[1::-1]:
-        return image
-    how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(image).resize(size, how))
 
 
 def heatmap_peaks(

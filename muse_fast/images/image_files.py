@@ -1,4 +1,4 @@
-"""Image files: pixels, size and scale."""
+"""Image files: their pixels and size; and images at another scale."""
 
 from __future__ import annotations
 
@@ -46,6 +46,20 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with opened(path) as image:
         return image.size
+
+
+def resampled(
+    image: NDArray[np.uint8], scale: float, *, shrink: Image.Resampling = Image.Resampling.BOX
+) -> NDArray[np.uint8]:
+    """``image`` ``[H, W, 3]`` with sides ``scale`` times as long, at least 1: bicubic where it grows, else ``shrink``.
+
+    Both filters widen as an image shrinks, so nothing aliases.
+    """
+    size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
+    if size == image.shape[1::-1]:
+        return image
+    how = shrink if scale < 1 else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(image).resize(size, how))
 
 
 @contextmanager

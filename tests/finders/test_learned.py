@@ -21,10 +21,10 @@ from muse_fast.finders.learned import (
     heatmap_peaks,
     load_finder,
     read_finder,
-    resampled,
     write_finder,
 )
 from muse_fast.finders.network import NucleusNet
+from muse_fast.images.image_files import resampled
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.sources import open_source
 from muse_fast.train_detector import Labelled, scored
