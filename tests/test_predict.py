@@ -236,7 +236,7 @@ def test_what_is_no_number_is_refused(
     monkeypatch.setattr(DotDetector, "_detect", broken)
     slide = write_slide(tmp_path / "s.tif", page_of_dots(300, 300, scattered(300, 300, 30), 3.0))
     assert main(["--weights", "dots:0.5", "--out", str(tmp_path / "out"), str(slide), "tissue=false"]) == 2
-    assert "positions or scores that are no numbers" in capsys.readouterr().err
+    assert "positions or scores that are not finite" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.json", "predict.json"}
 
 

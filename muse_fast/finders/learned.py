@@ -2,7 +2,7 @@
 
 The setting ``detector=`` of `muse_fast.prepare` names one of them; `muse_fast.detection.detector` also classifies.
 
-``load_finder("default")`` gives the better of the two on the test split of BRCA-M2C; weights/README.md has the
+``load_finder("default")`` returns the better of the two on the test split of BRCA-M2C; weights/README.md has the
 scores. A network is one ``.safetensors`` file: weights, and as text what goes with them (um/px, threshold, distance
 between nuclei, training data, scores).
 """
@@ -44,7 +44,7 @@ class NucleusFinder(Protocol):
 
     Attributes:
         reach_um: a pixel further away than this has no influence on a detection: the margin to read around a ROI.
-        threshold: the score from which on a place counts as a nucleus, unless the caller gives another.
+        threshold: the lowest score of a nucleus, unless the caller gives another.
     """
 
     reach_um: float
@@ -73,9 +73,9 @@ class ClassicalFinder:
 
 
 class LearnedFinder:
-    """A :class:`NucleusNet` with what makes points of its heatmap.
+    """A :class:`NucleusNet` and the settings that turn its heatmap into points.
 
-    Images of up to twice its um/px are enlarged; in coarser ones nuclei cannot be told apart, and it refuses them.
+    Images of up to twice its um/px are enlarged; coarser ones are refused, as nuclei cannot be told apart in them.
 
     Args:
         network: in evaluation mode.
@@ -127,7 +127,7 @@ class LearnedFinder:
         return heat
 
     def _logits(self, block: Tensor) -> NDArray[np.float32]:
-        """Of ``[3, h, w]`` uint8; glass fills up to the sides that the network takes."""
+        """Of ``[3, h, w]`` uint8; padded with glass to the sides that the network accepts."""
         import torch.nn.functional as F
 
         from muse_fast.finders.network import MULTIPLE, optical_density
@@ -204,7 +204,7 @@ def load_finder(name: str = "default") -> NucleusFinder:
         name: ``default``, ``classical``, ``resnet18`` or a path that ends in ``.safetensors``.
 
     Raises:
-        UserError: no such detector or file; or the file is damaged or holds something else.
+        UserError: not a known detector or file, or the file is damaged or something else.
     """
     name = DEFAULT if name == "default" else name
     if name == "classical":
@@ -232,7 +232,7 @@ def read_finder(path: Path) -> LearnedFinder:
         try:
             settings[key] = float(metadata[key])
         except (KeyError, ValueError):
-            raise UserError(f"{path}: its metadata has no number {key!r}; expected a file of train_detector") from None
+            raise UserError(f"{path}: the metadata has no number {key!r}; expected a file of train_detector") from None
     network = NucleusNet()
     load_strictly(network, {name: tensor.float() for name, tensor in tensors.items()}, str(path))
     return LearnedFinder(network.eval(), **settings)
@@ -249,9 +249,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except SafetensorError as error:
-        raise UserError(f"{path}: not a sound .safetensors file ({error}); copy or make it again") from error
+        raise UserError(f"{path}: not a readable .safetensors file ({error}); copy or make it again") from error
     if metadata.get("kind") != KIND:
-        raise UserError(f"{path}: no {KIND} (its metadata says kind={metadata.get('kind')!r})")
+        raise UserError(f"{path}: not a {KIND} (its metadata says kind={metadata.get('kind')!r})")
     return tensors, metadata
 
 

@@ -1,4 +1,4 @@
-"""ImageNet's mean and standard deviation, by which every encoder here takes its images."""
+"""ImageNet's mean and standard deviation, with which every encoder here normalises its images."""
 
 from __future__ import annotations
 

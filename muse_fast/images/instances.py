@@ -1,4 +1,4 @@
-"""Instance maps, in which every nucleus has a number of its own, to centroids and classes."""
+"""Instance maps, in which every nucleus has a number of its own, turned into centroids and classes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def integer_map(values: NDArray[Any], shape: tuple[int, ...], highest: int, wher
     """``values`` as integers from 0 to ``highest``; public datasets store them as floats.
 
     Raises:
-        UserError: another shape, or a value that is no such integer; begins with ``where``.
+        UserError: another shape, or a value that is not such an integer; begins with ``where``.
     """
     if values.shape != shape:
         raise UserError(f"{where} has the shape {list(values.shape)}, expected {list(shape)}")
@@ -72,7 +72,7 @@ def read_mat(path: Path, needed: tuple[str, ...], optional: tuple[str, ...] = ()
     except NotImplementedError as error:
         raise UserError(f"{path}: MATLAB 7.3, expected version 7 or older; save it with '-v7'") from error
     except (MatReadError, OSError, EOFError, ValueError, TypeError, IndexError, zlib.error, struct.error) as error:
-        raise UserError(f"{path}: no readable MATLAB file ({error})") from error
+        raise UserError(f"{path}: not a readable MATLAB file ({error})") from error
     if missing := [name for name in needed if name not in content]:
         raise UserError(f"{path}: {', '.join(missing)} missing, expected {', '.join(needed)}")
     return {name: content[name] for name in (*needed, *optional) if name in content}

@@ -1,7 +1,7 @@
 """Reads the JPEGs of ROIs: whole, or the rows that are needed and no others; strictly, and within limits.
 
-Damaged pixels are an error and never grey: libjpeg's warnings count as errors. Size and scans are checked before memory
-is allocated and anything is decoded, so that a hostile file costs neither memory nor time.
+Damaged pixels raise and never come out grey: libjpeg's warnings count as errors. Size and scans are checked before
+memory is allocated and anything is decoded, so that a hostile file costs neither memory nor time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from muse_fast.images import jpeg_rows
 
-REMEDY = "the set is damaged, copy it again or prepare it anew"
+REMEDY = "the set is damaged, copy it again or run prepare again"
 MAX_SIDE = 16384  # bounds what one ROI can cost to decode (0.8 GB)
 MAX_SCANS = 32  # each goes over all pixels; progressive files have about ten
 _COLOURS = ("YCbCr", "RGB", "Gray")
-_MOST_PIXELS_PER_BYTE = 512  # a block of 8 x 8 pixels takes one bit at the least
+_MOST_PIXELS_PER_BYTE = 512  # a block of 8 x 8 pixels takes at least one bit
 
 
 def read(jpeg: bytes, width: int, height: int) -> NDArray[np.uint8]:

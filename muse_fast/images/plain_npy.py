@@ -1,4 +1,4 @@
-"""Reads ``.npy`` files without running anything that stands in them.
+"""Reads ``.npy`` files without running anything in them.
 
 numpy stores arrays of numbers as bytes and anything else as a pickle, which is a program. Arrays are mapped with
 pickles forbidden. The one pickle that datasets use, a mapping of names to arrays of numbers, is taken apart by the
@@ -25,12 +25,12 @@ def map_npy(path: Path) -> NDArray[Any]:
     """The array of a file, mapped read-only.
 
     Raises:
-        UserError: missing, cut, no ``.npy``, or a pickle; names the file.
+        UserError: missing, truncated, not a ``.npy``, or a pickle; names the file.
     """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: no readable array of numbers ({error})") from error
+        raise UserError(f"{path}: not a readable array of numbers ({error})") from error
 
 
 def read_npy_mapping(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:

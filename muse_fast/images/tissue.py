@@ -44,25 +44,25 @@ def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
     mask = binary_closing(np.pad(mask, reach), iterations=reach)[reach:-reach, reach:-reach]
     parts, _ = label(mask)
     large = np.bincount(parts.ravel()) * um**2 >= 100.0**2
-    large[0] = False  # what is no tissue
+    large[0] = False  # part 0 is the background
     return large[parts]
 
 
 def read_tissue(path: Path, shape: tuple[int, int], step: float) -> NDArray[np.bool_]:
-    """A tissue mask from a PNG of the whole slide, at any scale and 0 where there is none, or from outlines in GeoJSON.
+    """A tissue mask from a PNG of the whole slide, of any scale, 0 outside tissue, or from outlines in GeoJSON.
 
     Args:
         shape: height and width of the mask.
         step: level-0 pixels per pixel of the mask.
 
     Raises:
-        UserError: the file cannot be read, the PNG has another shape than the slide, or no polygon is in the GeoJSON.
+        UserError: the file cannot be read, the PNG has another shape than the slide, or the GeoJSON has no polygon.
     """
     if path.suffix.lower() == ".png":
         return _read_png(path, shape)
     polygons = [polygon for feature in read_shapes(path) for polygon in feature.polygons]
     if not polygons:
-        raise UserError(f"{path}: no polygon in it, expected outlines of tissue in level-0 pixels")
+        raise UserError(f"{path}: it has no polygon, expected outlines of tissue in level-0 pixels")
     return fill([[ring / step for ring in polygon] for polygon in polygons], shape)
 
 

@@ -1,4 +1,4 @@
-"""What finds nuclei in tiles: the detector that needs no training of one's own, or a fine-tuned network."""
+"""Finders of nuclei in tiles: the detector that ships with the package, or a fine-tuned network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from muse_fast.finders.learned import LearnedFinder, load_finder
 from muse_fast.images.points import Points
 
 NUCLEI = "nuclei"
-_AT_A_TIME = 2  # tiles: while nuclei are picked out of the one, the other is computed
+_AT_A_TIME = 2  # tiles: one is computed while nuclei are picked out of the other
 
 
 class TileDetector(Protocol):
@@ -31,12 +31,12 @@ class TileDetector(Protocol):
 
     @property
     def tile_size(self) -> int:
-        """Side in pixels of the tiles that suit it; smaller ones do too."""
+        """Side in pixels of the tiles that suit it; smaller ones work too."""
         ...
 
     @property
     def reach_um(self) -> float:
-        """Pixels farther away than this have no influence on a detection, or little."""
+        """Pixels farther away than this have little or no influence on a detection."""
         ...
 
     @property

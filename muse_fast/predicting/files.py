@@ -1,4 +1,4 @@
-"""What a prediction leaves: GeoJSON for QuPath, a table, and a picture. All are written as the nuclei come."""
+"""The files of a prediction: GeoJSON for QuPath, a table, and a picture, all written as the nuclei arrive."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from muse_fast.images.slide import Level, Slide, find_slides, open_slide
 
 SAME_SCALE = 0.02  # um per pixel that differ by less count as equal, and pixels are not resampled
 OVERLAY = "overlay.png"  # what predict writes beside slides is not a slide
-MOST_ENLARGED = 2.0  # in coarser slides a detector would look at blur
+MOST_ENLARGED = 2.0  # in coarser slides a detector would see only blur
 
 
 class PageFile(NamedTuple):
@@ -59,14 +59,14 @@ def find_pages(inputs: Sequence[Path], mpp: float | None) -> list[PageFile]:
 
 
 class Scale:
-    """A page at the um per pixel that a detector wants.
+    """A page at the um per pixel that a detector expects.
 
     It is read from the coarsest level that is fine enough. A level within ``SAME_SCALE`` is taken as it is.
 
     Attributes:
-        mpp: um per pixel, that of the level where one is near enough.
+        mpp: um per pixel, that of a level if one is near enough.
         step: level-0 pixels per pixel, along x and y.
-        width, height: of the page, in whole pixels of this scale; a rest at the far sides is left away.
+        width, height: of the page, in whole pixels of this scale; a remainder at the far sides is dropped.
 
     Raises:
         UserError: the slide is too coarse.
@@ -104,13 +104,13 @@ class Scale:
         return np.asarray(Image.fromarray(block).resize((width, height), Image.Resampling.BICUBIC, box))
 
     def _span(self, start: int, length: int, shrink: float, side: int) -> tuple[float, int, int]:
-        """What to read along one axis: where the piece begins in what is read, first level-0 pixel, level pixels."""
+        """What to read along one axis: start of the piece in the block, first level-0 pixel and length of the block."""
         downsample = self._level.downsample
         exact = shrink == 1 and downsample == round(downsample)
-        beside = 0 if exact else math.ceil(2 * max(1.0, shrink)) + 1  # that the filter looks at
+        beside = 0 if exact else math.ceil(2 * max(1.0, shrink)) + 1  # pixels that the filter needs
         first = max(0, math.floor(start * shrink) - beside)
         last = min(side, math.ceil((start + length) * shrink) + beside)
-        # Places are asked for in whole level-0 pixels, which may lie between two pixels of the level.
+        # Positions are given in whole level-0 pixels, which may lie between two pixels of the level.
         location = math.ceil(first * downsample - 1e-6)
         return start * shrink - location / downsample, location, last - first
 
@@ -118,8 +118,8 @@ class Scale:
 def _ratios(page: Slide, level: Level) -> tuple[float, float]:
     """Level-0 pixels per pixel of a level, along x and y.
 
-    Sides of levels are rounded to whole pixels, so their quotient is a little off. Where a whole number explains them
-    it is meant; half a million level-0 pixels of a slide are at stake, by which 4.0001 instead of 4 is off by 12.
+    Sides of levels are rounded to whole pixels, so their quotient is a little off. Where a whole number explains
+    them, that number is meant: over half a million level-0 pixels, 4.0001 instead of 4 is off by 12.
     """
     return _ratio(page.width, level.width), _ratio(page.height, level.height)
 

@@ -1,7 +1,7 @@
 """One page from its pixels to its nuclei, with reading, detection and writing side by side.
 
 Threads read tiles a little ahead, the calling thread detects, one more thread settles seams and writes. Each waits for
-the others rather than pile up work, so memory does not grow with the page.
+the others instead of piling up work, so memory does not grow with the page.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _Pixels = NDArray[np.uint8]
 
 @dataclass(slots=True)
 class Tally:
-    """What was done to a page, apart from the nuclei."""
+    """Statistics of a page, apart from the nuclei."""
 
     tiles: int = 0
     unreadable: int = 0
@@ -90,10 +90,10 @@ class Prediction:
         return self.tissue.meets(tile.x.core * step_x, tile.y.core * step_y, tile.x.end * step_x, tile.y.end * step_y)
 
     def run(self, files: CellFiles, *, batch: int, readers: int, done: Callable[[int], None]) -> Tally:
-        """Find the nuclei and write them to ``files``; ``done`` is told the number of tiles after every batch.
+        """Find the nuclei and write them to ``files``; ``done`` gets the number of tiles after every batch.
 
         Raises:
-            UserError: too many tiles cannot be read, or the detector gave what is no number.
+            UserError: too many tiles cannot be read, or the detector gives NaNs.
         """
         tally, started = Tally(), time.perf_counter()
         settled = _Settled(self, files)
@@ -119,7 +119,7 @@ class Prediction:
             return tile, error
 
     def _own_page(self) -> Slide:
-        """The page for this thread: a slide's handle that has met an error is closed under whoever shares it."""
+        """The page for this thread: an error closes a slide's handle for everyone who shares it."""
         if self.page.in_memory:
             return self.page
         if not hasattr(self._local, "page"):
@@ -131,12 +131,12 @@ class Prediction:
         return own
 
     def _sound(self, read: Iterable[tuple[Tile, _Pixels | UserError]], tally: Tally) -> Iterator[tuple[Tile, _Pixels]]:
-        """Without the tiles that are damaged, up to the limit."""
+        """The tiles that are not damaged; raises beyond the limit."""
         for tile, pixels in read:
             if isinstance(pixels, UserError):
                 tally.unreadable += 1
                 if tally.unreadable > self._max_unreadable:
-                    raise UserError(f"{pixels}; {tally.unreadable} tiles of it cannot be read, copy the slide anew")
+                    raise UserError(f"{pixels}; {tally.unreadable} tiles of it cannot be read; copy the slide again")
                 continue
             yield tile, pixels
 
@@ -151,15 +151,15 @@ class Prediction:
             yield [(tile, points) for (tile, _), points in zip(batch, found, strict=True)]
 
     def owned(self, tile: Tile, points: Points) -> Found:
-        """What a tile says of its core and of the seams around it, in pixels of the scale.
+        """The points of a tile's core and of the seams around it, in pixels of the scale.
 
         Raises:
-            UserError: a position or score is no number.
+            UserError: a position or score is not finite.
         """
         xy, score = points.xy.astype(np.float64), points.confidence().astype(np.float64)
         if not (np.isfinite(xy).all() and np.isfinite(score).all()):
             raise UserError(
-                f"{self._file.path}: the detector gave positions or scores that are no numbers in the tile at "
+                f"{self._file.path}: the detector gave positions or scores that are not finite in the tile at "
                 f"{tile.x.start}, {tile.y.start}; its weights may be damaged"
             )
         xy += np.array([tile.x.start, tile.y.start])
@@ -184,7 +184,7 @@ class Prediction:
 
 
 class _Settled:
-    """Collects what tiles have found, row by row, and writes what no further row can change."""
+    """Collects what the tiles yield, row by row, and writes what no later row can change."""
 
     def __init__(self, prediction: Prediction, files: CellFiles) -> None:
         self._prediction, self._files = prediction, files

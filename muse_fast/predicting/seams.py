@@ -83,7 +83,7 @@ class Seams:
 
 
 def _kept(found: Found, pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which points stay: from the highest rank down each removes those it stands in a pair with."""
+    """Which points stay: from the highest rank down, each removes its partners."""
     rank = np.empty(len(found), np.int64)
     rank[np.lexsort((found.tile, -found.score, ~found.owned))] = np.arange(len(found))
     pairs = np.where((rank[pairs[:, 0]] < rank[pairs[:, 1]])[:, None], pairs, pairs[:, ::-1])

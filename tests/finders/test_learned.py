@@ -114,16 +114,11 @@ def test_a_roi_read_with_the_margin_has_the_nuclei_of_the_whole(shipped: Learned
     corner, side = margin + 16, 112
     block = image[corner - margin : corner + side + margin, corner - margin : corner + side + margin]
     assert corner + side + margin < 448
-    xy, score = shipped(block, 0.5)
-    everything, scores = shipped(image, 0.5)
-
-    def inside(points: np.ndarray) -> np.ndarray:
-        return ((points >= 0) & (points < side)).all(axis=1)
-
-    mine, theirs = inside(xy - margin), inside(everything - corner)
-    assert theirs.sum() > 10
-    np.testing.assert_allclose(xy[mine] - margin, everything[theirs] - corner, atol=0.01)
-    np.testing.assert_allclose(score[mine], scores[theirs], atol=1e-3)
+    mine = shipped(block, 0.5).within(margin, margin, side)
+    theirs = shipped(image, 0.5).within(corner, corner, side)
+    assert len(theirs) > 10
+    np.testing.assert_allclose(mine.xy, theirs.xy, atol=0.01)
+    np.testing.assert_allclose(mine.confidence(), theirs.confidence(), atol=1e-3)
 
 
 @pytest.mark.parametrize(("sides", "mpp"), [((33, 47), 0.5), ((2084, 1001), 0.25), ((50, 64), 0.4)])
@@ -137,8 +132,9 @@ def test_points_at_the_borders_lie_inside(
         return np.add.outer(np.arange(rows), np.arange(columns)).astype(np.float32)
 
     monkeypatch.setattr(shipped, "heatmap", rising)
-    xy, score = shipped(np.zeros((*sides, 3), np.uint8), mpp)
-    assert len(xy) == 1 and score[0] > 0.9
+    found = shipped(np.zeros((*sides, 3), np.uint8), mpp)
+    xy = found.xy
+    assert len(found) == 1 and found.confidence()[0] > 0.9
     assert (xy >= 0).all() and (xy < sides[::-1]).all() and (xy > np.array(sides[::-1]) - 1 - 1 / mpp).all()
     assert xy.dtype == np.float32
 
@@ -212,10 +208,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     sound = SHIPPED["resnet18"].read_bytes()
     for damaged in (b"", b"version https://git-lfs", sound[:-1000], b"\xff" * 64 + sound[64:]):
         bad.write_bytes(damaged)
-        assert "not a sound .safetensors file" in message()
+        assert "not a readable .safetensors file" in message()
     tensors = load_file(SHIPPED["resnet18"])
     save_file(tensors, bad)
-    assert "no muse_fast nucleus detector" in message()
+    assert "not a muse_fast nucleus detector" in message()
     save_file(tensors, bad, {"kind": module.KIND, "mpp": "0.5"})
     assert "no number 'threshold'" in message()
     settings = {"kind": module.KIND, "mpp": "0.5", "threshold": "0.3", "min_distance_um": "2"}

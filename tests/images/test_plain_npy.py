@@ -69,10 +69,10 @@ def test_mapped_arrays(tmp_path: Path) -> None:
     np.save(path, np.arange(12.0))
     assert isinstance(map_npy(path), np.memmap)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"a.npy: no readable array of numbers"):
+    with pytest.raises(UserError, match=r"a.npy: not a readable array of numbers"):
         map_npy(path)
     np.save(path, np.array([{}]))
-    with pytest.raises(UserError, match=r"a.npy: no readable array of numbers \(.*[Oo]bject"):
+    with pytest.raises(UserError, match=r"a.npy: not a readable array of numbers \(.*[Oo]bject"):
         map_npy(path)
-    with pytest.raises(UserError, match=r"b.npy: no readable"):
+    with pytest.raises(UserError, match=r"b.npy: not a readable"):
         map_npy(tmp_path / "b.npy")

@@ -122,5 +122,5 @@ def test_png_masks(tmp_path: Path) -> None:
 def test_outlines_without_a_polygon_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.geojson"
     path.write_text('{"type": "FeatureCollection", "features": []}')
-    with pytest.raises(UserError, match=r"a.geojson: no polygon in it"):
+    with pytest.raises(UserError, match=r"a.geojson: it has no polygon"):
         read_tissue(path, (9, 10), 10.0)

@@ -194,7 +194,7 @@ def test_pannuke_arrays_are_mapped_and_never_unpickled(tmp_path: Path) -> None:
     path = tiny.folder / "fold1" / "masks.npy"
     masks = np.load(path)
     np.save(path, masks.astype(object))
-    with pytest.raises(UserError, match=r"fold1/masks.npy: no readable array of numbers \(.*[Oo]bject"):
+    with pytest.raises(UserError, match=r"fold1/masks.npy: not a readable array of numbers \(.*[Oo]bject"):
         opened(tiny)
 
 
