@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,20 @@ def test_own_nuclei_take_the_place_of_the_detector(slide: Path, tmp_path: Path) 
     source = opened(slide, nuclei=str(folder))
     assert list(source) == []
     assert "slide.csv, row 2: x is '2000'" in source.refused[slide]
+
+
+def test_own_geojson_of_one_multipolygon(tmp_path: Path, tissue: np.ndarray) -> None:
+    """One nucleus in two parts, or two nuclei; what is not a nucleus is counted."""
+    slide = write_slide(tmp_path / "slides" / "slide.tif", tissue[:300, :300])
+    squares = [[[[x, 20], [x + 10, 20], [x + 10, 30], [x, 30], [x, 20]]] for x in (40, 80)]
+    two = {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": squares}}
+    core = {"type": "Feature", "geometry": two["geometry"], "properties": {"objectType": "tmaCore"}}
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "slide.geojson").write_text(json.dumps([two, core]))
+    for multi, expected in (("one", [[65, 25]]), ("each", [[45, 25], [85, 25]])):
+        source = opened(slide, **EVERYTHING, nuclei=str(tmp_path / "cells"), multi=multi)
+        assert np.concatenate([item.xy for item in source]).tolist() == expected
+        assert source.dropped["TMA core"] == 1
 
 
 def test_own_tissue(slide: Path, tmp_path: Path) -> None:
