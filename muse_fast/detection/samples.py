@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 
 from muse_fast.classification.tiles import resample
 from muse_fast.config import ViewsConfig
-from muse_fast.detection.pairing import Points
 from muse_fast.errors import UserError
+from muse_fast.images.points import Points
 from muse_fast.images.squares import cut_square, inside
 from muse_fast.sources import Source, SourceImage
 from muse_fast.sources.base import Context, Field, read_splits
