@@ -69,8 +69,8 @@ class PackedNuclei(_Movable):
 class Pairs(_Movable):
     """Rows of the same nucleus of the same ROI in a teacher global view and another student view."""
 
-    teacher: Tensor  # [P] int64, row of the packed nuclei (always a row of a global view)
-    student: Tensor  # [P] int64, row of the packed nuclei
+    teacher_rows: Tensor  # [P] int64, of the packed nuclei (always in a global view)
+    student_rows: Tensor  # [P] int64, of the packed nuclei
 
 
 @dataclass(frozen=True, slots=True)

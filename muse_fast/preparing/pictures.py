@@ -311,7 +311,7 @@ def _numbered_rows(views: Views, pairs: Pairs, roi: int) -> dict[int, int]:
     Nuclei that most views share come first; one too close to a numbered one is passed over, to keep numbers legible.
     """
     first, last = int(views.nuclei.offsets[roi]), int(views.nuclei.offsets[roi + 1])  # image `roi` is its global 0
-    teacher, student = pairs.teacher.cpu(), pairs.student.cpu()
+    teacher, student = pairs.teacher_rows.cpu(), pairs.student_rows.cpu()
     mine = (teacher >= first) & (teacher < last)
     partners = list(zip(teacher[mine].tolist(), student[mine].tolist(), strict=True))
     apart = views.global_images.shape[-1] / 14
@@ -327,7 +327,7 @@ def _numbered_rows(views: Views, pairs: Pairs, roi: int) -> dict[int, int]:
 
 def _pairs_per_roi(views: Views, pairs: Pairs) -> list[int]:
     roi_of_row = views.nuclei.image_index().cpu() % views.num_rois
-    return torch.bincount(roi_of_row[pairs.teacher.cpu()], minlength=views.num_rois).tolist()
+    return torch.bincount(roi_of_row[pairs.teacher_rows.cpu()], minlength=views.num_rois).tolist()
 
 
 def _pick_queries(identity: Tensor, image_of: Tensor, queries: int) -> Tensor:

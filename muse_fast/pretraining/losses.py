@@ -39,8 +39,8 @@ def image_pairs(num_rois: int, num_globals: int, num_views: int, device: torch.d
     )
     other = teacher != student
     pairs = Pairs(
-        teacher=teacher[other] * num_rois + roi[other],
-        student=student[other] * num_rois + roi[other],
+        teacher_rows=teacher[other] * num_rois + roi[other],
+        student_rows=student[other] * num_rois + roi[other],
     )
     return pairs.to(device)
 
@@ -66,7 +66,7 @@ def distillation_loss(
         a scalar in at least float32. Without any pair it is a zero that still carries a (zero) gradient, so a batch
         without nuclei trains the rest.
     """
-    compared = (center, pairs.teacher, pairs.student, temps.student, temps.teacher)
+    compared = (center, pairs.teacher_rows, pairs.student_rows, temps.student, temps.teacher)
     if logit_free:
         return ops.linear_dino_loss(student.z, student.prototypes, teacher.z, teacher.prototypes, *compared).sum()
     with torch.no_grad():

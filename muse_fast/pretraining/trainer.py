@@ -97,7 +97,7 @@ class Trainer:
         rois = micro_batches[0].num_rois * len(batches) * world_size()
         nucleus_pairs = sum_over_ranks(torch.stack([batch.num_pairs for batch in batches]).sum())
         num_pairs: dict[str, Tensor | int] = {
-            "image": len(batches[0].pairs["image"].teacher) * len(batches) * world_size(),
+            "image": len(batches[0].pairs["image"].teacher_rows) * len(batches) * world_size(),
             "nucleus": nucleus_pairs.clamp(min=1),
         }
 

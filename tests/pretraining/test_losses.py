@@ -20,7 +20,7 @@ def of_logits(logits: torch.Tensor) -> HeadOutput:
 
 def test_image_pairs_by_hand() -> None:
     pairs = image_pairs(num_rois=2, num_globals=2, num_views=3, device=CPU)
-    assert list(zip(pairs.teacher.tolist(), pairs.student.tolist(), strict=True)) == [
+    assert list(zip(pairs.teacher_rows.tolist(), pairs.student_rows.tolist(), strict=True)) == [
         (0, 2), (1, 3), (0, 4), (1, 5),  # teacher global 0 with student views 1 and 2
         (2, 0), (3, 1), (2, 4), (3, 5),  # teacher global 1 with student views 0 and 2
     ]  # fmt: skip
@@ -43,7 +43,7 @@ def test_image_loss_is_dinos_mean_over_views(logit_free: bool) -> None:
                 terms += 1
     pairs = image_pairs(num_rois, num_globals, num_views, CPU)
     ours = distillation_loss(of_logits(student), of_logits(teacher), center, pairs, TEMPS, logit_free=logit_free)
-    assert ours.item() / len(pairs.teacher) == pytest.approx((total / terms).item(), rel=1e-12)
+    assert ours.item() / len(pairs.teacher_rows) == pytest.approx((total / terms).item(), rel=1e-12)
 
 
 @both_ways
