@@ -67,7 +67,7 @@ class PackedNuclei(_Movable):
 
 @dataclass(frozen=True, slots=True)
 class Pairs(_Movable):
-    """Rows of the same nucleus of the same ROI in a teacher global view and another student view."""
+    """Rows that a loss compares: the same nucleus, or the same ROI, in a global view and in another view."""
 
     teacher_rows: Tensor  # [P] int64, of the packed nuclei (always in a global view)
     student_rows: Tensor  # [P] int64, of the packed nuclei

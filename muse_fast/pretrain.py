@@ -310,6 +310,9 @@ def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) 
         return statistics.fmean(values) if values else None
 
     first, last = training[:share], training[-share:]
+    losses = {
+        name: {"start": mean(f"loss_{name}", first), "end": mean(f"loss_{name}", last)} for name in trainer.loss_weights
+    }
     log_k = math.log(trainer.config.head.prototypes)
     summary = {
         "version": __version__,
@@ -322,12 +325,11 @@ def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) 
         "pairs_per_roi": mean("pairs_per_roi", training),
         "losses_finite": all(math.isfinite(row["loss"]) for row in training),
         "ln_k": log_k,
-        "loss_image": {"start": mean("loss_image", first), "end": mean("loss_image", last)},
-        "loss_nucleus": {"start": mean("loss_nucleus", first), "end": mean("loss_nucleus", last)},
+        **{f"loss_{name}": ends for name, ends in losses.items()},
         "mean_entropy_share_of_ln_k": {
             f"{who}_{head}": mean(f"{who}_{head}_mean_entropy", last)
             for who in ("teacher", "student")
-            for head in ("image", "nucleus")
+            for head in trainer.student.heads
         },
         "retrieval_at_1": {"before": retrieval[0]["retrieval_at_1"], "after": retrieval[-1]["retrieval_at_1"]},
         "retrieval_chance": retrieval[-1]["retrieval_chance"],
@@ -335,9 +337,9 @@ def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) 
         "pictures": drawn,
     }
     write_json(out / "summary.json", summary)
+    changes = [f"{name} loss {ends['start']:.3f} -> {ends['end']:.3f}" for name, ends in losses.items()]
     print(
-        f"done: nucleus loss {summary['loss_nucleus']['start']:.3f} -> {summary['loss_nucleus']['end']:.3f} "
-        f"(ln K = {log_k:.3f}), image loss {summary['loss_image']['start']:.3f} -> {summary['loss_image']['end']:.3f}, "
+        f"done: {', '.join(changes)}, ln K {log_k:.3f}, "
         f"retrieval@1 {summary['retrieval_at_1']['before']:.3f} -> {summary['retrieval_at_1']['after']:.3f} "
         f"(chance {summary['retrieval_chance']:.3f}), {summary['rois_per_second']:.1f} ROI/s, "
         f"peak memory {summary['peak_memory_gib']:.1f} GiB"

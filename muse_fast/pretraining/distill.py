@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,12 @@ from muse_fast.config import PretrainConfig
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.heads import DINOHead, HeadOutput
 
-Outputs = dict[str, HeadOutput]
-"""What the heads ``image`` (of every view) and ``nucleus`` (of every nucleus) give."""
+
+class Outputs(NamedTuple):
+    """What losses read of a network, by head: ``image`` has a row per view, ``nucleus`` a row per nucleus."""
+
+    features: dict[str, Tensor]  # what each head was fed: CLS features [images, C] and nucleus features [N, D]
+    heads: dict[str, HeadOutput]
 
 
 class Network(nn.Module):
@@ -35,6 +40,10 @@ class Network(nn.Module):
         self.image_head = DINOHead(self.backbone.image_dim, *widths, input_norm=head.input_norm)
         self.nucleus_head = DINOHead(self.backbone.dense_dim, *widths, input_norm=head.input_norm)
 
+    @property
+    def heads(self) -> dict[str, DINOHead]:
+        return {"image": self.image_head, "nucleus": self.nucleus_head}
+
     def forward(
         self, groups: Sequence[Tensor], nuclei: Sequence[PackedNuclei], scales: Tensor | None = None
     ) -> Outputs:
@@ -47,7 +56,8 @@ class Network(nn.Module):
             scales: of the encoder's residual branches, ``[branches, images]``, or None to drop none.
         """
         cls, rows = encode(self.backbone, groups, nuclei, scales)
-        return {"image": self.image_head(cls), "nucleus": self.nucleus_head(rows)}
+        features = {"image": cls, "nucleus": rows}
+        return Outputs(features, {name: head(features[name]) for name, head in self.heads.items()})
 
 
 def encode(

@@ -1,13 +1,17 @@
-"""The two losses of MUSE (equations 3, 6 and 7), both a centred-softmax cross-entropy over pairs of rows.
+"""The losses of MUSE (equations 3, 6 and 7), both a centred-softmax cross-entropy over pairs of rows, and their list.
 
 A loss is pure: it reads a centre and returns values. `muse_fast.pretraining.centering` updates the centre.
+
+``LOSSES`` is the one list of loss terms. Step, metrics, guard and summary follow it, so that a new loss is a function
+here, its line in ``LOSSES`` and its weight ``loss.lambda_NAME`` in `muse_fast.config`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +19,9 @@ from torch import Tensor
 
 from muse_fast import ops
 from muse_fast.batch import Pairs
+from muse_fast.config import LossConfig
 from muse_fast.models.heads import HeadOutput
+from muse_fast.pretraining.distill import Outputs
 
 _ENTROPY_ROWS = 64  # logits of so many rows are stored at a time
 
@@ -23,6 +29,27 @@ _ENTROPY_ROWS = 64  # logits of so many rows are stored at a time
 class Temperatures(NamedTuple):
     student: float
     teacher: float
+
+
+class LossInputs(NamedTuple):
+    """What a loss may read of a micro-batch on this rank. Rows of ``image`` are view-major, globals first."""
+
+    num_rois: int
+    num_globals: int
+    pairs: Mapping[str, Pairs]  # rows that each head compares
+    student: Outputs  # of all views
+    teacher: Mapping[str, HeadOutput]  # of the globals, not differentiated
+    centers: Mapping[str, Tensor]  # [K] of each head
+    temps: Temperatures
+    config: LossConfig
+
+
+class Loss(NamedTuple):
+    """A term of the training loss. Its weight is the setting ``loss.lambda_NAME``."""
+
+    summed: Callable[[LossInputs], Tensor]  # over a micro-batch: a scalar in at least float32
+    mean_over: Literal["rois", "image_pairs", "nucleus_pairs"]  # of the whole batch: what the sum is divided by
+    optional: bool = False  # not computed where its weight is 0
 
 
 @lru_cache(maxsize=16)
@@ -72,6 +99,39 @@ def distillation_loss(
     with torch.no_grad():
         teacher_logits = teacher.logits()
     return ops.dino_loss(student.logits(), teacher_logits, *compared).sum()
+
+
+def _distillation(head: str) -> Callable[[LossInputs], Tensor]:
+    def summed(inputs: LossInputs) -> Tensor:
+        return distillation_loss(
+            inputs.student.heads[head],
+            inputs.teacher[head],
+            inputs.centers[head],
+            inputs.pairs[head],
+            inputs.temps,
+            logit_free=inputs.config.logit_free,
+        )
+
+    return summed
+
+
+# The losses of the heads are computed at weight 0 too: they are logged, and DDP needs a gradient of every parameter.
+LOSSES = {
+    "image": Loss(_distillation("image"), mean_over="image_pairs"),
+    "nucleus": Loss(_distillation("nucleus"), mean_over="nucleus_pairs"),
+}
+
+
+def loss_weights(config: LossConfig) -> dict[str, float]:
+    """The losses that a run computes, each with its weight."""
+    weights = {name: getattr(config, f"lambda_{name}") for name in LOSSES}
+    return {name: weight for name, weight in weights.items() if weight > 0 or not LOSSES[name].optional}
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The training loss."""
+    first, *others = (weight * losses[name] for name, weight in weights.items())
+    return sum(others, start=first)
 
 
 @torch.no_grad()

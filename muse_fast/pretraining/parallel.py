@@ -40,7 +40,7 @@ def shard(network: Network, precision: str) -> Network:
         fully_shard(layer, mp_policy=half if precision == "bf16" else whole)
     fully_shard(backbone.decoder, mp_policy=whole)
     register_fsdp_forward_method(backbone.decoder, "nucleus_rows")
-    for head in (network.image_head, network.nucleus_head):
+    for head in network.heads.values():
         fully_shard(head, mp_policy=whole)
     # By default the outermost keeps what it gathers for the backward: a teacher has none, and would not be updated.
     fully_shard(network, mp_policy=whole, reshard_after_forward=True)

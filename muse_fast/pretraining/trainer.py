@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +20,17 @@ from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.heads import HeadOutput
 from muse_fast.models.vit import resize_pos_embed
 from muse_fast.pretraining.centering import sinkhorn_center, update_center
-from muse_fast.pretraining.distill import Network, Outputs, build_student_and_teacher, update_teacher
+from muse_fast.pretraining.distill import Network, build_student_and_teacher, update_teacher
 from muse_fast.pretraining.drop_path import draw_scales
-from muse_fast.pretraining.losses import Temperatures, assignment_entropy, distillation_loss, image_pairs
+from muse_fast.pretraining.losses import (
+    LOSSES,
+    LossInputs,
+    Temperatures,
+    assignment_entropy,
+    image_pairs,
+    loss_weights,
+    weighted_sum,
+)
 from muse_fast.pretraining.parallel import gradient_sync, parallelise, shard
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
@@ -32,7 +40,6 @@ from muse_fast.training.optim import apply_schedule, build_optimizer, load_momen
 from muse_fast.training.schedules import Schedule, schedule_at
 from muse_fast.training.sharding import full, like, local
 
-HEADS = ("image", "nucleus")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 Metrics = dict[str, Tensor | float]
@@ -45,7 +52,9 @@ class Batch(NamedTuple):
     groups: list[Tensor]  # images of one resolution each, globals first
     nuclei: list[PackedNuclei]  # in the images of each group
     pairs: dict[str, Pairs]  # rows that each head compares
-    num_pairs: Tensor  # [] int64, pairs of nuclei
+    nucleus_pairs: Tensor  # [] int64, their number: the rows of `pairs` are padded
+    num_rois: int
+    num_globals: int
     scales: Tensor | None  # [branches, images], of the student's residual branches
 
 
@@ -67,8 +76,10 @@ class Trainer:
         self.student_forward = parallelise(self.student, config.train.parallel, config.train.precision)
         if self._sharded:
             shard(self.teacher, config.train.precision)
-        self.centers = {name: torch.zeros(config.head.prototypes, device=device, dtype=precise) for name in HEADS}
-        self.guard = Guard([*(f"{name} loss" for name in HEADS), "gradient norm"], device)
+        center = torch.zeros(config.head.prototypes, device=device, dtype=precise)
+        self.centers = {name: center.clone() for name in self.student.heads}
+        self.loss_weights = loss_weights(config.loss)
+        self.guard = Guard([*(f"{name} loss" for name in self.loss_weights), "gradient norm"], device)
         self.optimizer = build_optimizer(self.student, self.guard)
 
     @property
@@ -95,38 +106,39 @@ class Trainer:
         config, schedule = self.config, schedule_at(self.step, self.config)
         batches = self._prepare(micro_batches)
         rois = micro_batches[0].num_rois * len(batches) * world_size()
-        nucleus_pairs = sum_over_ranks(torch.stack([batch.num_pairs for batch in batches]).sum())
-        num_pairs: dict[str, Tensor | int] = {
-            "image": len(batches[0].pairs["image"].teacher_rows) * len(batches) * world_size(),
-            "nucleus": nucleus_pairs.clamp(min=1),
+        nucleus_pairs = sum_over_ranks(torch.stack([batch.nucleus_pairs for batch in batches]).sum())
+        counts: dict[str, Tensor | int] = {  # over all micro-batches and ranks: what losses are means over
+            "rois": rois,
+            "image_pairs": len(batches[0].pairs["image"].teacher_rows) * len(batches) * world_size(),
+            "nucleus_pairs": nucleus_pairs.clamp(min=1),
         }
 
-        # Forward and backward. Gradients of all micro-batches and ranks add up to that of the mean over all pairs.
+        # Forward and backward. Gradients of all micro-batches and ranks add up to those of the means over all of them.
         self.student.train()
         self.teacher.train()
         self.optimizer.zero_grad(set_to_none=True)
-        totals = Totals(config.head.bottleneck_dim, self.centers["image"])
+        totals = Totals(self.loss_weights, self.centers, config.head.bottleneck_dim)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             with gradient_sync(self.student_forward, last):
                 losses, teacher, usage = self._forward(batch, schedule, measure and last)
-                losses = {name: losses[name] / num_pairs[name] for name in HEADS}
-                loss = config.loss.lambda_image * losses["image"] + config.loss.lambda_nucleus * losses["nucleus"]
+                losses = {name: loss / counts[LOSSES[name].mean_over] for name, loss in losses.items()}
+                loss = weighted_sum(losses, self.loss_weights)
                 (loss * world_size()).backward()  # the engines divide by the number of ranks
             totals.add(losses, teacher)
         totals.sum_over_ranks()
 
         # A last look before anything is changed.
         if not schedule.train_prototypes:
-            self.student.image_head.prototypes_v.grad = None
-            self.student.nucleus_head.prototypes_v.grad = None
+            for head in self.student.heads.values():
+                head.prototypes_v.grad = None
         grad_norm = full(nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None]))
-        go = self.guard.look(self.step + 1, [*totals.losses().values(), grad_norm], *_samples(micro_batches))
+        go = self.guard.look(self.step + 1, [*totals.losses.values(), grad_norm], *_samples(micro_batches))
 
         # Update: the centres by the teacher that was asked, the student, the teacher by the student.
-        for name, features, rows in totals.features():
+        for name, z_sum, rows in totals.teacher():
             momentum = config.loss.center_momentum
-            update_center(self.centers[name], features, rows, teacher[name].prototypes, momentum, go)
+            update_center(self.centers[name], z_sum, rows, teacher[name].prototypes, momentum, go)
         if config.optim.clip_grad:
             nn.utils.clip_grads_with_norm_(self.student.parameters(), config.optim.clip_grad, grad_norm)
         apply_schedule(self.optimizer, schedule)
@@ -136,10 +148,9 @@ class Trainer:
 
         if not measure:
             return {}
-        losses = totals.losses()
         return {
-            "loss": config.loss.lambda_image * losses["image"] + config.loss.lambda_nucleus * losses["nucleus"],
-            **{f"loss_{name}": value for name, value in losses.items()},
+            "loss": weighted_sum(totals.losses, self.loss_weights),
+            **{f"loss_{name}": value for name, value in totals.losses.items()},
             "grad_norm": grad_norm,
             "pairs_per_roi": nucleus_pairs / rois,
             **usage,
@@ -187,14 +198,16 @@ class Trainer:
                 "image": image_pairs(num_rois, num_globals, num_globals + views.num_locals, self.device),
                 "nucleus": Pairs(teacher_rows, student_rows),
             },
-            num_pairs=count,
+            nucleus_pairs=count,
+            num_rois=num_rois,
+            num_globals=num_globals,
             scales=None if scales is None else _move(scales.flatten(1), self.device).to(self.centers["image"].dtype),
         )
 
     def _forward(
         self, batch: Batch, schedule: Schedule, measure: bool
-    ) -> tuple[dict[str, Tensor], Outputs, dict[str, Tensor]]:
-        """The undivided losses (equations 3, 6 and 7), what the teacher said, and the use of prototypes if ``measure``.
+    ) -> tuple[dict[str, Tensor], dict[str, HeadOutput], dict[str, Tensor]]:
+        """The undivided losses (equations 3, 6 and 7), the teacher's outputs, and the use of prototypes if ``measure``.
 
         Nothing of the student is returned but its losses, so that their backward frees its prototypes as it goes.
         """
@@ -204,29 +217,27 @@ class Trainer:
             teacher = self._ask_teacher(batch)
             student = self.student_forward(batch.groups, batch.nuclei, batch.scales)
             centers = self._centers(teacher, temps.teacher)
-            losses = {  # the same centred-softmax cross-entropy over two kinds of pairs
-                name: distillation_loss(
-                    student[name], teacher[name], centers[name], batch.pairs[name], temps, logit_free=config.logit_free
-                )
-                for name in HEADS
-            }
-        return losses, teacher, _use_of_prototypes(student, teacher, centers, temps) if measure else {}
+            inputs = LossInputs(
+                batch.num_rois, batch.num_globals, batch.pairs, student, teacher, centers, temps, config
+            )
+            losses = {name: LOSSES[name].summed(inputs) for name in self.loss_weights}
+        return losses, teacher, _use_of_prototypes(student.heads, teacher, centers, temps) if measure else {}
 
-    def _ask_teacher(self, batch: Batch) -> Outputs:
+    def _ask_teacher(self, batch: Batch) -> dict[str, HeadOutput]:
         """The teacher sees the globals alone."""
         if self._sharded:  # FSDP keeps the weights it gathers, which autograd must know
             with torch.no_grad():
-                return self.teacher(batch.groups[:1], batch.nuclei[:1], None)
+                return self.teacher(batch.groups[:1], batch.nuclei[:1], None).heads
         with torch.inference_mode():
-            outputs = self.teacher(batch.groups[:1], batch.nuclei[:1], None)
+            outputs = self.teacher(batch.groups[:1], batch.nuclei[:1], None).heads
         # A loss may save these for its backward, which takes no tensors of inference mode.
         return {name: HeadOutput(*(tensor.clone() for tensor in output)) for name, output in outputs.items()}
 
     @torch.no_grad()
-    def _centers(self, teacher: Outputs, temp: float) -> dict[str, Tensor]:
+    def _centers(self, teacher: Mapping[str, HeadOutput], temp: float) -> dict[str, Tensor]:
         if self.config.loss.centering == "ema":
             return self.centers
-        return {name: sinkhorn_center(teacher[name].logits(), temp) for name in HEADS}
+        return {name: sinkhorn_center(output.logits(), temp) for name, output in teacher.items()}
 
     def save(self, run: Path) -> Path | None:
         """Write a checkpoint of everything that the next step depends on; all ranks call it, the main one writes.
@@ -286,8 +297,8 @@ class Trainer:
             except RuntimeError as error:
                 raise UserError(f"{folder}: its {stem} does not fit these settings ({str(error)[:300]} ...)") from None
         state = checkpoint.read_tensors(folder, "state")
-        for name in HEADS:
-            self.centers[name].copy_(state[f"center/{name}"])
+        for name, center in self.centers.items():
+            center.copy_(state[f"center/{name}"])
 
     def teacher_backbone(self) -> Backbone:
         """The teacher's backbone, whole on every rank, to evaluate and draw; all ranks call it. Not to be trained."""
@@ -300,41 +311,45 @@ class Trainer:
 
 
 class Totals:
-    """Per head the loss, the sum of the teacher's bottleneck features and their number: what a step adds up.
+    """What a step adds up over micro-batches and ranks.
 
-    Args:
-        like: a tensor of the dtype and device to sum in.
+    Attributes:
+        losses: each a 0-dim view of the sums.
     """
 
-    def __init__(self, width: int, like: Tensor) -> None:
-        self._rows = like.new_zeros(len(HEADS), 1 + width + 1)
+    def __init__(self, losses: Collection[str], centers: Mapping[str, Tensor], width: int) -> None:
+        like, self._heads = next(iter(centers.values())), list(centers)
+        self._sums = like.new_zeros(len(losses) + len(centers) * (width + 1))  # one tensor: one exchange of ranks
+        self.losses = dict(zip(losses, self._sums[: len(losses)], strict=True))
+        self._rows = self._sums[len(losses) :].view(len(centers), width + 1)
 
-    def add(self, losses: Mapping[str, Tensor], teacher: Outputs) -> None:
+    def add(self, losses: Mapping[str, Tensor], teacher: Mapping[str, HeadOutput]) -> None:
         """Add a micro-batch."""
         with torch.no_grad():
-            for row, name in zip(self._rows, HEADS, strict=True):
-                row[0] += losses[name]
-                row[1:-1] += teacher[name].z.sum(dim=0)
+            for name, total in self.losses.items():
+                total += losses[name]
+            for row, name in zip(self._rows, self._heads, strict=True):
+                row[:-1] += teacher[name].z.sum(dim=0)
                 row[-1] += len(teacher[name].z)
 
     def sum_over_ranks(self) -> None:
-        sum_over_ranks(self._rows)
+        sum_over_ranks(self._sums)
 
-    def losses(self) -> dict[str, Tensor]:
-        return dict(zip(HEADS, self._rows[:, 0], strict=True))
-
-    def features(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Head, sum of features ``[d]``, number of rows ``[]``."""
-        for name, row in zip(HEADS, self._rows, strict=True):
-            yield name, row[1:-1], row[-1]
+    def teacher(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Head, sum of the teacher's bottleneck rows ``[d]``, their number ``[]``."""
+        for row, name in zip(self._rows, self._heads, strict=True):
+            yield name, row[:-1], row[-1]
 
 
 def _use_of_prototypes(
-    student: Outputs, teacher: Outputs, centers: Mapping[str, Tensor], temps: Temperatures
+    student: Mapping[str, HeadOutput],
+    teacher: Mapping[str, HeadOutput],
+    centers: Mapping[str, Tensor],
+    temps: Temperatures,
 ) -> dict[str, Tensor]:
-    """Entropies of the assignments of this rank's rows; of heads without rows, nothing."""
+    """Entropies of the assignments of this rank's rows; heads without rows have none."""
     use: dict[str, Tensor] = {}
-    for name in HEADS:
+    for name in student:
         for who, output, center, temp in (
             ("teacher", teacher[name], centers[name], temps.teacher),
             ("student", student[name], None, temps.student),

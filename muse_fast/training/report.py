@@ -99,8 +99,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _gist(values: Mapping[str, float]) -> str:
     """Of a row of pretraining."""
+    losses = {key.removeprefix("loss_"): value for key, value in values.items() if key.startswith("loss_")}
     return (
-        f"loss {values['loss']:.3f} (image {values['loss_image']:.3f}, nucleus {values['loss_nucleus']:.3f}) "
+        f"loss {values['loss']:.3f} ({', '.join(f'{name} {value:.3f}' for name, value in losses.items())}) "
         f"{values['rois_per_second']:.1f} ROI/s, data wait {100 * values['data_wait']:.0f} %"
         + (f", MFU {100 * values['mfu']:.0f} %" if "mfu" in values else "")
     )

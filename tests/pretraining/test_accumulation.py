@@ -44,8 +44,8 @@ def sums_by_hand(student: Network, teacher: Network, centers: dict[str, Tensor],
     groups, nuclei = views.groups()
     groups = [images.double() for images in groups]
     with torch.no_grad():
-        asked = teacher.train()(groups[:1], nuclei[:1])
-    given = student.train()(groups, nuclei)
+        asked = teacher.train()(groups[:1], nuclei[:1]).heads
+    given = student.train()(groups, nuclei).heads
     sums = {}
     for name, pairs in (("image", image_pairs(views)), ("nucleus", nucleus_pairs(views))):
         t, s = (torch.tensor([pair[side] for pair in pairs], dtype=torch.int64) for side in (0, 1))
@@ -94,7 +94,7 @@ def test_the_centre_follows_the_mean_over_all_micro_batches() -> None:
     for part in views:
         groups, nuclei = part.groups()
         with torch.no_grad():
-            for name, output in teacher.train()([groups[0].double()], nuclei[:1]).items():
+            for name, output in teacher.train()([groups[0].double()], nuclei[:1]).heads.items():
                 logits[name].append(output.logits())
     trainer.train_step(*views)
     for name, parts in logits.items():

@@ -15,6 +15,7 @@ from muse_fast import pretrain
 from muse_fast.batch import Views
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.ops import backends
+from muse_fast.pretraining.losses import LOSSES
 from muse_fast.pretraining.trainer import Metrics, Trainer
 from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.training.report import read_metrics
@@ -33,6 +34,7 @@ SETTINGS = [
     pytest.param(("head.input_norm=true",), id="input-norm"),
     pytest.param(("model.drop_path=0.0", "optim.clip_grad=0"), id="no-drop-path-no-clipping"),
     pytest.param(("optim.accumulate=2", "optim.batch_size=4"), id="micro-batches"),
+    *(pytest.param((f"loss.lambda_{name}=0.1",), id=name) for name, loss in LOSSES.items() if loss.optional),
     pytest.param(("model.recompute=selective",), id="selective"),
     pytest.param(("model.recompute=full",), id="full"),
     pytest.param(("model.arch=resnet50",), id="resnet50", marks=pytest.mark.slow),

@@ -66,8 +66,8 @@ def test_losses_equal_the_equations_written_as_loops() -> None:
     views = toy_views()
     with torch.no_grad():
         groups, nuclei = views.groups()
-        student = {name: out.logits() for name, out in trainer.student.train()(groups, nuclei).items()}
-        teacher = {name: out.logits() for name, out in trainer.teacher.train()(groups[:1], nuclei[:1]).items()}
+        student = {name: out.logits() for name, out in trainer.student.train()(groups, nuclei).heads.items()}
+        teacher = {name: out.logits() for name, out in trainer.teacher.train()(groups[:1], nuclei[:1]).heads.items()}
 
     def cross_entropy(t: torch.Tensor, s: torch.Tensor, name: str) -> float:
         p = ((t.double() - trainer.centers[name].double()) / 0.04).softmax(-1)
@@ -206,7 +206,7 @@ def test_the_centre_moves_to_the_mean_logit_of_the_teacher_that_was_asked() -> N
     views = toy_views()
     with torch.no_grad():
         groups, nuclei = views.groups()
-        asked = {name: out.logits() for name, out in trainer.teacher.train()(groups[:1], nuclei[:1]).items()}
+        asked = {name: out.logits() for name, out in trainer.teacher.train()(groups[:1], nuclei[:1]).heads.items()}
     trainer.train_step(views)
     torch.testing.assert_close(trainer.centers["image"], 0.1 * asked["image"].mean(0), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(trainer.centers["nucleus"], 0.1 * asked["nucleus"].mean(0), rtol=1e-3, atol=1e-6)
