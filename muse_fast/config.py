@@ -101,6 +101,8 @@ class HeadConfig(Config):
 class LossConfig(Config):
     lambda_image: float = setting(1.0, ge=0)
     lambda_nucleus: float = setting(1.0, ge=0)
+    lambda_koleo: float = setting(0.0, ge=0)
+    """KoLeo, which spreads the CLS features of global views apart (DINOv2 weights it by 0.1); 0 does not compute it."""
     student_temp: float = setting(0.1, gt=0)
     teacher_temp_start: float = setting(0.04, gt=0)
     teacher_temp_end: float = setting(0.05, gt=0)

@@ -115,10 +115,41 @@ def _distillation(head: str) -> Callable[[LossInputs], Tensor]:
     return summed
 
 
+def koleo_loss(features: Tensor, rois_per_view: int) -> Tensor:
+    """Sum over rows x of ``-log(|x - n(x)| + 1e-8)``, x of length 1 and n(x) its nearest other row of the same view.
+
+    It raises the entropy of the features as Kozachenko and Leonenko estimate it (Sablayrolles et al. 2019, "Spreading
+    vectors for similarity search"). As in DINOv2, neighbours lie within one view of a micro-batch on one rank. With one
+    ROI there is no neighbour: the loss is 0.
+
+    Args:
+        features: ``[views * rois_per_view, C]``, view-major.
+
+    Returns:
+        a scalar in at least float32, whatever autocast says. Its gradient is finite, also for equal rows.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        if rois_per_view == 1:
+            return 0 * features.sum()
+        rows = F.normalize(features, eps=1e-8)
+        losses = []
+        for view in rows.split(rois_per_view):
+            cosines = view.detach() @ view.detach().T
+            nearest = cosines.fill_diagonal_(-math.inf).argmax(dim=1)  # not -1, the cosine of opposite rows
+            losses.append(-torch.log(F.pairwise_distance(view, view[nearest], eps=1e-8) + 1e-8))
+        return torch.cat(losses).sum()
+
+
+def _koleo(inputs: LossInputs) -> Tensor:
+    return koleo_loss(inputs.student.features["image"][: inputs.num_globals * inputs.num_rois], inputs.num_rois)
+
+
 # The losses of the heads are computed at weight 0 too: they are logged, and DDP needs a gradient of every parameter.
 LOSSES = {
     "image": Loss(_distillation("image"), mean_over="image_pairs"),
     "nucleus": Loss(_distillation("nucleus"), mean_over="nucleus_pairs"),
+    "koleo": Loss(_koleo, mean_over="rois", optional=True),  # as in DINOv2 the sum over global views of their means
 }
 
 
