@@ -55,7 +55,7 @@ class PredictConfig(Config):
     device: str = "auto"
     gzip: bool = False
     """Write cells.geojson.gz."""
-    max_unreadable: int = setting(20, ge=0)
+    max_unreadable_tiles: int = setting(20, ge=0)
     """Tiles of a slide that may be damaged; with more the slide is given up."""
 
 
@@ -177,11 +177,15 @@ def _predict_page(
     """Write the folder of one page; returns its summary."""
     started = time.perf_counter()
     found = Prediction(
-        file, detector, everywhere=not settings.tissue, tile=settings.tile, max_unreadable=settings.max_unreadable
+        file,
+        detector,
+        everywhere=not settings.tissue,
+        tile=settings.tile,
+        max_unreadable_tiles=settings.max_unreadable_tiles,
     )
     with found, atomic.new_folder(out) as folder:
         page = found.page
-        files = CellFiles(folder, page, file.name, detector.class_names, settings.gzip, found.max_unreadable_pixels)
+        files = CellFiles(folder, page, file.name, detector.class_names, settings.gzip, found.max_unreadable_px)
         readers = settings.readers or min(8, usable_cpus())
         with closing(files), Ticker(len(found.tiles), "tiles") as ticker:
             tally = found.run(

@@ -194,7 +194,7 @@ def test_bad_slides_are_named_and_the_others_done(tmp_path: Path, capsys: pytest
     damaged = write_slide(tmp_path / "in" / "damaged.tif", page_with_tissue(), compression="zlib")
     damage(damaged, 7, 8, 9)
     out = tmp_path / "out"
-    assert classical("--out", out, tmp_path / "in", "tissue=false", "tile=256", "max_unreadable=1") == 2
+    assert classical("--out", out, tmp_path / "in", "tissue=false", "tile=256", "max_unreadable_tiles=1") == 2
     refused = summary(out)["refused"]
     assert list(refused) == ["a.tif", "broken.svs", "damaged.tif", "scaleless.tif"]
     assert "has the same name" in refused["a.tif"]

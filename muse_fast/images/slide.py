@@ -113,11 +113,11 @@ class Slide(ABC):
         box = near[0] / downsample, near[1] / downsample, far[0] / downsample, far[1] / downsample
         return np.array(pixels.resize(size, Image.Resampling.BICUBIC, box=box))
 
-    def thumbnail(self, um: float, max_unreadable: float = 0) -> NDArray[np.uint8]:
+    def thumbnail(self, um: float, max_unreadable_px: float = 0) -> NDArray[np.uint8]:
         """The slide at about ``um`` per pixel, ``[ceil(H * mpp / um), ceil(W * mpp / um), 3]`` RGB.
 
         Raises:
-            UserError: more than ``max_unreadable`` pixels of level 0 cannot be read; up to that many are left white.
+            UserError: more than ``max_unreadable_px`` pixels of level 0 cannot be read; up to that many are left white.
         """
         columns, rows = math.ceil(self.width * self.mpp / um), math.ceil(self.height * self.mpp / um)
         step = um / self.mpp  # level-0 pixels per pixel of the thumbnail
@@ -125,7 +125,7 @@ class Slide(ABC):
         downsample = self.levels[level].downsample
         width = round(columns * step / downsample)
         rows_per_band = max(1, int(_BAND_PIXELS / width / (step / downsample)))
-        bands, damage = [], _Damage(max_unreadable)
+        bands, damage = [], _Damage(max_unreadable_px)
         for top in range(0, rows, rows_per_band):
             count = min(rows_per_band, rows - top)
             height = max(1, round(count * step / downsample))
@@ -224,7 +224,7 @@ class ImageSlide(Slide):
     def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
         return cut_block(self._pixels, x, y, width, height)
 
-    def thumbnail(self, um: float, max_unreadable: float = 0) -> NDArray[np.uint8]:
+    def thumbnail(self, um: float, max_unreadable_px: float = 0) -> NDArray[np.uint8]:
         size = math.ceil(self.width * self.mpp / um), math.ceil(self.height * self.mpp / um)
         covered = (0, 0, min(self.width, size[0] * um / self.mpp), min(self.height, size[1] * um / self.mpp))
         return np.asarray(Image.fromarray(self._pixels).resize(size, Image.Resampling.BOX, covered))

@@ -51,13 +51,13 @@ class Prediction:
     Args:
         file: the page; every reading thread opens it for itself.
         tile: side in pixels of the tiles; None: what suits the detector.
-        max_unreadable: tiles that may be damaged.
+        max_unreadable_tiles: tiles that may be damaged.
 
     Attributes:
         page: for the calling thread.
         tissue: where nuclei are looked for.
         tiles: those with tissue.
-        max_unreadable_pixels: of level 0, as many as there are in ``max_unreadable`` tiles.
+        max_unreadable_px: of level 0, as many as there are in ``max_unreadable_tiles`` tiles.
 
     Raises:
         UserError: the page cannot be used, or the tiles are too small.
@@ -70,7 +70,7 @@ class Prediction:
         *,
         everywhere: bool,
         tile: int | None,
-        max_unreadable: int,
+        max_unreadable_tiles: int,
     ) -> None:
         self._file, self._detector = file, detector
         self.page = page = file.open()
@@ -79,9 +79,9 @@ class Prediction:
         margin = math.ceil(detector.reach_um / self._scale.mpp + self._radius)
         side = tile or detector.tile_size
         grid = Grid(self._scale, side, margin)
-        self._max_unreadable = max_unreadable
-        self.max_unreadable_pixels = max_unreadable * side**2 * math.prod(self._scale.step)
-        self.tissue = Tissue(page, everywhere, self.max_unreadable_pixels)
+        self._max_unreadable_tiles = max_unreadable_tiles
+        self.max_unreadable_px = max_unreadable_tiles * side**2 * math.prod(self._scale.step)
+        self.tissue = Tissue(page, everywhere, self.max_unreadable_px)
         self.tiles = [tile for tile in grid.tiles() if self._wanted(tile)]
         self._local, self._pages, self._lock = threading.local(), [page], threading.Lock()
 
@@ -135,7 +135,7 @@ class Prediction:
         for tile, pixels in read:
             if isinstance(pixels, UserError):
                 tally.unreadable += 1
-                if tally.unreadable > self._max_unreadable:
+                if tally.unreadable > self._max_unreadable_tiles:
                     raise UserError(f"{pixels}; {tally.unreadable} tiles of it cannot be read; copy the slide again")
                 continue
             yield tile, pixels

@@ -75,20 +75,20 @@ class Tissue:
 
     Args:
         everywhere: the whole page counts, and no mask is made.
-        max_unreadable: pixels of level 0, see `Slide.thumbnail`.
+        max_unreadable_px: pixels of level 0, see `Slide.thumbnail`.
 
     Attributes:
         area_mm2: of the tissue, or of the page.
     """
 
-    def __init__(self, page: Slide, everywhere: bool, max_unreadable: float) -> None:
+    def __init__(self, page: Slide, everywhere: bool, max_unreadable_px: float) -> None:
         from scipy.ndimage import binary_dilation
 
         self._pitch = MASK_UM / page.mpp  # level-0 pixels per pixel of the mask
         self._mask = None
         area = page.width * page.height * page.mpp**2
         if not everywhere:
-            mask = tissue_mask(page.thumbnail(MASK_UM, max_unreadable), MASK_UM)
+            mask = tissue_mask(page.thumbnail(MASK_UM, max_unreadable_px), MASK_UM)
             area = min(area, float(mask.sum()) * MASK_UM**2)  # pixels of the mask stick out of the page
             self._mask = binary_dilation(mask, iterations=_RIM)
         self.area_mm2 = area / 1e6

@@ -145,8 +145,8 @@ def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
 
 def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
     side = round(settings.roi_um / slide.mpp)
-    max_unreadable = settings.max_unreadable_rois * side**2
-    overview = slide.thumbnail(MASK_UM, max_unreadable)
+    max_unreadable_px = settings.max_unreadable_rois * side**2
+    overview = slide.thumbnail(MASK_UM, max_unreadable_px)
     step = MASK_UM / slide.mpp
     mask = tissue_mask(overview, MASK_UM) if file.tissue is None else read_tissue(file.tissue, overview.shape[:2], step)
     given, dropped = None, Counter[str]()
@@ -167,15 +167,15 @@ def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
     if settings.per_slide is not None:
         order = priorities(settings.seed, file.name, np.array([(s.x, s.y) for s in squares]).reshape(-1, 2))
         squares = [squares[i] for i in np.argsort(order, kind="stable")]
-    picture = _thumbnail(slide, overview, max_unreadable)
+    picture = _thumbnail(slide, overview, max_unreadable_px)
     return Survey(slide.width, slide.height, slide.mpp, side, squares, dropped, mask, picture)
 
 
-def _thumbnail(slide: Slide, overview: NDArray[np.uint8], max_unreadable: int) -> NDArray[np.uint8]:
+def _thumbnail(slide: Slide, overview: NDArray[np.uint8], max_unreadable_px: int) -> NDArray[np.uint8]:
     """The overview reduced, or a finer one of a small slide."""
     if max(overview.shape) < THUMBNAIL_SIDE:
         um = max(slide.width, slide.height) * slide.mpp / THUMBNAIL_SIDE
-        overview = slide.thumbnail(max(slide.mpp, um), max_unreadable)
+        overview = slide.thumbnail(max(slide.mpp, um), max_unreadable_px)
     picture = Image.fromarray(overview)
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return np.asarray(picture)

@@ -86,7 +86,7 @@ def test_damage_costs_its_own_place_alone(tmp_path: Path, page: np.ndarray) -> N
 
     with pytest.raises(UserError, match=r"slide.tif: unreadable at \d+, \d+"):
         slide.thumbnail(MASK_UM)
-    found = slide.thumbnail(MASK_UM, max_unreadable=300_000)
+    found = slide.thumbnail(MASK_UM, max_unreadable_px=300_000)
     y, x = np.argwhere((found == 255).all(axis=2)).T * 16
     assert (found[20, 52] == 255).all()
     assert x.min() > 768 - 256 and x.max() < 1024 + 256 and y.min() >= 256 - 256 and y.max() < 512 + 256

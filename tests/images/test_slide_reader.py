@@ -76,4 +76,4 @@ def test_it_is_found_and_its_damage_is_left_white(folders: dict[str, Path]) -> N
     slide = open_slide(folders["npy"] / "a.npy")
     with pytest.raises(UserError, match=r"a.npy: unreadable at 0, 0"):
         slide.thumbnail(2.0)
-    assert (slide.thumbnail(2.0, max_unreadable=256 * 256)[:40, :40] == 255).all()
+    assert (slide.thumbnail(2.0, max_unreadable_px=256 * 256)[:40, :40] == 255).all()

@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 5000, 4000
 
 
 def page(width: int = WIDTH, height: int = HEIGHT) -> SimpleNamespace:
-    def thumbnail(um: float, max_unreadable: float = 0) -> np.ndarray:
+    def thumbnail(um: float, max_unreadable_px: float = 0) -> np.ndarray:
         return np.full((-int(-height * 0.25 // um), -int(-width * 0.25 // um), 3), 230, np.uint8)
 
     return SimpleNamespace(width=width, height=height, mpp=0.25, thumbnail=thumbnail)
