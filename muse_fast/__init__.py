@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from muse_fast.version import __version__
+
 if TYPE_CHECKING:
     from muse_fast import ops as ops
     from muse_fast.detection.detector import load_detector as load_detector
     from muse_fast.models.weights import load_backbone as load_backbone
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_backbone", "load_detector", "ops"]
 
 

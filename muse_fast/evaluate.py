@@ -26,7 +26,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-import muse_fast
 from muse_fast.classification.features import Progress, extract_features
 from muse_fast.classification.metrics import METRICS, majority
 from muse_fast.classification.tasks import TASKS, Row, Subject, TaskConfig
@@ -40,6 +39,7 @@ from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
 from muse_fast.runtime.options import known_keys, load_settings, split_settings, split_source_options
 from muse_fast.sources import open_source
+from muse_fast.version import __version__
 
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("muse", "exact")
@@ -134,7 +134,7 @@ def _evaluate(args: argparse.Namespace, options: TaskConfig) -> None:
         "majority": majority(data["nuclei"]["train"], data["nuclei"]["test"]),
         "results": results,
         "environment": {
-            "muse_fast": muse_fast.__version__,
+            "muse_fast": __version__,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),

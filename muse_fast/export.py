@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from muse_fast import __version__
 from muse_fast.errors import UserError
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from muse_fast.models.archs import find_arch
@@ -38,6 +37,7 @@ from muse_fast.models.weights import (
 )
 from muse_fast.runtime import atomic, checkpoint
 from muse_fast.runtime.tensors import write_tensors
+from muse_fast.version import __version__
 
 WHICH = ("teacher", "student")
 

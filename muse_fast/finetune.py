@@ -21,7 +21,6 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from muse_fast import __version__, load_backbone
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import Detector, DetectorSpec, load_detector
 from muse_fast.detection.finetuner import Finetuner
@@ -31,7 +30,7 @@ from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
 from muse_fast.models.archs import ARCHS
-from muse_fast.models.weights import COMPATS
+from muse_fast.models.weights import COMPATS, load_backbone
 from muse_fast.preparing import pictures
 from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
@@ -50,6 +49,7 @@ from muse_fast.training.report import (
     read_metrics,
 )
 from muse_fast.training.run import find_start, refuse_other_settings, report_non_finite, report_stopped
+from muse_fast.version import __version__
 from muse_fast.views.loader import StepSampler, load_batches
 
 PICTURE = "detections.png"

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from muse_fast import __version__
 from muse_fast.errors import UserError
 from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.predicting.detectors import NUCLEI, TileDetector, open_detector
@@ -32,6 +31,7 @@ from muse_fast.runtime.device import peak_memory, pick_device
 from muse_fast.runtime.options import Config, load_settings, setting, split_settings
 from muse_fast.runtime.progress_bar import Ticker
 from muse_fast.sources.wsi import listed, reason_of, usable_cpus
+from muse_fast.version import __version__
 
 _SUMMARY = "summary.json"
 _RECORD = "predict.json"  # what all folders of DIR were made with

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from muse_fast import __version__
 from muse_fast.errors import UserError
 from muse_fast.preparing import audit
 from muse_fast.preparing import slurm as prepare_slurm
@@ -22,6 +21,7 @@ from muse_fast.runtime.progress_bar import ticked
 from muse_fast.sources import Source, source_kinds
 from muse_fast.sources.prepared import Prepared
 from muse_fast.sources.wsi import Slides
+from muse_fast.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

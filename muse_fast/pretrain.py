@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from muse_fast import __version__
 from muse_fast.batch import Pairs, Views
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.errors import UserError
@@ -45,6 +44,7 @@ from muse_fast.training.run import (
     report_stalled,
     report_stopped,
 )
+from muse_fast.version import __version__
 from muse_fast.views import renderers
 from muse_fast.views.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
 

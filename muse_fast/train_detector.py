@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from muse_fast import __version__
 from muse_fast.detection.crops import Annotated, Crops, draw_crops
 from muse_fast.detection.scores import Score, evaluate
 from muse_fast.errors import UserError
@@ -35,6 +34,7 @@ from muse_fast.sources import open_source
 from muse_fast.sources.base import SPLITS, read_splits
 from muse_fast.training.report import MetricsLog
 from muse_fast.training.schedules import warmup_cosine
+from muse_fast.version import __version__
 
 WEIGHTS = "detector.safetensors"
 PROTOCOL = "max-matching"  # of muse_fast.detection.protocols: 3 um, as many pairs as possible

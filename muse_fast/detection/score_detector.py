@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from muse_fast import __version__
 from muse_fast.classification.features import Progress
 from muse_fast.detection.detector import Detector, load_detector
 from muse_fast.detection.samples import LabelledImage, class_names, known_nuclei, labelled_image, labels
@@ -29,6 +28,7 @@ from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
 from muse_fast.runtime.options import split_source_options
 from muse_fast.sources import SourceImage, open_source
+from muse_fast.version import __version__
 
 
 def main(argv: Sequence[str], bar: Bar) -> int:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from muse_fast import __version__
 from muse_fast.classification.features import Progress
 from muse_fast.detection.protocols import PROTOCOLS, find_protocol
 from muse_fast.detection.scores import evaluate, evaluate_all, figures_table, scores_table
@@ -26,6 +25,7 @@ from muse_fast.images.mpp import check_mpp
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_class_names, read_points
 from muse_fast.runtime.atomic import write_json
+from muse_fast.version import __version__
 
 ALL = "all"
 CELLS = "cells.csv"  # in a folder per image, by `muse_fast.predicting.files`

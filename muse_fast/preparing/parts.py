@@ -22,7 +22,6 @@ from typing import Any
 
 from PIL import Image
 
-from muse_fast import __version__
 from muse_fast.errors import UserError
 from muse_fast.images.tissue import MASK_UM, write_tissue
 from muse_fast.preparing.pool import Pool
@@ -30,6 +29,7 @@ from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 from muse_fast.runtime import atomic
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, Survey, close_slides, survey
 from muse_fast.sources.wsi import reason_of
+from muse_fast.version import __version__
 
 _SLIDES_UNDER_WAY = 8  # enough that surveys, each by one process, keep no process waiting
 _SECONDS_BETWEEN_LOOKS = 1.0
