@@ -6,7 +6,8 @@ import importlib
 import sys
 
 from muse_fast.errors import did_you_mean
-from muse_fast.runtime.cli import EXIT_USER_ERROR, run
+from muse_fast.runtime import exit_codes
+from muse_fast.runtime.cli import run
 
 COMMANDS = {
     "prepare": "slides or labelled images to a ROI set",
@@ -32,7 +33,7 @@ def main() -> int:
     if name in ("-h", "--help"):
         return 0
     print(f"\nerror: no command '{name}'{did_you_mean(name, COMMANDS)}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    return exit_codes.USER_ERROR
 
 
 if __name__ == "__main__":

@@ -19,17 +19,17 @@ CENTERINGS = ("ema", "sinkhorn")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Config):
-    roiset: str = ""
+    roiset: str = setting("", may_change=True)
     """Folder of a ROI set, as written by ``python -m muse_fast.prepare``."""
     split: str = ""
     """Train on the ROIs of this split alone; empty takes all."""
-    workers: int = setting(2, ge=0)
+    workers: int = setting(2, ge=0, may_change=True)
     """Loader processes. The run is the same with any number of them; 0 loads in the training process."""
-    backend: str = setting("cpu", choices=DATA_BACKENDS)
+    backend: str = setting("cpu", choices=DATA_BACKENDS, may_change=True)
     """Who decodes and renders views: ``cpu`` (the loader processes), ``dali`` (NVIDIA DALI, on the GPU or, in runs on a
     CPU, there) or ``cuda`` (nvJPEG and the op augment_views, on a GPU). Boxes, colours and nuclei are the same; pixels
     differ by a fifth of a grey level on average. With the last two, loader processes only read and plan."""
-    timeout: int = setting(300, ge=1)
+    timeout: int = setting(300, ge=1, may_change=True)
     """Seconds without a batch after which a loader process is called stalled and the run ends."""
 
 
@@ -76,13 +76,13 @@ class ModelConfig(Config):
     """An encoder of `muse_fast/models/archs.py`: vit_tiny, vit_small, vit_base, resnet50, ..."""
     drop_path: float = setting(0.1, ge=0, lt=1)
     """Stochastic depth of the student's last block (linear over depth); the teacher has none."""
-    init: str = ""
+    init: str = setting("", may_change=True)
     """Run folder or checkpoint whose weights, teacher and centres a new run starts from, at any view size (as an LFoV
     run starts from one at 224 px); empty starts at random."""
-    attention: str = setting("sdpa", choices=ATTENTION)
+    attention: str = setting("sdpa", choices=ATTENTION, may_change=True)
     """Attention of a ViT: ``sdpa`` (torch, anywhere), ``xformers`` or ``varlen`` (torch's flash attention over packed
     images), the last two on CUDA GPUs."""
-    recompute: str = setting("none", choices=RECOMPUTE)
+    recompute: str = setting("none", choices=RECOMPUTE, may_change=True)
     """What the backward of a ViT layer computes again instead of storing it: ``none``, ``selective`` (all but matmuls
     and attention) or ``full``."""
 
@@ -111,7 +111,7 @@ class LossConfig(Config):
     centering: str = setting("ema", choices=CENTERINGS)
     """``ema`` (the paper's) or ``sinkhorn`` (three iterations; for small batches, where the EMA centre swings)."""
     center_momentum: float = setting(0.9, ge=0, lt=1)
-    logit_free: bool = True
+    logit_free: bool = setting(True, may_change=True)
     """Never store logits: two fifths of the step's memory at K = 65536, for computing them twice. Below some thousand
     prototypes stored logits are faster."""
 
@@ -152,17 +152,17 @@ class TrainConfig(Config):
     On a CPU without bf16 instructions (AVX512-BF16 or AMX) bf16 is emulated and many times slower than fp32."""
     device: str = "auto"
     """``auto`` takes a CUDA GPU where there is one; under torchrun every rank takes its own."""
-    parallel: str = setting("ddp", choices=PARALLEL)
+    parallel: str = setting("ddp", choices=PARALLEL, may_change=True)
     """On several ranks: ``ddp`` holds everything on each, ``fsdp`` shards weights and optimiser state (FSDP2)."""
-    compile: bool = False
+    compile: bool = setting(False, may_change=True)
     """torch.compile of every ViT layer: fuses norms, GELU, casts and sums. The first step then takes minutes."""
-    timeout: int = setting(1_200, ge=1, le=1_799, unit="seconds")
+    timeout: int = setting(1_200, ge=1, le=1_799, unit="seconds", may_change=True)
     """Seconds without progress after which, on several ranks, the one that the others wait for is named and all end.
     Longer than a checkpoint, an evaluation or a compiled first step takes, and below half an hour."""
-    log_every: int = setting(10, ge=1)
+    log_every: int = setting(10, ge=1, may_change=True)
     """Steps between rows of metrics.jsonl."""
-    checkpoint_every: int = setting(1_000, ge=1)
-    keep_every: int = setting(10_000, ge=0)
+    checkpoint_every: int = setting(1_000, ge=1, may_change=True)
+    keep_every: int = setting(10_000, ge=0, may_change=True)
     """Checkpoints at multiples of this step are kept for ever; of the others the last two. 0 keeps none."""
     eval_every: int = setting(5_000, ge=0)
     """Steps between evaluations of nucleus retrieval; 0 evaluates at the start and at the end alone."""

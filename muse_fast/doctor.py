@@ -21,6 +21,7 @@ from muse_fast.errors import UserError
 from muse_fast.images import jpeg, jpeg_rows
 from muse_fast.ops import backends
 from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime import exit_codes
 from muse_fast.runtime.cli import run
 from muse_fast.training import deep_check
 
@@ -66,7 +67,7 @@ def check_roiset(path: Path, console: Console) -> int:
     for problem in problems:
         console.print(f"[red]problem[/red] {problem}")
     console.print(f"{len(problems)} problems" if problems else "no problems")
-    return 1 if problems else 0
+    return exit_codes.FOUND if problems else 0
 
 
 def check_deeply(path: Path, console: Console) -> int:
@@ -79,7 +80,7 @@ def check_deeply(path: Path, console: Console) -> int:
     console.print(
         f"{len(findings)} problems, {len(findings) - len(left)} repaired or left alone" if findings else "no problems"
     )
-    return 1 if left else 0
+    return exit_codes.FOUND if left else 0
 
 
 def machine_table() -> Table:

@@ -19,7 +19,7 @@ from muse_fast.config import PretrainConfig, load_config
 from muse_fast.errors import require
 from muse_fast.models.archs import check_model
 from muse_fast.roiset.roiset import RoiSet
-from muse_fast.runtime import cluster
+from muse_fast.runtime import cluster, exit_codes
 
 WARNED_BEFORE = 180  # seconds from Slurm's warning to the end: for the steps to the next log line and the checkpoint
 _MAX_TIMEOUTS = 1_000  # a run is over when its steps are done, however often its time was up
@@ -47,7 +47,7 @@ class PretrainJob:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         warning = _SaveFirst()
         code = pretrain.main(self.arguments)
-        if warning.received and code == pretrain.EXIT_STOPPED:
+        if warning.received and code == exit_codes.STOPPED:
             warning.requeue()  # the other ranks return: a task that fails could take rank 0 down before it has requeued
         elif code != 0:
             raise RuntimeError(f"pretraining ended with exit code {code}; its output says why")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from muse_fast import pretrain
 from muse_fast.config import load_config
+from muse_fast.pretraining import run as pretraining_run
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSet
-from muse_fast.runtime import checkpoint, cli
+from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.training.report import read_metrics
 from muse_fast.views.loader import StepSampler, ViewDataset, load_views
 from tests.support.ranks import Ranks, counted_collectives
@@ -111,7 +111,7 @@ def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
     config = load_config(path, overrides)
     roiset = RoiSet(Path(config.data.roiset))
     trainer = Trainer(config, torch.device("cpu"))
-    sampler = pretrain._sampler(trainer, roiset.select(""))
+    sampler = pretraining_run._sampler(trainer, roiset.select(""))
     views = load_views(ViewDataset(roiset, config.views, config.seed), sampler, workers=0)
     return trainer, zip(*[views] * config.optim.accumulate, strict=True)
 
@@ -155,7 +155,7 @@ def test_ranks_that_see_different_checkpoints_do_not_start(runs: Runs, tmp_path:
     argv = ["optim.steps=6", "optim.freeze_prototypes_steps=0"]
     ended = runs.ranks(run_command, [(runs.argv(out, *argv),), (runs.argv(tmp_path / "other", *argv),)])
     for each in ended:
-        assert each.code == cli.EXIT_USER_ERROR and "different steps, [6, -1]" in each.err
+        assert each.code == exit_codes.USER_ERROR and "different steps, [6, -1]" in each.err
     assert not (tmp_path / "other").exists()
 
 
@@ -201,12 +201,12 @@ def test_nan_on_one_rank_stops_both_before_anything_changes(runs: Runs, tmp_path
     out = tmp_path / "nan"
     short = ["optim.steps=9", "train.log_every=3", "train.checkpoint_every=3", "optim.warmup_steps=2"]
     ended = runs.end(out, engine, *short, change=Change(poison=(3, 1)))
-    assert [each.code for each in ended] == [pretrain.EXIT_NON_FINITE] * 2
+    assert [each.code for each in ended] == [exit_codes.NON_FINITE] * 2
     report = json.loads((out / "non_finite_step_4.json").read_text())
     (step,) = StepSampler(np.arange(5), seed=0, batch_size=4, start_step=3, stop_step=4)
     assert report["roi_ids"] == [roi for _, roi in step] and report["epochs"] == [epoch for epoch, _ in step]
     told = json.loads((out / "exit.json").read_text())
-    assert told["code"] == pretrain.EXIT_NON_FINITE and told["step"] == 3 and "image loss" in told["reason"]
+    assert told["code"] == exit_codes.NON_FINITE and told["step"] == 3 and "image loss" in told["reason"]
     assert checkpoint.steps(out) == [3]
     assert all(torch.isfinite(value).all() for value in weights(out).values())
     assert ended[1].out == ""

@@ -15,18 +15,18 @@ import torch
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import load_detector
 from muse_fast.detection.finetuner import Finetuner, assign, proposal_places
+from muse_fast.detection.run import new_detector
 from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, known_nuclei, read_labelled
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import evaluate
 from muse_fast.evaluate import main as evaluate_main
-from muse_fast.finetune import main, new_detector
+from muse_fast.finetune import main
 from muse_fast.images.points_csv import read_points
-from muse_fast.runtime import checkpoint
+from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.runtime.options import load_settings
 from muse_fast.sources import open_source
 from muse_fast.training.report import read_metrics
-from muse_fast.training.run import EXIT_NON_FINITE, EXIT_STOPPED
 
 TOY = """
 data: {sample_size: 64, workers: 0}
@@ -130,7 +130,7 @@ def test_told_to_stop_it_saves_and_goes_on(workplace: Path, unbroken: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Finetuner, "train_step", told)
-        assert main(arguments(workplace, out)) == EXIT_STOPPED
+        assert main(arguments(workplace, out)) == exit_codes.STOPPED
     assert checkpoint.steps(out) == [1] and json.loads((out / "exit.json").read_text())["reason"] == "SIGTERM"
     assert main(arguments(workplace, out)) == 0
     assert rows(out) == rows(unbroken) and not (out / "exit.json").exists()
@@ -146,7 +146,7 @@ def test_not_finite_it_stops_before_anything_is_changed(workplace: Path, monkeyp
         return train_step(tuner, batch, measure=measure)
 
     monkeypatch.setattr(Finetuner, "train_step", poisoned)
-    assert main(arguments(workplace, out)) == EXIT_NON_FINITE
+    assert main(arguments(workplace, out)) == exit_codes.NON_FINITE
     report = json.loads((out / "non_finite_step_3.json").read_text())
     assert "type loss" in report["error"] and len(report["roi_ids"]) == 3
     found, problems = checkpoint.latest(out)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,16 @@ import pytest
 from PIL import Image
 
 from muse_fast import evaluate
-from muse_fast import predict as command
 from muse_fast.finders.classical import detect_nuclei
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import write_points
-from muse_fast.predict import main
+from muse_fast.predict import main as predict_main
+from muse_fast.predicting import run as predicting
+from muse_fast.runtime.cli import run
 from tests.support.planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 from tests.support.small_slides import damage, page_with_tissue, tifffile, write_slide
+
+main = partial(run, predict_main)
 
 
 def positions(folder: Path) -> np.ndarray:
@@ -53,7 +57,7 @@ def dots(monkeypatch: pytest.MonkeyPatch) -> dict[str, DotDetector]:
     def open_dots(weights: str, device: object) -> DotDetector:
         return opened.setdefault(weights, DotDetector(float(weights.removeprefix("dots:"))))
 
-    monkeypatch.setattr(command, "open_detector", open_dots)
+    monkeypatch.setattr(predicting, "open_detector", open_dots)
     return opened
 
 

@@ -6,16 +6,20 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from muse_fast import prepare
 from muse_fast.images.synthetic import synthetic_image
-from muse_fast.prepare import main
 from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime.cli import run
 from tests.support.small_slides import damage, page_with_tissue, write_slide
+
+main = partial(run, prepare.main)
 
 
 def test_synthetic_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,9 +251,10 @@ def test_full_disk(tmp_path: Path) -> None:
     script = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from muse_fast.prepare import main
+from muse_fast import prepare
+from muse_fast.runtime.cli import run
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-sys.exit(main(["synthetic:8", sys.argv[1], "size=128"]))
+sys.exit(run(prepare.main, ["synthetic:8", sys.argv[1], "size=128"]))
 """
     result = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, check=False

@@ -16,10 +16,10 @@ import torch
 from muse_fast.batch import Views
 from muse_fast.config import load_config
 from muse_fast.errors import UserError
-from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED, main
+from muse_fast.pretrain import main
 from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.trainer import Metrics, Trainer
-from muse_fast.runtime import checkpoint
+from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.training.report import read_metrics
 from torture.toy import arguments, losses, prepare
@@ -131,9 +131,9 @@ def test_sigterm_saves_and_exits_with_a_known_code(workplace: Path, unbroken: Pa
     process = start(workplace, out, "train.checkpoint_every=1000")
     wait_for_step(out, 3, process)
     process.terminate()
-    assert process.wait() == EXIT_STOPPED
+    assert process.wait() == exit_codes.STOPPED
     written = json.loads((out / "exit.json").read_text())
-    assert written["code"] == EXIT_STOPPED and written["reason"] == "SIGTERM"
+    assert written["code"] == exit_codes.STOPPED and written["reason"] == "SIGTERM"
     assert checkpoint.steps(out) == [written["step"]]
     assert main(arguments(workplace, out)) == 0
     assert losses(out) == losses(unbroken)
@@ -166,7 +166,7 @@ def test_non_finite_stops_with_the_roi_ids_and_clean_checkpoints(
         return step(trainer, *views, measure=measure)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)
-    assert main(arguments(workplace, out)) == EXIT_NON_FINITE
+    assert main(arguments(workplace, out)) == exit_codes.NON_FINITE
     report = json.loads((out / "non_finite_step_5.json").read_text())
     assert len(report["roi_ids"]) == 2 and "image loss" in report["error"]
     found, problems = checkpoint.latest(out)
@@ -282,7 +282,7 @@ def test_mfu_is_the_flops_of_the_rows_at_hand_over_the_peak(workplace: Path, mon
         return train_step(trainer, *views, measure=measure)
 
     monkeypatch.setattr(Trainer, "train_step", counting)
-    monkeypatch.setattr("muse_fast.pretrain.peak_flops", lambda device: 1.0)
+    monkeypatch.setattr("muse_fast.pretraining.run.peak_flops", lambda device: 1.0)
     assert main(arguments(workplace, out, "optim.steps=3")) == 0
     config = load_config(workplace / "toy.yaml")
     rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]

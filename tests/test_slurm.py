@@ -14,7 +14,7 @@ from muse_fast import pretrain, slurm
 from muse_fast.errors import UserError
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.roiset.roiset import RoiSetWriter
-from muse_fast.runtime import checkpoint
+from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run
 from muse_fast.training.report import StopSignal, read_metrics
 
@@ -185,14 +185,14 @@ def test_a_warning_in_training_stops_it_first(
         with StopSignal() as stop:
             signal.raise_signal(signal.SIGUSR2)
             assert stop.received == "SIGTERM" and not submitits_handler
-        return pretrain.EXIT_STOPPED
+        return exit_codes.STOPPED
 
     monkeypatch.setattr(pretrain, "main", warned_in_training)
-    assert job() == pretrain.EXIT_STOPPED
+    assert job() == exit_codes.STOPPED
     assert submitits_handler == [signal.SIGUSR2]
 
 
-@pytest.mark.parametrize("code", [pretrain.EXIT_STOPPED, pretrain.EXIT_NON_FINITE])
+@pytest.mark.parametrize("code", [exit_codes.STOPPED, exit_codes.NON_FINITE])
 def test_a_run_that_stopped_unwarned_has_failed(
     code: int, job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

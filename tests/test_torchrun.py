@@ -15,7 +15,7 @@ import torch
 
 from muse_fast import pretrain
 from muse_fast.errors import UserError
-from muse_fast.runtime import checkpoint
+from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import _lost_rank_told, store_of_this_start
 from tests.support.ranks import Ranks
 from tests.support.toy_runs import Runs, assert_same_bits, assert_same_losses, toy_runs, training_rows
@@ -102,7 +102,7 @@ def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, 
         assert job.wait() == 1 and not job.processes()
         printed = job.output()
     written = json.loads((out / "exit.json").read_text())
-    assert written["code"] == pretrain.EXIT_STOPPED and written["step"] in range(4, 16, 2)
+    assert written["code"] == exit_codes.STOPPED and written["step"] in range(4, 16, 2)
     assert written["reason"] == ("another rank was told to stop" if told == "rank 1" else "SIGTERM")
     assert checkpoint.steps(out) == [written["step"]] and printed.count("checkpoint written") == 1
     checkpoint.verify(checkpoint.folder_of(out, written["step"]))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from muse_fast import train_detector
 from muse_fast.detection.crops import Crops
-from muse_fast.errors import UserError
-from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, read_finder
-from muse_fast.images.synthetic import synthetic_image
-from muse_fast.train_detector import (
+from muse_fast.detection.train_finder import (
     DISTANCES_UM,
     THRESHOLDS,
     Labelled,
@@ -21,12 +20,16 @@ from muse_fast.train_detector import (
     best_threshold,
     choose_settings,
     heatmap_loss,
-    main,
     scored,
     scores_at,
     train,
 )
+from muse_fast.errors import UserError
+from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, read_finder
+from muse_fast.images.synthetic import synthetic_image
+from muse_fast.runtime.cli import run
 
+main = partial(run, train_detector.main)
 TINY = {"batch_size": 2, "crop": 64, "precision": "fp32"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from muse_fast.classification.tiles import Tile
 from muse_fast.images.imagenet import normalise
-
-Progress = Callable[[int, int, str], None]  # done, total, unit
+from muse_fast.runtime.progress_bar import Progress
 
 
 class NucleusFeatures(Protocol):

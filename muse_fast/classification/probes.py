@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muse_fast.classification.features import NucleusSet, Progress
+from muse_fast.classification.features import NucleusSet
 from muse_fast.classification.metrics import Scores, score
 from muse_fast.errors import UserError
+from muse_fast.runtime.progress_bar import Progress
 
 KNN_NEIGHBOURS = (10, 20, 100, 200, 500)
 KNN_TEMPERATURE = 0.07

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from muse_fast.classification.features import NucleusSet, Progress
+from muse_fast.classification.features import NucleusSet
 from muse_fast.classification.metrics import Scores
 from muse_fast.classification.probes import KNN_NEIGHBOURS, LinearResult, knn, linear_probe, standardised
 from muse_fast.classification.tiles import Tile
@@ -15,6 +15,7 @@ from muse_fast.errors import require
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.timm_backbone import TimmBackbone
 from muse_fast.runtime.options import MAX_SEED, Config, setting
+from muse_fast.runtime.progress_bar import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muse_fast.classification.features import NucleusSet, Progress, TileBatch, stack_tiles
+from muse_fast.classification.features import NucleusSet, TileBatch, stack_tiles
 from muse_fast.classification.metrics import Scores, score
 from muse_fast.classification.tiles import Tile
 from muse_fast.errors import UserError
+from muse_fast.runtime.progress_bar import Progress
 
 
 @dataclass(frozen=True, slots=True)

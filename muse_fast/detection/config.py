@@ -35,9 +35,9 @@ class SamplesConfig(Config):
     """Probability that a sample is turned to greyscale."""
     blur: bool = False
     """Blur every other sample."""
-    workers: int = setting(2, ge=0)
+    workers: int = setting(2, ge=0, may_change=True)
     """Loader processes. The run is the same with any number of them; 0 loads in the training process."""
-    timeout: int = setting(300, ge=1)
+    timeout: int = setting(300, ge=1, may_change=True)
     """Seconds without a batch after which a loader process is called stalled and the run ends."""
 
     def colours(self) -> ViewsConfig:
@@ -97,7 +97,7 @@ class FinetuneTrainConfig(Config):
     """``bf16`` autocast or ``fp32``; weights, losses and optimiser state are fp32 either way."""
     device: str = "auto"
     """``auto`` takes a CUDA GPU where there is one."""
-    log_every: int = setting(10, ge=1)
+    log_every: int = setting(10, ge=1, may_change=True)
     """Steps between rows of metrics.jsonl."""
     eval_every: int = setting(1, ge=1)
     """Epochs between evaluations of the val split; the last epoch is always evaluated."""

@@ -1,11 +1,7 @@
-"""``python -m muse_fast.finetune --config CONFIG --data SOURCE --weights W --out DIR [--resume ...] [key=value ...]``
-
-Fine-tunes a nucleus detector (paper, "Downstream Fine-Tuning"); `muse_fast.detection.detector.load_detector` opens it.
-"""
+"""A fine-tuning from its start, or from a checkpoint, to its summary."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import statistics
@@ -29,13 +25,11 @@ from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names,
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
-from muse_fast.models.archs import ARCHS
-from muse_fast.models.weights import COMPATS, load_backbone
+from muse_fast.models.weights import load_backbone
 from muse_fast.preparing import pictures
 from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import peak_memory, pick_device
-from muse_fast.runtime.options import load_settings, split_source_options
 from muse_fast.sources import open_source
 from muse_fast.training.guard import NonFiniteError
 from muse_fast.training.memory import explained_out_of_memory
@@ -54,39 +48,7 @@ from muse_fast.views.loader import StepSampler, load_batches
 
 PICTURE = "detections.png"
 
-# Settings that may differ between a run and its continuation: they do not change its numbers.
-_FREE_ON_RESUME = ("data.workers", "data.timeout", "train.log_every")
 _MOST_DRAWN = 6  # images in the picture
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = argument_parser().parse_intermixed_args(argv)
-    options, settings = split_source_options(args.overrides)
-    config = load_settings(FinetuneConfig, args.config, settings)
-    return finetune(
-        config,
-        args.out,
-        data=args.data,
-        options=options,
-        weights=args.weights,
-        arch=args.arch,
-        compat=args.compat,
-        resume=args.resume,
-    )
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m muse_fast.finetune", description="Fine-tune a nucleus detector.")
-    parser.add_argument("--config", required=True, help="YAML file or shipped config, such as finetune_brcam2c")
-    parser.add_argument("--data", required=True, help="annotated source with a train and a val split, e.g. brcam2c:DIR")
-    parser.add_argument("--weights", required=True, help="run, checkpoint, export, .pth or random:ARCH")
-    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not say")
-    parser.add_argument("--compat", choices=COMPATS, help="position embedding, see load_backbone")
-    parser.add_argument("--out", required=True, type=Path, help="run folder")
-    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
-    help_ = "settings, for example optim.epochs=20; source.key=value are options of the source"
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_)
-    return parser
 
 
 def finetune(
@@ -119,7 +81,7 @@ def finetune(
     if start is None:
         detector = new_detector(config, names, weights, arch, compat)
     else:
-        refuse_other_settings(start, config, _FREE_ON_RESUME)
+        refuse_other_settings(start, config)
         detector = load_detector(start)
     tuner = Finetuner(config, detector, device, len(train))
     if start is not None:
@@ -325,9 +287,3 @@ def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: 
         f"{summary['images_per_second']:.2f} images/s, peak memory {summary['peak_memory_gib']:.1f} GiB"
     )
     print(f"summary: {out / 'summary.json'}; picture: {picture}")
-
-
-if __name__ == "__main__":
-    from muse_fast.runtime.cli import run
-
-    raise SystemExit(run(main))

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from muse_fast.classification.features import Progress
 from muse_fast.detection.detector import Detector, load_detector
 from muse_fast.detection.samples import LabelledImage, class_names, known_nuclei, labelled_image, labels
-from muse_fast.detection.score_files import Bar
 from muse_fast.detection.scores import evaluate_all, scores_table
 from muse_fast.errors import UserError, require
 from muse_fast.images.points import Points
@@ -27,12 +25,13 @@ from muse_fast.images.points_csv import write_points
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
 from muse_fast.runtime.options import split_source_options
+from muse_fast.runtime.progress_bar import Progress, progress_bar
 from muse_fast.sources import SourceImage, open_source
 from muse_fast.version import __version__
 
 
-def main(argv: Sequence[str], bar: Bar) -> int:
-    """Run the command; ``bar`` shows its progress.
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
 
     Raises:
         UserError: not a detector, a source with other classes, no image in the split, or an output that already exists.
@@ -44,7 +43,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
     detector = load_detector(args.weights, device)
     images = _read(args, detector.class_names)
 
-    with bar(console, "detection") as progress, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+    with progress_bar(console, "detection") as progress, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         classes = len(detector.class_names)
         at_scale = [labelled_image(image, detector.mpp, classes, detector.tile_size) for image in images]
         found = detect_images(detector, at_scale, progress)
@@ -54,7 +53,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
     console.print(
         f"{args.data}, {args.split or 'all'}: {detected} nuclei in {len(images)} images, {annotated} annotated"
     )
-    with bar(console, "scoring") as progress:
+    with progress_bar(console, "scoring") as progress:
         scores, left_out = evaluate_all(
             found,
             truths,

@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
-from muse_fast.classification.features import Progress
 from muse_fast.detection.protocols import PROTOCOLS, find_protocol
 from muse_fast.detection.scores import evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.errors import UserError, require
@@ -25,15 +23,15 @@ from muse_fast.images.mpp import check_mpp
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_class_names, read_points
 from muse_fast.runtime.atomic import write_json
+from muse_fast.runtime.progress_bar import progress_bar
 from muse_fast.version import __version__
 
 ALL = "all"
 CELLS = "cells.csv"  # in a folder per image, by `muse_fast.predicting.files`
-Bar = Callable[[Console, str], AbstractContextManager[Progress]]
 
 
-def main(argv: Sequence[str], bar: Bar) -> int:
-    """Run the command; ``bar`` shows its progress.
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
 
     Raises:
         UserError: files are missing on one side or not readable, only one side has labels, or as `evaluate`.
@@ -47,7 +45,7 @@ def main(argv: Sequence[str], bar: Bar) -> int:
         console.print("no scores: points count as more confident the earlier they are in a file")
     options = {"radius_um": args.radius, "draws": args.draws, "seed": args.seed}
     if args.protocol == ALL:
-        with bar(console, "scoring") as progress:
+        with progress_bar(console, "scoring") as progress:
             scores, left_out = evaluate_all(
                 predictions, truths, args.mpp, max(1, len(classes)), **options, progress=progress
             )

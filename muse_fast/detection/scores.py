@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from muse_fast.classification.features import Progress
 from muse_fast.detection.pairing import TooManyPointsError
 from muse_fast.detection.protocols import PROTOCOLS, Counts, Figures, Protocol, find_protocol
 from muse_fast.errors import UserError, require
 from muse_fast.images.points import Points
+from muse_fast.runtime.progress_bar import Progress
 
 __all__ = ["Interval", "Score", "Scores", "evaluate", "evaluate_all", "figures_table", "scores_table"]
 

@@ -1,4 +1,4 @@
-"""``python -m muse_fast.train_detector --data SOURCE --out DIR [key=value ...]``: a nucleus detector from points.
+"""A learned nucleus finder from annotated points.
 
 Trains :class:`NucleusNet` on the train split of a source with annotated nuclei, chooses threshold and least distance
 on val, and scores it on val and test beside the classical detector.
@@ -6,8 +6,6 @@ on val, and scores it on val and test beside the classical detector.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,8 +26,7 @@ from muse_fast.finders.network import MULTIPLE, NucleusNet
 from muse_fast.images.image_files import resampled
 from muse_fast.images.points import Points
 from muse_fast.runtime import atomic
-from muse_fast.runtime.cli import run
-from muse_fast.runtime.options import MAX_SEED, Config, known_keys, load_settings, setting
+from muse_fast.runtime.options import MAX_SEED, Config, setting
 from muse_fast.sources import open_source
 from muse_fast.sources.base import SPLITS, read_splits
 from muse_fast.training.report import MetricsLog
@@ -189,16 +186,7 @@ def best_threshold(finder: NucleusFinder, val: Sequence[Labelled], thresholds: S
     return max(f1), thresholds[f1.index(max(f1))]
 
 
-# -------------------------------------------------------------------------------------------------------- command
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m muse_fast.train_detector", description="Train a nucleus detector.")
-    parser.add_argument("--data", required=True, help="source with train, val and test, e.g. brcam2c:DIR")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the run; must not hold a finished one")
-    parser.add_argument("options", nargs="*", metavar="key=value", help=", ".join(known_keys(TrainDetectorConfig)))
-    args = parser.parse_intermixed_args(argv)
-    return run(lambda _: train_detector(args.data, args.out, load_settings(TrainDetectorConfig, None, args.options)))
+# ------------------------------------------------------------------------------------------------------------ run
 
 
 def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
@@ -264,7 +252,3 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['detector']:10} {row['threshold']:9.4f}  {val['f1']:6.4f}  {test['f1']:7.4f} "
             f"{low:6.4f}..{high:6.4f}  {test['precision']:9.4f}  {test['recall']:6.4f}"
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

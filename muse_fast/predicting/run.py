@@ -1,19 +1,13 @@
-"""``python -m muse_fast.predict --weights W --out DIR IMAGE_OR_SLIDE ... [key=value ...]``: the nuclei of slides.
-
-Every slide or image gets a folder in DIR, which appears whole: cells for QuPath (GeoJSON) and for tables (CSV), a
-picture, and numbers. A command that was interrupted goes on when it is repeated.
-"""
+"""The nuclei of slides and images, a folder for each."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +15,19 @@ import torch
 
 from muse_fast.errors import UserError
 from muse_fast.images.mpp import MPP_RANGE
-from muse_fast.predicting.detectors import NUCLEI, TileDetector, open_detector
+from muse_fast.predicting.detectors import TileDetector, open_detector
 from muse_fast.predicting.files import CellFiles
 from muse_fast.predicting.pages import PageFile, find_pages
 from muse_fast.predicting.pipeline import Prediction
 from muse_fast.runtime import atomic
-from muse_fast.runtime.cli import run
 from muse_fast.runtime.device import peak_memory, pick_device
-from muse_fast.runtime.options import Config, load_settings, setting, split_settings
+from muse_fast.runtime.options import Config, fixed_settings, setting
 from muse_fast.runtime.progress_bar import Ticker
 from muse_fast.sources.wsi import listed, reason_of, usable_cpus
 from muse_fast.version import __version__
 
 _SUMMARY = "summary.json"
 _RECORD = "predict.json"  # what all folders of DIR were made with
-_WITHOUT_EFFECT = ("batch", "readers", "device")  # settings that may change when a command is repeated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,37 +40,15 @@ class PredictConfig(Config):
     """Look for nuclei only where there is tissue."""
     tile: int | None = setting(None, ge=64, le=8192)
     """Side of a tile in pixels; None: what suits the detector."""
-    batch: int = setting(4, ge=1, le=1024)
+    batch: int = setting(4, ge=1, le=1024, may_change=True)
     """Tiles that the detector sees at a time."""
-    readers: int | None = setting(None, ge=1, le=256)
+    readers: int | None = setting(None, ge=1, le=256, may_change=True)
     """Threads that read tiles; None: as many as there are cores, 8 at most."""
-    device: str = "auto"
+    device: str = setting("auto", may_change=True)
     gzip: bool = False
     """Write cells.geojson.gz."""
     max_unreadable_tiles: int = setting(20, ge=0)
     """Tiles of a slide that may be damaged; with more the slide is given up."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run(_main, argv)
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m muse_fast.predict", description="Find the nuclei of slides and images."
-    )
-    parser.add_argument("--weights", required=True, help=f"a fine-tuned run, or `{NUCLEI}` for nuclei of one class")
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets a folder for every slide")
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_SLIDE", help="files, or folders of them; key=value")
-    args = parser.parse_intermixed_args(argv)
-    given, files = split_settings(args.inputs)
-    settings = load_settings(PredictConfig, None, given)
-    try:
-        predict(args.weights, args.out, [Path(file) for file in files], settings)
-    except OSError as error:  # a full disk, above all
-        raise UserError(f"{args.out} was not written: {error}") from error
-    return 0
 
 
 def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictConfig) -> None:
@@ -98,7 +68,7 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
         "weights_sha256": _fingerprint(weights),
         "class_names": list(detector.class_names),
         "detector_mpp": detector.mpp,
-        "settings": {key: value for key, value in asdict(settings).items() if key not in _WITHOUT_EFFECT},
+        "settings": dict(fixed_settings(settings)),
     }
     left, refused = _left_to_do(out, pages, made_with)
     print(f"predict {len(left)} of {len(pages)} inputs with {weights} on {device} -> {out}", flush=True)
@@ -252,7 +222,3 @@ def _in_words(summary: dict[str, Any]) -> str:
         f"{summary['seconds']:.1f} s, {summary['nuclei_per_second']:,.0f} nuclei/s, "
         f"detector busy {100 * summary['detector_busy']:.0f} %"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from muse_fast.errors import UserError
 from muse_fast.roiset.roiset import RoiSet
-from muse_fast.runtime.cli import run
+from muse_fast.runtime import exit_codes
 from muse_fast.sources import Source, open_source
 from muse_fast.sources.names import Names
 from muse_fast.sources.wsi import Slides
-
-EXIT_SHARED = 1
 
 _SLIDE_COLUMNS = ("slide", "slide_name", "image", "wsi", "wsi_name", "name")
 
@@ -90,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("first", metavar="SET", help=what)
     parser.add_argument("others", metavar="OTHER", nargs="+", help="what it must not share a slide or patient with")
     options = parser.parse_args(argv)
-    return run(lambda _: audit(options.first, options.others))
+    return audit(options.first, options.others)
 
 
 def audit(first: str, others: Sequence[str]) -> int:
@@ -105,4 +103,4 @@ def audit(first: str, others: Sequence[str]) -> int:
         print(f"{other}: {len(theirs.slides)} slides, {len(theirs.patients)} patients of TCGA")
         print(f"  shared slides   {', '.join(sorted(shared.slides)) or 'none'}")
         print(f"  shared patients {', '.join(sorted(shared.patients)) or 'none'}")
-    return EXIT_SHARED if any_shared else 0
+    return exit_codes.FOUND if any_shared else 0

@@ -1,21 +1,19 @@
-"""``python -m muse_fast.prepare SOURCE OUT [key=value ...]``: slides or labelled images to a ROI set."""
+"""``prepare SOURCE OUT [key=value ...]``: slides or labelled images to a ROI set."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from muse_fast.errors import UserError
-from muse_fast.preparing import audit
 from muse_fast.preparing import slurm as prepare_slurm
 from muse_fast.preparing.build import Item, build_set, counted, print_summary
 from muse_fast.preparing.slides import prepare_slides
 from muse_fast.roiset.roiset import RoiSetWriter
-from muse_fast.runtime.cli import run
+from muse_fast.runtime.cli import written_to
 from muse_fast.runtime.options import key_values
 from muse_fast.runtime.progress_bar import ticked
 from muse_fast.sources import Source, source_kinds
@@ -24,23 +22,10 @@ from muse_fast.sources.wsi import Slides
 from muse_fast.version import __version__
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["audit"]:
-        return audit.main(arguments[1:])
-    if arguments[:1] == ["inspect"]:
-        from muse_fast.preparing.inspection import main as inspect
-
-        return inspect(arguments[1:])
-    args = argument_parser().parse_intermixed_args(arguments)  # options may stand before or after key=value
-
-    def command(_: Sequence[str] | None) -> int:
-        try:
-            return prepare(args)
-        except OSError as error:  # a full disk, above all
-            raise UserError(f"{args.out} was not written: {error}") from error
-
-    return run(command)
+def main(argv: Sequence[str]) -> int:
+    args = argument_parser().parse_intermixed_args(argv)  # options may stand before or after key=value
+    with written_to(args.out):
+        return prepare(args)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -93,7 +78,7 @@ def prepare(args: argparse.Namespace) -> int:
             raise UserError(f"{args.source}: --task, --keep-parts and --slurm-tasks are for slides (wsi:PATH)")
         return _prepare_images(source, args.out, provenance, args.quality)
     if args.slurm_tasks is not None:
-        return prepare_slurm.submit(args, source)
+        return prepare_slurm.submit(args, source, main)
     return prepare_slides(
         source, args.out, provenance=provenance, quality=args.quality, keep_parts=args.keep_parts, share=args.task
     )
@@ -122,7 +107,3 @@ def _some(items: Iterable[Item], source: Source, spec: str) -> Iterator[Item]:
         yield item
     if none:
         raise UserError(f"{spec} gave no ROI; left out: {counted(source.dropped)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

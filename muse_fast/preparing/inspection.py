@@ -19,8 +19,8 @@ from muse_fast.preparing.build import Sample
 from muse_fast.preparing.pictures import roi_sheet
 from muse_fast.preparing.plausible import ScaleCheck
 from muse_fast.roiset.roiset import Roi
+from muse_fast.runtime import exit_codes
 from muse_fast.runtime.atomic import write_json
-from muse_fast.runtime.cli import EXIT_USER_ERROR, run
 from muse_fast.runtime.options import key_values
 from muse_fast.runtime.progress_bar import ticked
 from muse_fast.sources import Dataset, SourceImage, source_kinds
@@ -41,14 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="read so many, evenly spread (all, or 1,000 of more than 10,000)")
     parser.add_argument("options", nargs="*", metavar="key=value", help="settings of the source, for example mpp=0.25")
     args = parser.parse_intermixed_args(argv)
-
-    def command(_: Sequence[str] | None) -> int:
-        try:
-            return inspect(args.folder, key_values(args.options), args.out, args.images)
-        except OSError as error:
-            raise UserError(f"{args.folder} was not inspected: {error}") from error
-
-    return run(command)
+    try:
+        return inspect(args.folder, key_values(args.options), args.out, args.images)
+    except OSError as error:
+        raise UserError(f"{args.folder} was not inspected: {error}") from error
 
 
 def inspect(target: str, options: dict[str, str], out: Path | None = None, images: int | None = None) -> int:
@@ -82,7 +78,7 @@ def inspect(target: str, options: dict[str, str], out: Path | None = None, image
     _print(report, census.problems)
     print(f"  look at  {', '.join(map(str, overlays)) or 'nothing: no image could be read'}")
     print(f"next: {command}")
-    return EXIT_USER_ERROR if census.problems else 0
+    return exit_codes.USER_ERROR if census.problems else 0
 
 
 # ------------------------------------------------------------------------------------------------------ recognition

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,19 @@ class PrepareJob:
     """One job: a share of the slides, or the assembly. submitit pickles it and calls it on its node.
 
     Attributes:
-        arguments: of ``python -m muse_fast.prepare``.
+        command: takes the arguments of ``python -m muse_fast.prepare`` and returns the exit code.
     """
 
+    command: Callable[[Sequence[str]], int]
     arguments: tuple[str, ...]
 
     def __call__(self) -> int:
         """Run until the end.
 
         Raises:
-            RuntimeError: the command failed; its output says why.
+            UserError: the command cannot do it.
         """
-        from muse_fast import prepare
-
-        if code := prepare.main(self.arguments):
-            raise RuntimeError(f"prepare ended with exit code {code}; its output says why")
-        return 0
+        return self.command(self.arguments)
 
     def checkpoint(self) -> Any:
         """What submitit queues again when the time is over: the same, for finished slides are not done again."""
@@ -55,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_arguments(group)
 
 
-def submit(options: argparse.Namespace, source: Slides) -> int:
+def submit(options: argparse.Namespace, source: Slides, command: Callable[[Sequence[str]], int]) -> int:
     """Submit the array and the job that assembles; with --local run both here. Returns the exit code.
 
     Raises:
@@ -74,7 +71,7 @@ def submit(options: argparse.Namespace, source: Slides) -> int:
         slurm = {} if options.local else cluster.slurm_parameters(options, options.cpus_per_task)
         executor.update_parameters(**common, **slurm)
         with executor.batch():
-            jobs = [executor.submit(_job(options, task)) for task in range(tasks)]
+            jobs = [executor.submit(_job(command, options, task)) for task in range(tasks)]
         print(f"{tasks} tasks for {len(source.files)} slides; output in {logs}", flush=True)
         if options.local:
             cluster.wait_for(jobs)
@@ -83,7 +80,7 @@ def submit(options: argparse.Namespace, source: Slides) -> int:
             # After the tasks, also where one failed: the last job does what they have left, then assembles.
             last = cluster.slurm_parameters(options, options.cpus_per_task, dependency=f"afterany:{array}")
             executor.update_parameters(**last)
-        last_job = executor.submit(_job(options, None))
+        last_job = executor.submit(_job(command, options, None))
         if options.local:
             cluster.wait_for([last_job])
             print(Path(last_job.paths.stdout).read_text(), end="")
@@ -92,11 +89,11 @@ def submit(options: argparse.Namespace, source: Slides) -> int:
     return 0
 
 
-def _job(options: argparse.Namespace, task: int | None) -> PrepareJob:
+def _job(command: Callable[[Sequence[str]], int], options: argparse.Namespace, task: int | None) -> PrepareJob:
     arguments = [options.source, str(options.out), "--quality", str(options.quality), *_settings(options, task)]
     arguments += ["--keep-parts"] if options.keep_parts else []
     arguments += [] if task is None else ["--task", f"{task}/{options.slurm_tasks}"]
-    return PrepareJob(tuple(arguments))
+    return PrepareJob(command, tuple(arguments))
 
 
 def _settings(options: argparse.Namespace, task: int | None) -> Sequence[str]:

@@ -1,11 +1,8 @@
-"""``python -m muse_fast.pretrain --config CONFIG --out DIR [--resume auto|never|PATH] [key=value ...]``"""
+"""A pretraining from its start, or from a checkpoint, to its summary."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import math
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,27 +14,22 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from muse_fast.batch import Pairs, Views
-from muse_fast.config import PretrainConfig, load_config
+from muse_fast.batch import Views
+from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.models.archs import check_model
-from muse_fast.models.backbone import Backbone
-from muse_fast.ops import match_nuclei
-from muse_fast.preparing import pictures
 from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.memory import situation
+from muse_fast.pretraining.results import CONTACT_SHEET, draw_contact_sheet, draw_results, write_summary
 from muse_fast.pretraining.retrieval import nucleus_retrieval
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import checkpoint, distributed
-from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import peak_flops, peak_memory, pick_device
 from muse_fast.training.guard import NonFiniteError
 from muse_fast.training.memory import explained_out_of_memory
-from muse_fast.training.report import RunReport, StopSignal, Stopwatch, collected_between_steps, read_back, read_metrics
+from muse_fast.training.report import RunReport, StopSignal, Stopwatch, collected_between_steps, read_back
 from muse_fast.training.run import (
-    EXIT_NON_FINITE,
-    EXIT_STOPPED,
     find_start,
     refuse_other_settings,
     report_non_finite,
@@ -48,34 +40,7 @@ from muse_fast.version import __version__
 from muse_fast.views import renderers
 from muse_fast.views.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
 
-__all__ = ["EXIT_NON_FINITE", "EXIT_STOPPED", "argument_parser", "main", "pretrain"]
-
-CONTACT_SHEET = "contact_sheet.png"
-
-# Settings that may differ between a run and its continuation: they change what is seen of a run, not its numbers.
-# Those of the last line only say how the same sums are computed.
-_FREE_ON_RESUME = (
-    *("data.workers", "data.backend", "data.roiset", "train.log_every", "train.checkpoint_every", "train.keep_every"),
-    *("data.timeout", "train.timeout"),
-    *("model.attention", "model.recompute", "model.init", "train.parallel", "train.compile", "loss.logit_free"),
-)
 _MOST_DRAWN = 32  # ROIs in the last pictures
-_END_SHARE = 0.1  # of the logged rows, at either end, over which the summary takes means
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = argument_parser().parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    return pretrain(config, args.out, resume=args.resume)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m muse_fast.pretrain", description="Pretrain a backbone by MUSE.")
-    parser.add_argument("--config", required=True, help="YAML file or shipped config, such as vits16_224")
-    parser.add_argument("--out", required=True, type=Path, help="run folder")
-    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example optim.steps=500")
-    return parser
 
 
 def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
@@ -104,7 +69,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
         start = find_start(out, resume)
         _refuse_unequal_starts(out, start, device)
         if start is not None:
-            refuse_other_settings(start, config, _FREE_ON_RESUME)
+            refuse_other_settings(start, config)
             trainer.load(start)
         elif config.model.init:
             trainer.start_from(_checkpoint_of(Path(config.model.init)))
@@ -148,7 +113,7 @@ def _run(
         collected_between_steps() as collect,
     ):
         if report.is_new:
-            _draw_contact_sheet(out / "pictures" / CONTACT_SHEET, probe[0])
+            draw_contact_sheet(out / "pictures" / CONTACT_SHEET, probe[0])
         if distributed.any_rank(report.is_new, trainer.device):
             report.evaluation(start_step, _evaluate(trainer, probe))
         for micro_batches in watch.timed(zip(*[views] * config.optim.accumulate, strict=True)):
@@ -181,7 +146,7 @@ def _run(
         plain = dataclasses.replace(dataset.config, jitter=0.0, grey=0.0, solarise=0.0, blur=False)
         count = min(config.optim.batch_size, _MOST_DRAWN)
         shown = _probe(ViewDataset(dataset.roiset, plain, config.seed), roi_ids, count, count)
-        _finish(trainer, out, _draw_results(backbone, trainer.device, out, shown[0]), time.time() - began)
+        write_summary(trainer, out, draw_results(backbone, trainer.device, out, shown[0]), time.time() - began)
     distributed.wait_for_all()
     return 0
 
@@ -274,80 +239,3 @@ def _evaluate(trainer: Trainer, probe: list[Views]) -> dict[str, float]:
     """On every rank alike, as the statistics of BatchNorm are over all of them."""
     found = nucleus_retrieval(trainer.teacher_backbone(), probe, trainer.device)
     return {"retrieval_at_1": found.top1, "retrieval_chance": found.chance, "retrieval_queries": found.queries}
-
-
-def _draw_contact_sheet(path: Path, views: Views) -> None:
-    pairs = Pairs(*match_nuclei(views.nuclei.index, views.nuclei.offsets, views.num_rois, views.num_globals))
-    pictures.contact_sheet(path, views, pairs)
-
-
-@torch.inference_mode()
-def _draw_results(backbone: Backbone, device: torch.device, out: Path, views: Views) -> dict[str, str]:
-    """PCA of the dense map and retrieval of nuclei, from the teacher as it would be used."""
-    backbone = backbone.eval()
-    images = views.global_images.to(device, next(backbone.parameters()).dtype)
-    nuclei = views.groups()[1][0]
-    folder = out / "pictures"
-    paths = {"pca": folder / "pca.png", "retrieval": folder / "retrieval.png"}
-    with torch.random.fork_rng():
-        pictures.pca_picture(paths["pca"], images[:8].cpu(), backbone.dense_map(images[:8]).float().cpu())
-        points = nuclei.to(device)
-        features = backbone.nucleus_features(images, points.xy, points.image_index()).float().cpu()
-        roi_of_image = torch.arange(len(images)) % views.num_rois
-        pictures.retrieval_sheet(paths["retrieval"], images.cpu(), nuclei, features, roi_of_image)
-    return {"contact_sheet": str(folder / CONTACT_SHEET), **{name: str(path) for name, path in paths.items()}}
-
-
-def _finish(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) -> None:
-    """Write summary.json, which marks a run as finished, and print the gist of it."""
-    rows = read_metrics(out / "metrics.jsonl")
-    training = [row for row in rows if "loss" in row]
-    retrieval = [row for row in rows if "retrieval_at_1" in row]
-    share = max(1, round(_END_SHARE * len(training)))
-
-    def mean(key: str, part: list[dict[str, Any]]) -> float | None:
-        values = [row[key] for row in part if key in row]
-        return statistics.fmean(values) if values else None
-
-    first, last = training[:share], training[-share:]
-    losses = {
-        name: {"start": mean(f"loss_{name}", first), "end": mean(f"loss_{name}", last)} for name in trainer.loss_weights
-    }
-    log_k = math.log(trainer.config.head.prototypes)
-    summary = {
-        "version": __version__,
-        "steps": trainer.step,
-        "seconds_of_last_start": round(seconds, 1),
-        "rois_per_second": statistics.median(row["rois_per_second"] for row in training),
-        "data_wait": statistics.median(row["data_wait"] for row in training),
-        "peak_memory_gib": max(row["peak_memory_gib"] for row in training),
-        **({"mfu": mfu} if (mfu := mean("mfu", training)) is not None else {}),
-        "pairs_per_roi": mean("pairs_per_roi", training),
-        "losses_finite": all(math.isfinite(row["loss"]) for row in training),
-        "ln_k": log_k,
-        **{f"loss_{name}": ends for name, ends in losses.items()},
-        "mean_entropy_share_of_ln_k": {
-            f"{who}_{head}": mean(f"{who}_{head}_mean_entropy", last)
-            for who in ("teacher", "student")
-            for head in trainer.student.heads
-        },
-        "retrieval_at_1": {"before": retrieval[0]["retrieval_at_1"], "after": retrieval[-1]["retrieval_at_1"]},
-        "retrieval_chance": retrieval[-1]["retrieval_chance"],
-        "checkpoint": str(checkpoint.folder_of(out, trainer.step)),
-        "pictures": drawn,
-    }
-    write_json(out / "summary.json", summary)
-    changes = [f"{name} loss {ends['start']:.3f} -> {ends['end']:.3f}" for name, ends in losses.items()]
-    print(
-        f"done: {', '.join(changes)}, ln K {log_k:.3f}, "
-        f"retrieval@1 {summary['retrieval_at_1']['before']:.3f} -> {summary['retrieval_at_1']['after']:.3f} "
-        f"(chance {summary['retrieval_chance']:.3f}), {summary['rois_per_second']:.1f} ROI/s, "
-        f"peak memory {summary['peak_memory_gib']:.1f} GiB"
-    )
-    print(f"summary: {out / 'summary.json'}; pictures: {out / 'pictures'}")
-
-
-if __name__ == "__main__":
-    from muse_fast.runtime.cli import run
-
-    raise SystemExit(run(main))

@@ -1,14 +1,18 @@
-"""What every command shares: how a mistake of the user, or a full disk, is shown."""
+"""What every command shares: how a mistake of the user, or a full disk, is shown.
+
+A command is a file with ``main(argv) -> exit code``, which raises UserError; ``run(main)`` is what a shell starts.
+"""
 
 from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from muse_fast.errors import UserError
-
-EXIT_USER_ERROR = 2
+from muse_fast.runtime import exit_codes
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -22,4 +26,13 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             raise
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror}; make room and start the same command again", file=sys.stderr)
-    return EXIT_USER_ERROR
+    return exit_codes.USER_ERROR
+
+
+@contextmanager
+def written_to(out: Path) -> Iterator[None]:
+    """Errors of the file system (a full disk, above all) as a UserError that names ``out``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out} was not written: {error}") from error

@@ -29,7 +29,7 @@ _Config = TypeVar("_Config", bound="Config")
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "whole numbers"}
 CONFIGS = Path(__file__).parents[1] / "configs"  # ship with the package
 MAX_SEED = 2**32 - 1  # of numpy's and torch's generators alike
-_RANGE = "range"  # key of a field's metadata
+_RANGE, _MAY_CHANGE = "range", "may_change"  # keys of a field's metadata
 
 
 # -------------------------------------------------------------------------------------------------------- declaration
@@ -78,14 +78,16 @@ class Range:
         return ", ".join(parts) + (f" {self.unit}" if self.unit else "")
 
 
-def setting(default: _T, **bounds: Any) -> _T:
+def setting(default: _T, *, may_change: bool = False, **bounds: Any) -> _T:
     """A dataclass field with a range.
 
     Args:
         default: None where a setting may be left open; None is never out of range.
+        may_change: whether a run may continue with another value, as the setting changes what is seen of a run, or how
+            it is computed, but not its numbers.
         bounds: see `Range`.
     """
-    field: _T = dataclasses.field(default=default, metadata={_RANGE: Range(**bounds)})
+    field: _T = dataclasses.field(default=default, metadata={_RANGE: Range(**bounds), _MAY_CHANGE: may_change})
     return field
 
 
@@ -166,6 +168,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def fixed_settings(settings: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings that a run must continue with, as (dotted key, value)."""
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]  # subclasses are dataclasses
+        value = getattr(settings, field.name)
+        if isinstance(value, Config):
+            yield from fixed_settings(value, f"{prefix}{field.name}.")
+        elif not field.metadata.get(_MAY_CHANGE):
+            yield f"{prefix}{field.name}", value
 
 
 def config_file(name: str | Path) -> Path:

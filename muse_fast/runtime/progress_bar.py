@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""Takes how many are done, how many there are, and the unit that is counted."""
 
 _Item = TypeVar("_Item")
 
@@ -28,7 +40,7 @@ class Ticker:
         self._plain = not console.is_terminal
         self._total, self._unit, self._done = total, unit, 0
         self._started = self._last = time.monotonic()
-        self._bar = Progress(
+        self._bar = rich.progress.Progress(
             SpinnerColumn(),
             BarColumn(),
             MofNCompleteColumn(),
@@ -70,3 +82,32 @@ def ticked(items: Iterable[_Item], total: int | None, unit: str) -> Iterator[_It
         for item in items:
             yield item
             ticker.done(getattr(item, "slide", ""))
+
+
+@contextmanager
+def progress_bar(console: Console, name: str) -> Iterator[Progress]:
+    """A bar for each unit that is counted; without a terminal a line every ten seconds."""
+    if not console.is_terminal:
+        printed = time.monotonic()
+
+        def line(done: int, total: int, unit: str) -> None:
+            nonlocal printed
+            if time.monotonic() - printed > _SECONDS_BETWEEN_LINES:
+                printed = time.monotonic()
+                console.print(f"{name}: {done}/{total} {unit}", highlight=False)
+
+        yield line
+        return
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with rich.progress.Progress(
+        *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(done: int, total: int, unit: str) -> None:
+            if unit not in tasks:
+                tasks[unit] = bar.add_task(f"{name} {unit}", total=total)
+            bar.update(tasks[unit], completed=done)
+
+        yield update

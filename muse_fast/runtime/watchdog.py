@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-EXIT_STALLED = 4
+from muse_fast.runtime import exit_codes
+
 _BEAT = 1.0  # seconds between two signs of life
 
 
@@ -112,7 +113,7 @@ class Watchdog:
         if self._rank in culprits:
             faulthandler.dump_traceback(sys.stderr)
         self._tell(message, place.step)
-        os._exit(EXIT_STALLED)  # the main thread is in a collective or worse, and would not listen
+        os._exit(exit_codes.STALLED)  # the main thread is in a collective or worse, and would not listen
 
 
 def waited_for(

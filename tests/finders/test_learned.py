@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from muse_fast.detection.train_finder import Labelled, scored
 from muse_fast.errors import UserError
 from muse_fast.finders import learned as module
 from muse_fast.finders.classical import detect_nuclei
@@ -27,7 +28,6 @@ from muse_fast.finders.network import NucleusNet
 from muse_fast.images.image_files import resampled
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.sources import open_source
-from muse_fast.train_detector import Labelled, scored
 
 
 @pytest.fixture(scope="module")

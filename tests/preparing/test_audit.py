@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from muse_fast import prepare
 from muse_fast.errors import UserError
-from muse_fast.prepare import main
 from muse_fast.preparing.audit import open_without, read_names
 from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.runtime.cli import run
 from muse_fast.sources.names import patient, slide_name
 from muse_fast.sources.wsi import Slides
+
+main = partial(run, prepare.main)
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,23 @@ import json
 import shlex
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from muse_fast.prepare import main
+from muse_fast import prepare
 from muse_fast.preparing.inspection import recognise
 from muse_fast.preparing.pictures import PALETTE
 from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime.cli import run
 from muse_fast.sources import open_source
 from muse_fast.sources.names import patient
 from tests.support.tiny_datasets import DATASETS, Tiny
+
+main = partial(run, prepare.main)
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from muse_fast.prepare import main
+from muse_fast import prepare
+from muse_fast.errors import UserError
+from muse_fast.preparing import command
 from muse_fast.preparing.slurm import PrepareJob
 from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime.cli import run
 from tests.support.small_slides import page_with_tissue, write_slide
+
+main = partial(run, prepare.main)
 
 pytest.importorskip("submitit")
 
@@ -66,8 +72,8 @@ def test_what_slurm_is_told(
 
 
 def test_a_task_that_fails_has_failed(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="exit code 2"):
-        PrepareJob((f"wsi:{tmp_path / 'absent'}", str(tmp_path / "set")))()
+    with pytest.raises(UserError, match="absent"):
+        PrepareJob(command.main, (f"wsi:{tmp_path / 'absent'}", str(tmp_path / "set")))()
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from muse_fast import pretrain
 from muse_fast.batch import Views
+from muse_fast.config import load_config
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.ops import backends
 from muse_fast.pretraining.losses import LOSSES
+from muse_fast.pretraining.run import pretrain
 from muse_fast.pretraining.trainer import Metrics, Trainer
 from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.training.report import read_metrics
@@ -128,10 +129,10 @@ def run_watched(folder: Path, roiset: Path, watched: set[int], monkeypatch: pyte
 
     settings = [*TOY, "views.num_locals=1", "optim.steps=6", "train.log_every=3", "train.checkpoint_every=6"]
     monkeypatch.setattr(pretrain, "load_views", views_under_watch)
-    config = pretrain.load_config(
+    config = load_config(
         None, [*settings, "train.eval_every=0", "train.eval_rois=2", f"data.roiset={roiset}", "data.workers=0"]
     )
-    assert pretrain.pretrain(config, folder) == 0
+    assert pretrain(config, folder) == 0
     return [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
 
 

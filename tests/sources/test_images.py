@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from muse_fast import prepare
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.synthetic import synthetic_image
-from muse_fast.prepare import main
 from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime.cli import run
 from muse_fast.sources import open_source
+
+main = partial(run, prepare.main)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from muse_fast import prepare
 from muse_fast.errors import UserError
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
+from muse_fast.runtime.cli import run
 from muse_fast.sources import open_source
 
 
@@ -78,7 +79,7 @@ def test_damage_is_named_and_leaves_nothing(
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert prepare.main([f"roiset:{two[0]},{two[1]}", str(tmp_path / "joined")]) == 2
+    assert run(prepare.main, [f"roiset:{two[0]},{two[1]}", str(tmp_path / "joined")]) == 2
     assert f"{shard}, ROI 0: the bytes differ" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from muse_fast import prepare as prepare_command
 from muse_fast.classification.tiles import tiles_by_split
 from muse_fast.errors import UserError
 from muse_fast.evaluate import main as evaluate
-from muse_fast.prepare import main as prepare
 from muse_fast.roiset.roiset import RoiSet
+from muse_fast.runtime.cli import run
 from muse_fast.sources import Dataset, open_source
 from tests.support.tiny_datasets import DATASETS, Tiny, build, by_name, opened
+
+prepare = partial(run, prepare_command.main)
 
 
 @pytest.fixture(params=DATASETS)

@@ -88,6 +88,7 @@ def main(pause: float) -> int:
     """The command, in a process of its own: weights ``dots:MPP`` find dots, ``pause`` seconds after every batch."""
     from muse_fast import predict
     from muse_fast.images import slide
+    from muse_fast.predicting import run
 
     slide._BAND_PIXELS = 1_000_000  # thumbnails are read in bands, which small slides fill too then
 
@@ -96,5 +97,5 @@ def main(pause: float) -> int:
             time.sleep(pause)
             return super().detect(images)
 
-    predict.open_detector = lambda weights, _: SlowDotDetector(float(weights.removeprefix("dots:")))
+    run.open_detector = lambda weights, _: SlowDotDetector(float(weights.removeprefix("dots:")))
     return predict.main(sys.argv[1:])

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from muse_fast.batch import Views
 from muse_fast.pretraining.trainer import Metrics, Trainer
-from muse_fast.runtime import checkpoint
+from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import rank
-from muse_fast.training.run import EXIT_STALLED
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally
 from torture.processes import is_alive, name_of, wait_until
@@ -141,7 +140,7 @@ def hung_rank(scale: Scale) -> Outcome:
         kept = not checkpoint.latest(out)[1] and checkpoint.steps(out) != []
         in_time = took[-1] < scale.limit(_TIMEOUT + 5)
         # The rank that sees the sleeper end by itself first may leave with an error of its connection.
-        ended = told.get("code") == EXIT_STALLED and code != 0
+        ended = told.get("code") == exit_codes.STALLED and code != 0
         what = f"{kind} rank {culprit}: {name_of(code)} after {took[-1]:.1f} s, {told}, said {said[-400:]!r}"
         tally.add(named and kept and in_time and ended, what)
     return tally.outcome(f"with a limit of {_TIMEOUT} s, named after {max(took):.1f} s at the latest")

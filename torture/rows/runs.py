@@ -18,9 +18,8 @@ import torch
 
 from muse_fast.batch import Views
 from muse_fast.detection.finetuner import Finetuner
-from muse_fast.pretrain import EXIT_NON_FINITE, EXIT_STOPPED
 from muse_fast.pretraining.trainer import Metrics, Trainer
-from muse_fast.runtime import checkpoint
+from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import rank
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally
@@ -128,7 +127,7 @@ def _poison_one_of_two_ranks(tally: Tally, scale: Scale, workplace: Path) -> Non
 
 
 def _stopped_clean(out: Path, code: int, reports: Sequence[Path], rois: int) -> bool:
-    if code != EXIT_NON_FINITE:
+    if code != exit_codes.NON_FINITE:
         return False
     told = json.loads((out / f"non_finite_step_{_BAD_STEP}.json").read_text())
     found, problems = checkpoint.latest(out)
@@ -219,7 +218,7 @@ def told_to_stop(scale: Scale) -> Outcome:
 
 def _not_resumable(workplace: Path, out: Path, code: int, unbroken: Path) -> str:
     """What is wrong with a run that was told to stop; nothing if it saved at its last step and goes on exactly."""
-    if code != EXIT_STOPPED:
+    if code != exit_codes.STOPPED:
         return f"ended with {name_of(code)}: {toy.log_of(out).read_text()[-300:]}"
     told = json.loads((out / "exit.json").read_text())
     found, problems = checkpoint.latest(out)

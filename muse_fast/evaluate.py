@@ -1,0 +1,83 @@
+"""``python -m muse_fast.evaluate {knn|linear|finetune} --weights W ... --data SOURCE --json OUT [key=value ...]``
+
+Nucleus classification with the published protocol, see `muse_fast.classification.benchmark`. ``evaluate points`` scores
+files of detected points, see `muse_fast.detection.score_files`, and ``evaluate detect`` a fine-tuned detector, see
+`muse_fast.detection.score_detector`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from muse_fast.classification.benchmark import PROTOCOLS, Benchmark, benchmark
+from muse_fast.classification.tasks import TASKS
+from muse_fast.detection import score_detector, score_files
+from muse_fast.errors import UserError
+from muse_fast.models.archs import ARCHS
+from muse_fast.models.weights import COMPATS
+from muse_fast.runtime.cli import run
+from muse_fast.runtime.options import known_keys, load_settings, split_settings, split_source_options
+
+PROTOCOL_HELP = (
+    "muse: the published rules, nuclei on whole pixels; exact: the same with fractions of pixels kept, and maps of "
+    "timm read so that the middle of a token reads just that token"
+)
+WEIGHTS_HELP = "run, checkpoint, export, .pth, random:ARCH, or any backbone of timm as timm:NAME[:key=value ...][@FILE]"
+EPILOG = "`muse-fast evaluate detect --help`: scores of a fine-tuned detector; `points --help`: of files of points"
+OTHERS = {"points": score_files.main, "detect": score_detector.main}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in OTHERS:
+        return OTHERS[arguments[0]](arguments[1:])
+    args = argument_parser().parse_intermixed_args(arguments)
+    given, weights = split_settings(args.weights)  # `--weights A B lr=1` takes the settings that follow it
+    source_options, settings = split_source_options([*given, *args.settings])
+    if args.baseline_random:
+        settings.append("baseline=true")
+    if not weights:
+        raise UserError("--weights: expected a run, a checkpoint, a file, random:ARCH or timm:NAME[@FILE]")
+    if args.json is not None and args.json.exists():
+        raise UserError(f"{args.json} exists already; remove it or choose another --json")
+    what = Benchmark(
+        task=args.task,
+        weights=weights,
+        data=args.data,
+        source_options=source_options,
+        size=args.size,
+        mpp=args.mpp,
+        arch=args.arch,
+        compat=args.compat,
+        protocol=args.protocol,
+    )
+    benchmark(what, load_settings(TASKS[args.task].config, None, settings), args.json)
+    return 0
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "muse-fast evaluate", description="Nucleus classification benchmark.", epilog=EPILOG
+    )
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--weights", nargs="+", required=True, help=WEIGHTS_HELP)
+    parser.add_argument("--data", required=True, help="labelled source with train, val and test, e.g. brcam2c:DIR")
+    parser.add_argument("--mpp", type=float, default=0.5, help="um/px of the tiles (0.5)")
+    parser.add_argument("--size", type=int, default=224, help="side of the tiles in pixels (224)")
+    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not say")
+    parser.add_argument("--compat", choices=COMPATS, help="position embedding, see load_backbone")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="muse", help=PROTOCOL_HELP)
+    parser.add_argument("--baseline-random", action="store_true", help="also evaluate the same network untrained")
+    parser.add_argument("--json", type=Path, help="write all numbers here; must not exist")
+    known = "; ".join(f"{name}: {', '.join(known_keys(task.config))}" for name, task in TASKS.items())
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help=f"{known}; source.key=value: options of the source"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,51 @@
+"""``python -m muse_fast.finetune --config CONFIG --data SOURCE --weights W --out DIR [--resume ...] [key=value ...]``
+
+Fine-tunes a nucleus detector (paper, "Downstream Fine-Tuning"); `muse_fast.detection.detector.load_detector` opens it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from muse_fast.detection.config import FinetuneConfig
+from muse_fast.detection.run import finetune
+from muse_fast.models.archs import ARCHS
+from muse_fast.models.weights import COMPATS
+from muse_fast.runtime.cli import run
+from muse_fast.runtime.options import load_settings, split_source_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = argument_parser().parse_intermixed_args(argv)
+    options, settings = split_source_options(args.overrides)
+    config = load_settings(FinetuneConfig, args.config, settings)
+    return finetune(
+        config,
+        args.out,
+        data=args.data,
+        options=options,
+        weights=args.weights,
+        arch=args.arch,
+        compat=args.compat,
+        resume=args.resume,
+    )
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m muse_fast.finetune", description="Fine-tune a nucleus detector.")
+    parser.add_argument("--config", required=True, help="YAML file or shipped config, such as finetune_brcam2c")
+    parser.add_argument("--data", required=True, help="annotated source with a train and a val split, e.g. brcam2c:DIR")
+    parser.add_argument("--weights", required=True, help="run, checkpoint, export, .pth or random:ARCH")
+    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not say")
+    parser.add_argument("--compat", choices=COMPATS, help="position embedding, see load_backbone")
+    parser.add_argument("--out", required=True, type=Path, help="run folder")
+    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    help_ = "settings, for example optim.epochs=20; source.key=value are options of the source"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

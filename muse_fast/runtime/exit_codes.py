@@ -1,0 +1,9 @@
+"""The exit codes of all commands; 0 is success."""
+
+from __future__ import annotations
+
+FOUND = 1  # doctor found problems that it did not repair; audit found shared slides or patients
+USER_ERROR = 2  # the input or the settings, as one message on stderr, or a full disk
+NON_FINITE = 3  # a loss or gradient is NaN or infinite
+STALLED = 4  # a rank waited too long for another
+STOPPED = 75  # stopped on request with a checkpoint written: the same command continues

@@ -1,0 +1,24 @@
+"""``python -m muse_fast.train_detector --data SOURCE --out DIR [key=value ...]``: a nucleus detector from points."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from muse_fast.detection.train_finder import TrainDetectorConfig, train_detector
+from muse_fast.runtime.cli import run
+from muse_fast.runtime.options import known_keys, load_settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m muse_fast.train_detector", description="Train a nucleus detector.")
+    parser.add_argument("--data", required=True, help="source with train, val and test, e.g. brcam2c:DIR")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the run; must not hold a finished one")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=", ".join(known_keys(TrainDetectorConfig)))
+    args = parser.parse_intermixed_args(argv)
+    return train_detector(args.data, args.out, load_settings(TrainDetectorConfig, None, args.settings))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
