@@ -10,6 +10,7 @@ from typing import Any
 
 from muse_fast.errors import UserError
 from muse_fast.preparing import slurm as prepare_slurm
+from muse_fast.preparing.audit import open_without
 from muse_fast.preparing.build import Item, build_set, counted, print_summary
 from muse_fast.preparing.slides import prepare_slides
 from muse_fast.roiset.roiset import RoiSetWriter
@@ -63,7 +64,7 @@ def prepare(args: argparse.Namespace) -> int:
         UserError: the source cannot be used, holds no ROI, or the set exists; nothing half-written remains.
     """
     options = key_values(args.options)
-    source = audit.open_without(args.source, options)
+    source = open_without(args.source, options)
     told = ", ".join(f"{key}={value}" for key, value in options.items()) or "default settings"
     print(f"prepare {args.source} -> {args.out}  ({told})", flush=True)
     options.pop("workers", None)  # the set is the same with any number

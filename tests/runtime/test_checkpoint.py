@@ -110,7 +110,7 @@ def test_a_disk_that_refuses_is_told_too(tmp_path: Path, monkeypatch: pytest.Mon
     def over_quota(*_: object) -> None:
         raise OSError(122, "Disk quota exceeded")
 
-    monkeypatch.setattr(tensors, "save_file", over_quota)
+    monkeypatch.setattr("muse_fast.runtime.tensors.save_file", over_quota)
     with pytest.raises(UserError, match=r"step-00000002: cannot be written .*quota.*MiB are free"):
         save(tmp_path, 2)
     assert checkpoint.latest(tmp_path) == (good, [])
@@ -122,7 +122,7 @@ def test_full_disk_keeps_the_old_one_and_says_why(tmp_path: Path, monkeypatch: p
     def no_room(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensors, "save_file", no_room)
+    monkeypatch.setattr("muse_fast.runtime.tensors.save_file", no_room)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match=r"no room.*MiB are free"):
         save(tmp_path, 2, size=100_000)
