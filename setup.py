@@ -1,9 +1,9 @@
 """Builds the C++ libraries through CMake; metadata is in pyproject.toml, flags and sources are in CMakeLists.txt.
 
-Without a compiler, without torch in the build environment, or where the build fails, the installation goes on in pure
-Python and says so; ``python -m muse_fast.doctor`` tells it again. ``MUSE_FAST_BUILD=require`` makes a failure fatal,
-``MUSE_FAST_BUILD=0`` skips the build. ``CMAKE_ARGS`` goes to CMake as it is. Where Python's headers or pybind11 are
-missing, ``muse_fast/_jpeg`` alone is left out.
+Without a compiler, without torch in the build environment, or if the build fails, the installation continues in pure
+Python and says so, and ``python -m muse_fast.doctor`` says it too. ``MUSE_FAST_BUILD=require`` makes a failure fatal,
+``MUSE_FAST_BUILD=0`` skips the build. ``CMAKE_ARGS`` is passed to CMake unchanged. If Python's headers or pybind11 are
+missing, only ``muse_fast/_jpeg`` is skipped.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MODULE = "muse_fast._jpeg"  # imported by Python
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and puts what it builds where setuptools expects the extensions."""
+    """Run CMake and put the libraries where setuptools expects the extensions."""
 
     def run(self) -> None:
         mode = os.environ.get("MUSE_FAST_BUILD", "auto")
         if mode not in ("auto", "require", "0"):
             raise SystemExit(f"MUSE_FAST_BUILD={mode}: expected auto, require or 0")
         for folder in [self.build_lib, *([ROOT] if self.inplace else [])]:
-            for name in (LIBRARY, MODULE):  # an older build must not pass for this one
+            for name in (LIBRARY, MODULE):  # an older build must not be taken for this one
                 Path(folder, self.get_ext_filename(name)).unlink(missing_ok=True)
         if mode == "0":
             announce("skipped (MUSE_FAST_BUILD=0)")
@@ -68,11 +68,11 @@ class CMakeBuild(build_ext):
 
 
 def run_cmake() -> Path:
-    """Build all targets; the folder that holds them."""
+    """Build all targets and return the build folder."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     build = ROOT / "build" / "cmake"
-    # The cmake and ninja of pip stand beside this Python, whose folder need not be on PATH.
+    # The cmake and ninja of pip are in the folder of this Python, which may not be on PATH.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     cmake = shutil.which("cmake", path=path)
     if cmake is None:
@@ -89,7 +89,7 @@ def run_cmake() -> Path:
     defines = [f"-D{name}={value}" for name, value in settings.items()]
     defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     environment = os.environ | {"PATH": path}
-    shutil.rmtree(build, ignore_errors=True)  # a cache from another environment names folders that may be gone
+    shutil.rmtree(build, ignore_errors=True)  # a cache from another environment may name folders that no longer exist
     for step in (["-S", str(ROOT), "-B", str(build), *generator, *defines], ["--build", str(build), "--parallel"]):
         if subprocess.run([cmake, *step], env=environment).returncode:
             raise OSError(f"cmake {step[0]} failed")
@@ -97,7 +97,7 @@ def run_cmake() -> Path:
 
 
 def pybind11_folder() -> str:
-    """Of its headers; empty where it is not installed."""
+    """Folder of the headers of pybind11; empty if it is not installed."""
     try:
         import pybind11
     except ImportError:
@@ -106,7 +106,7 @@ def pybind11_folder() -> str:
 
 
 def announce(message: str) -> None:
-    """Tell it where a person sees it: pip hides the output of a build that went well."""
+    """Print a message to the terminal too: pip hides the output of a successful build."""
     text = f"muse_fast: C++ library {message}. Pure Python installation; see `python -m muse_fast.doctor`.\n"
     sys.stderr.write(text)
     with contextlib.suppress(OSError):  # no terminal
@@ -114,8 +114,8 @@ def announce(message: str) -> None:
 
 
 setup(
-    # kernels/ depends on torch and triton alone, so that the folder can be copied out of the checkout; the package that
-    # it becomes once installed is muse_fast.kernels, for PyPI has another called "kernels".
+    # kernels/ depends only on torch and triton, so that the folder can be copied out of the checkout. It is installed
+    # as muse_fast.kernels, because PyPI has another package called "kernels".
     packages=[
         *find_packages(include=["muse_fast", "muse_fast.*"]),
         *("muse_fast.kernels", "muse_fast.kernels.blocked", "muse_fast.kernels.fused"),

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Build, test, sanitize and time the ops, the training step and the data path on a machine with a GPU, and see what short
-# runs learn there; no network needed.
+# Build, test, sanitize and time the ops, the training step and the data path on a machine with a GPU, and measure what
+# short runs learn there. Needs no network.
 #
-#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data ablation; all, in this order, when none is named
+#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data ablation; by default all, in this order
 #
-# Exit code 1 when a stage failed; the stages after it still run. Each stage ends within 8 minutes, and all within BUDGET
-# seconds where that is set: what a lease leaves. A stage that has less than a minute left is not started and counts as failed.
+# The exit code is 1 if a stage failed; later stages still run. Each stage ends within 8 minutes, and all within BUDGET
+# seconds if it is set, for machines that are lent for a short time. A stage with less than a minute left is not started
+# and counts as failed.
 # Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json, step-*.json,
 # data.json and ablation.json.
 #
-# Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu tries the script out),
-# COMMIT (what the JSON files name; by default git is asked), ROIS (the set of muse_fast/configs/ablation.yaml),
-# BUDGET, WHEELS (folder of packages that the machine lacks, installed first), WORKERS (4; of the tests, with pytest-xdist).
+# Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu to try the script), COMMIT (for the JSON files; by
+# default from git), ROIS (the set of muse_fast/configs/ablation.yaml), BUDGET, WHEELS (folder of packages that the
+# machine lacks, installed first), WORKERS (4; processes of the tests, with pytest-xdist).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 STAGES=(build test sanitize ops step lfov data ablation)
@@ -22,13 +23,13 @@ BUDGET=${BUDGET:-86400}
 BEGAN=$EPOCHSECONDS
 export PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin
 
-# SECONDS -> as many of them as the budget leaves.
+# SECONDS -> SECONDS, or what is left of the budget.
 within() {
   local left=$((BUDGET - (EPOCHSECONDS - BEGAN)))
   echo $(($1 < left ? $1 : left > 1 ? left : 1))
 }
 
-# Editable: the tests import muse_fast from the checkout, so the library and the kernels must be found there.
+# Editable, because the tests import muse_fast, with the library and the kernels, from the checkout.
 stage_build() {
   if [[ -n ${WHEELS:-} ]]; then
     "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl || return
@@ -42,7 +43,7 @@ from muse_fast.ops import backends
 
 print(*backends.table(), sep="\n")
 errors = [backends.library_error()]
-if sys.argv[1] == "cuda":  # without them the stages to come would skip what they are for
+if sys.argv[1] == "cuda":  # without these, later stages would skip their purpose
     errors += [backends.cuda_error("match_nuclei"), backends.triton_error()]
 sys.exit("; ".join(filter(None, errors)) or None)
 PYTHON
@@ -51,7 +52,7 @@ PYTHON
 # The tests of every op and kernel, and everything else that needs a GPU.
 stage_test() {
   local files op workers=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "${WORKERS:-4}") # kernels compile side by side
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "${WORKERS:-4}") # kernels compile in parallel
   mapfile -t files < <(
     ls tests/ops/test_*.py tests/kernels/test_*.py
     grep -rlE --include='test_*.py' 'mark\.gpu' tests
@@ -75,7 +76,7 @@ stage_ops() {
   timeout "$(within 470)" "$PYTHON" -m bench ops --device "$DEVICE" --json "$OUT/ops.json"
 }
 
-# Whole steps at 224 px, at the batch of a GPU and at the one of the paper.
+# Whole steps at 224 px, with a batch that fills a GPU and with the paper's.
 stage_step() {
   local failed=0
   step vit_small 224 64 || failed=1
@@ -98,14 +99,14 @@ stage_lfov() {
   return $failed
 }
 
-# Decoding, rendering and whole loaders; on real ROIs where MUSE_FAST_DATA names them, else on procedural ones.
+# Decoding, rendering and whole loaders, on the real ROIs that MUSE_FAST_DATA names, otherwise on procedural ones.
 stage_data() {
   local arguments=(--rounds 5)
   [[ $DEVICE == cpu ]] && arguments=(--rounds 2 --rois 1 --side 512 --size 224)
   timeout "$(within 470)" "$PYTHON" -m bench data --device "$DEVICE" --json "$OUT/data.json" "${arguments[@]}"
 }
 
-# What the losses and the scales of views each bring; on a CPU two steps on procedural ROIs.
+# What each loss and the scales of the views contribute; on a CPU two steps on procedural ROIs.
 stage_ablation() {
   local rois=${ROIS:-} arguments=(--seconds "$(within 430)")
   if [[ $DEVICE == cpu ]]; then
@@ -114,12 +115,12 @@ stage_ablation() {
       optim.batch_size=2 data.workers=0 train.precision=fp32 train.log_every=1 train.eval_rois=2)
     [[ -d $rois ]] || "$PYTHON" -m muse_fast.prepare synthetic:7 "$rois" size=320 mpp=0.25 || return
   fi
-  [[ -n $rois ]] || { echo "ROIS is not set: the ROI set that muse_fast/configs/ablation.yaml tells how to make"; return 1; }
+  [[ -n $rois ]] || { echo "ROIS is not set; muse_fast/configs/ablation.yaml explains how to make this ROI set"; return 1; }
   timeout "$(within 470)" "$PYTHON" -m bench ablation --device "$DEVICE" --rois "$rois" --out "$OUT/ablation" \
     --json "$OUT/ablation.json" "${arguments[@]}"
 }
 
-# ARCH SIZE ROIS; on a CPU a small stand-in.
+# ARCH SIZE ROIS; on a CPU a small model instead.
 step() {
   local arguments=(--arch "$1" --size "$2" --batch "$3" --compile --seconds 4)
   if [[ $DEVICE == cpu ]]; then
