@@ -1,5 +1,5 @@
-"""Everything that can go wrong in a run of ten days, done to the real commands: ``python -m torture [ROW ...]``.
+"""Do to the real commands everything that can go wrong in a run of ten days: ``python -m torture [ROW ...]``.
 
-One harness per promise of ``docs/reliability.md``. Tests of the suite use the same helpers and, in quick form, the same
-harnesses.
+``torture.rows`` has one harness per promise in ``docs/reliability.md``. The test suite uses the same helpers, and the
+same harnesses in quick form.
 """

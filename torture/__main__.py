@@ -1,4 +1,4 @@
-"""``python -m torture [ROW ...] [--quick] [--json FILE]``; exit code 1 when a promise was not kept."""
+"""``python -m torture [ROW ...] [--quick] [--json FILE]``; exit code 1 if a promise was not kept."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _PACKAGES = ("torch", "safetensors", "numpy", "simplejpeg", "pillow", "omegaconf
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m torture", description="Do to a run what can go wrong in one.")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {' '.join(table.NAMES)}; all if none is given")
-    parser.add_argument("--quick", action="store_true", help="small counts: minutes instead of half an hour")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
+    parser = argparse.ArgumentParser(prog="python -m torture", description="Inject faults into real runs.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"one or more of {' '.join(table.NAMES)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="use small counts: minutes instead of half an hour")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     options = parser.parse_args(argv)
     if unknown := [name for name in options.rows if name not in table.NAMES]:
-        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(table.NAMES)}")
+        parser.error(f"unknown rows: {', '.join(unknown)}; expected some of {', '.join(table.NAMES)}")
 
     console = Console(highlight=False, soft_wrap=True)
     chosen = [row for row in table.ROWS if not options.rows or row.name in options.rows]
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(chosen: Sequence[Row], ran: Sequence[Ran]) -> Table:
-    shown = Table(title="What was done to it, and what it survived", title_justify="left")
+    shown = Table(title="Injected and survived faults", title_justify="left")
     shown.add_column("row", no_wrap=True)
     shown.add_column("promise", overflow="fold")
     for column in ("injected", "survived", "seconds"):

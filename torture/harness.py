@@ -1,4 +1,4 @@
-"""What a harness is given and gives, and the rows of the table."""
+"""Rows, and the input and output of their harnesses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a harness saw.
+    """The result of a harness.
 
     Attributes:
-        injected, survived: faults, and those of them after which all was as promised.
-        notes: figures beside these two, and the first faults that were not survived.
+        injected: number of faults.
+        survived: number of faults after which the promise held.
+        notes: further figures, and the first faults that were not survived.
     """
 
     injected: int
@@ -25,7 +26,7 @@ class Outcome:
 
 
 class Scale:
-    """How much a harness is to do, a folder that is removed behind it, and its random numbers."""
+    """How much a harness does, a temporary folder for it, and its random numbers."""
 
     def __init__(self, quick: bool, folder: Path) -> None:
         self.quick, self.folder, self.rng = quick, folder, random.Random(0)
@@ -34,7 +35,7 @@ class Scale:
         return quick if self.quick else full
 
     def limit(self, seconds: float) -> float:
-        """A promise in seconds on an idle machine. The quick form, beside other work, only stops a hang with it."""
+        """A time limit, promised for an idle machine. The quick form shares the machine and only stops hangs."""
         return 20 * seconds if self.quick else seconds
 
 
@@ -43,10 +44,10 @@ class Row:
     """One promise.
 
     Attributes:
-        target: of a full run, in words.
+        target: what a full run must achieve, in words.
         share: of the faults that must be survived.
-        run: the harness; none where the promise is not for ``python -m torture`` to test, as ``target`` then says.
-        quick: whether there is a quick form.
+        run: the harness; None if ``python -m torture`` does not test the promise (``target`` then says why).
+        quick: whether it has a quick form.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A row that was run."""
+    """A row and its outcome."""
 
     row: Row
     outcome: Outcome
@@ -72,7 +73,7 @@ class Ran:
 
 
 def run(row: Row, quick: bool) -> Ran:
-    """Run a row that has a harness. One that breaks has survived nothing."""
+    """Run a row that has a harness. A harness that raises has survived nothing."""
     assert row.run is not None
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"torture-{row.name}-") as folder:
@@ -84,7 +85,7 @@ def run(row: Row, quick: bool) -> Ran:
 
 
 class Tally:
-    """Counts faults as they are injected and remembers what was not survived."""
+    """Counts faults as they are injected, and remembers those that were not survived."""
 
     def __init__(self) -> None:
         self.injected = self.survived = 0

@@ -1,4 +1,4 @@
-"""JPEGs made by code: ordinary, odd but valid, and bad. All show one picture, or claim to."""
+"""JPEGs made in code: ordinary, odd but valid, and bad. All show the same picture, or claim to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-WIDTH, HEIGHT = 200, 152  # no multiples of 16
+WIDTH, HEIGHT = 200, 152  # not multiples of 16
 SOF0 = b"\xff\xc0"
 
 
 def picture(width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """Colours that vary smoothly, with the noise that real slides have, ``[height, width, 3]`` uint8."""
+    """Smoothly varying colours with noise as on real slides, ``[height, width, 3]`` uint8."""
     rng = np.random.default_rng(0)
     grid = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8))
     smooth = np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -25,7 +25,7 @@ def picture(width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
 
 
 def read(path: Path) -> np.ndarray:
-    """Any image file, ``[H, W, 3]`` uint8 RGB."""
+    """Read any image file as ``[H, W, 3]`` uint8 RGB."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -58,22 +58,22 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def frame(data: bytes) -> int:
-    """Where SOF0 or SOF2 stands."""
+    """Offset of SOF0 or SOF2."""
     return max(data.find(SOF0), data.find(b"\xff\xc2"))
 
 
 def scan(data: bytes) -> int:
-    """Where the last SOS stands."""
+    """Offset of the last SOS."""
     return data.rindex(b"\xff\xda")
 
 
 def restarts(data: bytes) -> list[int]:
-    """Where restart markers stand behind SOS."""
+    """Offsets of the restart markers after SOS."""
     return [i for i in range(scan(data), len(data) - 1) if data[i] == 0xFF and 0xD0 <= data[i + 1] <= 0xD7]
 
 
 def resampled(data: bytes, width: int, height: int, factors: bytes) -> bytes:
-    """The same entropy-coded data read as MCUs of another shape with as many blocks."""
+    """The same entropy-coded data, declared as MCUs of another shape with the same number of blocks."""
     at = frame(data)
     data = replaced(data, at + 5, height.to_bytes(2, "big") + width.to_bytes(2, "big"))
     for component, factor in enumerate(factors):
@@ -82,10 +82,10 @@ def resampled(data: bytes, width: int, height: int, factors: bytes) -> bytes:
 
 
 def valid() -> dict[str, bytes]:
-    """Every one is to be accepted. What says ``cut`` carries restart markers that bands can be cut at."""
+    """Files that must be accepted. Names with ``cut`` have restart markers at which bands can be cut."""
     plain, rows, half = save(), save(**ROWS), save(subsampling=2, **ROWS)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter: ROIs are stored as they are seen, so this is not obeyed
+    exif[0x0112] = 6  # rotate by 90 degrees: ignored, as ROIs are stored upright
     thumbnail = segment(0xE1, b"Exif\0\0" + save(size=(32, 24), **ROWS))
     return {
         "cut 4:4:4": rows,
@@ -100,8 +100,8 @@ def valid() -> dict[str, bytes]:
         "cut extended sequential": replaced(rows, frame(rows) + 1, b"\xc1"),
         "cut optimised": save(optimize=True, **ROWS),
         "cut every MCU": save(restart_marker_blocks=1),
-        "cut every 5 MCUs, five a row": save(restart_marker_blocks=5),
-        "cut every 7 MCUs, no whole row": save(restart_marker_blocks=7),
+        "cut every 5 MCUs, five per row": save(restart_marker_blocks=5),
+        "cut every 7 MCUs, never a whole row": save(restart_marker_blocks=7),
         "cut every 7 MCUs, 4:2:0": save(subsampling=2, restart_marker_blocks=7),
         "cut every 2 rows": save(restart_marker_rows=2),
         "cut every 3 rows, 4:2:0": save(subsampling=2, restart_marker_rows=3),
@@ -114,11 +114,11 @@ def valid() -> dict[str, bytes]:
         "cut orientation": save(exif=exif, **ROWS),
         "cut thumbnail": rows[:2] + thumbnail + rows[2:],
         "cut trailing bytes": rows + b"\xff\xda anything" * 3,
-        "cut two pictures, one behind the other": rows + half,
+        "cut two pictures, one after the other": rows + half,
         "cut fill bytes in the header": rows[:2] + b"\xff" * 5 + rows[2:],
         "cut fill bytes before restart markers": rows.replace(b"\xff\xd3", b"\xff\xff\xff\xd3"),
-        "cut standard Huffman tables left out": rows[: rows.index(b"\xff\xc4")] + rows[rows.index(b"\xff\xdd") :],
-        "height said again behind the scan": rows[:-2] + segment(0xDC, HEIGHT.to_bytes(2, "big")) + rows[-2:],
+        "cut standard Huffman tables omitted": rows[: rows.index(b"\xff\xc4")] + rows[rows.index(b"\xff\xdd") :],
+        "height repeated after the scan": rows[:-2] + segment(0xDC, HEIGHT.to_bytes(2, "big")) + rows[-2:],
         "no restart markers": plain,
         "no restart markers, 4:2:0": save(subsampling=2),
         "progressive": save(progressive=True),
@@ -129,12 +129,12 @@ def valid() -> dict[str, bytes]:
 
 
 def bad() -> dict[str, bytes]:
-    """None shows what its header claims, at the size ``WIDTH`` x ``HEIGHT``, in RGB or grey."""
+    """Files that must be refused: none is an intact RGB or grey JPEG of ``WIDTH`` x ``HEIGHT``."""
     plain, rows, half, progressive = save(), save(**ROWS), save(subsampling=2, **ROWS), save(progressive=True)
     sof, sos, marks = frame(rows), scan(rows), restarts(rows)
     tables, quantisers = rows.index(b"\xff\xc4"), rows.index(b"\xff\xdb")
     interval = rows.index(b"\xff\xdd")
-    body = sos + 2 + int.from_bytes(rows[sos + 2 : sos + 4], "big")  # of the entropy-coded data
+    body = sos + 2 + int.from_bytes(rows[sos + 2 : sos + 4], "big")  # start of the entropy-coded data
     cases = {
         "empty": b"",
         "one byte": b"\xff",
@@ -155,10 +155,10 @@ def bad() -> dict[str, bytes]:
         "TIFF": save(form="TIFF"),
         "WebP": save(form="WEBP"),
         "JPEG 2000": save(form="JPEG2000"),
-        "base64 of a JPEG": base64.b64encode(rows),
+        "JPEG in base64": base64.b64encode(rows),
         "CMYK": save("CMYK", **ROWS),
         "smaller picture": save(size=(WIDTH // 2, HEIGHT // 2), **ROWS),
-        "width and height exchanged": save(size=(HEIGHT, WIDTH), **ROWS),
+        "width and height swapped": save(size=(HEIGHT, WIDTH), **ROWS),
         "no EOI": rows[:-2],
         "half an EOI": rows[:-1],
         "no EOI, no restart markers": plain[:-2],
@@ -182,8 +182,8 @@ def bad() -> dict[str, bytes]:
         "sampling factors 0": replaced(rows, sof + 11, b"\0"),
         "sampling factors 15": replaced(rows, sof + 11, b"\xff"),
         "luma sampled 2 x 2 in data of 1 x 1": replaced(rows, sof + 11, b"\x22"),
-        "quantiser that is not there": replaced(rows, sof + 12, b"\x03"),
-        "components of one name": replaced(rows, sof + 10, rows[sof + 13 : sof + 14]),
+        "missing quantiser": replaced(rows, sof + 12, b"\x03"),
+        "two components of the same name": replaced(rows, sof + 10, rows[sof + 13 : sof + 14]),
         "two frames": rows[:sof] + rows[sof : sof + 19] + rows[sof:],
         "no frame": rows[:sof] + rows[sof + 19 :],
         "frame that is too long": replaced(rows, sof + 2, b"\xff\xff"),
@@ -192,7 +192,7 @@ def bad() -> dict[str, bytes]:
         "Huffman table of 4080 codes": replaced(rows, tables + 5, b"\xff" * 16),
         "Huffman table that is too long": replaced(rows, tables + 2, b"\xff\xff"),
         "no SOS": rows[:sos] + rows[-2:],
-        "SOS of no component": replaced(rows, sos + 4, b"\0"),
+        "SOS without components": replaced(rows, sos + 4, b"\0"),
         "SOS of 5 components": replaced(rows, sos + 4, b"\x05"),
         "SOS of an unknown component": replaced(rows, sos + 5, b"\x77"),
         "SOS of one component twice": replaced(rows, sos + 7, rows[sos + 5 : sos + 6]),
@@ -204,19 +204,19 @@ def bad() -> dict[str, bytes]:
         "restart interval of 65535": replaced(rows, interval + 4, b"\xff\xff"),
         "restart interval off by one": replaced(rows, interval + 4, (-(-WIDTH // 8) + 1).to_bytes(2, "big")),
         "restart interval of 3 bytes": rows[:interval] + segment(0xDD, b"\0\0\x19") + rows[interval + 6 :],
-        "restart markers exchanged": replaced(replaced(rows, marks[3], b"\xff\xd4"), marks[4], b"\xff\xd3"),
+        "restart markers swapped": replaced(replaced(rows, marks[3], b"\xff\xd4"), marks[4], b"\xff\xd3"),
         "restart markers all alike": functools.reduce(lambda data, at: replaced(data, at, b"\xff\xd0"), marks, rows),
         "restart marker missing": rows[: marks[5]] + rows[marks[5] + 2 :],
         "restart marker twice": rows[: marks[5]] + rows[marks[5] : marks[5] + 2] + rows[marks[5] :],
         "restart interval missing": rows[: marks[5]] + rows[marks[6] :],
-        "EOI in the midst": replaced(rows, marks[5], b"\xff\xd9"),
-        "SOI in the midst": replaced(rows, marks[5], b"\xff\xd8"),
+        "EOI in the middle": replaced(rows, marks[5], b"\xff\xd9"),
+        "SOI in the middle": replaced(rows, marks[5], b"\xff\xd8"),
         "garbage between segments": rows[:sof] + b"garbage" + rows[sof:],
         "chroma subsampled 1 x 4": resampled(half, WIDTH // 2 + 4, 2 * HEIGHT + 16, b"\x14\x11\x11"),
         "500 scans, progressive": progressive[:-2] + progressive[scan(progressive) : -2] * 500 + progressive[-2:],
         "500 scans, baseline": rows[:-2] + rows[sos:-2] * 500 + rows[-2:],
-        "two scans, baseline": rows[:-2] + rows[sos:-2] + rows[-2:],
-        "progressive, its last scans missing": progressive[: progressive.index(b"\xff\xda", sos) + 40],
+        "2 scans, baseline": rows[:-2] + rows[sos:-2] + rows[-2:],
+        "progressive without its last scans": progressive[: progressive.index(b"\xff\xda", sos) + 40],
     }
     kinds = {0xC2: "progressive", 0xC3: "lossless", 0xC5: "hierarchical", 0xC9: "arithmetic", 0xF7: "JPEG-LS"}
     for marker, name in kinds.items():
@@ -234,7 +234,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def mutant(rng: np.random.Generator, data: bytes) -> bytes:
-    """One to eight random changes: bits turned, bytes set, runs cut out, put in twice or exchanged, the end cut off."""
+    """Make one to eight random changes: flip, set or swap bytes, drop or repeat a run, write a marker, cut the end."""
     changes: list[Callable[[bytearray, int, int], None]] = [_flip, _set, _drop, _repeat, _swap, _mark, _cut]
     out = bytearray(data)
     for _ in range(int(rng.integers(1, 9))):

@@ -1,6 +1,7 @@
-"""``python -m torture.paced ARGUMENTS``: `muse_fast.pretrain`, resting before every step.
+"""``python -m torture.paced ARGUMENTS``: `muse_fast.pretrain` with a pause before every step.
 
-Steps of a toy run take milliseconds. On a busy machine the run would be over before a harness has sent its signal.
+Steps of a toy run take milliseconds: without pauses, on a busy machine, the run can end before the harness sends its
+signal.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from muse_fast.batch import Views
 from muse_fast.pretraining.trainer import Metrics, Trainer
 from muse_fast.runtime.cli import run
 
-REST = 0.15  # seconds
+PAUSE = 0.15  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     train_step = Trainer.train_step
 
-    def rested(trainer: Trainer, *views: Views, measure: bool = True) -> Metrics:
-        time.sleep(REST)
+    def paced_step(trainer: Trainer, *views: Views, measure: bool = True) -> Metrics:
+        time.sleep(PAUSE)
         return train_step(trainer, *views, measure=measure)
 
-    Trainer.train_step = rested  # type: ignore[method-assign]
+    Trainer.train_step = paced_step  # type: ignore[method-assign]
     return run(pretrain.main, argv)
 
 

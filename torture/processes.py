@@ -1,4 +1,4 @@
-"""Processes to be killed, stopped and starved, and what is left of them."""
+"""Start processes that can be killed, stopped and starved, and look at what is left of them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Children are forked from a process that has imported the commands and done nothing else: it has neither threads nor
-# autograd, after which a fork would not work, and a child needs no seconds to import torch.
+# Children are forked from a server that has only imported the commands. This saves each child the seconds it takes to
+# import torch, and is safe as the server has no threads and has not used autograd.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["muse_fast.pretrain", "muse_fast.finetune", "torch.utils.tensorboard", "torture.toy"])
 
 
 class Child:
-    """``function(*arguments)`` in a process of its own; what it returns is the exit code. Killed at the end.
+    """``function(*arguments)`` in its own process, with the result as exit code. Leaving the context kills it.
 
     Args:
         log: file for its output.
-        env: added to its environment.
+        env: variables added to its environment.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Child:
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, negative after a signal; None while it runs."""
+        """Return the exit code (negative after a signal), or None while it runs."""
         return self._process.exitcode
 
     def wait(self, seconds: float = 600) -> int:
@@ -51,7 +51,7 @@ class Child:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """By SIGKILL, and gone when this returns."""
+        """Send SIGKILL and wait until the process is gone."""
         if self.poll() is None:
             self._process.kill()
         self._process.join()
@@ -70,7 +70,7 @@ def _call(function: Callable[..., int], arguments: Sequence[Any], log: Path, env
     import torch
 
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as in a command of its own; its loader forks, above all
+    multiprocessing.set_start_method("fork", force=True)  # as in a real command, whose loader forks
     os.environ.update(env)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -78,12 +78,12 @@ def _call(function: Callable[..., int], arguments: Sequence[Any], log: Path, env
     sys.exit(function(*arguments))
 
 
-def wait_until(happened: Callable[[], bool], seconds: float, what: str = "nothing") -> float:
-    """Seconds that it took; AssertionError where it did not happen in time."""
+def wait_until(happened: Callable[[], bool], seconds: float, what: str = "nothing happened") -> float:
+    """Wait and return the seconds it took; AssertionError if it did not happen in time."""
     began = time.monotonic()
     while not happened():
         if time.monotonic() - began > seconds:
-            raise AssertionError(f"{what} within {seconds:g} s")
+            raise AssertionError(f"{what} after {seconds:g} s")
         time.sleep(0.01)
     return time.monotonic() - began
 
@@ -95,7 +95,7 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+    """Return the variables that torchrun sets."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -106,7 +106,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def status_of(pid: int) -> tuple[str, int]:
-    """State letter of a process, X where there is none, and its parent."""
+    """Return the state letter of a process (X if it does not exist) and its parent."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:2]
     except OSError:
@@ -118,17 +118,16 @@ def is_alive(pid: int) -> bool:
     return status_of(pid)[0] not in "ZX"
 
 
-def everyone() -> list[int]:
-    """All processes."""
+def all_processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
 def children_of(pid: int) -> list[int]:
-    return [each for each in everyone() if status_of(each)[1] == pid]
+    return [each for each in all_processes() if status_of(each)[1] == pid]
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """Of a process, as it was when it began; nothing where there is none, or it is not ours."""
+    """Return the environment that a process started with; empty if it does not exist or is not ours."""
     try:
         entries = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
     except OSError:
@@ -137,5 +136,5 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 def name_of(code: int) -> str:
-    """An exit code in words."""
+    """Return an exit code as text, or the name of the signal behind it."""
     return signal.Signals(-code).name if code < 0 else str(code)

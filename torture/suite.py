@@ -1,4 +1,4 @@
-"""Rows whose faults the test suite injects: its tests, counted."""
+"""Count tests of the suite, for rows whose faults the suite injects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def tests(*selection: str) -> Outcome:
-    """Run tests; each is a fault injected, each that passes one survived. Skipped ones do not count."""
+    """Run tests: each is an injected fault, survived if the test passes. Skipped tests do not count."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"

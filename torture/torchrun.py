@@ -1,4 +1,4 @@
-"""``torchrun`` with two ranks, and every process that descends from it."""
+"""Run ``torchrun`` with two ranks and keep track of all its descendants."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torture.processes import children_of, environment_of, everyone, is_alive, wait_until
+from torture.processes import all_processes, children_of, environment_of, is_alive, wait_until
 
-_MARK = "MUSE_FAST_JOB"  # in the environment of a job's processes, which whoever they start inherits
+_MARK = "MUSE_FAST_JOB"  # in the environment of a job's processes; their children inherit it
 
 
 class Job(subprocess.Popen[bytes]):
-    """The launcher of ``python -m torture.paced``; all that is left of the job is killed at the end.
+    """torchrun's launcher of ``python -m torture.paced``. Leaving the context kills what is left of the job.
 
     Args:
-        argv: of the command.
-        options: of torchrun.
-        log: file for what the launcher and the ranks say.
+        argv: arguments of the command.
+        options: options of torchrun.
+        log: file for the output of the launcher and the ranks.
     """
 
     def __init__(self, argv: Sequence[str], *options: str, log: Path) -> None:
@@ -47,21 +47,23 @@ class Job(subprocess.Popen[bytes]):
         return self.log.read_text(errors="replace")
 
     def steps(self) -> list[int]:
-        """The steps that were told, of all starts."""
+        """Return the steps that all starts have printed."""
         return [int(step) for step in re.findall(r"^step (\d+)/", self.output(), re.MULTILINE)]
 
     def wait_for_steps(self, count: int, seconds: float = 600) -> float:
-        """Until so many steps were told, of all starts; returns the seconds that took."""
-        took = wait_until(lambda: len(self.steps()) >= count or self.poll() is not None, seconds, f"{count} steps")
+        """Wait until all starts together have printed ``count`` steps; return the seconds it took."""
+        took = wait_until(
+            lambda: len(self.steps()) >= count or self.poll() is not None, seconds, f"fewer than {count} steps"
+        )
         assert len(self.steps()) >= count, f"ended with {self.poll()}: {self.output()[-2000:]}"
         return took
 
     def ranks(self) -> dict[int, int]:
-        """The process of each rank."""
+        """Return the process of each rank."""
         found = {environment_of(pid).get("RANK", ""): pid for pid in children_of(self.pid)}
         return {number: found[str(number)] for number in (0, 1)}
 
     def processes(self) -> set[int]:
-        """Ranks, their loaders and whatever else the launcher has brought forth, as far as they live."""
-        ours = {pid for pid in everyone() if environment_of(pid).get(_MARK) == self._name and is_alive(pid)}
+        """Return the living descendants of the launcher: ranks, their loaders and others."""
+        ours = {pid for pid in all_processes() if environment_of(pid).get(_MARK) == self._name and is_alive(pid)}
         return ours - {self.pid}

@@ -1,4 +1,4 @@
-"""Runs of seconds, by the real commands: a small ROI set, a small network, and a fine-tuning of it."""
+"""Runs of the real commands that take seconds: a small ROI set, a small network, and fine-tuning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEMS = ("student", "teacher", "optimizer", "state")
 
 
 def prepare(folder: Path, nuclei: Sequence[int | None] = (None,) * 5) -> Path:
-    """A folder with ``rois``, ``toy.yaml`` and ``finetuning.yaml``; of each ROI so many nuclei, None: all."""
+    """Write ``rois``, ``toy.yaml`` and ``finetuning.yaml``. ``nuclei``: how many each ROI keeps, None for all."""
     with RoiSetWriter(folder / "rois", provenance={}) as writer:
         for seed, count in enumerate(nuclei):
             image, xy, _ = synthetic_image(seed, 160, 0.25)
@@ -45,13 +45,13 @@ def prepare(folder: Path, nuclei: Sequence[int | None] = (None,) * 5) -> Path:
 
 
 def arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
-    """Of the command."""
+    """Return the arguments of a toy run of ``pretrain``."""
     fixed = ["--config", str(workplace / "toy.yaml"), "--out", str(out), f"data.roiset={workplace / 'rois'}"]
     return [*fixed, "data.workers=0", "train.device=cpu", *overrides]
 
 
 def command(argv: Sequence[str]) -> int:
-    """``python -m muse_fast.pretrain`` with ``argv``; the exit code."""
+    """Do what ``python -m muse_fast.pretrain`` does; return the exit code."""
     return run_command(pretrain.main, argv)
 
 
@@ -61,7 +61,7 @@ def finetuning_arguments(workplace: Path, out: Path, *overrides: str) -> list[st
 
 
 def finetuning_command(argv: Sequence[str]) -> int:
-    """``python -m muse_fast.finetune`` with ``argv``; the exit code."""
+    """Do what ``python -m muse_fast.finetune`` does; return the exit code."""
     return run_command(finetune.main, argv)
 
 
@@ -70,7 +70,7 @@ def start(workplace: Path, out: Path, *overrides: str) -> Child:
 
 
 def finish(workplace: Path, out: Path, *overrides: str) -> int:
-    """Start, and wait for the end; the exit code."""
+    """Start a run and wait for its end; return the exit code."""
     with start(workplace, out, *overrides) as child:
         return child.wait()
 
@@ -85,20 +85,20 @@ def last_step(out: Path) -> int:
 
 
 def wait_for_step(out: Path, step: int, child: Child) -> None:
-    """Until the row of a step is there."""
-    wait_until(lambda: last_step(out) >= step or child.poll() is not None, 600, f"step {step} was not logged")
+    """Wait until the row of a step is in ``metrics.jsonl``."""
+    wait_until(lambda: last_step(out) >= step or child.poll() is not None, 600, f"step {step} not logged")
     if last_step(out) < step:
         raise AssertionError(f"ended before step {step}: {child.output()[-500:]}")
 
 
 def losses(out: Path) -> list[tuple[int, str]]:
-    """Step and loss of every row, every bit of it."""
+    """Return step and loss of every row, exact to the bit."""
     rows = read_metrics(out / "metrics.jsonl")
     return [(row["step"], float(row["loss"]).hex()) for row in rows if "loss" in row]
 
 
 def weights_hash(out: Path, step: int = STEPS) -> str:
-    """Of all tensors of a checkpoint: weights, teacher, moments and centres."""
+    """Hash all tensors of a checkpoint: weights, teacher, moments and centres."""
     digest = hashlib.sha256()
     for stem in STEMS:
         for name, tensor in sorted(checkpoint.read_tensors(checkpoint.folder_of(out, step), stem).items()):
@@ -108,5 +108,5 @@ def weights_hash(out: Path, step: int = STEPS) -> str:
 
 
 def orphans(out: Path) -> list[str]:
-    """Temporary files and folders that are left in a run folder."""
+    """Return the temporary files and folders left in a run folder."""
     return [os.path.relpath(path, out) for path in out.rglob(".*")]

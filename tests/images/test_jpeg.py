@@ -73,7 +73,7 @@ def test_a_band_is_no_larger_than_it_must_be(cutter: ModuleType) -> None:
         ("cut 4:2:0", 0, 16, 0, 32),
         ("cut 4:2:0", 144, 152, 128, 24),
         ("cut every 2 rows", 72, 80, 64, 16),
-        ("cut every 7 MCUs, no whole row", 80, 81, 56, 56),
+        ("cut every 7 MCUs, never a whole row", 80, 81, 56, 56),
         ("cut every MCU", 80, 81, 80, 8),
     ):
         roi = roi_of(VALID[name])

@@ -1,4 +1,4 @@
-"""C1, C3, C4: kills while saving, damaged files, full disks."""
+"""C1, C3, C4: kills while saving, damaged files and full disks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TMPFS_BYTES = 12 << 20
 
 
 def filled(step: int, size: int, tensors: int = 4) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors that hold the number of their step, so that a mixture shows."""
+    """Return tensors filled with the number of their step, so that mixed steps are noticed."""
     return {stem: {str(i): torch.full((size,), float(step)) for i in range(tensors)} for stem in STEMS}
 
 
@@ -31,7 +31,7 @@ def save(run: Path, step: int, size: int = 50) -> Path:
 
 
 def is_whole(folder: Path, step: int) -> bool:
-    """Whether a checkpoint holds the values of ``step`` and no others."""
+    """Whether a checkpoint contains the values of ``step`` and no others."""
     values = {v for stem in STEMS for t in checkpoint.read_tensors(folder, stem).values() for v in t.unique().tolist()}
     return checkpoint.read_state(folder)["step"] == step and values == {float(step)}
 
@@ -40,7 +40,7 @@ def is_whole(folder: Path, step: int) -> bool:
 
 
 def kills(scale: Scale) -> Outcome:
-    """SIGKILL at any moment of an endless loop of saves. A fork server: a kill costs no import of torch."""
+    """Send SIGKILL at random moments of an endless loop of saves. Forking saves the import of torch per kill."""
     tally, run = Tally(), scale.folder / "run"
     for _ in range(scale.of(1000, 40)):
         acknowledged = _kill_a_writer(run, scale.rng.uniform(0, 0.03))
@@ -50,12 +50,12 @@ def kills(scale: Scale) -> Outcome:
         step = checkpoint.read_state(found)["step"] if found else -1
         lost = step < acknowledged
         whole = found is not None and is_whole(found, step)
-        tally.add(not lost and whole and not left, f"step {acknowledged} acknowledged, {step} found, left {left}")
+        tally.add(not lost and whole and not left, f"step {acknowledged} acknowledged, {step} found, left over {left}")
     return tally.outcome(f"{checkpoint.steps(run)[-1]} steps saved in between")
 
 
 def _kill_a_writer(run: Path, after: float) -> int:
-    """Let a child save until killed ``after`` seconds behind its first; the last step whose save returned."""
+    """Kill a child that saves, ``after`` seconds after its first save; return the last step whose save returned."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -79,7 +79,7 @@ def _kill_a_writer(run: Path, after: float) -> int:
 
 
 def flips_and_cuts(scale: Scale) -> Outcome:
-    """One bit turned, or the end cut off, at random places of every file of the newest checkpoint in turn."""
+    """Flip one bit or cut off the end, at random places, in each file of the newest checkpoint in turn."""
     good, bad = save(scale.folder, 1), save(scale.folder, 2)
     files, tally = sorted(bad.iterdir()), Tally()
     for number in range(scale.of(300, 60)):
@@ -93,7 +93,7 @@ def flips_and_cuts(scale: Scale) -> Outcome:
             named = len(problems) == 1 and str(bad) in problems[0]
             tally.add(found == good and named, f"{what} in {path.name}: {problems}")
         path.write_bytes(whole)
-    tally.add(checkpoint.latest(scale.folder) == (bad, []), "the repaired one is refused")
+    tally.add(checkpoint.latest(scale.folder) == (bad, []), "the repaired checkpoint is refused")
     return tally.outcome(f"over {len(files)} files")
 
 
@@ -102,10 +102,10 @@ def flips_and_cuts(scale: Scale) -> Outcome:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A tmpfs of 12 MiB.
+    """Mount a tmpfs of 12 MiB.
 
     Raises:
-        PermissionError: only root may mount one.
+        PermissionError: only root can mount one.
     """
     place = folder / "disk"
     place.mkdir()
@@ -120,11 +120,11 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def full_disk(scale: Scale) -> Outcome:
-    """A disk without room for the next checkpoint; then the real command on one that fills up while it runs."""
+    """Save to a disk without room for the checkpoint, then run the real command on a disk that fills up."""
     tally = Tally()
     try:
         with small_disk(scale.folder) as disk:
-            for size in (500_000, 900_000, 5_000_000):  # 16, 29 and 160 MB beside 4 MB
+            for size in (500_000, 900_000, 5_000_000):  # 16, 29 and 160 MB, next to 4 MB
                 _refused(tally, disk / f"run-{size}", size)
     except PermissionError as error:
         return _limited_file_size(scale, f"no tmpfs ({error}): RLIMIT_FSIZE")
@@ -140,15 +140,15 @@ def _refused(tally: Tally, run: Path, size: int) -> None:
     except UserError as error:
         said = str(error)
     kept = checkpoint.latest(run) == (good, []) and is_whole(good, 1)
-    told = "step-00000002" in said and "no room" in said and said.count("MiB") == 2
+    reported = "step-00000002" in said and "no room" in said and said.count("MiB") == 2
     nothing_left = [path.name for path in (run / "checkpoints").iterdir()] == [good.name]
-    tally.add(kept and told and nothing_left, f"{size}: said {said!r}")
+    tally.add(kept and reported and nothing_left, f"{size}: said {said!r}")
     if run.parent.is_mount():
         subprocess.run(["rm", "-r", str(run)], check=True)
 
 
 def _limited_file_size(scale: Scale, notes: str) -> Outcome:
-    """Without a disk of its own: no file may grow beyond a limit, in a child."""
+    """Save in a child with a limit on the size of files, where no small disk can be mounted."""
     import resource
 
     tally = Tally()
@@ -173,7 +173,7 @@ def _limited_file_size(scale: Scale, notes: str) -> Outcome:
 
 
 def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
-    """Other files take the room away while the run is at work; once there is room, it goes on as if nothing was."""
+    """Fill the disk with other files during a run; once there is room again, the run resumes exactly."""
     workplace = toy.prepare(scale.folder)
     assert toy.finish(workplace, scale.folder / "unbroken") == 0
     place = scale.folder / "larger"
@@ -189,16 +189,16 @@ def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
             said = child.output()
         newest, problems = checkpoint.latest(out)
         left = toy.orphans(out)
-        tally.add(not left, f"left {left}")
-        told = code == 2 and "error:" in said and "room" in said and "Traceback" not in said
-        tally.add(told and newest is not None and not problems, f"command: {code}, {said[-400:]!r}")
+        tally.add(not left, f"left over {left}")
+        reported = code == 2 and "error:" in said and "room" in said and "Traceback" not in said
+        tally.add(reported and newest is not None and not problems, f"command: exit code {code}, {said[-400:]!r}")
         with toy.start(workplace, out, "train.checkpoint_every=1000", "optim.steps=12") as child:
             code, said = child.wait(), child.output()
-        told = code == 2 and "make room" in said and "Traceback" not in said
-        tally.add(told, f"no room for a row: {code}, {said[-900:]!r}")
+        reported = code == 2 and "make room" in said and "Traceback" not in said
+        tally.add(reported, f"no room for a row: exit code {code}, {said[-900:]!r}")
         (place / "others").unlink()
         code = toy.finish(workplace, out)
-        tally.add(code == 0 and toy.losses(out) == toy.losses(scale.folder / "unbroken"), f"going on: {code}")
+        tally.add(code == 0 and toy.losses(out) == toy.losses(scale.folder / "unbroken"), f"resumed: exit code {code}")
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
@@ -216,20 +216,20 @@ def _fill(path: Path) -> None:
 ROWS = [
     Row(
         "C1",
-        "kill -9 at any moment loses no checkpoint whose saving was acknowledged",
-        "1000 kills: none lost, none mixed, no temporary folder after the next start",
+        "kill -9 at any moment loses no acknowledged checkpoint",
+        "1000 kills: no checkpoint lost or mixed, no temporary folder after the next start",
         kills,
     ),
     Row(
         "C3",
-        "a damaged checkpoint is refused by name and the one before is taken",
+        "a damaged checkpoint is named and refused, and the previous one is used",
         "300 flipped bits and 300 cuts over every file",
         flips_and_cuts,
     ),
     Row(
         "C4",
-        "a full disk keeps the old checkpoint and says why",
-        "path, bytes needed and free; the run goes on once there is room",
+        "on a full disk, the old checkpoint is kept and the error says why",
+        "path, bytes needed and free; the run resumes once there is room",
         full_disk,
     ),
 ]

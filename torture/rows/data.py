@@ -1,4 +1,4 @@
-"""D1 to D5: bad JPEGs, damaged pixels, bombs, bad coordinates, batches of nothing."""
+"""D1 to D5: bad JPEGs, damaged pixels, decompression bombs, bad coordinates and degenerate batches."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from torture.harness import Outcome, Row, Scale, Tally
 from torture.processes import Child, name_of
 from torture.suite import tests
 
-NAMED = r"the set, ROI 7: the JPEG cannot be decoded \(.+\)"  # what every refusal must say
+NAMED = r"the set, ROI 7: the JPEG cannot be decoded \(.+\)"  # every refusal must match this
 
 
 def roi_of(data: bytes, width: int = corpus.WIDTH, height: int = corpus.HEIGHT) -> Roi:
-    """A ROI of these bytes, without nuclei."""
+    """Return a ROI with these bytes and no nuclei."""
     xy, label, score = np.zeros((0, 2), np.float32), np.zeros(0, np.int16), np.zeros(0, np.float32)
     return Roi(7, data, width, height, 0.5, "s", "", (0, 0), xy, label, score, Path("the set"))
 
 
 def attempt(read: Callable[..., Any], *arguments: int) -> Any:
-    """What it returns, or None where it refuses and names the ROI; any other error passes."""
+    """Return what ``read`` returns, or None if it refuses and names the ROI; other errors propagate."""
     try:
         return read(*arguments)
     except UserError as error:
@@ -52,14 +52,14 @@ def attempt(read: Callable[..., Any], *arguments: int) -> Any:
 
 
 def _rendered(roi: Roi) -> torch.Tensor:
-    """As the backends on a GPU do it, here on the CPU: cut on its way to a process, decoded in another."""
+    """Render a view as the GPU backends do, but on the CPU: cut on the way to a process, decoded in another."""
     config = ViewsConfig(global_size=32, local_size=32, num_locals=1, global_mpp_min=0.5, local_mpp_min=0.5)
     planned = pack([draw_plan(roi, 0, 0, config)])
     return render_batch(planned, config, torch.device("cpu"), backend="reference").global_images
 
 
 def decoders() -> Mapping[str, Callable[[Roi], Any]]:
-    """Each way from a ROI to pixels."""
+    """Return each way from a ROI to pixels."""
     return {
         "decode": Roi.decode,
         "decode_rows": lambda roi: roi.decode_rows(roi.height // 2, roi.height),
@@ -68,7 +68,7 @@ def decoders() -> Mapping[str, Callable[[Roi], Any]]:
 
 
 def read_all(mutants: int, report: Path) -> int:
-    """Bad files and mutants by every decoder; in a process of its own, as one that crashes would take this down."""
+    """Read bad files and mutants by every decoder. Runs in its own process, as a crash would take this one down."""
     rng, valid = np.random.default_rng(1), corpus.valid()
     names = sorted(valid)
     bases = [valid[names[i % len(names)]] for i in range(mutants)]
@@ -111,7 +111,7 @@ def bad_jpegs(scale: Scale) -> Outcome:
 
 
 def damaged_pixels(scale: Scale) -> Outcome:
-    """Bytes overwritten, or one bit turned, in the scan of a ROI in a set; and odd but valid files."""
+    """Overwrite bytes or flip a bit in the scan of a ROI in a set; then read odd but valid files."""
     tally = Tally()
     with RoiSetWriter(scale.folder / "set", provenance={}) as writer:
         writer.add(corpus.picture(), mpp=0.5, xy=[], slide="s")
@@ -129,20 +129,20 @@ def damaged_pixels(scale: Scale) -> Outcome:
         by_decoding[size] += attempt(roi_of(damaged).decode) is None
     valid = corpus.valid()
     for name, data in valid.items():
-        tally.add(attempt(roi_of(data, *corpus.size_of(data)).decode) is not None, f"valid, refused: {name}")
+        tally.add(attempt(roi_of(data, *corpus.size_of(data)).decode) is not None, f"valid, but refused: {name}")
     shares = f"{100 * by_decoding[8] / count:.0f} % of 8 bytes and {100 * by_decoding[1] / count:.0f} % of 1 bit"
-    return tally.outcome(f"all by hash; strict decoding alone finds {shares}; {len(valid)} valid kinds accepted")
+    return tally.outcome(f"all found by hash; strict decoding alone finds {shares}; {len(valid)} valid kinds accepted")
 
 
 def damage(shard: Path, rng: np.random.Generator, size: int) -> bytes:
-    """Overwrite ``size`` bytes in the scan of a shard of one JPEG, or turn a bit; put back what was damaged before."""
-    sound = getattr(damage, "sound", {}).get(shard) or shard.read_bytes()
-    damage.sound = {shard: sound}  # type: ignore[attr-defined]
-    damaged = sound
-    while damaged == sound:
-        at = int(rng.integers(corpus.scan(sound) + 14, len(sound) - 10))
-        new = rng.bytes(size) if size > 1 else bytes([sound[at] ^ 1 << int(rng.integers(8))])
-        damaged = corpus.replaced(sound, at, new)
+    """Overwrite ``size`` bytes in the scan of a shard of one JPEG, or flip a bit; undo earlier damage first."""
+    intact = getattr(damage, "intact", {}).get(shard) or shard.read_bytes()
+    damage.intact = {shard: intact}  # type: ignore[attr-defined]
+    damaged = intact
+    while damaged == intact:
+        at = int(rng.integers(corpus.scan(intact) + 14, len(intact) - 10))
+        new = rng.bytes(size) if size > 1 else bytes([intact[at] ^ 1 << int(rng.integers(8))])
+        damaged = corpus.replaced(intact, at, new)
     shard.write_bytes(damaged)
     return damaged
 
@@ -151,7 +151,7 @@ def damage(shard: Path, rng: np.random.Generator, size: int) -> bytes:
 
 
 def header_bombs(report: Path) -> int:
-    """Headers that claim much: what is said, and by how much the process grows; then without the checks."""
+    """Read headers with huge sizes: report the errors and the growth of the process, then that without the checks."""
 
     def claiming(width: int, height: int) -> bytes:
         data = corpus.save(**corpus.ROWS)
@@ -159,11 +159,11 @@ def header_bombs(report: Path) -> int:
         return corpus.replaced(data, corpus.frame(data) + 5, size)
 
     def peak() -> float:
-        status = Path("/proc/self/status").read_text()  # getrusage still knows the peak of the process that began this
+        status = Path("/proc/self/status").read_text()  # getrusage includes the peak of the parent process
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
     jpeg.read(corpus.save(), corpus.WIDTH, corpus.HEIGHT)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, said = peak(), []
     for size, index in [
         ((65000, 65000), (corpus.WIDTH, corpus.HEIGHT)),
@@ -183,14 +183,14 @@ def header_bombs(report: Path) -> int:
 
 
 def bombs(scale: Scale) -> Outcome:
-    """Headers of 65000 x 65000 px, and 500 scans."""
+    """Read headers of 65000 x 65000 px, and files of 500 scans."""
     tally, report = Tally(), scale.folder / "report.json"
     with Child(header_bombs, report, log=scale.folder / "log") as child:
         child.wait()
     found = json.loads(report.read_text())
     for said in found["said"]:
         tally.add(said != "nothing" and found["growth"] < 64, f"header: {found}")
-    tally.add(found["without checks"] > 64, "the measurement would not have shown it")
+    tally.add(found["without checks"] > 64, "the measurement does not notice a large allocation")
     bad, slowest = corpus.bad(), 0.0
     for name in ("500 scans, progressive", "500 scans, baseline"):
         for decode in (Roi.decode, lambda roi: roi.decode_rows(0, corpus.HEIGHT)):
@@ -205,7 +205,7 @@ def bombs(scale: Scale) -> Outcome:
 
 
 def bad_coordinates(scale: Scale) -> Outcome:
-    """Random tables of points, most of them bad: kept as they are or refused by row; views hold what lies in them."""
+    """Read random tables of points, mostly bad: kept unchanged or refused by row; views contain only points inside."""
     tally, rng = Tally(), np.random.default_rng(0)
     config = ViewsConfig(global_size=64, local_size=32, num_locals=2)
     odd = np.array([np.nan, np.inf, -np.inf, -1e-30, 160.0, np.nextafter(160, 0), -1.0, 1e30, 0.0, 2.0**31])
@@ -220,16 +220,16 @@ def bad_coordinates(scale: Scale) -> Outcome:
             agreed = bool(inside.all() and ((kept >= 0) & (kept < 160)).all() and len(kept) == len(xy))
         except UserError as error:
             agreed = not inside.all() and f"the ROI: nucleus row {int(np.argmin(inside))} " in str(error)
-        # A set whose hashes are right and whose points are not: none gets to a view.
-        points, nothing = xy.astype(np.float32), np.zeros(len(xy), np.float32)
-        roi = Roi(3, b"", 160, 160, 0.25, "s", "", (0, 0), points, nothing.astype(np.int16), nothing, Path("set"))
+        # No bad point of a set with valid hashes reaches a view.
+        points, zeros = xy.astype(np.float32), np.zeros(len(xy), np.float32)
+        roi = Roi(3, b"", 160, 160, 0.25, "s", "", (0, 0), points, zeros.astype(np.int16), zeros, Path("set"))
         seen = draw_plan(roi, 0, number, config).nuclei().xy
         tally.add(agreed and bool(((seen >= 0) & (seen < 64)).all()), f"points {xy.tolist()}")
     if not scale.quick:
         table = tests("tests/roiset/test_bad_points.py")
         tally.injected += table.injected
         tally.survived += table.survived
-        return tally.outcome(f"10,000 random tables and the {table.injected} of the test suite {table.notes}")
+        return tally.outcome(f"10,000 random tables and {table.injected} cases of the test suite {table.notes}")
     return tally.outcome()
 
 
@@ -237,16 +237,16 @@ def bad_coordinates(scale: Scale) -> Outcome:
 
 
 def degenerate_batches(scale: Scale) -> Outcome:
-    """Runs of the command on sets in which nuclei are missing, one, or the same; two ranks by the test suite."""
+    """Run on sets with no nuclei, with one, or with a single ROI; the test suite does the runs on two ranks."""
     tally = Tally()
     kinds: dict[str, tuple[list[int | None], tuple[str, ...]]] = {
-        "no nucleus anywhere": ([0, 0, 0], ()),
-        "no nucleus in some": ([0, None, 0, None, 0], ()),
-        "one nucleus in each": ([1, 1, 1], ()),
+        "no nuclei anywhere": ([0, 0, 0], ()),
+        "no nuclei in some ROIs": ([0, None, 0, None, 0], ()),
+        "one nucleus per ROI": ([1, 1, 1], ()),
         "a batch of one ROI without nuclei": ([0], ("optim.batch_size=1",)),
-        "a batch of the same ROI": ([None], ("optim.batch_size=4",)),
+        "a batch of one ROI, repeated": ([None], ("optim.batch_size=4",)),
         "no local views": ([None, 0], ("views.num_locals=0",)),
-        "EMA centres, no nucleus": ([0, 0], ("loss.centering=ema", "head.input_norm=false")),
+        "EMA centres, no nuclei": ([0, 0], ("loss.centering=ema", "head.input_norm=false")),
     }
     for number, (name, (nuclei, settings)) in enumerate([*kinds.items()][: scale.of(len(kinds), 2)]):
         place = scale.folder / str(number)
@@ -256,7 +256,8 @@ def degenerate_batches(scale: Scale) -> Outcome:
         rows = read_metrics(place / "run" / "metrics.jsonl")
         finite = all(math.isfinite(row[key]) for row in rows for key in ("loss", "grad_norm") if key in row)
         enough = sum("loss" in row for row in rows) == 4
-        tally.add(code == 0 and finite and enough, f"{name}: {code} {toy.log_of(place / 'run').read_text()[-300:]}")
+        said = toy.log_of(place / "run").read_text()[-300:]
+        tally.add(code == 0 and finite and enough, f"{name}: exit code {code}, {said}")
     if not scale.quick:
         ranks = tests("tests/test_distributed.py", "-k", "without_nuclei")
         tally.injected += ranks.injected
@@ -268,22 +269,24 @@ def degenerate_batches(scale: Scale) -> Outcome:
 ROWS = [
     Row(
         "D1",
-        "bad JPEGs never crash, and each is named",
-        "the corpus and 2000 mutants by every decoder: decoded or refused by set and ROI, none over 2 s",
+        "bad JPEGs never cause a crash, and each is named",
+        "the corpus and 2000 mutants by every decoder: decoded or refused by set and ROI, each within 2 s",
         bad_jpegs,
     ),
     Row(
         "D2",
-        "damaged pixels are not trained on",
+        "damaged pixels are never trained on",
         "300 times 8 bytes and 300 single bits: all found; no valid kind refused",
         damaged_pixels,
     ),
-    Row("D3", "bombs cost bounded memory and time", "below 64 MiB and 0.2 s", bombs),
+    Row("D3", "decompression bombs cost bounded memory and time", "below 64 MiB and 0.2 s", bombs),
     Row(
         "D4",
-        "coordinates of nuclei are checked",
-        "each agreed bad input and 10,000 random tables: kept or refused by row, no nan in a view",
+        "nucleus coordinates are checked",
+        "each listed bad input and 10,000 random tables: kept or refused by row, no nan in a view",
         bad_coordinates,
     ),
-    Row("D5", "batches of nothing have a finite loss", "7 kinds on one rank, 2 on two", degenerate_batches),
+    Row(
+        "D5", "batches without nuclei or pairs have a finite loss", "7 kinds on one rank, 2 on two", degenerate_batches
+    ),
 ]

@@ -1,4 +1,4 @@
-"""K1, K3: the operators, by the test suite; and tensors of more than 2**31 numbers."""
+"""K1, K3: the operators, checked by the test suite, and tensors of more than 2**31 numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROTOTYPES = 65_536
 
 
 def registered(scale: Scale) -> Outcome:
-    """opcheck of every op, gradients in double precision, and (full run) the bugs planted in copies of the sources."""
+    """Run opcheck on every op, check gradients in double precision, and plant bugs in copies of the sources."""
     files = [path for op in ops.__all__ for path in ROOT.glob(f"tests/ops/test_{op}.py")]
     ran = tests(*map(str, files), "tests/ops/test_reference_gradients.py", "-k", "opcheck or grad")
     caught = tests("tests/ops/test_seeded_bugs.py", "-m", "heavy", "-k", "is_caught")
@@ -23,7 +23,7 @@ def registered(scale: Scale) -> Outcome:
 
 
 def beyond_int32(scale: Scale) -> Outcome:
-    """The same rows at the front and behind 2**31 numbers: the same values, in bfloat16 and 4.3 GB."""
+    """Compute rows that lie beyond 2**31 numbers, in bfloat16 (4.3 GB), and the same rows on their own."""
     tally = Tally()
     if (free := _available_memory()) < 10 << 30:
         return Outcome(1, 0, f"needs 10 GB of memory, {free >> 30} are free")
@@ -44,7 +44,7 @@ def beyond_int32(scale: Scale) -> Outcome:
     level = torch.zeros(1, 2, _ROW, _ROW + 32, dtype=torch.bfloat16)  # 2**31 numbers and a bit, 4.3 GB
     small = torch.randn(1, 2, 4, 4).bfloat16()
     level[:, :, -4:, -4:] = small
-    last = torch.tensor([[float(_ROW), float(_ROW)]])  # the corner of the view is that of the level
+    last = torch.tensor([[float(_ROW), float(_ROW)]])  # the corner of the view is the corner of the level
     read = sample_nuclei([level], last, torch.tensor([0]), _ROW)
     tally.add(bool(torch.isfinite(read).all()) and torch.allclose(read[0], small[0, :, -1, -1]), f"sampled {read}")
     del level
@@ -64,20 +64,20 @@ def _available_memory() -> int:
 ROWS = [
     Row(
         "K1",
-        "operators are registered right and differentiate right",
+        "operators are registered correctly and have correct gradients",
         "opcheck and gradients of every op; each planted bug is caught",
         registered,
         quick=False,
     ),
-    Row("K2", "no memory errors in C++", "a target of its own: make sanitize", None),
+    Row("K2", "no memory errors in C++", "has its own target: make sanitize", None),
     Row(
         "K3",
-        "sizes beyond 32 bits",
-        "rows behind 2**31 numbers have the values of the same rows in front (CPU; CUDA: not tried)",
+        "sizes beyond 32 bits are handled correctly",
+        "rows beyond 2**31 numbers have the same values as on their own (CPU; not tried on CUDA)",
         beyond_int32,
         quick=False,
     ),
 ]
 NOT_APPLICABLE = [
-    Row("C5", "an asynchronous save is a snapshot", "does not apply: a save returns when all is on the disk", None)
+    Row("C5", "an asynchronous save is a snapshot", "does not apply: a save returns once everything is on disk", None)
 ]

@@ -1,4 +1,4 @@
-"""O1: what is written for QuPath."""
+"""O1: the GeoJSON written for QuPath."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torture.harness import Outcome, Row, Scale, Tally
 
 
 def strict_json(path: Path) -> dict[str, Any]:
-    """ValueError for the numbers that JSON does not have, and for a key that comes twice."""
+    """Parse JSON; ValueError for duplicate keys and for numbers that JSON does not have (NaN, Infinity)."""
 
     def refuse(number: str) -> NoReturn:
         raise ValueError(number)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
-            raise ValueError(f"a key twice: {pairs}")
+            raise ValueError(f"duplicate key: {pairs}")
         return dict(pairs)
 
     return json.loads(path.read_text(), parse_constant=refuse, object_pairs_hook=unique)
 
 
 def random_mask(rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Blobs, some with holes, some that touch the border or each other's corners."""
+    """Return blobs, some of which have holes or touch the border or each other's corners."""
     from scipy.ndimage import gaussian_filter
 
     side = int(rng.integers(8, 60))
@@ -40,7 +40,7 @@ def random_mask(rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def geojson(scale: Scale) -> Outcome:
-    """The outlines of random masks, written, read back, and looked at by shapely; and a writer that is killed."""
+    """Write the outlines of random masks, read them back and check them with shapely; then kill writers."""
     import shapely.geometry
 
     tally, rng, polygons = Tally(), np.random.default_rng(0), 0
@@ -61,7 +61,7 @@ def geojson(scale: Scale) -> Outcome:
 
 
 def _kill_writers(tally: Tally, scale: Scale, path: Path) -> None:
-    """A child that writes one of two files over and over: whenever it is killed, one of them is there whole."""
+    """Kill a child that writes one of two contents over and over: the file must always be one of them, complete."""
     ring = [np.stack([np.cos(a := np.linspace(0, 6, 3000)), np.sin(a)], axis=1) * 100]
     expected = []
     for count in (1, 40):
@@ -76,14 +76,14 @@ def _kill_writers(tally: Tally, scale: Scale, path: Path) -> None:
         time.sleep(scale.rng.uniform(0.01, 0.1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        tally.add(path.read_bytes() in expected, "half a file after a kill")
+        tally.add(path.read_bytes() in expected, "a partial file after a kill")
 
 
 ROWS = [
     Row(
         "O1",
-        "GeoJSON that QuPath loads",
-        "1000 random masks: strict JSON, closed valid rings, unique ids, read back; 50 kills leave no half file",
+        "QuPath can load the GeoJSON",
+        "1000 random masks: strict JSON, closed valid rings, unique ids, read back; 50 kills leave no partial file",
         geojson,
     )
 ]

@@ -1,4 +1,4 @@
-"""T2, T3, T4: several ranks, one of which is killed or hangs."""
+"""T2, T3, T4: several ranks, one of which is killed or hung."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def same_numbers(scale: Scale) -> Outcome:
 
 # ---------------------------------------------------------------------------------------------------------------- T3
 
-_KILLS = 5  # of a job: the launcher may start again after all but the last
-_GONE, _AGAIN = 5, 15  # seconds: all ranks and loaders, or the job, ended; a step of the next start told
+_KILLS = 5  # per job: the launcher restarts after all but the last
+_GONE, _AGAIN = 5, 15  # limits in seconds until all ranks and loaders, or the job, have ended; until the next step
 
 
 def killed_ranks(scale: Scale) -> Outcome:
-    """Either rank of torchrun's jobs is killed at random steps and moments, and each job at last for good.
+    """Kill either rank of torchrun's jobs at random steps and moments, until torchrun gives the job up.
 
-    Nothing may be left of a start, and what a later job makes of the run must be what an unbroken one makes.
+    Nothing may be left of a start, and a later job must finish the run with the numbers of an unbroken one.
     """
     tally, workplace = Tally(), toy.prepare(scale.folder)
     kills = scale.of(_KILLS, 2)
@@ -52,40 +52,41 @@ def killed_ranks(scale: Scale) -> Outcome:
         argv = _argv(workplace, out, steps)
         with Job(argv, "--max-restarts", str(kills - 1), log=toy.log_of(out)) as job:
             job.wait_for_steps(scale.rng.randint(1, 4))
-            for left in reversed(range(kills)):
+            for starts_left in reversed(range(kills)):
                 time.sleep(scale.rng.uniform(0, 0.3))
-                victim, before, told = scale.rng.choice([0, 1]), job.processes(), len(job.steps())
+                victim, before, printed = scale.rng.choice([0, 1]), job.processes(), len(job.steps())
                 assert len(before) >= 4, before  # two ranks with a loader each
                 os.kill(job.ranks()[victim], signal.SIGKILL)
-                ended = partial(_ended, job, before, for_good=left == 0)
-                gone.append(wait_until(ended, scale.limit(60), "the other rank was still there"))
+                ended = partial(_ended, job, before, for_good=starts_left == 0)
+                gone.append(wait_until(ended, scale.limit(60), "the other rank is still alive"))
                 in_time = gone[-1] < scale.limit(_GONE)
-                if left:
-                    again.append(gone[-1] + job.wait_for_steps(told + 1))
+                if starts_left:
+                    again.append(gone[-1] + job.wait_for_steps(printed + 1))
                     in_time = in_time and again[-1] < scale.limit(_AGAIN)
-                    job.wait_for_steps(told + scale.rng.randint(1, 4))
-                at = f"rank {victim} of job {number}, {left} starts left"
-                tally.add(in_time, f"{at}: gone after {gone[-1]:.1f} s, again after {again[-1:]}")
+                    job.wait_for_steps(printed + scale.rng.randint(1, 4))
+                at = f"rank {victim} of job {number}, {starts_left} starts left"
+                tally.add(in_time, f"{at}: gone after {gone[-1]:.1f} s, training again after {again[-1:]}")
             orphans = job.processes()
             codes = job.wait(), _finish_on_two_ranks(workplace, out, steps)
             said = job.output()
-        told = said.count("lost its connection to another rank") == kills and "[rank" not in said
+        reported = said.count("lost its connection to another rank") == kills and "[rank" not in said
         same = toy.losses(out) == toy.losses(unbroken)
         same = same and toy.weights_hash(out, steps) == toy.weights_hash(unbroken, steps)
         left_over = orphans or toy.orphans(out)
-        sound = told and same and codes == (1, [0, 0]) and not left_over
-        tally.add(sound, f"job {number}: {codes}, same {same}, left {left_over}, said {said[-600:]!r}")
+        survived = reported and same and codes == (1, [0, 0]) and not left_over
+        what = f"job {number}: exit codes {codes}, same numbers {same}, left over {left_over}, said {said[-600:]!r}"
+        tally.add(survived, what)
     notes = f"{len(gone)} kills: gone after {_spread(gone)}, training again after {_spread(again)}"
-    return tally.outcome(f"{notes}; {scale.of(4, 1)} runs that end bit-identical")
+    return tally.outcome(f"{notes}; {scale.of(4, 1)} runs finished bit-identical")
 
 
 def _ended(job: Job, before: set[int], for_good: bool) -> bool:
-    """Whether nothing that was there before lives, and where it is for good, nor does the launcher."""
+    """Whether all processes of ``before`` have ended and, if ``for_good``, the launcher too."""
     return not any(map(is_alive, before)) and (not for_good or job.poll() is not None)
 
 
 def _spread(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):.1f} s ({max(seconds):.1f} s at the latest)"
+    return f"{statistics.median(seconds):.1f} s (at most {max(seconds):.1f} s)"
 
 
 def _argv(workplace: Path, out: Path, steps: int) -> list[str]:
@@ -101,7 +102,7 @@ def _finish_on_two_ranks(workplace: Path, out: Path, steps: int) -> list[int]:
 
 
 def hanging(argv: Sequence[str], on_rank: int) -> int:
-    """The command, one rank of which sleeps for ever in step 5."""
+    """Run the command; rank ``on_rank`` sleeps for ever in step 5."""
     train_step = Trainer.train_step
 
     def step_that_hangs(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
@@ -114,7 +115,7 @@ def hanging(argv: Sequence[str], on_rank: int) -> int:
 
 
 def hung_rank(scale: Scale) -> Outcome:
-    """One of two ranks sleeps, or is stopped; either of them."""
+    """Let one of two ranks sleep, or stop it."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     took = []
     for kind, culprit in [("asleep", 1), ("stopped", 1), ("asleep", 0)][: scale.of(3, 2)]:
@@ -133,37 +134,37 @@ def hung_rank(scale: Scale) -> Outcome:
         finally:
             for child in ranks:
                 child.kill()
-        told = json.loads((out / "exit.json").read_text()) if (out / "exit.json").exists() else {}
-        reason = str(told.get("reason", ""))
+        written = json.loads((out / "exit.json").read_text()) if (out / "exit.json").exists() else {}
+        reason = str(written.get("reason", ""))
         why = "no longer answers" if kind == "stopped" else "keeps them waiting"
         named = f"; rank {culprit} (step " in reason and why in reason and reason in said
         kept = not checkpoint.latest(out)[1] and checkpoint.steps(out) != []
         in_time = took[-1] < scale.limit(_TIMEOUT + 5)
-        # The rank that sees the sleeper end by itself first may leave with an error of its connection.
-        ended = told.get("code") == exit_codes.STALLED and code != 0
-        what = f"{kind} rank {culprit}: {name_of(code)} after {took[-1]:.1f} s, {told}, said {said[-400:]!r}"
+        # If the other rank sees the sleeper end first, it may exit with a connection error.
+        ended = written.get("code") == exit_codes.STALLED and code != 0
+        what = f"{kind} rank {culprit}: {name_of(code)} after {took[-1]:.1f} s, {written}, said {said[-400:]!r}"
         tally.add(named and kept and in_time and ended, what)
-    return tally.outcome(f"with a limit of {_TIMEOUT} s, named after {max(took):.1f} s at the latest")
+    return tally.outcome(f"with a limit of {_TIMEOUT} s, named within {max(took):.1f} s")
 
 
 ROWS = [
     Row(
         "T2",
-        "two ranks give the numbers of one",
+        "two ranks compute the same numbers as one",
         "DDP and FSDP2, 60 steps: losses within 1e-13 in float64, 1e-6 in float32",
         same_numbers,
         quick=False,
     ),
     Row(
         "T3",
-        "a killed rank ends the job and torchrun starts it again",
-        "20 kills: others and loaders gone within 5 s, training again within 15 s, nobody left, bit-identical",
+        "a killed rank ends the job, and torchrun restarts it",
+        "20 kills: others and loaders gone within 5 s, training again within 15 s, no process left, bit-identical",
         killed_ranks,
     ),
     Row(
         "T4",
-        "a rank that hangs is named with its step",
-        "asleep and stopped: named within the limit + 5 s, the last checkpoint untouched",
+        "a hung rank is named, with its step",
+        "asleep and stopped: named within the limit + 5 s, the last checkpoint is untouched",
         hung_rank,
     ),
 ]

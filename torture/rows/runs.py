@@ -1,4 +1,4 @@
-"""C2, T1, T5, T6, T7: whole runs of the command, killed, told to stop, poisoned, starved of workers and of memory."""
+"""C2, T1, T5, T6, T7: whole runs, which are killed, stopped, poisoned, and starved of workers and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torture.suite import tests
 
 
 def exact_resume(scale: Scale) -> Outcome:
-    """Killed at a random step and moment, started again, with and without loader processes: the same bit for bit."""
+    """Kill runs at random moments and restart them, with and without loader processes: the result is bit-identical."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     unbroken = scale.folder / "unbroken"
     assert toy.finish(workplace, unbroken) == 0
@@ -45,7 +45,7 @@ def exact_resume(scale: Scale) -> Outcome:
         code = toy.finish(workplace, out, workers)
         same = code == 0 and toy.losses(out) == toy.losses(unbroken)
         same = same and toy.weights_hash(out) == toy.weights_hash(unbroken) and not toy.orphans(out)
-        tally.add(same, f"killed at step {step}, {workers}: {code}, left {toy.orphans(out)}")
+        tally.add(same, f"killed at step {step}, {workers}: exit code {code}, left over {toy.orphans(out)}")
         shutil.rmtree(out)
     return tally.outcome(f"{kills} without loader processes, {kills} with two")
 
@@ -53,11 +53,11 @@ def exact_resume(scale: Scale) -> Outcome:
 # ---------------------------------------------------------------------------------------------------------------- T1
 
 _BAD_STEP = 5  # counted from 1; the checkpoint of step 4 is the last good one
-_POISONS = ("nan in an image", "inf in an image", "nan in the gradients alone")
+_POISONS = ("nan in an image", "inf in an image", "nan only in the gradients")
 
 
 def poisoned(argv: Sequence[str], poison: str, on_rank: int, report: Path) -> int:
-    """The command with a value that is not finite in step 5 on one rank, then a look at what it left in memory."""
+    """Run the command with a non-finite value in step 5 on one rank, then report the state it left in memory."""
     train_step = Trainer.train_step
     trainers: list[Trainer] = []
     before: dict[str, torch.Tensor] = {}
@@ -79,11 +79,11 @@ def poisoned(argv: Sequence[str], poison: str, on_rank: int, report: Path) -> in
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, teacher and centres."""
+    """Return weights, teacher and centres."""
     networks = {"student": trainer.student.state_dict(), "teacher": trainer.teacher.state_dict()}
     named = {f"{who}/{name}": value.clone() for who, state in networks.items() for name, value in state.items()}
     named |= {f"center/{name}": value.clone() for name, value in trainer.centers.items()}
-    # Statistics that BatchNorm keeps are for evaluation and move with every forward.
+    # The running statistics of BatchNorm are for evaluation and change with every forward.
     return {name: value for name, value in named.items() if "running_" not in name and "num_batches" not in name}
 
 
@@ -100,7 +100,7 @@ def inject(poison: str, trainer: Trainer, views: Views) -> None:
 
 
 def non_finite(scale: Scale) -> Outcome:
-    """One rank with each poison, and one of two ranks with nan."""
+    """Try each poison on a run on one rank, and nan on one of two ranks."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     poison_one_rank(tally, scale, workplace, _POISONS)
     _poison_one_of_two_ranks(tally, scale, workplace)
@@ -113,7 +113,8 @@ def poison_one_rank(tally: Tally, scale: Scale, workplace: Path, poisons: Sequen
         argv = toy.arguments(workplace, out)
         with Child(poisoned, argv, poison, 0, report, log=toy.log_of(out)) as child:
             code = child.wait()
-        tally.add(_stopped_clean(out, code, [report], rois=2), f"{poison}: {code}, {child.output()[-300:]}")
+        what = f"{poison}: exit code {code}, {child.output()[-300:]}"
+        tally.add(_stopped_cleanly(out, code, [report], rois=2), what)
 
 
 def _poison_one_of_two_ranks(tally: Tally, scale: Scale, workplace: Path) -> None:
@@ -122,24 +123,24 @@ def _poison_one_of_two_ranks(tally: Tally, scale: Scale, workplace: Path) -> Non
     reports = [scale.folder / f"report-{number}.json" for number in (0, 1)]
     ranks = two_ranks(out, poisoned, *((argv, _POISONS[0], 1, report) for report in reports))
     codes = codes_of(ranks)
-    same = codes[0] == codes[1] and _stopped_clean(out, codes[0], reports, rois=4)
-    tally.add(same, f"nan on one of two ranks: {codes}, {ranks[0].output()[-300:]}")
+    survived = codes[0] == codes[1] and _stopped_cleanly(out, codes[0], reports, rois=4)
+    tally.add(survived, f"nan on one of two ranks: exit codes {codes}, {ranks[0].output()[-300:]}")
 
 
-def _stopped_clean(out: Path, code: int, reports: Sequence[Path], rois: int) -> bool:
+def _stopped_cleanly(out: Path, code: int, reports: Sequence[Path], rois: int) -> bool:
     if code != exit_codes.NON_FINITE:
         return False
-    told = json.loads((out / f"non_finite_step_{_BAD_STEP}.json").read_text())
+    written = json.loads((out / f"non_finite_step_{_BAD_STEP}.json").read_text())
     found, problems = checkpoint.latest(out)
     kept = found == checkpoint.folder_of(out, _BAD_STEP - 1) and not problems
-    sound = found is not None and all(map(is_finite, checkpoint.read_tensors(found, "teacher").values()))
+    finite = found is not None and all(map(is_finite, checkpoint.read_tensors(found, "teacher").values()))
     memory = [json.loads(report.read_text()) for report in reports]
-    named = len(told["roi_ids"]) == rois and any(word in told["error"] for word in ("loss", "gradient norm"))
-    return kept and sound and named and memory == [{"untouched": True, "finite": True}] * len(reports)
+    named = len(written["roi_ids"]) == rois and any(word in written["error"] for word in ("loss", "gradient norm"))
+    return kept and finite and named and memory == [{"untouched": True, "finite": True}] * len(reports)
 
 
 def two_ranks(out: Path, function: Callable[..., int], first: tuple[Any, ...], second: tuple[Any, ...]) -> list[Child]:
-    """Two processes that find each other as those that torchrun starts; each with its arguments."""
+    """Start two processes, each with its own arguments, that find each other as ranks of torchrun do."""
     port = free_port()
     return [
         Child(
@@ -153,7 +154,7 @@ def two_ranks(out: Path, function: Callable[..., int], first: tuple[Any, ...], s
 
 
 def codes_of(ranks: Sequence[Child]) -> list[int]:
-    """How each has ended; none is left where one did not."""
+    """Wait for all ranks and return their exit codes; if one does not end, kill all of them."""
     try:
         return [child.wait() for child in ranks]
     finally:
@@ -184,7 +185,7 @@ def _at_a_step(out: Path, child: Child) -> None:
     toy.wait_for_step(out, 3, child)
 
 
-# Moment, signals, settings.
+# Name: wait until the moment is reached, number of signals, settings.
 _MOMENTS: dict[str, tuple[Callable[[Path, Child], None], int, tuple[str, ...]]] = {
     "while starting": (_while_starting, 1, ()),
     "in warm-up": (_in_warm_up, 1, ()),
@@ -194,8 +195,8 @@ _MOMENTS: dict[str, tuple[Callable[[Path, Child], None], int, tuple[str, ...]]] 
 }
 
 
-def told_to_stop(scale: Scale) -> Outcome:
-    """SIGTERM at five moments of a run on one rank; by torchrun's launcher, and to one of two ranks."""
+def sigterm(scale: Scale) -> Outcome:
+    """Send SIGTERM at five moments of a run on one rank, to torchrun's launcher, and to one of two ranks."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     unbroken = scale.folder / "unbroken"
     assert toy.finish(workplace, unbroken) == 0
@@ -217,24 +218,24 @@ def told_to_stop(scale: Scale) -> Outcome:
 
 
 def _not_resumable(workplace: Path, out: Path, code: int, unbroken: Path) -> str:
-    """What is wrong with a run that was told to stop; nothing if it saved at its last step and goes on exactly."""
+    """Return what is wrong with a stopped run; empty if it saved its last step and resumes exactly."""
     if code != exit_codes.STOPPED:
         return f"ended with {name_of(code)}: {toy.log_of(out).read_text()[-300:]}"
-    told = json.loads((out / "exit.json").read_text())
+    written = json.loads((out / "exit.json").read_text())
     found, problems = checkpoint.latest(out)
     at = toy.last_step(out)
-    if (told["code"], told["step"]) != (code, at) or found != checkpoint.folder_of(out, at) or problems:
-        return f"exit.json {told}, checkpoint {found}, last row {at}, {problems}"
+    if (written["code"], written["step"]) != (code, at) or found != checkpoint.folder_of(out, at) or problems:
+        return f"exit.json {written}, checkpoint {found}, last row {at}, {problems}"
     if toy.finish(workplace, out) != 0 or toy.losses(out) != toy.losses(unbroken):
-        return "it does not go on to the same losses"
-    return "" if toy.weights_hash(out) == toy.weights_hash(unbroken) else "it ends with other weights"
+        return "after resuming, the losses differ"
+    return "" if toy.weights_hash(out) == toy.weights_hash(unbroken) else "after resuming, the weights differ"
 
 
 # ---------------------------------------------------------------------------------------------------------------- T6
 
 
 def lost_workers(scale: Scale) -> Outcome:
-    """A loader process killed, crashed or stopped: the run ends, names process and ROIs, and leaves nobody behind."""
+    """Kill, crash or stop a loader process: the run ends, names process and ROIs, and leaves no process behind."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     took = []
     endless = ("data.workers=2", "data.timeout=6")
@@ -252,20 +253,20 @@ def lost_workers(scale: Scale) -> Outcome:
             code = child.wait(scale.limit(60))
             took.append(time.monotonic() - began)
             said = child.output()
-        told = code == 2 and "loader process" in said and items in said and "Traceback" not in said
+        reported = code == 2 and "loader process" in said and items in said and "Traceback" not in said
         left = [pid for pid in workers if is_alive(pid)]
         tally.add(
-            told and not left and took[-1] < scale.limit(30),
-            f"{kind.name}, {items}: {code}, left {left}, said {said[-600:]!r}",
+            reported and not left and took[-1] < scale.limit(30),
+            f"{kind.name}, {items}: exit code {code}, still alive {left}, said {said[-600:]!r}",
         )
-    return tally.outcome(f"ended after {max(took):.1f} s at the latest")
+    return tally.outcome(f"ended within {max(took):.1f} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------- T7
 
 
 def starved(command: Callable[[Sequence[str]], int], kind: type[Trainer] | type[Finetuner], argv: Sequence[str]) -> int:
-    """A command, whose process in its third step may grow no more and has no free memory left."""
+    """Run a command that in its third step has no memory left and cannot get more."""
     train_step: Callable[..., Metrics] = kind.train_step
     ballast: list[torch.Tensor] = []
 
@@ -285,7 +286,7 @@ def starved(command: Callable[[Sequence[str]], int], kind: type[Trainer] | type[
 
 
 def out_of_memory(scale: Scale) -> Outcome:
-    """No more memory in step 3, in runs of different settings, on which the advice depends, and in a fine-tuning."""
+    """Run out of memory in step 3: pretraining with settings on which the advice depends, and fine-tuning."""
     tally, workplace = Tally(), toy.prepare(scale.folder)
     large = ("views.global_size=128", "views.num_locals=8", "views.global_mpp_max=0.3", "optim.batch_size=8")
     kinds = {
@@ -293,11 +294,11 @@ def out_of_memory(scale: Scale) -> Outcome:
         "model.recompute=selective": ("8 ROIs", "model.recompute=full", "optim.accumulate=2", "optim.batch_size=4"),
         "optim.accumulate=2": ("4 ROIs", "model.recompute=selective", "optim.accumulate=4", "optim.batch_size=4"),
     }
-    for number, (setting, said_of_it) in enumerate([*kinds.items()][: scale.of(3, 1)]):
+    for number, (setting, advice) in enumerate([*kinds.items()][: scale.of(3, 1)]):
         out = scale.folder / f"starved-{number}"
         argv = toy.arguments(workplace, out, "train.checkpoint_every=1", *large, *filter(None, [setting]))
         with Child(starved, toy.command, Trainer, argv, log=toy.log_of(out)) as child:
-            tally.add(*_explained(out, child, ("2 x 128 px", "8 x 32 px", *said_of_it)))
+            tally.add(*_explained(out, child, ("2 x 128 px", "8 x 32 px", *advice)))
     out = scale.folder / "finetuning"
     argv = toy.finetuning_arguments(workplace, out, "data.sample_size=256")
     with Child(starved, toy.finetuning_command, Finetuner, argv, log=toy.log_of(out)) as child:
@@ -307,43 +308,43 @@ def out_of_memory(scale: Scale) -> Outcome:
 
 
 def _explained(out: Path, child: Child, words: Sequence[str]) -> tuple[bool, str]:
-    """Whether a starved run said all that, step and peak, and kept its newest checkpoint; and what it did instead."""
+    """Return whether a starved run printed ``words``, step and peak and kept its checkpoint, and what it did."""
     code, said = child.wait(), child.output()
     missing = [word for word in ("step 3", "MiB", *words) if word not in said]
     kept = checkpoint.latest(out) == (checkpoint.folder_of(out, 2), [])
-    told = code == 2 and not missing and "Traceback" not in said
-    return told and kept, f"{out.name}: {code}, kept {kept}, missing {missing}, {said[-600:]!r}"
+    explained = code == 2 and not missing and "Traceback" not in said
+    return explained and kept, f"{out.name}: exit code {code}, kept {kept}, missing {missing}, {said[-600:]!r}"
 
 
 ROWS = [
     Row(
         "C2",
-        "a killed run goes on exactly",
+        "a killed run continues exactly",
         "20 of 20 without and with loader processes: losses and all weights bit-identical",
         exact_resume,
     ),
     Row(
         "T1",
-        "a value that is not finite stops the run before anything changes",
-        "4 of 4: weights, teacher, checkpoint untouched; term, step and ROIs named",
+        "a non-finite value stops the run before anything changes",
+        "4 of 4: weights, teacher and checkpoint are untouched; term, step and ROIs are named",
         non_finite,
     ),
     Row(
         "T5",
-        "SIGTERM saves and leaves with code 75",
+        "SIGTERM saves a checkpoint and exits with code 75",
         "7 of 7: checkpoint of the last step, exit.json, exact continuation",
-        told_to_stop,
+        sigterm,
     ),
     Row(
         "T6",
-        "a loader process that dies or stalls is told",
-        "killed, crashed, stopped, 5 times each, once in a fine-tuning: process and ROIs or images named, nobody left",
+        "a loader process that dies or stalls is reported",
+        "killed, crashed, stopped, 5 times each, once in fine-tuning: process and ROIs or images named, none left",
         lost_workers,
     ),
     Row(
         "T7",
-        "out of memory explains itself",
-        "step, shapes, peak and three settings to lower; the last checkpoint untouched",
+        "running out of memory is explained",
+        "step, shapes, peak and three settings to lower; the last checkpoint is untouched",
         out_of_memory,
     ),
 ]

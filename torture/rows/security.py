@@ -1,4 +1,4 @@
-"""S1, S2: files that want to run code, or to reach beyond their folder."""
+"""S1, S2: files that try to run code or to reach outside their folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from torture.harness import Outcome, Row, Scale, Tally
 from torture.rows.checkpoints import filled
 from torture.suite import ROOT
 
-# ------------------------------------------------------------------------------------------------------ the grep gate
+# ------------------------------------------------------------------------------------------------------- unsafe calls
 
 _UNPICKLERS = {"load", "loads", "Unpickler", "read_pickle", "load_pickle"}
 _PICKLE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
@@ -45,7 +45,7 @@ _EVALUATORS = {"eval", "exec"}
 
 
 def unsafe_calls(folder: Path) -> list[str]:
-    """Calls in the Python files of a folder by which a file that is read could run code."""
+    """Return the calls in a folder's Python files that could let a data file run code."""
     found = []
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -93,7 +93,7 @@ class Payload:
 
 
 def payloads(trap: Path) -> dict[str, bytes]:
-    """One program in the wrappings that loaders are known to open."""
+    """Wrap a payload in each format that loaders are known to execute."""
     payload = Payload(trap)
     content = {"teacher": {"module.backbone.cls_token": payload}, "config": payload}
     zipped, legacy, array = io.BytesIO(), io.BytesIO(), io.BytesIO()
@@ -116,7 +116,7 @@ def _command(main: Callable[..., int], *argv: str) -> None:
         cli.run(main, [str(each) for each in argv])
 
 
-def _make_manifest_right(folder: Path, name: str) -> None:
+def _fix_manifest(folder: Path, name: str) -> None:
     manifest = folder / checkpoint.MANIFEST
     if name != checkpoint.MANIFEST:
         content = json.loads(manifest.read_text())
@@ -125,18 +125,18 @@ def _make_manifest_right(folder: Path, name: str) -> None:
 
 
 def loaders(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], Any]]]:
-    """Every way in: what it is, the name that the file gets, and what opens it."""
+    """Yield every way in: its description, the name for the file, and the function that opens it."""
     where = toy.prepare(folder)
 
     def run_with(name: str) -> Callable[[Path], Any]:
         def opened(file: Path) -> None:
-            """By every function that reads checkpoints, and as the start of a run, which takes seconds, by one way."""
+            """Try every function that reads checkpoints, and one of two ways to start a run, as that takes seconds."""
             run = file.parent / "run"
             shutil.rmtree(run, ignore_errors=True)
             state = {"step": 1, "config": asdict(load_config(where / "toy.yaml"))}
             step = checkpoint.save(run, 1, filled(1, 10), state, keep_every=0)
             (step / name).write_bytes(file.read_bytes())
-            _make_manifest_right(step, name)
+            _fix_manifest(step, name)
             for read in (
                 lambda: checkpoint.latest(run),
                 lambda: checkpoint.read_state(checkpoint.folder_of(run, 1)),
@@ -209,7 +209,7 @@ def loaders(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], Any]]]:
 
 
 class Watch:
-    """What the interpreter does, by its audit hook, while it is switched on: unpickling, programs and connections."""
+    """Records unpickling, programs and connections, by Python's audit hook, while ``on``."""
 
     _EVENTS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 
@@ -223,7 +223,7 @@ class Watch:
 
 
 def no_code_runs(scale: Scale) -> Outcome:
-    """Each payload through each way in; nothing is unpickled, started or connected to; and no call that could."""
+    """Try each payload through each way in: nothing is unpickled, started or connected to; look for unsafe calls."""
     tally, watch, trap = Tally(), Watch(), scale.folder / "PWNED"
     for number, (what, name, opened) in enumerate(loaders(scale.folder)):
         for kind, content in [*payloads(trap).items()][: scale.of(7, 3)]:
@@ -236,7 +236,7 @@ def no_code_runs(scale: Scale) -> Outcome:
                 opened(place / name)
             except UserError as error:
                 said = str(error)
-            except Exception as error:  # not refused as it should be
+            except Exception as error:  # not a proper refusal
                 said = f"{type(error).__name__}: {error}"
                 watch.seen.append(said)
             watch.on = False
@@ -248,14 +248,14 @@ def no_code_runs(scale: Scale) -> Outcome:
     for package in ("muse_fast", "kernels"):
         found = unsafe_calls(ROOT / package)
         tally.add(not found, f"{package}: {found}")
-    return tally.outcome(f"{ways} ways in x {scale.of(7, 3)} payloads, and no call that unpickles in the package")
+    return tally.outcome(f"{ways} ways in x {scale.of(7, 3)} payloads; no call that unpickles in the package")
 
 
 # ----------------------------------------------------------------------------------------------------- S2: hostile sets
 
 
 def hostile_sets(folder: Path) -> dict[str, Callable[[Path], None]]:
-    """Changes to a sound ROI set, the hashes made right again, as someone who means harm would."""
+    """Return changes to a valid ROI set that update its hashes, as an attacker would."""
 
     def info(**changes: Any) -> Callable[[Path], None]:
         return lambda rois: _edit_info(rois, lambda content: content.update(changes))
@@ -286,14 +286,14 @@ def hostile_sets(folder: Path) -> dict[str, Callable[[Path], None]]:
         "shard is a link to /dev/zero": link,
         "shard is a pipe": pipe,
         "shards are a list": info(shards=[1, 2]),
-        "sizes are texts": info(shards={"shard-00000.bin": "many"}),
-        "a count below 0": info(num_rois=-1),
+        "sizes are strings": info(shards={"shard-00000.bin": "many"}),
+        "a negative count": info(num_rois=-1),
         "a count of 2**62": info(num_rois=2**62),
         "a count of 1e400": info(num_nuclei=float("inf")),
-        "counts are texts": info(num_rois="5"),
+        "counts are strings": info(num_rois="5"),
         "slides are a number": info(slides=5),
         "fewer slides than the index names": info(slides=[]),
-        "splits are nothing": info(splits=None),
+        "splits are null": info(splits=None),
         "labels are a mapping": info(label_names={"a": 1}),
         "hashes are a list": info(sha256=[]),
         "hashes are missing": info(sha256={}),
@@ -311,7 +311,7 @@ def hostile_sets(folder: Path) -> dict[str, Callable[[Path], None]]:
         "width 0": record("width", 0),
         "height 4,000,000,000": record("height", 4_000_000_000),
         "mpp nan": record("mpp", np.nan),
-        "mpp below 0": record("mpp", -1.0),
+        "negative mpp": record("mpp", -1.0),
         "origin 2**62": record("origin", (2**62, -(2**62))),
     }
 
@@ -327,7 +327,7 @@ def _rehash(rois: Path) -> None:
 
 
 def hostile_weights(folder: Path) -> dict[str, bytes]:
-    """Files that are called safetensors, or archives that want out."""
+    """Return hostile safetensors headers, and an archive whose members point outside."""
     header = json.dumps({"t": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     overlapping = json.dumps({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}).encode()
     escaping = io.BytesIO()
@@ -337,27 +337,27 @@ def hostile_weights(folder: Path) -> dict[str, bytes]:
         archive.writestr("archive/version", b"3")
     return {
         "header of 2**63 bytes": (2**63).to_bytes(8, "little") + b"{}",
-        "header of 90 MB that is not there": (90 << 20).to_bytes(8, "little") + b"{}",
+        "missing header of 90 MB": (90 << 20).to_bytes(8, "little") + b"{}",
         "tensor of 4 TB": len(header).to_bytes(8, "little") + header,
         "tensors that overlap": len(overlapping).to_bytes(8, "little") + overlapping + bytes(4),
-        "zip that reaches out": escaping.getvalue(),
+        "zip that points outside": escaping.getvalue(),
         "empty": b"",
     }
 
 
 def nothing_escapes(scale: Scale) -> Outcome:
-    """Hostile ROI sets and weights: a UserError that names the file, in bounded memory, and nothing written outside."""
+    """Load hostile ROI sets and weights: each raises a UserError naming the file, and nothing is written outside."""
     import tracemalloc
 
     tally, place = Tally(), scale.folder / "place"
     place.mkdir()
-    sound = toy.prepare(scale.folder)
+    valid = toy.prepare(scale.folder)
     before = sorted(scale.folder.parent.glob("escaped*"))
     tracemalloc.start()
     for name, change in hostile_sets(scale.folder).items():
         rois = place / "rois"
         shutil.rmtree(rois, ignore_errors=True)
-        shutil.copytree(sound / "rois", rois)
+        shutil.copytree(valid / "rois", rois)
         change(rois)
         tracemalloc.reset_peak()
         try:
@@ -368,7 +368,7 @@ def nothing_escapes(scale: Scale) -> Outcome:
             tally.add(False, f"{name}: {type(error).__name__}: {error}")
             continue
         peak = tracemalloc.get_traced_memory()[1]
-        harmless = name.startswith("origin")  # any place of a ROI in its slide is a place
+        harmless = name.startswith("origin")  # a ROI may lie anywhere in its slide
         named = (str(rois) in said) != harmless
         tally.add(named and peak < 64 << 20, f"{name}: {peak >> 20} MiB, said {said[:200]!r}")
     tracemalloc.stop()
@@ -386,19 +386,19 @@ def nothing_escapes(scale: Scale) -> Outcome:
             tally.add(said.startswith(str(file)), f"{name}.{suffix}: said {said[:200]!r}")
     escaped = sorted(scale.folder.parent.glob("escaped*")) != before or (scale.folder / "escaped").exists()
     tally.add(not escaped, "something was written outside")
-    return tally.outcome("ROI sets with their hashes made right again, and weights")
+    return tally.outcome("ROI sets with updated hashes, and weights")
 
 
 ROWS = [
     Row(
         "S1",
         "loading never runs code",
-        "every payload through every way in: none executed, unpickled or connected; no such call in the package",
+        "every payload through every way in: nothing executed, unpickled or connected; no unsafe call in the package",
         no_code_runs,
     ),
     Row(
         "S2",
-        "hostile ROI sets and weights are refused by name (there are no tar shards)",
+        "hostile ROI sets and weights are named and refused (there are no tar shards)",
         "each refused with its path, within 64 MiB; nothing written outside",
         nothing_escapes,
     ),

@@ -1,4 +1,4 @@
-"""U1: settings that are misspelt, of another type or out of range."""
+"""U1: settings that are misspelt, of the wrong type or out of range."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from muse_fast.errors import UserError
 from muse_fast.runtime.options import flatten, known_keys, load_settings
 from torture.harness import Outcome, Row, Scale, Tally
 
-_LEAST_RIGHT = 0.95  # of the hints
+_LEAST_RIGHT = 0.95  # share of the hints
 
 
 def one_edit(key: str, rng: random.Random) -> str:
-    """``key`` with one letter dropped, swapped with its neighbour, or added."""
+    """Drop a letter of ``key``, swap it with its neighbour, or insert one."""
     letters = [i for i, c in enumerate(key) if c.isalpha()]
     i = rng.choice(letters)
     kind = rng.choice(["drop", "swap", "add"])
@@ -29,7 +29,7 @@ def one_edit(key: str, rng: random.Random) -> str:
 
 
 def refusal(kind: type[Any], setting: str) -> str | None:
-    """What is said against a setting; None where it is taken."""
+    """Return the error for a setting, or None if it is accepted."""
     try:
         load_settings(kind, None, [setting])
     except UserError as error:
@@ -38,7 +38,7 @@ def refusal(kind: type[Any], setting: str) -> str | None:
 
 
 def bad_settings(scale: Scale) -> Outcome:
-    """Each leaf of both configurations: random edits of its name, and values of another type."""
+    """Try random edits of each key of both configurations, and values of another type."""
     tally, right, edits = Tally(), 0, 0
     for kind in (PretrainConfig, FinetuneConfig):
         known = known_keys(kind)
@@ -51,12 +51,12 @@ def bad_settings(scale: Scale) -> Outcome:
             for bad in _other_values(value):
                 said = refusal(kind, f"{key}={bad}")
                 tally.add(said is not None and key.split(".")[-1].partition("_")[0] in said, f"{key}={bad}: {said}")
-    tally.add(right >= _LEAST_RIGHT * edits, f"only {right} of {edits} hints are right")
-    return tally.outcome(f"{right} of {edits} hints are right")
+    tally.add(right >= _LEAST_RIGHT * edits, f"only {right} of {edits} hints are correct")
+    return tally.outcome(f"{right} of {edits} hints are correct")
 
 
 def _other_values(value: Any) -> list[str]:
-    """Of another type, or out of any range; text may be a path, and any text is one."""
+    """Return values of another type or out of any range. Strings have none: any text is a valid path."""
     if isinstance(value, bool):
         return ["maybe", "7"]
     if isinstance(value, int):
@@ -69,8 +69,8 @@ def _other_values(value: Any) -> list[str]:
 ROWS = [
     Row(
         "U1",
-        "settings that are misspelt or wrong are refused, with a hint",
-        "each key edited at random and set to other types: all refused, 95 % of the hints right",
+        "misspelt or invalid settings are refused, with a hint",
+        "each key edited at random and set to other types: all refused, 95 % of the hints correct",
         bad_settings,
     )
 ]

@@ -1,4 +1,4 @@
-"""The rows, in the order of ``docs/reliability.md``."""
+"""All rows, in the order of ``docs/reliability.md``."""
 
 from __future__ import annotations
 
