@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from muse_fast.detection.config import FinetuneConfig
+from muse_fast.detection.detection_sheet import detection_sheet
 from muse_fast.detection.detector import Detector, DetectorSpec, load_detector
 from muse_fast.detection.finetuner import Finetuner
 from muse_fast.detection.memory import situation
@@ -26,7 +27,6 @@ from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
 from muse_fast.models.weights import load_backbone
-from muse_fast.preparing import pictures
 from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import peak_memory, pick_device
@@ -256,7 +256,7 @@ def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: 
     scores, _ = evaluate_all(found, truths, detector.mpp, len(detector.class_names))
     drawn = slice(0, _MOST_DRAWN)
     picture = out / "pictures" / PICTURE
-    pictures.detection_sheet(
+    detection_sheet(
         picture,
         [image.image.permute(1, 2, 0).numpy() for image in val[drawn]],
         [(points.xy, points.classes()) for points in truths[drawn]],

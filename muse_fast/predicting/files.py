@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from muse_fast.images.drawing import PALETTE, overlay
 from muse_fast.images.slide import Slide
 from muse_fast.predicting.pages import OVERLAY
-from muse_fast.preparing.pictures import PALETTE, overlay
 
 OVERLAY_SIDE = 2048  # pixels, the longer one at most
 _DOT_UM = 3.0  # radius of a dot, where that can be seen

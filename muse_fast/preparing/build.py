@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from muse_fast.preparing.roi_sheet import roi_sheet
 from muse_fast.roiset.roiset import Roi, RoiSetWriter
 from muse_fast.sources import SourceImage
 
@@ -31,10 +32,6 @@ def build_set(
         items: one at least; an error while they come leaves no set.
         finish: writes what else belongs into the set's folder, and returns what else belongs into the summary.
     """
-    from muse_fast.preparing.pictures import (
-        roi_sheet,  # imports torch, which takes seconds: in every worker of `prepare wsi:`
-    )
-
     tally, shown = Tally(writer.label_names), Sample(_SHOWN)
     with writer:
         for item in items:

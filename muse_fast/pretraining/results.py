@@ -12,7 +12,7 @@ import torch
 from muse_fast.batch import Pairs, Views
 from muse_fast.models.backbone import Backbone
 from muse_fast.ops import match_nuclei
-from muse_fast.preparing import pictures
+from muse_fast.pretraining import pictures
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.atomic import write_json

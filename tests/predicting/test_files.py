@@ -14,8 +14,8 @@ import pytest
 import shapely.geometry
 from PIL import Image
 
+from muse_fast.images.drawing import PALETTE
 from muse_fast.predicting.files import OVERLAY_SIDE, CellFiles
-from muse_fast.preparing.pictures import PALETTE
 
 NAMES = ("tumour", 'odd, "quoted"', "Zelle ä")
 WIDTH, HEIGHT = 5000, 4000

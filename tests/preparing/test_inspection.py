@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from muse_fast import prepare
+from muse_fast.images.drawing import PALETTE
 from muse_fast.preparing.inspection import recognise
-from muse_fast.preparing.pictures import PALETTE
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime.cli import run
 from muse_fast.sources import open_source

@@ -1,7 +1,4 @@
-"""Pictures of what a run sees and learns: contact sheet, PCA of dense maps, nucleus retrieval, overlays.
-
-All take tensors as the training step holds them and write one PNG. Nothing here needs more than Pillow and numpy.
-"""
+"""Pictures of what a pretraining run sees and learns: contact sheet, PCA of dense maps, nucleus retrieval."""
 
 from __future__ import annotations
 
@@ -17,23 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from muse_fast.batch import PackedNuclei, Pairs, Views
+from muse_fast.images.drawing import CAPTION, GAP, INK, PALETTE, Sheet
 from muse_fast.images.imagenet import denormalise
-from muse_fast.roiset.records import Roi
-from muse_fast.runtime.atomic import replacing
-from muse_fast.sources.base import SourceImage
 
-# Bright on the pinks and purples of H&E; drawn with a black rim, so that they show on white tissue gaps too.
-PALETTE = (
-    (255, 235, 60), (0, 229, 255), (255, 70, 50), (118, 255, 3), (255, 145, 0),
-    (255, 255, 255), (90, 130, 255), (255, 90, 255), (0, 200, 150), (215, 180, 120),
-)  # fmt: skip
 GLOBAL_COLOUR, LOCAL_COLOUR = (0, 114, 178), (213, 94, 0)
 MATCH_COLOUR, MISS_COLOUR = (0, 170, 80), (205, 205, 205)
-INK, BLACK, PAPER = (40, 40, 40), (0, 0, 0), (255, 255, 255)
-
-_GAP = 10  # pixels between the cells of a sheet
-_BORDER = 4
-_CAPTION = 22  # height of a line of text
+_BLACK = (0, 0, 0)
 
 
 def contact_sheet(path: str | Path, views: Views, pairs: Pairs, rois_shown: int = 4, cell: int = 288) -> None:
@@ -44,21 +30,21 @@ def contact_sheet(path: str | Path, views: Views, pairs: Pairs, rois_shown: int 
     """
     total = views.num_globals + views.num_locals
     rois = range(min(rois_shown, views.num_rois))
-    row_height = _CAPTION + cell + _CAPTION + _GAP
-    sheet = _Sheet(_GAP + total * (cell + _GAP), _GAP + len(rois) * row_height)
+    row_height = CAPTION + cell + CAPTION + GAP
+    sheet = Sheet(GAP + total * (cell + GAP), GAP + len(rois) * row_height)
     pairs_of_roi = _pairs_per_roi(views, pairs)
     for roi in rois:
-        top = _GAP + roi * row_height
-        sheet.text(_GAP, top, f"ROI {int(views.roi_ids[roi])}   {pairs_of_roi[roi]} pairs")
+        top = GAP + roi * row_height
+        sheet.text(GAP, top, f"ROI {int(views.roi_ids[roi])}   {pairs_of_roi[roi]} pairs")
         numbers = _numbered_rows(views, pairs, roi)
         for view in range(total):
             kind, index = ("global", view) if view < views.num_globals else ("local", view - views.num_globals)
             image = view * views.num_rois + roi
             picture = _draw_nuclei(views, image, numbers, cell)
-            left = _GAP + view * (cell + _GAP)
+            left = GAP + view * (cell + GAP)
             caption = f"{kind} {index}   {float(views.mpp[image]):.2f} um/px"
             colour = GLOBAL_COLOUR if kind == "global" else LOCAL_COLOUR
-            sheet.cell(left, top + _CAPTION, picture, colour, caption)
+            sheet.cell(left, top + CAPTION, picture, colour, caption)
     sheet.save(path)
 
 
@@ -82,11 +68,11 @@ def pca_picture(path: str | Path, images: Tensor, dense: Tensor, cell: int = 288
     colours = (maps * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     columns = min(count, 4)
-    step_x, step_y = 2 * cell + 2 * _GAP, cell + _GAP
-    sheet = _Sheet(_GAP + columns * step_x, _GAP + _CAPTION + -(-count // columns) * step_y)
-    sheet.text(_GAP, _GAP, f"image | first three principal components of the {width}-channel dense map")
+    step_x, step_y = 2 * cell + 2 * GAP, cell + GAP
+    sheet = Sheet(GAP + columns * step_x, GAP + CAPTION + -(-count // columns) * step_y)
+    sheet.text(GAP, GAP, f"image | first three principal components of the {width}-channel dense map")
     for i, image in enumerate(_to_rgb(images)):
-        left, top = _GAP + i % columns * step_x, _GAP + _CAPTION + i // columns * step_y
+        left, top = GAP + i % columns * step_x, GAP + CAPTION + i // columns * step_y
         sheet.cell(left, top, _resized(Image.fromarray(image), cell))
         sheet.cell(left + cell + 2, top, Image.fromarray(colours[i]))
     sheet.save(path)
@@ -125,132 +111,22 @@ def retrieval_sheet(
     values, nearest = similarity.topk(min(neighbours, len(rows)), dim=1)
 
     rgb = _to_rgb(images)
-    step_x, step_y = cell + _GAP, cell + _CAPTION + _GAP
-    width = max(_GAP + step_x * (1 + neighbours) + _GAP, 560)
-    sheet = _Sheet(width, _GAP + _CAPTION + len(asked) * step_y)
-    sheet.text(_GAP, _GAP, "query | nearest nuclei of other images, cosine; green: the same nucleus")
+    step_x, step_y = cell + GAP, cell + CAPTION + GAP
+    width = max(GAP + step_x * (1 + neighbours) + GAP, 560)
+    sheet = Sheet(width, GAP + CAPTION + len(asked) * step_y)
+    sheet.text(GAP, GAP, "query | nearest nuclei of other images, cosine; green: the same nucleus")
     for line, query in enumerate(asked.tolist()):
-        top = _GAP + _CAPTION + line * step_y
+        top = GAP + CAPTION + line * step_y
         picture = _patch(rgb[image_of[query]], nuclei.xy[query], patch, cell)
-        sheet.cell(_GAP, top, picture, INK, f"ROI {int(identity[query, 0])} nucleus {int(identity[query, 1])}")
+        sheet.cell(GAP, top, picture, INK, f"ROI {int(identity[query, 0])} nucleus {int(identity[query, 1])}")
         for place, (value, row) in enumerate(zip(values[line].tolist(), nearest[line].tolist(), strict=True)):
             if value == -torch.inf:  # fewer nuclei in other images than neighbours asked for
                 break
             same = bool((identity[row] == identity[query]).all())
             picture = _patch(rgb[image_of[row]], nuclei.xy[row], patch, cell)
-            left = _GAP + step_x * (1 + place) + _GAP
+            left = GAP + step_x * (1 + place) + GAP
             sheet.cell(left, top, picture, MATCH_COLOUR if same else MISS_COLOUR, f"{value:.3f}")
     sheet.save(path)
-
-
-def roi_sheet(
-    path: str | Path,
-    rois: Sequence[SourceImage | Roi],
-    label_names: Sequence[str],
-    cell: int = 480,
-    radius: float = 3.0,
-) -> None:
-    """ROIs with a dot on every nucleus, three a row, and the colour of each class.
-
-    Args:
-        cell: pixels of the longer side of a ROI.
-        radius: of the dots, pixels of the sheet.
-    """
-    columns, step = min(3, len(rois)), cell + _GAP
-    font = ImageFont.load_default(14)
-    key_width = _GAP + sum(36 + int(font.getlength(name)) for name in label_names)
-    height = _CAPTION + -(-len(rois) // columns) * (step + _CAPTION) + _GAP
-    sheet = _Sheet(max(columns * step + _GAP, key_width), height)
-    left = _GAP
-    for label, name in enumerate(label_names):
-        sheet.draw.ellipse((left, 6, left + 12, 18), fill=PALETTE[label % len(PALETTE)], outline=INK)
-        sheet.text(left + 18, 3, name)
-        left += 36 + int(font.getlength(name))
-    for i, roi in enumerate(rois):
-        picture = Image.fromarray(roi.decode() if isinstance(roi, Roi) else roi.image)
-        scale = cell / max(picture.size)
-        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-        classes = None if roi.label is None or (roi.label < 0).all() else roi.label
-        picture = overlay(np.asarray(picture), roi.xy * scale, classes, radius)
-        x, y = _GAP + i % columns * step, _CAPTION + _GAP + i // columns * (step + _CAPTION)
-        sheet.cell(x, y, picture)
-        text = f"{roi.slide} {roi.split}  {roi.mpp:.3g} um/px  {len(roi.xy)} nuclei"
-        sheet.text(x, y + cell + 2, text)
-    sheet.save(path)
-
-
-def overlay(
-    image: NDArray[np.uint8], xy: NDArray[np.float32], label: NDArray[np.integer] | None = None, radius: float = 4.0
-) -> Image.Image:
-    """``image`` ``[H, W, 3]`` with a dot on every nucleus, coloured by class where ``label`` ``[n]`` is given.
-
-    A nucleus of unknown class (-1) is drawn grey. Dots too small for a black rim have none.
-    """
-    picture = Image.fromarray(image).convert("RGB")
-    draw = ImageDraw.Draw(picture)
-    labels = np.zeros(len(xy), dtype=int) if label is None else label
-    for (x, y), kind in zip(xy.tolist(), labels.tolist(), strict=True):
-        fill = PALETTE[kind % len(PALETTE)] if kind >= 0 else (150, 150, 150)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=INK if radius > 2 else None)
-    return picture
-
-
-def detection_sheet(
-    path: str | Path,
-    images: Sequence[NDArray[np.uint8]],
-    truths: Sequence[tuple[NDArray[np.float32], NDArray[np.integer]]],
-    predictions: Sequence[tuple[NDArray[np.float32], NDArray[np.integer]]],
-    names: Sequence[str],
-    class_names: Sequence[str],
-    cell: int = 480,
-) -> None:
-    """Annotated nuclei beside detected ones, an image a row, coloured by class.
-
-    Args:
-        images: ``[H, W, 3]`` each.
-        truths, predictions: per image ``xy [n, 2]`` and ``label [n]``.
-    """
-    row_height = cell + _CAPTION + _GAP
-    sheet = _Sheet(3 * _GAP + 2 * cell, 2 * _GAP + _CAPTION + len(images) * row_height)
-    place = _GAP
-    for kind, name in enumerate(class_names):
-        sheet.draw.ellipse((place, _GAP + 4, place + 10, _GAP + 14), fill=PALETTE[kind % len(PALETTE)], outline=INK)
-        sheet.text(place + 16, _GAP, name)
-        place += 40 + 8 * len(name)
-    for line, (image, name) in enumerate(zip(images, names, strict=True)):
-        top = 2 * _GAP + _CAPTION + line * row_height
-        for column, (what, points) in enumerate((("annotated", truths[line]), ("detected", predictions[line]))):
-            picture = overlay(image, *points, radius=max(image.shape) / 140)
-            picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
-            sheet.cell(_GAP + column * (cell + _GAP), top, picture, None, f"{len(points[0])} {what}   {name}"[:58])
-    sheet.save(path)
-
-
-# ------------------------------------------------------------------------------------------------------------ parts
-
-
-class _Sheet:
-    """A white canvas that framed pictures and lines of text are put on."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.canvas = Image.new("RGB", (width, height), PAPER)
-        self.draw = ImageDraw.Draw(self.canvas)
-
-    def text(self, x: float, y: float, text: str) -> None:
-        self.draw.text((x, y), text, INK, font=ImageFont.load_default(14))
-
-    def cell(
-        self, x: int, y: int, picture: Image.Image, colour: tuple[int, int, int] | None = None, caption: str = ""
-    ) -> None:
-        self.canvas.paste(picture, (x, y))
-        if colour is not None:
-            self.draw.rectangle((x, y, x + picture.width - 1, y + picture.height - 1), None, colour, _BORDER)
-        self.text(x + 2, y + picture.height + 2, caption)
-
-    def save(self, path: str | Path) -> None:
-        """Write a PNG that is either whole or absent."""
-        with replacing(Path(path)) as temporary:
-            self.canvas.save(temporary, format="PNG")
 
 
 def _to_rgb(images: Tensor) -> NDArray[np.uint8]:
@@ -296,12 +172,12 @@ def _draw_nuclei(views: Views, image: int, numbers: dict[int, int], cell: int) -
             _ring(draw, x, y, 3, (255, 255, 255), 1)
     font = ImageFont.load_default(15)
     for x, y, number in marked:  # last, so that nothing covers them
-        _ring(draw, x, y, 8, BLACK, 5)
+        _ring(draw, x, y, 8, _BLACK, 5)
         _ring(draw, x, y, 7, PALETTE[number], 3)
         near_right = x > cell - 24
         anchor = ("r" if near_right else "l") + ("t" if y < 24 else "b")
         spot = (x + (-8 if near_right else 8), y)
-        draw.text(spot, str(number + 1), PALETTE[number], font, anchor, stroke_width=2, stroke_fill=BLACK)
+        draw.text(spot, str(number + 1), PALETTE[number], font, anchor, stroke_width=2, stroke_fill=_BLACK)
     return picture
 
 

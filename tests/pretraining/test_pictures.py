@@ -1,4 +1,4 @@
-"""Pictures: what is drawn stands where the tensors say, and the comparisons shown are the true ones."""
+"""Pictures of pretraining: marks are drawn where the tensors say, and the matches shown are the true ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from muse_fast.batch import PackedNuclei, Pairs, Views
+from muse_fast.images.drawing import PALETTE
 from muse_fast.images.imagenet import normalise
 from muse_fast.ops.reference import match_nuclei
-from muse_fast.preparing import pictures
+from muse_fast.pretraining import pictures
 
 
 def read(path: Path) -> np.ndarray:
@@ -70,7 +71,7 @@ def test_contact_sheet_gives_a_nucleus_one_colour_in_all_views(tmp_path: Path) -
     sheet = read(tmp_path / "sub" / "sheet.png")
     assert sheet.shape == (10 + 2 * (22 + 160 + 22 + 10), 10 + 3 * 170, 3)
 
-    first, second = pictures.PALETTE[:2]
+    first, second = PALETTE[:2]
     shown = [[has_colour(cell_at(sheet, 0, view, 160), colour) for view in range(3)] for colour in (first, second)]
     assert shown == [[True, True, True], [True, True, False]]
     assert not any(has_colour(cell_at(sheet, 1, view, 160), colour) for view in range(3) for colour in (first, second))
@@ -103,10 +104,10 @@ def test_numbers_go_to_nuclei_that_most_views_share(tmp_path: Path) -> None:
     views, pairs = two_rois(pack([globals_, [], globals_, [], local, []]))
     numbers = pictures._numbered_rows(views, pairs, 0)
     in_global_0 = {row for row in numbers if row < 16}
-    assert len(in_global_0) == len(pictures.PALETTE)
+    assert len(in_global_0) == len(PALETTE)
     assert everywhere <= in_global_0
     index = views.nuclei.index.tolist()
-    for number in range(len(pictures.PALETTE)):
+    for number in range(len(PALETTE)):
         assert len({index[row] for row, value in numbers.items() if value == number}) == 1
 
 
@@ -156,26 +157,3 @@ def test_retrieval_sheet_of_nothing_and_of_one(tmp_path: Path) -> None:
         features = torch.ones(nuclei.xy.shape[0], 8)
         pictures.retrieval_sheet(tmp_path / "r.png", grey(2, 32), nuclei, features, torch.tensor([0, 1]))
         assert read(tmp_path / "r.png").shape[1] >= 560
-
-
-def test_overlay_puts_a_dot_of_its_class_on_every_nucleus() -> None:
-    image = np.full((40, 60, 3), 120, np.uint8)
-    xy = np.array([[10.5, 20.5], [40.5, 5.5], [50.5, 30.5]], np.float32)
-    picture = np.asarray(pictures.overlay(image, xy, np.array([0, 2, -1])))
-    assert picture.shape == image.shape
-    assert tuple(picture[20, 10]) == pictures.PALETTE[0]
-    assert tuple(picture[5, 40]) == pictures.PALETTE[2]
-    assert tuple(picture[30, 50]) == (150, 150, 150)
-    assert tuple(picture[38, 2]) == (120, 120, 120)
-    assert (image == 120).all()
-
-
-def test_a_failed_save_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_half(self: Image.Image, target: Path, format: str) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", save_half)
-    with pytest.raises(OSError, match="no space"):
-        pictures.pca_picture(tmp_path / "pca.png", grey(1, 32), torch.randn(1, 4, 8, 8), cell=64)
-    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,43 @@
+"""Annotated and detected nuclei side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from muse_fast.images.drawing import CAPTION, GAP, INK, PALETTE, Sheet, overlay
+
+
+def detection_sheet(
+    path: str | Path,
+    images: Sequence[NDArray[np.uint8]],
+    truths: Sequence[tuple[NDArray[np.float32], NDArray[np.integer]]],
+    predictions: Sequence[tuple[NDArray[np.float32], NDArray[np.integer]]],
+    names: Sequence[str],
+    class_names: Sequence[str],
+    cell: int = 480,
+) -> None:
+    """Annotated nuclei beside detected ones, an image a row, coloured by class.
+
+    Args:
+        images: ``[H, W, 3]`` each.
+        truths, predictions: per image ``xy [n, 2]`` and ``label [n]``.
+    """
+    row_height = cell + CAPTION + GAP
+    sheet = Sheet(3 * GAP + 2 * cell, 2 * GAP + CAPTION + len(images) * row_height)
+    place = GAP
+    for kind, name in enumerate(class_names):
+        sheet.draw.ellipse((place, GAP + 4, place + 10, GAP + 14), fill=PALETTE[kind % len(PALETTE)], outline=INK)
+        sheet.text(place + 16, GAP, name)
+        place += 40 + 8 * len(name)
+    for line, (image, name) in enumerate(zip(images, names, strict=True)):
+        top = 2 * GAP + CAPTION + line * row_height
+        for column, (what, points) in enumerate((("annotated", truths[line]), ("detected", predictions[line]))):
+            picture = overlay(image, *points, radius=max(image.shape) / 140)
+            picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+            sheet.cell(GAP + column * (cell + GAP), top, picture, None, f"{len(points[0])} {what}   {name}"[:58])
+    sheet.save(path)
