@@ -1,9 +1,9 @@
-"""The README's picture, from a finished run: a region, its views with matched nuclei, and what their features show.
+"""Draw the README's picture from a finished run: a region, its views with matched nuclei, and the nuclei's features.
 
     python examples/nuclei_picture.py runs/demo docs/img/nuclei.jpg
 
-The region is the ROI with the most nuclei. Its views lie where the run draws them, in the slide's own colours. Nuclei
-are coloured by the first three principal components (red, green, blue) of the teacher's features.
+The region is the ROI with the most nuclei. Its views are those that the run draws, without colour augmentation. The
+colours of the nuclei are the first three principal components (red, green, blue) of the teacher's features.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from muse_fast.roiset.roiset import RoiSet
 from muse_fast.views.boxes import ViewBox
 from muse_fast.views.plan import draw_plan
 
-VIEW_COLOURS = ("#00b4f0", "#ff9a00", "#00c853", "#e040fb")  # the same round a view and where it lies in the region
-NUMBERED = 6  # nuclei with a number; more would cover the tissue
-FINE = 2  # drawn this much larger, then reduced: Pillow's circles and lines have no smooth edges
+VIEW_COLOURS = ("#00b4f0", "#ff9a00", "#00c853", "#e040fb")  # of each view's frame, and of its outline in the region
+NUMBERED = 6  # most nuclei with a number; more would cover the tissue
+FINE = 2  # the picture is drawn this much larger, then reduced, as Pillow's circles and lines have no smooth edges
 CELL = 420 * FINE  # side of the two regions
 GAP = 14 * FINE
 TITLE = 34 * FINE
@@ -37,10 +37,10 @@ FONT = 20 * FINE
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw a region, its views and its nuclei by their features.")
+    parser = argparse.ArgumentParser(description="Draw a region, its views, and its nuclei coloured by features.")
     parser.add_argument("run", type=Path, help="finished run, such as runs/demo")
     parser.add_argument("out", type=Path, help="picture to write (.jpg or .png)")
-    parser.add_argument("--epoch", type=int, default=0, help="for which the views are drawn (0)")
+    parser.add_argument("--epoch", type=int, default=0, help="epoch whose views are drawn (default: 0)")
     options = parser.parse_args(argv)
 
     config = load_config(options.run / "config.yaml")
@@ -51,15 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.inference_mode()
 def features(backbone: Backbone, roi: Roi) -> NDArray[np.float32]:
-    """``[n, D]``, of the nuclei of a square ``roi``, from the whole of it."""
-    whole = ViewBox(0, 0, roi.width, roi.width // 16 * 16)  # a ViT takes sides that its patches fill
+    """Return features ``[n, D]`` of the nuclei of a square ``roi``, from a single view of all of it."""
+    whole = ViewBox(0, 0, roi.width, roi.width // 16 * 16)  # a ViT needs a multiple of its patch size
     image = normalise(whole.render(torch.from_numpy(roi.decode()).permute(2, 0, 1))[None])
     xy = torch.from_numpy(whole.map_points(roi.xy))
     return backbone.nucleus_features(image, xy, torch.zeros(len(xy), dtype=torch.long)).numpy()
 
 
 def colours_of(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Features ``[n, D]`` to RGB in [0, 1], ``[n, 3]``: their first three principal components."""
+    """Map features ``[n, D]`` to RGB in [0, 1], ``[n, 3]``: their first three principal components."""
     rows = (features - features.mean(0)) / features.std(0)
     shades = rows @ np.linalg.eigh(rows.T @ rows).eigenvectors[:, :-4:-1]
     low, high = np.quantile(shades, (0.02, 0.98), axis=0)
@@ -67,7 +67,7 @@ def colours_of(features: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def draw(out: Path, roi: Roi, boxes: Sequence[ViewBox], colours: NDArray[np.float64]) -> None:
-    """The region with the outlines of its views, the views, and the region's nuclei in ``colours``, side by side."""
+    """Draw, side by side: the region with the outlines of its views, the views, and the nuclei in ``colours``."""
     sheet = Image.new("RGB", (3 * CELL + 2 * GAP, TITLE + CELL), "white")
     titles = ("one region of a slide", "its views: same number, same nucleus", "its nuclei, coloured by their features")
     font = ImageFont.load_default(FONT)
@@ -98,7 +98,7 @@ def draw(out: Path, roi: Roi, boxes: Sequence[ViewBox], colours: NDArray[np.floa
 def view(
     box: ViewBox, roi: Roi, pixels: NDArray[np.uint8], numbers: Sequence[int], colour: str, side: int
 ) -> Image.Image:
-    """One view, ``side`` px, with a number at those of its nuclei that have one."""
+    """Draw one view, ``side`` px, with the numbers of the nuclei in ``numbers``."""
     picture = Image.fromarray(box.render(torch.from_numpy(pixels).permute(2, 0, 1)).permute(1, 2, 0).numpy())
     picture = picture.resize((side, side), Image.Resampling.BICUBIC)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16 * FINE)
@@ -119,7 +119,7 @@ def disc(picture: Image.Image, x: float, y: float, radius: float, **style: Any) 
 
 
 def numbered(roi: Roi, boxes: Sequence[ViewBox]) -> list[int]:
-    """Nuclei of the first view that most other views show too, none beside another."""
+    """Choose nuclei of the first view that most other views show too, and that are not close to each other."""
     seen = [set(box.nuclei(roi.xy)[1].tolist()) for box in boxes]
     chosen: list[int] = []
     for nucleus in sorted(seen[0], key=lambda nucleus: -sum(nucleus in other for other in seen)):

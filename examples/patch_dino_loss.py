@@ -1,9 +1,9 @@
-"""DINO's loss as published, and the same loss by three ways into ``kernels/``.
+"""Compare DINO's published loss with the three ways to compute it with ``kernels/``.
 
     python examples/patch_dino_loss.py
 
-Runs on a GPU where there is one, else on the CPU. Prints loss, largest gradient difference, time and peak memory of
-each way, and fails if one differs. To use the ops in code of your own, copy the folder ``kernels/`` beside it.
+Runs on a GPU if there is one, else on the CPU. Prints loss, largest gradient difference, time and peak memory of each
+way, and fails if one differs. To use the ops in your own code, copy the folder ``kernels/`` next to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import profiler
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds kernels/
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that contains kernels/
 
 import kernels
 from kernels.modules import crop_pairs
@@ -38,7 +38,7 @@ center = torch.randn(PROTOTYPES, device=DEVICE) * 0.01
 
 
 def as_published(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Caron et al. 2021, equation 3: every global view of the teacher with every other view of the student."""
+    """Caron et al. 2021, equation 3: compare every global view of the teacher with every other view of the student."""
     student_logits, teacher_logits = features @ prototypes.T, teacher @ teacher_prototypes.T
     targets = F.softmax((teacher_logits - center) / TEACHER_TEMP, dim=-1).chunk(GLOBALS)
     predictions = F.log_softmax(student_logits / STUDENT_TEMP, dim=-1).chunk(CROPS)
@@ -56,7 +56,7 @@ PAIRS_AND_TEMPS = (*crop_pairs(IMAGES, GLOBALS, CROPS, DEVICE), STUDENT_TEMP, TE
 
 
 def by_function(features: Tensor, prototypes: Tensor) -> Tensor:
-    """On a GPU, neither a softmax nor a pair is stored."""
+    """On a GPU, this stores neither softmaxes nor pairs."""
     student_logits, teacher_logits = features @ prototypes.T, teacher @ teacher_prototypes.T
     return kernels.dino_loss(student_logits, teacher_logits, center, *PAIRS_AND_TEMPS).mean()
 
@@ -66,17 +66,17 @@ module.center.copy_(center)  # in training: module.update_center(teacher_logits)
 
 
 def by_module(features: Tensor, prototypes: Tensor) -> Tensor:
-    """The same with centre and pairs inside."""
+    """The same as a module that keeps centre and pairs."""
     return module(features @ prototypes.T, teacher @ teacher_prototypes.T, TEACHER_TEMP)
 
 
 def without_logits(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Not even the logits are stored."""
+    """This does not even store the logits."""
     return kernels.linear_dino_loss(features, prototypes, teacher, teacher_prototypes, center, *PAIRS_AND_TEMPS).mean()
 
 
 def run(loss_function: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, tuple[Tensor, ...]]:
-    """The loss, and its gradients for features and prototypes."""
+    """Return the loss, and its gradients for features and prototypes."""
     leaves = student.detach().requires_grad_(), student_prototypes.detach().requires_grad_()
     loss = loss_function(*leaves)
     return loss.item(), torch.autograd.grad(loss, leaves)
@@ -90,7 +90,7 @@ def seconds(loss_function: Callable[[Tensor, Tensor], Tensor]) -> float:
 
 
 def peak_bytes(loss_function: Callable[[Tensor, Tensor], Tensor]) -> int:
-    """The most memory that torch holds at once, gradients included, beyond what it held before."""
+    """Return the peak memory that torch allocates, gradients included, beyond what was allocated before."""
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -115,4 +115,4 @@ for loss_function in (as_published, by_function, by_module, without_logits):
     if not (difference <= TOLERANCE and abs(loss - true_loss) <= TOLERANCE * true_loss):
         sys.exit(f"{loss_function.__name__} differs from the published loss")
 if DEVICE.type == "cpu":
-    print("\nplain PyTorch throughout: Triton takes CUDA tensors, and neither softmaxes nor pairs are stored there")
+    print("\nAll of this ran in plain PyTorch. On a GPU, Triton kernels store neither softmaxes nor pairs.")

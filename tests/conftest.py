@@ -14,19 +14,19 @@ from hypothesis import settings
 
 from tests.support.ranks import Ranks
 
-if not torch.cuda.is_available():  # before any kernel is imported: Triton reads it when it decorates
+if not torch.cuda.is_available():  # set before kernels are imported: Triton reads it when it decorates them
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # `make test` tries the same examples every time; `make test-heavy` searches at random (--hypothesis-profile=search).
-# Whatever that finds becomes an @example of its test.
+# Add what that finds as an @example to its test.
 settings.register_profile("fixed", max_examples=200, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", max_examples=5_000, deadline=None)
 settings.load_profile("fixed")
-torch.set_num_threads(1)  # same sums on every machine, and no fight over cores when tests run side by side
+torch.set_num_threads(1)  # same sums on every machine, and tests in parallel do not compete for cores
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same random state, in whatever order tests run."""
+    """Start every test from the same random state, whatever the order of the tests."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def seeded() -> None:
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Deterministic algorithms alone, and NaN in every ``torch.empty``: reading it unwritten shows."""
+    """Allow only deterministic algorithms, and fill ``torch.empty`` with NaN, so that reading it is noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -42,7 +42,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Two processes that run what a test gives them, as ranks 0 and 1."""
+    """Two processes that run functions as ranks 0 and 1."""
     ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()
@@ -50,9 +50,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real H&E images: ``$MUSE_FAST_DATA``, or ``../shared/data`` beside the checkout."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("MUSE_FAST_DATA", beside))
+    """The folder of real H&E images: ``$MUSE_FAST_DATA``, or ``shared/data`` next to the checkout."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MUSE_FAST_DATA", default))
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}; set MUSE_FAST_DATA")
     return folder

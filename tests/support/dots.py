@@ -1,4 +1,4 @@
-"""Dots drawn into an image at known places, and found again in its views: pixels and points move alike."""
+"""Draw dots into an image at known places and find them in its views, to show that pixels and points move alike."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-MARGIN = 10  # pixels: a dot nearer to the border of a view is cut off
+MARGIN = 10  # pixels; dots nearer to the border of a view are cut off
 
 
 def scattered(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Points ``[n, 2]`` float32 in an image of ``size`` pixels, at least 28 pixels apart."""
+    """Return points ``[n, 2]`` float32 in an image of ``size`` pixels, at least 28 pixels apart."""
     grid = np.stack(np.meshgrid(np.arange(20, size - 10, 40), np.arange(20, size - 10, 40)), -1).reshape(-1, 2)
     return (grid + rng.uniform(-6, 6, grid.shape)).astype(np.float32)
 
 
 def draw_dots(size: int, xy: np.ndarray, sigma: float) -> Tensor:
-    """White Gaussian dots on black, uint8 [3, size, size]; continuous pixel coordinates, pixel i covers [i, i + 1)."""
+    """Draw white Gaussian dots on black, uint8 [3, size, size]; pixel i covers the coordinates [i, i + 1)."""
     y, x = np.mgrid[:size, :size] + 0.5
     image = np.zeros((size, size))
     for px, py in xy:
@@ -26,7 +26,7 @@ def draw_dots(size: int, xy: np.ndarray, sigma: float) -> Tensor:
 
 
 def assert_dots_at(view: Tensor, points: np.ndarray) -> int:
-    """A dot of the view ``[R, R]``, levels 0..255, lies within half a pixel of every point; how many were compared."""
+    """Assert that ``view`` ``[R, R]``, 0..255, has a dot within 0.5 px of every point; return the number compared."""
     size = view.shape[-1]
     inside = points[((points > MARGIN) & (points < size - MARGIN)).all(1)]
     for x, y in inside:

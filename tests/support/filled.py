@@ -1,4 +1,4 @@
-"""Networks whose every tensor differs from its start value, so that one left out would show."""
+"""Networks in which every tensor differs from its initial value, so that a forgotten tensor is noticed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def fill(network: nn.Module) -> nn.Module:
-    """Give every tensor of ``network``, which may stand on the meta device, new values; evaluation mode, on the CPU."""
+    """Fill every tensor of ``network``, which may be on the meta device; return it on the CPU, in evaluation mode."""
     network = network.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     for name, tensor in network.state_dict().items():

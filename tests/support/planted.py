@@ -1,4 +1,4 @@
-"""Pages with dark dots, slides of several levels, and a detector that finds the dots: truth without a network."""
+"""Pages with dark dots, slides with several levels, and a detector that finds the dots without a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ tifffile = pytest.importorskip("tifffile")
 
 
 def scattered(width: int, height: int, apart: float, seed: int = 0) -> NDArray[np.float64]:
-    """Points at fractions of pixels, some near every border, none nearer to another than ``apart``."""
+    """Return points at fractions of pixels, some near every border, at least ``apart`` pixels apart."""
     rng = np.random.default_rng(seed)
     pitch = 1.7 * apart
     x, y = np.meshgrid(np.arange(apart, width - apart, pitch), np.arange(apart, height - apart, pitch))
@@ -26,7 +26,7 @@ def scattered(width: int, height: int, apart: float, seed: int = 0) -> NDArray[n
 
 
 def page_of_dots(width: int, height: int, xy: NDArray[np.float64], sigma: float) -> NDArray[np.uint8]:
-    """White with a dark Gaussian dot at each point, whose place its centre of darkness tells to a hundredth pixel."""
+    """Draw a dark Gaussian dot at each point on white; its centre of mass is the point, to a hundredth of a pixel."""
     density = np.zeros((height, width))
     reach = int(5 * sigma)
     for x, y in xy:
@@ -39,7 +39,7 @@ def page_of_dots(width: int, height: int, xy: NDArray[np.float64], sigma: float)
 
 
 def write_pyramid(path: Path, image: NDArray[np.uint8], mpp: float, factors: tuple[int, ...] = ()) -> Path:
-    """A tiled TIFF with levels reduced by ``factors``; rests at the far sides are left away, as scanners do."""
+    """Write a tiled TIFF with levels reduced by ``factors``, without incomplete pixels at the far sides, as scanners do."""
     resolution = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
     with tifffile.TiffWriter(path) as file:
         file.write(image, tile=(256, 256), photometric="rgb", **resolution)
@@ -52,7 +52,7 @@ def write_pyramid(path: Path, image: NDArray[np.uint8], mpp: float, factors: tup
 
 
 def assert_same_places(found: NDArray[np.float64], planted: NDArray[np.float64], tolerance: float) -> None:
-    """Each point has its counterpart within ``tolerance``, and no two the same."""
+    """Assert that each point has its own counterpart within ``tolerance``."""
     assert len(found) == len(planted)
     distance = np.linalg.norm(found[:, None] - planted[None], axis=2)
     assert distance.min(axis=1).max(initial=0) < tolerance
@@ -60,7 +60,7 @@ def assert_same_places(found: NDArray[np.float64], planted: NDArray[np.float64],
 
 
 class DotDetector:
-    """Finds dots by the centre of their darkness. Even columns of dots are of class 0."""
+    """Finds dots by their centre of mass. Every other dot is of class 0."""
 
     class_names = ("even, first", 'odd "second"')
     reach_um = 12.0
@@ -85,12 +85,12 @@ class DotDetector:
 
 
 def main(pause: float) -> int:
-    """The command, in a process of its own: weights ``dots:MPP`` find dots, ``pause`` seconds after every batch."""
+    """Run the command with a detector of dots for weights ``dots:MPP`` that sleeps ``pause`` seconds per batch."""
     from muse_fast import predict
     from muse_fast.images import slide
     from muse_fast.predicting import run
 
-    slide._BAND_PIXELS = 1_000_000  # thumbnails are read in bands, which small slides fill too then
+    slide._BAND_PIXELS = 1_000_000  # thumbnails are read in bands; this makes small slides have several
 
     class SlowDotDetector(DotDetector):
         def detect(self, images: Tensor) -> list[Points]:

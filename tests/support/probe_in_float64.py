@@ -1,4 +1,4 @@
-"""The linear probe of the benchmark once more, in NumPy, float64 and without a gradient tape."""
+"""The linear probe of the benchmark, written again in NumPy and float64 with explicit gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from muse_fast.classification.features import NucleusSet
 def linear_probe_in_float64(
     sets: dict[str, NucleusSet], seed: int, lr: float, epochs: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The same training written out: softmax gradient, momentum, cosine and the choice of the epoch."""
+    """Train as the benchmark does: softmax gradient, momentum, cosine schedule and choice of the epoch."""
     generator = torch.Generator().manual_seed(seed)
     dim = sets["train"].features.shape[1]
     weight = torch.empty(3, dim).normal_(0, 0.01, generator=generator).double().numpy()

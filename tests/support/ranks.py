@@ -1,4 +1,4 @@
-"""Ranks for tests: processes joined by gloo, which live as long as the test session; and what they must not do."""
+"""Ranks for tests: processes joined by gloo that last for the test session, and checks of what they do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 
 aten = torch.ops.aten
-# What the host must wait for on a GPU: values, and results whose size depends on values. Not all pass the dispatcher.
+# Ops for which the host waits on a GPU: they return values, or results whose size depends on values. Not all of them
+# go through the dispatcher, hence the methods.
 WAITING_OPS = {
     *(aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default),
     *(aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default),
@@ -28,9 +29,9 @@ WAITING_METHODS = ("cpu", "numpy", "tolist", "__array__")
 
 
 class Ranks:
-    """``ranks(function, shares)`` gives ``[function(*share) for share in shares]``, each on a rank of its own.
+    """``ranks(function, shares)`` returns ``[function(*share) for share in shares]``, each run on its own rank.
 
-    Functions come from a module's top level. One that raises breaks the group: later tests then fail, none waits.
+    Functions must be at a module's top level. One that raises breaks the group: later tests fail instead of waiting.
     """
 
     def __init__(self, size: int, folder: Path) -> None:
@@ -41,7 +42,7 @@ class Ranks:
         ]
 
     def __call__(self, function: Callable[..., Any], shares: Sequence[tuple[Any, ...]]) -> list[Any]:
-        tasks = [pickle.dumps((function, share)) for share in shares]  # by value: tensors would share their memory
+        tasks = [pickle.dumps((function, share)) for share in shares]  # the pool would share tensors
         futures = [process.submit(_run, task) for process, task in zip(self.processes, tasks, strict=True)]
         return [future.result() for future in futures]
 
@@ -62,7 +63,7 @@ def _run(task: bytes) -> Any:
 
 @contextmanager
 def counted_collectives() -> Iterator[list[str]]:
-    """The names of the collectives this rank takes part in."""
+    """Record the names of the collectives that this rank calls."""
     names: list[str] = []
 
     def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +82,7 @@ class HostWaitError(AssertionError):
 
 
 class NoHostWait(TorchDispatchMode):
-    """Refuses what would make the host wait for the device, were the tensors on one; backwards included."""
+    """Raises where the host would wait for the device if the tensors were on a GPU, also in the backward pass."""
 
     def __enter__(self) -> Any:
         self._patch = mock.patch.multiple(torch.Tensor, **{name: _refuse(name) for name in WAITING_METHODS})

@@ -1,4 +1,4 @@
-"""Slides small enough for tests, which OpenSlide reads."""
+"""Slides that OpenSlide reads, small enough for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Mpp = float | tuple[float, float] | None
 
 
 def page_with_tissue(seed: int = 0, height: int = 1100, width: int = 1500, side: int = 1024) -> np.ndarray:
-    """Glass at 0.5 um/px with a square piece of synthetic tissue at x 300 or less, y 40."""
+    """Draw glass at 0.5 um/px with a square of synthetic tissue, its corner at x 300 or less, y 40."""
     page = np.full((height, width, 3), 245, np.uint8)
     left = min(300, width - side)
     page[40 : 40 + side, left : left + side] = synthetic_image(seed, side, 0.5)[0]
@@ -24,7 +24,7 @@ def page_with_tissue(seed: int = 0, height: int = 1100, width: int = 1500, side:
 
 
 def write_slide(path: Path, image: np.ndarray, mpp: Mpp = 0.5, **settings: object) -> Path:
-    """A tiled TIFF of one level; ``mpp`` None: without a resolution, two: of unlike sides."""
+    """Write a tiled TIFF with one level. ``mpp``: a number, one for x and y each, or None for no resolution."""
     x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
     tags = {} if x is None or y is None else {"resolution": (1e4 / x, 1e4 / y), "resolutionunit": "CENTIMETER"}
     path.parent.mkdir(parents=True, exist_ok=True)

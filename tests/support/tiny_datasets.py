@@ -1,7 +1,7 @@
-"""Tiny copies of the public datasets, in their exact layouts, with nuclei at places known beforehand.
+"""Tiny copies of the public datasets, in their exact layouts, with nuclei at known places.
 
-Every nucleus is a dark rectangle of whole pixels, so its centroid is known in closed form: the middle of its sides.
-Each set has an image with several nuclei, one with a single nucleus, one with none, and odd sizes.
+Every nucleus is a dark rectangle of whole pixels, so its centroid is known in closed form: its centre. Each set has an
+image with several nuclei, one with a single nucleus and one without nuclei, all of odd sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Box(NamedTuple):
 
 @dataclass
 class Tiny:
-    """A set that was written, and the truth about it."""
+    """A written set and its true content."""
 
     folder: Path
     kind: str
@@ -48,9 +48,9 @@ class Tiny:
     boxes: dict[str, list[Box]] = field(default_factory=dict)
     images: dict[str, np.ndarray] = field(default_factory=dict)
     files: dict[str, tuple[Path, Path]] = field(default_factory=dict)  # image and labels
-    slides: dict[str, str] = field(default_factory=dict)  # where they differ from the names
+    slides: dict[str, str] = field(default_factory=dict)  # only where they differ from the names
     mpp: float = 0.25
-    integer: bool = False  # the format holds whole coordinates
+    integer: bool = False  # whether the format stores whole coordinates
 
     @property
     def spec(self) -> str:
@@ -84,7 +84,7 @@ def plant(seed: int, count: int, size: tuple[int, int], classes: int) -> list[Bo
 
 def draw(boxes: list[Box], size: tuple[int, int]) -> np.ndarray:
     image = np.full((size[1], size[0], 3), (230, 200, 220), np.uint8)
-    image[::3, ::5] -= 9  # so that a turned or shifted image shows
+    image[::3, ::5] -= 9  # so that a rotated or shifted image is noticed
     for box in boxes:
         image[box.y0 : box.y1, box.x0 : box.x1] = (80, 40 + 20 * (box.label % 5), 120)
     return image
@@ -102,7 +102,7 @@ def type_map(boxes: list[Box], size: tuple[int, int]) -> np.ndarray:
 
 
 def feature(box: Box, name: str, kind: str = "annotation", **more: Any) -> dict[str, Any]:
-    """A polygon whose vertices crowd on one side, so their mean is not its centre."""
+    """Return a polygon with most vertices on one side, so that their mean is not its centre."""
     top = [[x, box.y0] for x in np.linspace(box.x0, box.x1, 5)]
     ring = [*top, [box.x1, box.y1], [box.x0, box.y1], [box.x0, box.y0]]
     properties = {"objectType": kind, "classification": {"name": name, "color": [200, 0, 0]}}
@@ -159,7 +159,7 @@ def ocelot(folder: Path) -> Tiny:
 
 
 def puma(folder: Path) -> Tiny:
-    """Classes tumor, lymphocyte, plasma_cell in turn; RGB and RGBA; one MultiPolygon."""
+    """Alternating classes tumor, lymphocyte and plasma_cell; RGB and RGBA; one MultiPolygon."""
     tiny = Tiny(folder, "puma", {"mpp": 0.23, "coarse": "none"}, mpp=0.23)
     (folder / "01_training_dataset_geojson_nuclei").mkdir(parents=True)
     for number, count in enumerate((6, 1, 0), start=1):
@@ -202,7 +202,7 @@ def _pannuke_fold(tiny: Tiny, fold: str, split: str, counts: tuple[int, ...]) ->
     for row, count in enumerate(counts):
         name = f"{fold}_{row:05d}"
         images[row], boxes = tiny.add(name, split, count, size, 5)
-        boxes.sort(key=lambda box: box.label)  # the order in which the channels come
+        boxes.sort(key=lambda box: box.label)  # the order of the channels
         for label in range(5):
             mine = [box for box in boxes if box.label == label]
             masks[row, ..., label] = instance_map(mine, size, list(range(3, 3 + 2 * len(mine), 2)))  # with gaps
@@ -232,7 +232,7 @@ def pannuke_flat(folder: Path) -> Tiny:
 
 
 def pannuke_cellvit(folder: Path) -> Tiny:
-    """CellViT's conversion: labels are pickled mappings."""
+    """CellViT's conversion, in which labels are pickled mappings."""
     tiny = Tiny(folder, "pannuke")
     for fold, row, split, count in ((0, 0, "train", 6), (0, 1, "train", 0), (1, 0, "val", 1), (2, 0, "test", 3)):
         name, stem = f"fold{fold}_{fold}_{row}", f"{fold}_{row}"
@@ -246,7 +246,7 @@ def pannuke_cellvit(folder: Path) -> Tiny:
 
 
 def lizard(folder: Path) -> Tiny:
-    """Ids neither gapless nor ascending, rows of ``class`` in their order; leftovers of a Mac's zip."""
+    """Ids with gaps and in descending order, rows of ``class`` in that order; leftover files of a Mac's zip."""
     tiny = Tiny(folder, "lizard", mpp=0.5)
     rows = ["Filename,Source,Split"]
     (folder / "Lizard_Labels" / "Labels").mkdir(parents=True)
@@ -291,7 +291,7 @@ def cellvit(folder: Path) -> Tiny:
 
 
 def qupath(folder: Path) -> Tiny:
-    """Plain and gzipped, outlines and points, both spellings of the type; classes by alphabet."""
+    """Plain and gzipped files, outlines and points, both spellings of the type; classes in alphabetical order."""
     tiny = Tiny(folder, "qupath")
     folder.mkdir(parents=True)
     names = ("Lymphocyte", "Stroma", "Tumor: Positive")
@@ -329,7 +329,7 @@ def points(folder: Path) -> Tiny:
 
 
 def muse(folder: Path) -> Tiny:
-    """Pixels as an array, pixels as the bytes of a JPEG, and no cell."""
+    """Pixels as an array, pixels as the bytes of a JPEG, and an image without cells."""
     tiny = Tiny(folder, "muse")
     (folder / "samples").mkdir(parents=True)
     rows = ["sample_name,wsi_name,patch_id,n_cell"]

@@ -1,4 +1,4 @@
-"""Runs of the command on toy networks, in this process and on two ranks, and what is compared of them."""
+"""Runs of ``pretrain`` on toy networks, in this process and on two ranks, and comparisons of their results."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Ended(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a test changes in the command.
+    """Changes that a test makes to the command.
 
     Attributes:
-        smooth: softplus for ReLU. In float32 some of the 10^7 values that pass a ReLU in a run lie so near to 0 that
-            the order of a sum decides their sign. That gives another gradient, and Adam makes it 1e-3 of the loss.
-        order: of the ROIs of a step.
+        smooth: use softplus instead of ReLU. In float32 some of the 10^7 inputs of ReLUs in a run are so close to 0
+            that the order of a sum decides their sign. That changes the gradient, and Adam makes it 1e-3 of the loss.
+        order: order of the ROIs of a step.
         poison: step (from 0) and rank whose images get a nan.
     """
 
@@ -63,7 +63,7 @@ UNCHANGED = Change()
 
 
 def run_command(argv: Sequence[str], change: Change = UNCHANGED) -> Ended:
-    """The command on thin networks: a ViT of four layers, a ResNet-50 of a sixteenth of the channels."""
+    """Run the command on thin networks: a ViT with four layers, a ResNet-50 with a sixteenth of the channels."""
     out, err = io.StringIO(), io.StringIO()
     thin_resnet = partial(timm.create_model, channels=(4, 8, 16, 32))
     with ExitStack() as stack:
@@ -103,7 +103,7 @@ def poisoned(step: int, on_rank: int) -> Callable[..., Any]:
 
 
 class Runs:
-    """Runs of the command in this process and on two ranks; a test's may be another's reference, so they are kept."""
+    """Runs of the command in this process and on two ranks. They are cached, so that tests can share them."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self.folder, self.ranks = folder, ranks
@@ -114,7 +114,7 @@ class Runs:
         return [*fixed, "data.workers=0", *overrides]
 
     def __call__(self, name: str, engine: str, *overrides: str, change: Change = UNCHANGED) -> Path:
-        """The folder of a run on one rank (engine "one"), or on two."""
+        """Return the folder of a run on one rank (engine "one"), or on two."""
         key = f"{name}-{engine}"
         if key not in self._done:
             out = self.folder / key
@@ -124,14 +124,14 @@ class Runs:
         return self._done[key]
 
     def end(self, out: Path, engine: str, *overrides: str, change: Change = UNCHANGED) -> list[Ended]:
-        """How each rank of a run ended."""
+        """Run and return how each rank ended."""
         if engine == "one":
             return [run_command(self.argv(out, *overrides), change)]
         return self.ranks(run_command, [(self.argv(out, f"train.parallel={engine}", *overrides), change)] * 2)
 
 
 def toy_runs(folder: Path, ranks: Ranks) -> Runs:
-    """With five ROIs and the settings above in ``folder``."""
+    """Write five ROIs and the settings above to ``folder``."""
     write_rois(folder / "rois", [True] * 5)
     (folder / "toy.yaml").write_text(TOY)
     return Runs(folder, ranks)
@@ -149,7 +149,7 @@ def training_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_losses(ours: Path, theirs: Path, tolerance: float, keys: Sequence[str] = LOSSES) -> None:
-    """Every row that ``ours`` has, and its last are those of ``theirs``."""
+    """Assert that the rows of ``ours`` equal the last rows of ``theirs``."""
     mine, others = training_rows(ours), training_rows(theirs)
     others = others[-len(mine) :]
     assert [row["step"] for row in mine] == [row["step"] for row in others]
