@@ -26,6 +26,7 @@ from muse_fast.detection.train_finder import (
 )
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, read_finder
+from muse_fast.images.points import Points
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.runtime.cli import run
 
@@ -94,9 +95,9 @@ class Fixed:
         self.xy = np.concatenate([true, true + np.float32(1000)])
         self.score = np.repeat(np.float32([0.9, 0.3]), len(true))
 
-    def __call__(self, image: object, mpp: float, *, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: object, mpp: float, *, threshold: float | None = None) -> Points:
         kept = self.score >= (self.threshold if threshold is None else threshold)
-        return self.xy[kept], self.score[kept]
+        return Points(self.xy[kept], score=self.score[kept])
 
 
 def test_choice_of_a_threshold() -> None:
