@@ -39,7 +39,7 @@ def page_of_dots(width: int, height: int, xy: NDArray[np.float64], sigma: float)
 
 
 def write_pyramid(path: Path, image: NDArray[np.uint8], mpp: float, factors: tuple[int, ...] = ()) -> Path:
-    """Write a tiled TIFF with levels reduced by ``factors``, without partial pixels at the far sides, as scanners do."""
+    """Write a tiled TIFF with levels reduced by ``factors``, with only whole pixels at the far sides."""
     resolution = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
     with tifffile.TiffWriter(path) as file:
         file.write(image, tile=(256, 256), photometric="rgb", **resolution)
