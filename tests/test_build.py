@@ -1,4 +1,4 @@
-"""The installation: with a compiler, without one, and when told to skip or to require the C++ library."""
+"""Installation with a compiler, without one, and when skipping or requiring the C++ library."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def copy_of_the_checkout(folder: Path) -> Path:
-    """A clean copy of the sources, as git would give it."""
+    """Copy the sources as in a clean checkout."""
     copy = folder / "checkout"
     copy.mkdir()
     for name in SOURCES:
@@ -50,7 +50,7 @@ def pip(checkout: Path, *arguments: str, **environment: str) -> subprocess.Compl
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        start_new_session=True,  # no terminal: the announcement of a failed build stays in the output
+        start_new_session=True,  # no terminal, so that the message of a failed build is in the output
     )
 
 
@@ -61,7 +61,7 @@ def wheel_contents(checkout: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the whole project, without CUDA, which takes longer to compile than all else."""
+    """A wheel of the whole project, but without CUDA, which takes longest to compile."""
     sources = copy_of_the_checkout(tmp_path_factory.mktemp("wheel"))
     finished = pip(sources, "wheel", ".", MUSE_FAST_BUILD="require", CMAKE_ARGS="-DMUSE_FAST_CUDA=OFF")
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -71,7 +71,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @needs_compiler
-def test_wheel_holds_all_that_a_run_needs_and_nothing_else(wheel: Path) -> None:
+def test_wheel_contains_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
     contents = set(zipfile.ZipFile(wheel).namelist())
     folders = {"muse_fast": wheel.parent / "muse_fast", "muse_fast/kernels": wheel.parent / "kernels"}
     files = {f"{name}/{path.relative_to(folder)}" for name, folder in folders.items() for path in folder.rglob("*.py")}
@@ -85,14 +85,14 @@ def test_wheel_holds_all_that_a_run_needs_and_nothing_else(wheel: Path) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_installed_from_the_wheel_it_prepares_and_trains(wheel: Path, tmp_path: Path) -> None:
-    """In an environment that has the dependencies of this one, but not its muse_fast, and far from the checkout."""
+    """Use an environment with the dependencies of this one but without its muse_fast, outside the checkout."""
     environment = tmp_path / "venv"
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
     finished = pip(tmp_path, "--python", str(python), "install", str(wheel))
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    # A folder named by a .pth file is searched for packages, but its own .pth files, such as that of an editable
-    # installation, are not read.
+    # Python searches a folder named in a .pth file for packages, but does not read the .pth files in it, such as that
+    # of an editable installation.
     installed = sysconfig.get_path("purelib", vars={"base": str(environment)})
     Path(installed, "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]))
 
@@ -112,7 +112,7 @@ def test_installed_from_the_wheel_it_prepares_and_trains(wheel: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_installation_goes_on_and_says_so(checkout: Path) -> None:
+def test_without_a_compiler_the_installation_continues_and_says_so(checkout: Path) -> None:
     finished = pip(checkout, "wheel", ".", CXX="/no/such/compiler")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "C++ library not built" in finished.stdout + finished.stderr
@@ -124,7 +124,7 @@ def test_without_a_compiler_the_installation_goes_on_and_says_so(checkout: Path)
 
 @pytest.mark.slow
 @needs_compiler
-def test_without_nvcc_the_library_leaves_cuda_out(checkout: Path) -> None:
+def test_without_nvcc_the_library_has_no_cuda(checkout: Path) -> None:
     finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require", CUDACXX="/no/such/nvcc")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "CUDA sources: left out" in finished.stdout + finished.stderr
@@ -137,7 +137,7 @@ def test_without_nvcc_the_library_leaves_cuda_out(checkout: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-def test_without_python_headers_only_the_module_is_left_out(checkout: Path) -> None:
+def test_without_python_headers_only_the_module_is_skipped(checkout: Path) -> None:
     arguments = "-DPYTHON_INCLUDE_DIR=/no/such/folder -DMUSE_FAST_CUDA=OFF"
     finished = pip(checkout, "wheel", ".", MUSE_FAST_BUILD="require", CMAKE_ARGS=arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -146,7 +146,7 @@ def test_without_python_headers_only_the_module_is_left_out(checkout: Path) -> N
 
 
 def test_editable_installation_finds_the_kernels(checkout: Path, tmp_path: Path) -> None:
-    """``muse_fast.kernels`` lies outside ``muse_fast/``; an older library must not survive a skipped build."""
+    """``muse_fast.kernels`` is outside ``muse_fast/``; an old library must not survive a skipped build."""
     for name in ("muse_fast/_C.so", MODULE):
         (checkout / name).write_bytes(b"stale")
     target = tmp_path / "site"
@@ -156,7 +156,7 @@ def test_editable_installation_finds_the_kernels(checkout: Path, tmp_path: Path)
     code = f"import site; site.addsitedir({str(target)!r}); "
     code += "from importlib.util import find_spec; print(find_spec('muse_fast.kernels').origin)"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-S", "-c", code]  # -S: without this environment's own muse_fast
+    command = [sys.executable, "-S", "-c", code]  # -S: ignore this environment's own muse_fast
     shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert shown.stdout.strip() == str(checkout / "kernels" / "__init__.py"), shown.stderr
 
@@ -172,10 +172,10 @@ def test_library_needs_no_python_and_only_the_stable_interface() -> None:
 
 @pytest.mark.skipif(backends.library_error() is not None, reason=str(backends.library_error()))
 @pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="no nvcc, or torch without CUDA")
-def test_library_holds_cuda_code_and_needs_no_cuda_runtime() -> None:
-    """Machine code for sm_80 and sm_90, PTX for what comes later, and the runtime inside: no loader looks for it."""
+def test_library_contains_cuda_code_and_needs_no_cuda_runtime() -> None:
+    """It has machine code for sm_80 and sm_90, PTX for later GPUs, and the runtime linked statically."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key("muse_fast::match_nuclei", "CUDA")
-    knobs = pytest.importorskip("triton.knobs")  # Triton brings cuobjdump
+    knobs = pytest.importorskip("triton.knobs")  # Triton ships cuobjdump
     command = [knobs.nvidia.cuobjdump.path, "--list-elf", "--list-ptx", backends.LIBRARY]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"sm_\d+\w*\.(?:cubin|ptx)", listed)) == {"sm_80.cubin", "sm_90.cubin", "sm_90.ptx"}

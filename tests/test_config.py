@@ -17,7 +17,7 @@ def test_committed_configs_load(path: Path) -> None:
     load_settings(FinetuneConfig if path.name.startswith("finetune") else PretrainConfig, path)
 
 
-def test_every_misspelt_key_of_finetuning_is_refused() -> None:
+def test_a_misspelt_key_of_finetuning_is_refused() -> None:
     with pytest.raises(UserError, match=r"did you mean 'loss\.lambda_cons'"):
         load_settings(FinetuneConfig, None, ["loss.lambda_con=1"])
 
@@ -29,7 +29,7 @@ def test_command_line_wins_over_file_wins_over_default(tmp_path: Path) -> None:
     assert (config.optim.lr, config.optim.batch_size, config.optim.clip_grad) == (0.003, 32, 3.0)
 
 
-def test_every_misspelt_key_is_refused_and_the_right_one_suggested() -> None:
+def test_every_misspelt_key_is_refused_and_the_correct_one_suggested() -> None:
     rng = random.Random(0)
     trials = [(key, one_edit(key, rng)) for key in known_keys(PretrainConfig) for _ in range(3)]
     trials = [(key, typo) for key, typo in trials if typo not in known_keys(PretrainConfig)]

@@ -1,4 +1,4 @@
-"""Two ranks against one: the same command must give the same run, whatever holds the weights."""
+"""Two ranks against one: the same command must give the same run, with DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from tests.support.toy_runs import (
     write_rois,
 )
 
-# The other settings. Single precision is for a gentle run: see `Change.smooth`.
+# The other choice of each setting. In single precision only a gentle run is comparable: see `Change.smooth`.
 PLAIN = ("loss.centering=ema", "loss.logit_free=false", "head.input_norm=false", "head.hidden_dim=256", "optim.lr=1e-5")
 ENGINES = ("ddp", "fsdp")
-MIDWAY = 36  # a checkpoint with prototypes still frozen, hence without their moments
+MIDWAY = 36  # a checkpoint while prototypes are still frozen, hence without their moments
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def evaluations(out: Path) -> list[dict[str, Any]]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    """Of student, teacher and centres at the end, but what has no gradient except for rounding.
+    """Return the final student, teacher and centres, except parameters whose gradient is only rounding.
 
-    A bias of all keys adds the same to every score of a query, and one ahead of a norm without parameters is
+    A bias of all keys adds the same to every score of a query, and a bias before a norm without parameters is
     subtracted again. Adam turns such noise into steps of full length, which change nothing.
     """
     last = checkpoint.folder_of(out, checkpoint.steps(out)[-1])
@@ -75,7 +75,7 @@ def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_equal_one(runs: Runs, engine: str) -> None:
-    """Double precision; Sinkhorn, norm ahead of the heads, drop path, clipping, prototypes frozen and then free."""
+    """Double precision, Sinkhorn, norm before the heads, drop path, clipping, prototypes frozen and then free."""
     one, two = runs("fp64", "one"), runs("fp64", engine)
     assert_same_losses(two, one, 1e-13)
     assert_same_weights(two, one, 1e-12)
@@ -86,7 +86,7 @@ def test_two_ranks_equal_one(runs: Runs, engine: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_equal_one_in_single_precision(runs: Runs, engine: str) -> None:
-    """A running mean as centre, stored logits. Rounding is 1e-7 from the first step on, and Adam multiplies it."""
+    """Centres as running means, stored logits. Rounding is 1e-7 from the first step on, and Adam multiplies it."""
     one, two = (
         runs("fp32", each, "train.precision=fp32", *PLAIN, change=Change(smooth=True)) for each in ("one", engine)
     )
@@ -98,15 +98,15 @@ def test_two_ranks_equal_one_in_single_precision(runs: Runs, engine: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_resnet50_too(runs: Runs, engine: str) -> None:
-    """With locals that leave BatchNorm more than one value of each."""
+def test_resnet50_on_two_ranks(runs: Runs, engine: str) -> None:
+    """Local views are large enough for BatchNorm to see more than one value of each."""
     settings = ("model.arch=resnet50", "views.local_size=64", "optim.steps=6", "optim.lr=1e-5", "head.hidden_dim=256")
     one, two = (runs("resnet50", each, *settings, "optim.freeze_prototypes_steps=3") for each in ("one", engine))
     assert_same_losses(two, one, 1e-12)
 
 
 def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
-    """As the command makes them of its arguments, the settings being those with a dot."""
+    """Build trainer and batches as the command does from its arguments."""
     _, path, _, _, *overrides = argv
     config = load_config(path, overrides)
     roiset = RoiSet(Path(config.data.roiset))
@@ -116,7 +116,7 @@ def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
     return trainer, zip(*[views] * config.optim.accumulate, strict=True)
 
 
-# Checkpoints.
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.slow
@@ -134,13 +134,13 @@ def test_a_checkpoint_continues_on_any_number_of_ranks(runs: Runs, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_as_many_ranks_as_before_continue_bit_for_bit(runs: Runs, tmp_path: Path, engine: str) -> None:
+def test_the_same_number_of_ranks_continues_bit_for_bit(runs: Runs, tmp_path: Path, engine: str) -> None:
     unbroken = runs("fp64", engine)
     assert_same_bits(resume(runs, unbroken, engine, tmp_path), unbroken)
 
 
 def resume(runs: Runs, unbroken: Path, engine: str, folder: Path) -> Path:
-    """The end of a run again, from its checkpoint midway."""
+    """Repeat the end of a run from its checkpoint midway."""
     start = checkpoint.folder_of(unbroken, MIDWAY)
     ended = runs.end(folder / "resumed", engine, "--resume", str(start))
     assert all(each.code == 0 for each in ended), ended
@@ -148,7 +148,7 @@ def resume(runs: Runs, unbroken: Path, engine: str, folder: Path) -> Path:
 
 
 def test_ranks_that_see_different_checkpoints_do_not_start(runs: Runs, tmp_path: Path) -> None:
-    """As nodes do whose run folder is on a disk of their own."""
+    """This happens if each node has the run folder on a local disk."""
     out = tmp_path / "seen"
     runs.end(out, "one", "optim.steps=6", "optim.freeze_prototypes_steps=0")
     (out / "summary.json").unlink()
@@ -159,7 +159,7 @@ def test_ranks_that_see_different_checkpoints_do_not_start(runs: Runs, tmp_path:
     assert not (tmp_path / "other").exists()
 
 
-# Who has what.
+# ---------------------------------------------------------------------------------------- differences between the ranks
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -179,21 +179,21 @@ def test_a_rank_without_nuclei_and_a_step_without_any(runs: Runs, tmp_path: Path
 
 
 def nuclei_of_ranks(folder: Path, steps: int) -> list[tuple[bool, ...]]:
-    """Per step whether each rank, with one ROI, has nuclei."""
+    """Return, per step, whether the ROI of each rank has nuclei."""
     roiset = RoiSet(folder)
     named: dict[str, Any] = {"seed": 0, "batch_size": 2, "start_step": 0, "stop_step": steps, "world_size": 2}
     samplers = [StepSampler(roiset.select(""), **named, rank=rank) for rank in (0, 1)]
     return [tuple(len(roiset[roi].xy) > 0 for ((_, roi),) in step) for step in zip(*samplers, strict=True)]
 
 
-def test_the_main_rank_alone_prints(runs: Runs, tmp_path: Path) -> None:
+def test_only_the_main_rank_prints(runs: Runs, tmp_path: Path) -> None:
     main, other = runs.end(tmp_path / "quiet", "ddp", "optim.steps=6", "optim.warmup_steps=1")
     lines = main.out.splitlines()
     assert len(lines) == len(set(lines)) and [line.split()[0] for line in lines[4:10]] == ["step"] * 6
     assert (main.err, other.out, other.err) == ("", "", "")
 
 
-# Failures that the ranks must share.
+# ------------------------------------------------------------------------------------------------------ shared failures
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -205,19 +205,19 @@ def test_nan_on_one_rank_stops_both_before_anything_changes(runs: Runs, tmp_path
     report = json.loads((out / "non_finite_step_4.json").read_text())
     (step,) = StepSampler(np.arange(5), seed=0, batch_size=4, start_step=3, stop_step=4)
     assert report["roi_ids"] == [roi for _, roi in step] and report["epochs"] == [epoch for epoch, _ in step]
-    told = json.loads((out / "exit.json").read_text())
-    assert told["code"] == exit_codes.NON_FINITE and told["step"] == 3 and "image loss" in told["reason"]
+    written = json.loads((out / "exit.json").read_text())
+    assert written["code"] == exit_codes.NON_FINITE and written["step"] == 3 and "image loss" in written["reason"]
     assert checkpoint.steps(out) == [3]
     assert all(torch.isfinite(value).all() for value in weights(out).values())
     assert ended[1].out == ""
 
 
-# Micro-batches.
+# -------------------------------------------------------------------------------------------------------- micro-batches
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_micro_batches(runs: Runs, tmp_path: Path, engine: str) -> None:
-    """BatchNorm and Sinkhorn see a micro-batch of all ranks: of four ROIs on two ranks 0 and 2, then 1 and 3."""
+    """BatchNorm and Sinkhorn see a micro-batch of all ranks: of four ROIs on two ranks, 0 and 2, then 1 and 3."""
     short = [
         "optim.accumulate=2",
         "optim.steps=10",
@@ -230,7 +230,7 @@ def test_micro_batches(runs: Runs, tmp_path: Path, engine: str) -> None:
         ended = runs.end(out, each, *short, change=change)
         assert all(e.code == 0 for e in ended), ended
     assert_same_losses(two, one, 1e-12)
-    assert_same_weights(two, one, 1e-11)  # a bias is little more than its few steps, which Adam divides by a gradient
+    assert_same_weights(two, one, 1e-11)  # biases are small: little more than these few steps of Adam
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -245,11 +245,11 @@ def test_micro_batches_exchange_gradients_once(runs: Runs, engine: str) -> None:
 
 
 def gradients_sent(argv: Sequence[str]) -> int:
-    """By DDP the numbers in all its buckets, by FSDP the reductions, of one step."""
+    """Return what one step exchanges: for DDP the numbers in all buckets, for FSDP the number of reductions."""
     trainer, batches = trainer_and_batches(argv)
     sizes: list[int] = []
 
-    def counting(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and no postponed ones
+    def counting(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, but not postponed ones
         sizes.append(bucket.buffer().numel())
         return allreduce_hook(state, bucket)
 

@@ -1,4 +1,4 @@
-"""The doctor names what is installed, the backend of each op, and what is wrong with a ROI set."""
+"""The doctor reports versions, the backend of each op, and problems of ROI sets and runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert re.search(r"│ match_nuclei +│ cpu +│ reference +│ not cpp: it was not built", shown)
 
 
-def test_sound_roiset(roiset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_intact_roiset(roiset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([str(roiset)]) == 0
     assert "2 ROIs" in capsys.readouterr().out
 
@@ -97,13 +97,13 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_sound_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--deep", str(run)]) == 0
     shown = capsys.readouterr().out
     assert "run with 2 checkpoints, 2 of them sound" in shown and "no problems" in shown
 
 
-def test_what_kills_left_is_removed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leftovers_of_killed_runs_are_removed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone, here = finished_pid(), os.getppid()
     left = [
         run / "checkpoints" / f".tmp-step-00000003-{socket.gethostname()}-{gone}",
@@ -117,7 +117,7 @@ def test_what_kills_left_is_removed(run: Path, capsys: pytest.CaptureFixture[str
     for path in left[1:]:
         path.touch()
         os.utime(path, (0, 0))
-    others = [run / f".summary.{gone}.yaml", run / ".gitignore"]  # young, and none of ours
+    others = [run / f".summary.{gone}.yaml", run / ".gitignore"]  # too young, and not ours
     for path in others:
         path.touch()
     with open(run / "metrics.jsonl", "a") as file:
@@ -133,7 +133,7 @@ def test_what_kills_left_is_removed(run: Path, capsys: pytest.CaptureFixture[str
     assert doctor.main(["--deep", str(run)]) == 0 and "no problems" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_told_and_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_reported_and_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = checkpoint.folder_of(run, 2) / "teacher.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_told_and_kept(run: Path, capsys: pytest.Capture
     assert "holds step 1" in shown and "no checkpoint is sound" in shown
 
 
-def test_a_roiset_deeply(roiset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_deep_check_of_a_roiset(roiset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--deep", str(roiset)]) == 0
     assert "ROI set of 2 ROIs and 2 nuclei" in capsys.readouterr().out
     left = roiset.parent / f".tmp-{roiset.name}-{socket.gethostname()}-{finished_pid()}"
@@ -166,7 +166,7 @@ def test_a_roiset_deeply(roiset: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(("argv", "said"), [(["--deep"], "needs the folder"), (["--deep", "."], "neither a run")])
-def test_deep_wants_a_run_or_a_roiset(argv: list[str], said: str, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_deep_needs_a_run_or_a_roiset(argv: list[str], said: str, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         doctor.main(argv)

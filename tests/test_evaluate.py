@@ -1,4 +1,4 @@
-"""The evaluate command, on a few real images at a small tile size."""
+"""The evaluate command, on a few real images with small tiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from muse_fast.sources import open_source
 
 @pytest.fixture(scope="module")
 def few(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BRCA-M2C cut down to one image per split."""
+    """BRCA-M2C with one image per split."""
     folder = tmp_path_factory.mktemp("brcam2c")
     whole = shared_data / "brcam2c"
     for part in ("images", "labels"):
@@ -70,7 +70,7 @@ def test_same_seed_same_numbers(few: Path, tmp_path: Path) -> None:
 
 
 def test_untrained_twin_of_a_run_is_its_first_state(few: Path, tmp_path: Path) -> None:
-    """A run whose teacher never moved scores as its own baseline, and unlike a run with another seed."""
+    """A run whose teacher never changed scores like its own baseline, and unlike a run with another seed."""
     runs = []
     for seed, claimed in ((5, 5), (6, 7)):
         torch.manual_seed(seed)
@@ -94,11 +94,11 @@ def test_finetuning_reports_the_probe_and_the_tuned_network(few: Path, tmp_path:
     assert len(tuned["history"]) == 2
     assert tuned["lr"] == 1e-3
     assert tuned["val"]["accuracy"] == pytest.approx(max(e["val_accuracy"] for e in tuned["history"]), abs=1e-9)
-    # The lists hold hundreds of nuclei, so training on them for two epochs must bring its own loss down.
+    # There are hundreds of nuclei, so two epochs of training must lower the training loss.
     assert tuned["history"][1]["train_loss"] < tuned["history"][0]["train_loss"]
 
 
-def test_backbones_of_timm_stand_beside_ours(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_backbones_of_timm_next_to_ours(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(11)
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "r.safetensors")
     given = (f"timm:resnet10t@{tmp_path}/r.safetensors", "timm:vit_tiny_patch16_224:depth=2", "random:vit_tiny")

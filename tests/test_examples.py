@@ -1,4 +1,4 @@
-"""The examples run from a checkout as they are."""
+"""The examples run from a checkout without changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_patch_dino_loss() -> None:
-    """All three ways give the published loss: the script fails where one does not."""
+    """All three ways compute the published loss; the script fails otherwise."""
     script = ROOT / "examples" / "patch_dino_loss.py"
     finished = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

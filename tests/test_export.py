@@ -1,4 +1,4 @@
-"""Every export loads back to the same numbers: through load_backbone, through timm, and as a plain dict of tensors."""
+"""Every export loads back with the same numbers: by load_backbone, by timm, and as a plain dict of tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Run:
 
 
 def saved_run(folder: Path, arch: str, size: int = 224) -> Run:
-    """Student and teacher differ in every tensor, and no tensor has its start value."""
+    """Save a run in which student and teacher differ in every tensor and no tensor has its initial value."""
     small = ["head.hidden_dim=8", "head.bottleneck_dim=4", "head.prototypes=16"]
     config = load_config(None, [f"model.arch={arch}", f"views.global_size={size}", "views.global_mpp_max=0.6", *small])
     with torch.device("meta"):
@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def tiles(shared_data: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Two real tiles of 224 px and the nuclei in them, as `nucleus_features` takes them."""
+    """Two real tiles of 224 px and their nuclei, as arguments of `nucleus_features`."""
     pixels, points = [], []
     for image in open_source(f"brcam2c:{shared_data / 'brcam2c'}"):
         pixels.append(image.image[:224, :224])
@@ -104,7 +104,7 @@ def test_every_format_gives_the_same_nucleus_features(
         ours, timms = trained.teacher.backbone.cls(tiles[0]), encoder(tiles[0])
     torch.testing.assert_close(timms, ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
     assert (timms - ours).norm() < 1e-5 * ours.norm()
-    shutil.rmtree(tmp_path)  # gigabytes that pytest would keep
+    shutil.rmtree(tmp_path)  # pytest would keep these gigabytes
 
 
 def test_timm_gets_every_tensor_and_the_position_embedding(run: Run, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_run_at_another_size_keeps_its_position_embedding(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
-def test_safetensors_hold_heads_centres_and_where_they_come_from(run: Run, tmp_path: Path, which: str) -> None:
+def test_safetensors_contain_heads_centres_and_their_origin(run: Run, tmp_path: Path, which: str) -> None:
     out = tmp_path / "x.safetensors"
     assert main([str(run.folder), str(out), "--format", "safetensors", "--which", which]) == 0
     network = run.state[which]
@@ -147,12 +147,12 @@ def test_safetensors_hold_heads_centres_and_where_they_come_from(run: Run, tmp_p
     assert (metadata["arch"], metadata["step"], metadata["image_size"]) == ("vit_tiny", "7", "224")
     assert metadata["mpp"] == "0.25-0.6"
     assert json.loads(metadata["head"]) == dataclasses.asdict(run.config.head)
-    assert not any("/" in value for value in metadata.values())  # no path of the machine that trained it
+    assert not any("/" in value for value in metadata.values())  # no paths of the training machine
     assert metadata["torch"] == torch.__version__ and metadata["muse_fast"]
 
 
 def test_the_published_layout(run: Run, tmp_path: Path) -> None:
-    """What the authors' code does with a file, and that nothing but tensors in dicts is in ours."""
+    """The authors' code can read the file, which contains only dicts of tensors."""
     export(str(run.folder), tmp_path / "x.pth", "muse-official")
     content = torch.load(tmp_path / "x.pth", weights_only=True)
     state = {
@@ -163,16 +163,16 @@ def test_the_published_layout(run: Run, tmp_path: Path) -> None:
     assert len(state) == len(content["teacher"]) == 232
     assert all(torch.equal(state[name], value) for name, value in run.teacher.backbone.state_dict().items())
     assert all(isinstance(value, (Tensor, dict)) for value in content.values())
-    # The file holds the backbone alone, not the storage of the whole checkpoint.
+    # The file contains only the backbone, not the storage of the whole checkpoint.
     size = sum(value.numel() * value.element_size() for value in state.values())
     assert (tmp_path / "x.pth").stat().st_size < 1.01 * size
-    # As the authors' loader moves what it loads, that remains to be had.
+    # The authors' loader resamples the position embedding; load_backbone can do so too.
     moved = load_backbone(None, tmp_path / "x.pth", compat="muse_official").state_dict()[POS_EMBED]
     assert torch.equal(moved, official_pos_embed(state[POS_EMBED]))
 
 
 def test_other_weights_than_checkpoints_are_converted(run: Run, tmp_path: Path) -> None:
-    """A published file becomes what load_backbone makes of it, its position embedding included."""
+    """A published file is exported as load_backbone reads it, including its position embedding."""
     backbone = build_backbone("vit_tiny")
     torch.save({"teacher": {f"module.backbone.{n}": t for n, t in backbone.state_dict().items()}}, tmp_path / "a.pth")
     expected = load_backbone(None, tmp_path / "a.pth").state_dict()
@@ -219,7 +219,7 @@ def test_a_failed_write_leaves_nothing(kind: str, run: Run, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_an_export_that_reads_back_otherwise_is_refused(
+def test_an_export_that_reads_back_differently_is_refused(
     kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def altered(*args: object) -> Backbone:
@@ -234,7 +234,7 @@ def test_an_export_that_reads_back_otherwise_is_refused(
 
 
 def test_others_may_read_an_export(run: Run, tmp_path: Path) -> None:
-    """As the umask says, where safetensors alone would keep it to its owner."""
+    """Files follow the umask; by default, safetensors makes them readable only by their owner."""
     mask = os.umask(0o022)
     try:
         for kind, name in NAMES.items():

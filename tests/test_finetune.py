@@ -1,4 +1,4 @@
-"""The command, run as users run it; the step; and the scores of what it leaves."""
+"""The finetune command as users run it, its training step, and the scores of its detectors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
 def interrupt_at_step(
     step: int, argv: list[str], monkeypatch: pytest.MonkeyPatch, how: type[BaseException] = SystemExit
 ) -> None:
-    """Run the command until ``step`` begins, and leave it as a crash would."""
+    """Run the command until ``step`` begins, then crash."""
     train_step = Finetuner.train_step
 
     def crashing(tuner: Finetuner, batch: LfovBatch, *, measure: bool) -> Mapping[str, Any]:
@@ -88,11 +88,11 @@ def unbroken(workplace: Path) -> Path:
     return out
 
 
-def test_what_a_run_leaves(unbroken: Path) -> None:
+def test_a_run_writes_its_results(unbroken: Path) -> None:
     summary = json.loads((unbroken / "summary.json").read_text())
     assert summary["steps"] == 5 and summary["losses_finite"] and set(summary["val"]) >= {"ocelot", "max-matching"}
     assert Path(summary["picture"]).stat().st_size > 5_000
-    assert [row["step"] for row in rows(unbroken)] == [1, 2, 2, 3, 4, 4, 5, 5]  # 5 images of train, 3 a step
+    assert [row["step"] for row in rows(unbroken)] == [1, 2, 2, 3, 4, 4, 5, 5]  # 5 images to train on, 3 per step
     detector = load_detector(unbroken)
     assert detector.class_names == CLASSES and detector.mpp == 0.5
     best = checkpoint.folder_of(unbroken / "best", summary["best"]["step"])
@@ -106,7 +106,7 @@ def test_what_a_run_leaves(unbroken: Path) -> None:
     )
 
 
-def test_resumed_it_ends_with_the_same_bits(workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_ends_bit_identical(workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = workplace / "crashed"
     interrupt_at_step(3, arguments(workplace, out), monkeypatch)  # a step after a checkpoint
     assert main(arguments(workplace, out)) == 0
@@ -116,11 +116,11 @@ def test_resumed_it_ends_with_the_same_bits(workplace: Path, unbroken: Path, mon
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_told_to_stop_it_saves_and_goes_on(workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_saves_and_the_run_resumes(workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = workplace / "stopped"
     train_step = Finetuner.train_step
 
-    def told(tuner: Finetuner, batch: LfovBatch, *, measure: bool) -> Mapping[str, Any]:
+    def terminated(tuner: Finetuner, batch: LfovBatch, *, measure: bool) -> Mapping[str, Any]:
         if tuner.step == 0:
             import os
             import signal
@@ -129,14 +129,14 @@ def test_told_to_stop_it_saves_and_goes_on(workplace: Path, unbroken: Path, monk
         return train_step(tuner, batch, measure=measure)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "train_step", told)
+        patch.setattr(Finetuner, "train_step", terminated)
         assert main(arguments(workplace, out)) == exit_codes.STOPPED
     assert checkpoint.steps(out) == [1] and json.loads((out / "exit.json").read_text())["reason"] == "SIGTERM"
     assert main(arguments(workplace, out)) == 0
     assert rows(out) == rows(unbroken) and not (out / "exit.json").exists()
 
 
-def test_not_finite_it_stops_before_anything_is_changed(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_loss_stops_the_run_unchanged(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = workplace / "poisoned"
     train_step = Finetuner.train_step
 
@@ -228,7 +228,7 @@ def tuner_and_batch(*overrides: str, size: int = 96) -> tuple[Finetuner, LfovBat
     return tuner, batch
 
 
-def test_targets_keep_to_the_annotated_region() -> None:
+def test_targets_are_in_the_annotated_region() -> None:
     tuner, batch = tuner_and_batch()
     places = proposal_places(batch.places, 8)
     with torch.no_grad():
@@ -240,14 +240,14 @@ def test_targets_keep_to_the_annotated_region() -> None:
     assert len(targets.matched) == len(batch.xy) == len(set(targets.matched.tolist()))
     background = int((targets.type == 3).sum())
     assert background == int(annotated.sum()) - len(batch.xy)
-    assert int((targets.type >= 0).sum()) == int(annotated.sum()) - 1  # the nucleus of unknown class takes no part
+    assert int((targets.type >= 0).sum()) == int(annotated.sum()) - 1  # without the nucleus of unknown class
     for row, xy, kind in zip(targets.matched.tolist(), targets.nuclei, targets.type[targets.matched], strict=True):
         own = (batch.xy == xy).all(dim=1).nonzero()
         assert kind in batch.label[own] and (row < 64) == bool(own[0] < batch.counts[0])
 
 
 def test_nothing_outside_the_region_matters_without_the_consistency_loss() -> None:
-    """The ablation: gradients of the type head come from annotated proposals alone, and grow with the loss."""
+    """The ablation: only the consistency loss changes the gradient of the type head outside the annotated region."""
     gradients = {}
     cases = {"off": ["loss.lambda_cons=0"], "on": [], "mask": ["data.surroundings=mask"]}
     for name, overrides in cases.items():
@@ -277,7 +277,7 @@ def test_both_pseudo_views() -> None:
         assert seen == [False, True][-passes:]
 
 
-def test_images_without_nuclei_train_too() -> None:
+def test_training_on_images_without_nuclei() -> None:
     tuner, batch = tuner_and_batch()
     batch = batch._replace(xy=batch.xy[:0], label=batch.label[:0], counts=torch.zeros_like(batch.counts))
     values = tuner.train_step(batch)
@@ -286,7 +286,7 @@ def test_images_without_nuclei_train_too() -> None:
 
 
 @pytest.mark.slow
-def test_a_small_set_is_learnt() -> None:
+def test_a_small_set_can_be_learnt() -> None:
     tuner, _ = tuner_and_batch("optim.lr=1e-3", "optim.epochs=30", "data.sample_size=96", size=192)
     images = read_labelled(open_source("synthetic:4", size=192), ("train",), 0.5)["train"][:2]
     colours = tuner.config.data.colours()

@@ -1,4 +1,4 @@
-"""The predict command: where the nuclei lie, seams, memory, kills, and slides that cannot be used."""
+"""The predict command: positions of nuclei, seams, memory, kills, and unusable slides."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ main = partial(run, predict_main)
 
 
 def positions(folder: Path) -> np.ndarray:
-    """What the table and the GeoJSON of a finished folder both say, ``[n, 2]``."""
+    """Return the positions ``[n, 2]`` in a finished folder, which table and GeoJSON must agree on."""
     rows = [line.split(",") for line in (folder / "cells.csv").read_text().splitlines()[1:]]
     xy = np.array([(float(row[0]), float(row[1])) for row in rows]).reshape(-1, 2)
     features = json.loads((folder / "cells.geojson").read_text())["features"]
@@ -51,7 +51,7 @@ def classical(*words: object) -> int:
 
 @pytest.fixture
 def dots(monkeypatch: pytest.MonkeyPatch) -> dict[str, DotDetector]:
-    """Weights ``dots:MPP`` stand for a detector of dots; those that were opened."""
+    """Let weights ``dots:MPP`` mean a detector of dots; return the detectors that were opened."""
     opened: dict[str, DotDetector] = {}
 
     def open_dots(weights: str, device: object) -> DotDetector:
@@ -77,13 +77,13 @@ def test_dots_are_found_in_level_0_pixels(
     out = tmp_path / "out"
     assert main(["--weights", f"dots:{detector_mpp}", "--out", str(out), str(slide), "tissue=false", "tile=192"]) == 0
     assert_same_places(positions(out / "s"), planted, 0.5)
-    told = summary(out / "s")
-    assert told["nuclei"] == len(planted) == sum(told["nuclei_per_class"].values())
-    assert told["area_mm2"] == pytest.approx(width * height * mpp**2 / 1e6, rel=1e-4)
-    assert told["nuclei_per_mm2"] == pytest.approx(told["nuclei"] / told["area_mm2"], rel=1e-3)
-    assert 0 < told["detector_busy"] <= 1
+    found = summary(out / "s")
+    assert found["nuclei"] == len(planted) == sum(found["nuclei_per_class"].values())
+    assert found["area_mm2"] == pytest.approx(width * height * mpp**2 / 1e6, rel=1e-4)
+    assert found["nuclei_per_mm2"] == pytest.approx(found["nuclei"] / found["area_mm2"], rel=1e-3)
+    assert 0 < found["detector_busy"] <= 1
     shapes = {shape[2:] for shape in dots[f"dots:{detector_mpp}"].shapes}
-    assert len(shapes) <= 4 and told["tiles"] >= 4  # whole tiles, and those at the far sides
+    assert len(shapes) <= 4 and found["tiles"] >= 4  # whole tiles, and smaller ones at the far sides
 
 
 def test_images_with_a_table(tmp_path: Path, dots: dict) -> None:
@@ -103,7 +103,7 @@ def test_images_with_a_table(tmp_path: Path, dots: dict) -> None:
 
 
 def test_seams_do_not_show(tmp_path: Path) -> None:
-    """The nuclei of any tiles are those of one detection on the whole page."""
+    """Whatever the tiles, the nuclei are those of one detection on the whole page."""
     image = page_with_tissue()[:600, 200:1000]
     slide = write_slide(tmp_path / "s.tif", image)
     whole, _ = detect_nuclei(image, 0.5)
@@ -114,10 +114,10 @@ def test_seams_do_not_show(tmp_path: Path) -> None:
         assert as_set(positions(out / "s")) == as_set(whole.round(2).astype(float))
 
 
-def test_a_nucleus_that_tiles_place_differently_is_one(
+def test_a_nucleus_that_tiles_place_differently_is_counted_once(
     tmp_path: Path, dots: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each tile errs by up to a pixel, so that on seams two claim a nucleus, or none does."""
+    """Each tile errs by up to a pixel, so that at seams two tiles claim a nucleus, or none does."""
     planted = scattered(900, 700, 16)
     slide = write_slide(tmp_path / "s.tif", page_of_dots(900, 700, planted, 1.5))
     detect, rng = DotDetector._detect, np.random.default_rng(0)
@@ -132,7 +132,7 @@ def test_a_nucleus_that_tiles_place_differently_is_one(
     assert_same_places(positions(tmp_path / "out" / "s"), planted, 1.6)
 
 
-def test_tissue_spares_tiles_and_gives_the_same(tmp_path: Path) -> None:
+def test_skipping_glass_does_not_change_the_nuclei(tmp_path: Path) -> None:
     image = np.full((700, 1600, 3), 245, np.uint8)
     image[:, 400:1200] = page_with_tissue(side=512, height=700, width=800)
     slide = write_slide(tmp_path / "s.tif", image)
@@ -141,12 +141,12 @@ def test_tissue_spares_tiles_and_gives_the_same(tmp_path: Path) -> None:
         assert classical("--out", tmp_path / str(tile), slide, f"tile={tile}") == 0
         results[tile] = as_set(positions(tmp_path / str(tile) / "s"))
     assert results[160] == results[512] and len(results[160]) > 200
-    told = summary(tmp_path / "160" / "s")
-    assert told["tiles"] < 0.5 * 24 * 10  # a pace of 64
-    assert told["area_mm2"] == pytest.approx((512 * 0.5e-3) ** 2, rel=0.15)
+    found = summary(tmp_path / "160" / "s")
+    assert found["tiles"] < 0.5 * 24 * 10  # a stride of 64
+    assert found["area_mm2"] == pytest.approx((512 * 0.5e-3) ** 2, rel=0.15)
 
 
-# ------------------------------------------------------------------------------------------- what cannot be used
+# ----------------------------------------------------------------------------------------------- unusual and bad input
 
 
 @pytest.mark.parametrize("extra", ["tissue=true", "tissue=false"])
@@ -154,13 +154,13 @@ def test_an_empty_slide_has_no_nuclei(tmp_path: Path, extra: str) -> None:
     slide = write_slide(tmp_path / "s.tif", np.full((600, 700, 3), 245, np.uint8))
     assert classical("--out", tmp_path / "out", slide, extra) == 0
     assert len(positions(tmp_path / "out" / "s")) == 0
-    told = summary(tmp_path / "out" / "s")
-    assert told["nuclei"] == told["nuclei_per_mm2"] == 0
-    assert (told["tiles"] == 0) == (extra == "tissue=true")
+    found = summary(tmp_path / "out" / "s")
+    assert found["nuclei"] == found["nuclei_per_mm2"] == 0
+    assert (found["tiles"] == 0) == (extra == "tissue=true")
 
 
-def test_what_is_found_can_be_scored(tmp_path: Path, dots: dict) -> None:
-    """`evaluate points` takes the folder that this command left as it stands, with its names of classes."""
+def test_predictions_can_be_scored(tmp_path: Path, dots: dict) -> None:
+    """`evaluate points` reads the output folder as it is, including the class names."""
     out, truth, report = tmp_path / "out", tmp_path / "truth", tmp_path / "scores.json"
     (tmp_path / "in").mkdir()
     planted = {"a": scattered(300, 260, 24.0), "b": scattered(200, 220, 24.0, seed=4)}
@@ -169,7 +169,7 @@ def test_what_is_found_can_be_scored(tmp_path: Path, dots: dict) -> None:
     words = ["--weights", "dots:0.5", "--out", str(out), str(tmp_path / "in"), "tissue=false", "mpp=0.5"]
     assert main(words) == 0
     for name, xy in planted.items():
-        known = np.vstack([xy, [[297.0, 257.0]]]) if name == "a" else xy  # one that was not found
+        known = np.vstack([xy, [[297.0, 257.0]]]) if name == "a" else xy  # one that is not found
         write_points(truth / f"{name}.csv", known, np.ones(len(known), int), np.ones(len(known)))
     folders = ["--predictions", str(out), "--truth", str(truth)]
     assert evaluate.main(["points", *folders, "--mpp", "0.5", "--draws", "9", "--json", str(report)]) == 0
@@ -187,7 +187,7 @@ def test_one_nucleus(tmp_path: Path, dots: dict) -> None:
     assert np.abs(positions(tmp_path / "out" / "s") - [[250.3, 99.9]]).max() < 0.1
 
 
-def test_bad_slides_are_named_and_the_others_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_slides_are_named_and_the_others_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [
         write_slide(tmp_path / "in" / f"{name}.tif", page_with_tissue(seed)[:300, :500])
         for seed, name in ((0, "a"), (1, "z"))
@@ -215,14 +215,14 @@ def test_damaged_tiles_within_the_limit_are_counted(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "s.tif", page_with_tissue(), compression="zlib")
     damage(slide, 8)  # of 256 px, at 512, 256
     assert classical("--out", tmp_path / "out", slide, "tile=256") == 0
-    told = summary(tmp_path / "out" / "s")
-    assert 1 <= told["unreadable_tiles"] <= 9
-    assert told["nuclei"] > 300
+    found = summary(tmp_path / "out" / "s")
+    assert 1 <= found["unreadable_tiles"] <= 9
+    assert found["nuclei"] > 300
 
 
 @pytest.mark.parametrize("field", ["score", "xy"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_no_number_is_refused(
+def test_non_finite_detections_are_refused(
     tmp_path: Path,
     dots: dict,
     monkeypatch: pytest.MonkeyPatch,
@@ -259,13 +259,13 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: lis
     slide = write_slide(tmp_path / "s.tif", page_with_tissue()[:200, :200])
     assert classical("--out", tmp_path / "out", slide, *words) == 2
     assert message in capsys.readouterr().err
-    assert classical("--out", tmp_path / "out", slide) == 0  # nothing of the mistake is in the way
+    assert classical("--out", tmp_path / "out", slide) == 0  # the failed command left nothing that prevents this
 
 
-# -------------------------------------------------------------------------------------------- again and again
+# --------------------------------------------------------------------------------------------------- repeated commands
 
 
-def test_what_is_done_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_slides_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (
         write_slide(tmp_path / f"{name}.tif", page_with_tissue(i)[:300, :500]) for i, name in enumerate("ab")
     )
@@ -276,7 +276,7 @@ def test_what_is_done_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "holds all of it already" in capsys.readouterr().err
     assert classical("--out", out, first, second, "tissue=false") == 2
     assert "made with settings" in capsys.readouterr().err
-    assert classical("--out", out, first, second, "batch=1") == 0  # changes nothing about the nuclei
+    assert classical("--out", out, first, second, "batch=1") == 0  # does not change the nuclei
     assert (out / "a" / "cells.csv").stat().st_mtime_ns == stamp
     assert summary(out)["inputs"] == 2
     assert summary(out)["nuclei"] == len(positions(out / "a")) + len(positions(out / "b"))
@@ -287,13 +287,13 @@ def test_what_is_done_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def in_a_child(pause: float, *words: object, then: str = "") -> list[str]:
-    """A command line that predicts with `planted.main`, and then runs ``then``."""
+    """Return a command line that predicts with `planted.main` and then runs ``then``."""
     path = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})"
     code = f"{path}; from tests.support import planted; code = planted.main({pause})"
     return [sys.executable, "-c", f"{code}; {then}", *map(str, words), "tissue=false"]
 
 
-def test_a_kill_leaves_no_half_folder_and_the_command_goes_on(tmp_path: Path, dots: dict) -> None:
+def test_a_kill_leaves_no_partial_folder_and_the_command_continues(tmp_path: Path, dots: dict) -> None:
     planted = scattered(1500, 1200, 30)
     write_slide(tmp_path / "in" / "a.tif", page_of_dots(200, 200, planted[(planted < 180).all(axis=1)], 3.0))
     write_slide(tmp_path / "in" / "b.tif", page_of_dots(1500, 1200, planted, 3.0))
@@ -320,7 +320,7 @@ def test_a_kill_leaves_no_half_folder_and_the_command_goes_on(tmp_path: Path, do
 
 
 def peak_memory(out: Path, slide: Path) -> tuple[int, int]:
-    """kB of a process of its own, and the number of dots that it found."""
+    """Predict in a separate process; return its peak memory in kB and the number of dots it found."""
     then = "import resource; print('PEAK', code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     words = in_a_child(0.0, "--weights", "dots:1.0", "--out", out, slide, "readers=2", "batch=2", "tile=512", then=then)
     done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -331,7 +331,7 @@ def peak_memory(out: Path, slide: Path) -> tuple[int, int]:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
-    """Four times the side: the pixels of the larger slide alone would be 200 MB."""
+    """The larger slide has four times the side; its pixels alone would be 200 MB."""
     tile = page_of_dots(256, 256, scattered(256, 256, 60), 4.0)
     peaks, dots = {}, {}
     for side in (8, 32):
@@ -343,7 +343,7 @@ def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
         )  # fmt: skip
         peaks[side], dots[side] = peak_memory(tmp_path / "out" / str(side), slide)
     assert dots[32] == 16 * dots[8] > 3000
-    assert peaks[32] < 1.2 * peaks[8], peaks  # the larger fills OpenSlide's caches, 32 MB a handle
+    assert peaks[32] < 1.2 * peaks[8], peaks  # the larger fills OpenSlide's caches, 32 MB per handle
 
 
 # -------------------------------------------------------------------------------------------------------- real data
@@ -352,7 +352,7 @@ def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
 def test_a_real_slide(shared_data: Path, tmp_path: Path) -> None:
     slide = shared_data / "wsi" / "cmu-1-small-region.svs"
     assert classical("--out", tmp_path, slide, "gzip=true", "tile=512", "batch=2") == 0
-    told = summary(tmp_path / slide.stem)
-    assert 1500 < told["nuclei"] < 5000
-    assert 0.5 < told["area_mm2"] < 0.8
+    found = summary(tmp_path / slide.stem)
+    assert 1500 < found["nuclei"] < 5000
+    assert 0.5 < found["area_mm2"] < 0.8
     assert (tmp_path / slide.stem / "cells.geojson.gz").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The prepare command: what it writes, what it says, and that a mistake leaves nothing behind."""
+"""The prepare command: its files, its messages, and that a mistake leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_synthetic_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "left out nothing" in text
 
 
-def test_quality_trades_bytes(tmp_path: Path) -> None:
+def test_lower_quality_saves_bytes(tmp_path: Path) -> None:
     for quality in ("95", "75"):
         assert main(["synthetic:1", str(tmp_path / quality), "--quality", quality, "size=256"]) == 0
     size = {path.name: (path / "shard-00000.bin").stat().st_size for path in tmp_path.iterdir()}
@@ -75,7 +75,7 @@ def points_folder(folder: Path, csv: str, suffix: str = "png") -> Path:
     ],
 )
 def test_bad_points_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], csv: str, message: str) -> None:
-    """The first image is good and already written when the second fails."""
+    """The first image is good and has been written when the second fails."""
     folder = points_folder(tmp_path / "in", csv)
     assert main([f"points:{folder}", str(tmp_path / "out"), "mpp=0.5"]) == 2
     assert message in capsys.readouterr().err
@@ -120,7 +120,7 @@ def test_real_slide(tmp_path: Path, shared_data: Path) -> None:
 def test_a_folder_with_one_good_and_one_bad_slide(
     tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The real slides: one tells its um per pixel, the other does not."""
+    """Of the two real slides, one has um per pixel in its header and the other does not."""
     out, folder = tmp_path / "out", shared_data / "wsi"
     bad, why = "tcga-cr-7395-01a-01-ts1", "the header does not give um per pixel; give mpp=NUMBER"
     assert main([f"wsi:{folder}", str(out), "workers=1"]) == 0
@@ -165,7 +165,7 @@ def test_tissue_goes_to_qupath_and_back(tmp_path: Path, shared_data: Path) -> No
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert report(second)[0]["tissue_from"] == "cmu-1-small-region.geojson"
 
-    left = {"type": "Polygon", "coordinates": [[[600, 0], [1200, 0], [1200, 2967], [600, 2967]]]}  # drawn anew
+    left = {"type": "Polygon", "coordinates": [[[600, 0], [1200, 0], [1200, 2967], [600, 2967]]]}  # drawn by hand
     path = tmp_path / "edited" / "cmu-1-small-region.geojson"
     path.parent.mkdir()
     path.write_text(json.dumps({"type": "Feature", "properties": {"objectType": "annotation"}, "geometry": left}))
@@ -175,7 +175,7 @@ def test_tissue_goes_to_qupath_and_back(tmp_path: Path, shared_data: Path) -> No
 
 
 def test_slides_and_groups_are_balanced(tmp_path: Path) -> None:
-    """Groups of one and of two slides, one of which is excluded by its patient."""
+    """One slide in group A and three in group B, of which one is excluded by its patient."""
     folder, table = tmp_path / "in", tmp_path / "groups.csv"
     names = ["TCGA-AA-0001-01Z", "TCGA-AA-0002-01Z", "TCGA-AA-0003-01Z", "case"]
     for seed, name in enumerate(names):
@@ -194,7 +194,7 @@ def test_slides_and_groups_are_balanced(tmp_path: Path) -> None:
     assert main(["audit", str(tmp_path / "out"), str(tmp_path / "tested.txt")]) == 0
 
 
-def test_no_slide_is_left_over_its_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slide_with_too_many_unreadable_rois_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_slide(tmp_path / "in" / "bad.tif", page_with_tissue(0, 600, 700, 512), compression="zlib")
     damage(path, 4)
     assert main([f"wsi:{path}", str(tmp_path / "out"), "roi_um=64", "max_unreadable_rois=0"]) == 2
@@ -230,7 +230,7 @@ def test_mistakes_on_the_command_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_roi_is_an_error(tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_without_rois_is_an_error(tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slide = shared_data / "wsi" / "cmu-1-small-region.svs"
     assert main([f"wsi:{slide}", str(tmp_path / "out"), "roi_um=512", "min_tissue=1"]) == 2
     assert "gave no ROI; left out: too little tissue 4" in capsys.readouterr().err
@@ -247,7 +247,7 @@ def test_an_existing_set_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_full_disk(tmp_path: Path) -> None:
-    """A limit on file sizes stands in for a full disk: the write fails in the middle of the set."""
+    """A limit on file sizes replaces a full disk: the write fails in the middle of the set."""
     script = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

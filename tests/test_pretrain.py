@@ -1,4 +1,4 @@
-"""The command, run as users run it: killed, told to stop, given bad data, run twice."""
+"""The pretrain command as users run it: killed, stopped, with bad data, and twice."""
 
 import gc
 import json
@@ -50,7 +50,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 def crash_at_step(step: int, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the command in this process until ``step`` begins, and leave it as a crash would."""
+    """Run the command in this process until ``step`` begins, then crash."""
     train_step = Trainer.train_step
 
     def crashing(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
@@ -72,7 +72,7 @@ def unbroken(workplace: Path) -> Path:
     return out
 
 
-def test_what_a_run_leaves(unbroken: Path) -> None:
+def test_a_run_writes_its_results(unbroken: Path) -> None:
     summary = json.loads((unbroken / "summary.json").read_text())
     assert summary["steps"] == 12 and summary["losses_finite"] and summary["rois_per_second"] > 0
     assert set(summary["retrieval_at_1"]) == {"before", "after"}
@@ -93,7 +93,7 @@ def test_the_run_loads_as_a_backbone(unbroken: Path) -> None:
     assert backbone.nucleus_features(images, xy, torch.tensor([0, 0, 1])).shape == (3, 192)
 
 
-def test_killed_three_times_and_resumed_it_ends_with_the_same_losses(workplace: Path, unbroken: Path) -> None:
+def test_a_run_killed_three_times_ends_with_the_same_losses(workplace: Path, unbroken: Path) -> None:
     rng = random.Random(0)
     out = workplace / "killed"
     for low in (2, 4, 6):
@@ -140,7 +140,7 @@ def test_sigterm_saves_and_exits_with_a_known_code(workplace: Path, unbroken: Pa
     assert not (out / "exit.json").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_by_name(
+def test_a_damaged_checkpoint_is_named_and_skipped(
     workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = workplace / "damaged"
@@ -201,7 +201,7 @@ def test_other_settings_do_not_continue_a_run(
     expect_error(capsys, [*arguments(workplace, out), "--resume", "never"], "holds checkpoints")
 
 
-def test_a_crash_before_the_first_checkpoint_starts_anew_with_one_row_per_measurement(
+def test_after_a_crash_before_the_first_checkpoint_the_run_starts_over_with_one_row_per_measurement(
     workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = workplace / "early"
@@ -213,7 +213,7 @@ def test_a_crash_before_the_first_checkpoint_starts_anew_with_one_row_per_measur
     assert losses(out) == losses(unbroken)
 
 
-def test_a_run_from_the_checkpoint_of_another_is_whole(workplace: Path, unbroken: Path) -> None:
+def test_a_run_can_start_from_the_checkpoint_of_another(workplace: Path, unbroken: Path) -> None:
     out = workplace / "continued"
     origin = checkpoint.folder_of(unbroken, 10)
     assert main([*arguments(workplace, out), "--resume", str(origin)]) == 0
@@ -225,7 +225,7 @@ def test_a_run_from_the_checkpoint_of_another_is_whole(workplace: Path, unbroken
 def test_a_run_with_larger_views_starts_from_another(
     workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a run folder or a checkpoint; killed and started again, it goes on from its own checkpoints."""
+    """Start from a run folder or a checkpoint; after a kill, the run resumes from its own checkpoints."""
     larger = ["views.global_size=96", "optim.steps=4", f"model.init={unbroken}"]
     out, broken, other = workplace / "larger", workplace / "larger-broken", workplace / "larger-other"
     assert main(arguments(workplace, out, *larger)) == 0
@@ -241,7 +241,7 @@ def test_a_run_with_larger_views_starts_from_another(
     assert losses(other)[0] != losses(out)[0]
 
 
-def test_starts_that_are_refused(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_starts(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = workplace / "refused"
     for settings, said in (
         ([f"model.init={workplace / 'nowhere'}"], f"model.init={workplace / 'nowhere'}: no run"),
@@ -260,7 +260,7 @@ def test_a_run_in_micro_batches(workplace: Path) -> None:
         main(arguments(workplace, workplace / "uneven", "optim.accumulate=3", "optim.steps=3"))
 
 
-def test_every_row_tells_speed_waits_and_memory(unbroken: Path) -> None:
+def test_every_row_has_speed_waits_and_memory(unbroken: Path) -> None:
     rows = [row for row in read_metrics(unbroken / "metrics.jsonl") if "loss" in row]
     for row in rows:
         assert row["rois_per_second"] > 0 and 0 <= row["data_wait"] <= 1 and row["peak_memory_gib"] > 0.05
@@ -270,14 +270,14 @@ def test_every_row_tells_speed_waits_and_memory(unbroken: Path) -> None:
     )
 
 
-def test_mfu_is_the_flops_of_the_rows_at_hand_over_the_peak(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a peak of 1 FLOP/s, it is the FLOPs per ROI times the ROIs per second."""
+def test_mfu_is_the_flops_of_a_row_over_the_peak(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a peak of 1 FLOP/s, the MFU is the FLOPs per ROI times the ROIs per second."""
     out, seen = workplace / "mfu", []
     train_step = Trainer.train_step
 
     def counting(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
         offsets = views[0].nuclei.offsets
-        images = 2 * views[0].num_rois  # two globals per ROI
+        images = 2 * views[0].num_rois  # two global views per ROI
         seen.append((int(offsets[-1]) / 2, int(offsets[images]) / 2))
         return train_step(trainer, *views, measure=measure)
 
@@ -291,7 +291,7 @@ def test_mfu_is_the_flops_of_the_rows_at_hand_over_the_peak(workplace: Path, mon
     assert json.loads((out / "summary.json").read_text())["mfu"] == pytest.approx(sum(r["mfu"] for r in rows) / 3)
 
 
-def test_the_garbage_collector_stays_out_of_the_steps(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_garbage_collector_is_off_during_steps(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enabled = []
     train_step = Trainer.train_step
 

@@ -1,4 +1,4 @@
-"""Jobs as submitit runs them: on this machine, and as Slurm would, with stand-ins for its commands."""
+"""Jobs as submitit runs them: on this machine, and under Slurm with fake commands."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", [1, 2])
-def test_warned_it_saves_queues_again_and_ends_as_an_unbroken_run(
+def test_a_warned_run_saves_requeues_and_ends_like_an_unbroken_run(
     tasks: int, workplace: Path, unbroken: list[float]
 ) -> None:
     out = workplace / f"local_{tasks}"
@@ -97,13 +97,13 @@ def test_warned_it_saves_queues_again_and_ends_as_an_unbroken_run(
     assert process.returncode == 0, said
     (log,) = (out / "slurm").glob("*_0_log.out")
     assert "stopped after step" in log.read_text() and log.read_text().count("pretrain: vit_tiny") == 2
-    assert len(checkpoint.steps(out)) == 2  # one where it was warned, one at the end
+    assert len(checkpoint.steps(out)) == 2  # one at the warning, one at the end
     assert losses(out) == pytest.approx(unbroken, rel=1e-10 if tasks > 1 else 0, abs=0)
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of stand-ins for Slurm's commands; ``requeued`` appears in it, with what ``scontrol`` found saved."""
+    """A folder of fake Slurm commands; ``scontrol`` writes the checkpoints it finds to ``requeued``."""
     commands = {
         "srun": "",
         "sbatch": f"cp $1 {tmp_path}/batch.sh; echo Submitted batch job 42",
@@ -117,7 +117,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_under_slurm_it_is_saved_before_it_is_requeued(
+def test_under_slurm_a_run_saves_before_it_is_requeued(
     workplace: Path, unbroken: list[float], cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = workplace / "cluster"
@@ -139,14 +139,14 @@ def test_under_slurm_it_is_saved_before_it_is_requeued(
     saved = checkpoint.steps(out)
     assert saved and (cluster / "requeued").read_text() == f"requeue 42: step-{saved[0]:08d}\n", said
 
-    process = start(task, **slurms)  # what Slurm does then
+    process = start(task, **slurms)  # as Slurm does after that
     assert process.wait() == 0
     assert losses(out) == unbroken
 
 
 @pytest.fixture
 def submitits_handler() -> Iterator[list[int]]:
-    """Signals that reached the handler which submitit sets before a job begins."""
+    """Signals that reached the handler that submitit sets before a job begins."""
     seen: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
@@ -161,12 +161,12 @@ def job(monkeypatch: pytest.MonkeyPatch) -> slurm.PretrainJob:
     for name, value in {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1"}.items():
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "")  # so that what the job sets is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch undoes what the job sets
         monkeypatch.delenv(name)
     return slurm.PretrainJob(())
 
 
-def test_a_warning_before_training_requeues_at_once(
+def test_a_warning_before_training_requeues_immediately(
     job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warned_while_loading(argv: object) -> int:
@@ -178,7 +178,7 @@ def test_a_warning_before_training_requeues_at_once(
     assert job() == 0
 
 
-def test_a_warning_in_training_stops_it_first(
+def test_a_warning_during_training_stops_it_first(
     job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warned_in_training(argv: object) -> int:
@@ -193,7 +193,7 @@ def test_a_warning_in_training_stops_it_first(
 
 
 @pytest.mark.parametrize("code", [exit_codes.STOPPED, exit_codes.NON_FINITE])
-def test_a_run_that_stopped_unwarned_has_failed(
+def test_a_run_that_stops_without_a_warning_has_failed(
     code: int, job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrain, "main", lambda argv: code)

@@ -1,4 +1,4 @@
-"""torchrun, on the network as it is: ranks that are told to stop, or refuse. ``torture`` kills them (row T3)."""
+"""torchrun with the full networks: ranks that are stopped, or refuse to start. ``torture`` kills them (row T3)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = ("optim.steps=16", "train.log_every=2", "train.checkpoint_every=4", "dat
 
 
 def finish(runs: Runs, out: Path) -> None:
-    """Go on to the end with two ranks again, on the network as it is."""
+    """Resume with two ranks and finish, with the full networks."""
     assert runs.ranks(pretrain.main, [(runs.argv(out, *SHORT),)] * 2) == [0, 0]
 
 
@@ -36,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks) -> Runs:
 
 @pytest.fixture(scope="module")
 def unbroken(runs: Runs) -> Path:
-    """A run under torchrun, whose output the main rank alone has written."""
+    """A run under torchrun, of which only the main rank has written output."""
     out = runs.folder / "unbroken"
     with Job(runs.argv(out, *SHORT), log=runs.folder / "unbroken.log") as job:
         assert job.wait() == 0, job.output()
@@ -53,7 +53,7 @@ def test_torchrun_equals_one_rank(runs: Runs, unbroken: Path, tmp_path: Path) ->
 
 
 def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
-    """The rank that is there first finds the name of the start before, whose rank 0 answers no more."""
+    """The first rank finds the name of the previous start, whose rank 0 no longer answers."""
     store = torch.distributed.HashStore()
     seconds = timedelta(seconds=20)
     for number in range(3):
@@ -69,7 +69,7 @@ def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "lost"),
+    ("message", "lost"),
     [
         (
             "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:30096",
@@ -83,27 +83,27 @@ def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
         ("a bug", False),
     ],
 )
-def test_what_is_taken_for_a_lost_rank(said: str, lost: bool) -> None:
+def test_which_errors_mean_a_lost_rank(message: str, lost: bool) -> None:
     expected = UserError if lost else torch.distributed.DistBackendError
     with pytest.raises(expected) as raised, _lost_rank_told(3):
-        raise torch.distributed.DistBackendError(said)
-    assert said.splitlines()[0] in str(raised.value) and ("rank 3 lost its" in str(raised.value)) == lost
+        raise torch.distributed.DistBackendError(message)
+    assert message.splitlines()[0] in str(raised.value) and ("rank 3 lost its" in str(raised.value)) == lost
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["launcher", "rank 0", "rank 1"])
-def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, told: str) -> None:
-    """They agree at the next row. torchrun keeps code 75 to itself: its own is 1."""
-    out = tmp_path / "told"
-    with Job(runs.argv(out, *SHORT, "train.checkpoint_every=1000"), log=tmp_path / "told.log") as job:
+@pytest.mark.parametrize("receiver", ["launcher", "rank 0", "rank 1"])
+def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, receiver: str) -> None:
+    """The ranks agree at the next row. torchrun does not pass code 75 on: it exits with 1."""
+    out = tmp_path / "stopped"
+    with Job(runs.argv(out, *SHORT, "train.checkpoint_every=1000"), log=tmp_path / "stopped.log") as job:
         job.wait_for_steps(2)
         ranks = job.ranks()
-        os.kill({"launcher": job.pid, "rank 0": ranks[0], "rank 1": ranks[1]}[told], signal.SIGTERM)
+        os.kill({"launcher": job.pid, "rank 0": ranks[0], "rank 1": ranks[1]}[receiver], signal.SIGTERM)
         assert job.wait() == 1 and not job.processes()
         printed = job.output()
     written = json.loads((out / "exit.json").read_text())
     assert written["code"] == exit_codes.STOPPED and written["step"] in range(4, 16, 2)
-    assert written["reason"] == ("another rank was told to stop" if told == "rank 1" else "SIGTERM")
+    assert written["reason"] == ("another rank was told to stop" if receiver == "rank 1" else "SIGTERM")
     assert checkpoint.steps(out) == [written["step"]] and printed.count("checkpoint written") == 1
     checkpoint.verify(checkpoint.folder_of(out, written["step"]))
     assert training_rows(out)[-1]["step"] == written["step"]

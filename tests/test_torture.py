@@ -1,6 +1,6 @@
-"""The harnesses of ``python -m torture`` in quick form, and the proof that each would see what it looks for.
+"""The harnesses of ``python -m torture`` in quick form, and proof that each detects what it looks for.
 
-Rows whose quick form is a test of the suite already are left out: C1 and C3 (test_checkpoint.py), C2 and D5
+This skips rows whose quick form is a test of the suite already: C1 and C3 (test_checkpoint.py), C2 and D5
 (test_pretrain.py, test_distributed.py), D1 to D4 (test_jpeg.py, test_bad_points.py), T5 (test_pretrain.py).
 """
 
@@ -32,24 +32,24 @@ def test_survives(name: str) -> None:
     assert ran.passed, ran.outcome
 
 
-# ---------------------------------------------------------------------------- harnesses that cannot fail prove nothing
+# -------------------------------------------------------------------- harnesses fail once the protection is taken out
 
 
 def blind(*_: Any, **__: Any) -> None:
-    """In place of a check."""
+    """Replaces a check."""
 
 
 def fails(harness: Callable[[Scale], Outcome], folder: Path) -> bool:
     return not run(Row("X", "", "", lambda scale: harness(Scale(True, folder))), quick=True).passed
 
 
-def test_without_the_manifest_damage_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_manifest_damage_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_verify_file", blind)
     assert fails(checkpoints.flips_and_cuts, tmp_path)
 
 
-def test_without_the_rename_kills_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files written in place, and whatever stands there taken for whole."""
+def test_without_the_rename_kills_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are written in place, and any folder counts as a complete checkpoint."""
 
     def in_place(out: Path) -> Path:
         out.mkdir(parents=True)
@@ -61,31 +61,31 @@ def test_without_the_rename_kills_are_seen(tmp_path: Path, monkeypatch: pytest.M
     assert fails(checkpoints.kills, tmp_path)
 
 
-def test_without_removal_orphans_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_removal_orphans_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "remove_temporary", blind)
     monkeypatch.setattr(checkpoint.atomic, "_remove_stale", blind)
     assert fails(checkpoints.kills, tmp_path)
 
 
-def test_without_refusal_typos_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_refusal_typos_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "_set", blind)
-    monkeypatch.setattr(settings, "_other_values", lambda value: [])  # they take seconds
+    monkeypatch.setattr(settings, "_other_values", lambda value: [])  # these take seconds
     assert fails(settings.bad_settings, tmp_path)
 
 
-def test_without_the_hash_damaged_pixels_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hash_damaged_pixels_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roiset, "roi_hash", lambda *_: b"")
     monkeypatch.setattr(roiset.RoiSet, "__getitem__", lambda self, i: None)
     assert fails(data.damaged_pixels, tmp_path)
 
 
-def test_without_the_checks_hostile_sets_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_checks_hostile_sets_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roiset, "check_index", blind)
     assert fails(security.nothing_escapes, tmp_path)
 
 
 def unguarded(argv: list[str], poison: str, on_rank: int, report: Path) -> int:
-    """The command without its guard: what the look says, all is well."""
+    """Run the command with a guard that accepts everything."""
     from muse_fast.training.guard import Guard
 
     Guard.look = lambda self, step, terms, roi_ids, epochs: torch.ones(())  # type: ignore[method-assign]
@@ -94,7 +94,7 @@ def unguarded(argv: list[str], poison: str, on_rank: int, report: Path) -> int:
 
 
 @pytest.mark.slow
-def test_without_the_guard_poison_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_guard_poison_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "poisoned", unguarded)
 
     def one_poison(scale: Scale) -> Outcome:
@@ -105,12 +105,12 @@ def test_without_the_guard_poison_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert fails(one_poison, tmp_path)
 
 
-def test_without_a_ring_that_closes_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rings_that_do_not_close_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muse_fast.images.geojson._closed", lambda ring: ring.tolist())
     assert fails(outlines.geojson, tmp_path)
 
 
-def test_a_call_that_unpickles_is_seen(tmp_path: Path) -> None:
+def test_calls_that_unpickle_are_detected(tmp_path: Path) -> None:
     bad = [
         "pickle.load(file)",
         "torch.load(path)",
@@ -129,7 +129,7 @@ def test_a_call_that_unpickles_is_seen(tmp_path: Path) -> None:
     assert security.unsafe_calls(tmp_path) == []
 
 
-def test_a_payload_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_payload_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pickle
 
     def unpickle(file: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         Row("A1", "keeps", "2 of 2", lambda scale: Outcome(2, 2)),
         Row("A2", "breaks", "2 of 2", lambda scale: Outcome(2, 1, "one was lost")),
         Row("A3", "raises", "", lambda scale: Outcome(1 // 0, 1)),
-        Row("A4", "is for another", "make something", None),
+        Row("A4", "is tested elsewhere", "make something", None),
     ]
     monkeypatch.setattr(table, "ROWS", rows)
     monkeypatch.setattr(table, "NAMES", [row.name for row in rows])
@@ -163,7 +163,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         command.main(["Z9"])
 
 
-# ---------------------------------------------------------------------------------------------------- who is waited for
+# -------------------------------------------------------------------------------------- which ranks the others wait for
 
 
 def sign(beats: int, collectives: int) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def sign(beats: int, collectives: int) -> dict[str, Any]:
         ({0: sign(1, 9), 1: sign(1, 9)}, {0: sign(4, 9), 1: sign(4, 9)}, [0, 1], "look at the network"),
     ],
 )
-def test_who_is_waited_for(
+def test_which_rank_the_others_wait_for(
     before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]], culprits: list[int], said: str
 ) -> None:
     found, reason = watchdog.waited_for(before, now, 2)

@@ -1,4 +1,4 @@
-"""Training of the detector: the loss against its formula, planted nuclei found, the command and what it leaves."""
+"""Training of the detector: the loss against its formula, planted nuclei, the command and its results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_loss_against_the_formula_in_float64() -> None:
     assert loss.item() == pytest.approx((w * terms).sum() / (w * t).sum(), rel=1e-5)
 
 
-def test_loss_is_least_at_the_target_and_finite_without_nuclei() -> None:
+def test_loss_is_minimal_at_the_target_and_finite_without_nuclei() -> None:
     target = torch.full((1, 2, 2), 0.3)
     crops = Crops(torch.empty(0), target, torch.ones_like(target))
     logits = torch.logit(target).requires_grad_()
@@ -79,7 +79,7 @@ def test_same_seed_same_weights() -> None:
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_what_is_scored_is_what_half_precision_holds() -> None:
+def test_scores_are_those_of_weights_in_half_precision() -> None:
     detector = train(synthetic(0), TrainDetectorConfig(steps=1, **TINY), silent)
     for name, tensor in detector.network.state_dict().items():
         assert torch.equal(tensor, tensor.half().to(tensor.dtype)), name
@@ -87,7 +87,7 @@ def test_what_is_scored_is_what_half_precision_holds() -> None:
 
 
 class Fixed:
-    """Finds the true points and, with lower scores, others that are far away."""
+    """Finds the true points and, with lower scores, others far away."""
 
     reach_um, threshold = 0.0, 0.5
 
@@ -109,7 +109,7 @@ def test_choice_of_a_threshold() -> None:
     assert best_threshold(detector, [image], [0.2, 0.5, 0.95]) == (1.0, 0.5)
 
 
-def test_choice_leaves_settings_of_the_grid() -> None:
+def test_chosen_settings_are_on_the_grid() -> None:
     detector = train(synthetic(0), TrainDetectorConfig(steps=1, **TINY), silent)
     choose_settings(detector, synthetic(1))
     assert detector.threshold in THRESHOLDS and detector.min_distance_um in DISTANCES_UM
