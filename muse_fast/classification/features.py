@@ -16,7 +16,7 @@ from muse_fast.runtime.progress_bar import Progress
 
 
 class NucleusFeatures(Protocol):
-    """A backbone, as feature extraction needs it; see ``muse_fast.models.backbone.Backbone``."""
+    """Part of `muse_fast.models.backbone.Backbone` that feature extraction uses."""
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor: ...
 
@@ -27,7 +27,7 @@ class NucleusSet:
 
     features: Tensor  # [N, D] float32
     labels: Tensor  # [N] int64
-    slides: Tensor  # [N] int64, which slide a nucleus comes from; nuclei of one slide are not independent
+    slides: Tensor  # [N] int64, slide of each nucleus; nuclei of one slide are not independent
 
     def to(self, device: torch.device | str) -> NucleusSet:
         return NucleusSet(self.features.to(device), self.labels.to(device), self.slides.to(device))
@@ -44,7 +44,7 @@ class TileBatch:
 
 
 def stack_tiles(tiles: Sequence[Tile], device: torch.device | str = "cpu") -> TileBatch:
-    """One batch of ``tiles`` on ``device``; pixels travel as uint8."""
+    """Stack ``tiles`` into one batch on ``device``; pixels are transferred as uint8."""
     counts = torch.tensor([len(tile.label) for tile in tiles])
     pixels = torch.from_numpy(np.stack([tile.image for tile in tiles])).to(device)
     return TileBatch(
@@ -64,7 +64,7 @@ def extract_features(
     bf16: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, NucleusSet]:
-    """Features of every nucleus of every split, on the CPU. The caller puts the backbone in eval mode on ``device``."""
+    """Features of every nucleus of every split, on the CPU; the backbone must be in eval mode on ``device``."""
     total = sum(len(found) for found in tiles.values())
     done = 0
     sets = {}

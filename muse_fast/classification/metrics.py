@@ -1,8 +1,8 @@
 """Metrics of nucleus classification: how well class probabilities fit the true classes.
 
-`METRICS` is the one list of them: `score` computes every entry, the report holds each under its name, and those with a
-heading are columns of the printed table. Accuracy alone flatters a classifier that follows the majority class, so it
-never appears without balanced accuracy, recall per class, the confusion matrix and a 95 % interval.
+`METRICS` is the only list of them: `score` computes every entry, the report stores each under its name, and those with
+a heading are columns of the printed table. Accuracy by itself flatters a classifier that follows the majority class, so
+it never appears without balanced accuracy, recall per class, the confusion matrix and a 95 % interval.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PerClass = tuple[float | None, ...]  # None where undefined, such as the recall 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says about the nuclei of one split, and the truth."""
+    """Predicted and true classes of the nuclei of one split."""
 
     probabilities: NDArray[np.float64]  # [N, C]
     labels: NDArray[np.int64]  # [N] true classes
@@ -41,11 +41,11 @@ class Predictions:
 
     @cached_property
     def classes(self) -> NDArray[np.int64]:
-        """``[N]`` most probable class; of equally probable ones the first."""
+        """``[N]`` most probable class; the first of equally probable ones."""
         return self.probabilities.argmax(axis=1)
 
-    def against_the_rest(self) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
-        """For each class: which nuclei are of it ``[N]``, and how probable that is ``[N]``."""
+    def one_vs_rest(self) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
+        """For each class: which nuclei belong to it ``[N]``, and its predicted probability ``[N]``."""
         for kind, probability in enumerate(self.probabilities.T):
             yield self.labels == kind, probability
 
@@ -70,7 +70,7 @@ def accuracy(predictions: Predictions) -> float:
 
 
 def accuracy_ci95(predictions: Predictions, draws: int = 2000) -> Interval:
-    """95 % interval of the accuracy by bootstrap over slides, not over nuclei: nuclei of one slide are alike."""
+    """95 % interval of the accuracy by bootstrap over slides, not nuclei: nuclei of one slide are not independent."""
     hits = np.bincount(predictions.slides, weights=predictions.classes == predictions.labels)
     count = np.bincount(predictions.slides)
     hits, count = hits[count > 0], count[count > 0]
@@ -80,7 +80,7 @@ def accuracy_ci95(predictions: Predictions, draws: int = 2000) -> Interval:
 
 
 def confusion(predictions: Predictions) -> list[list[int]]:
-    """``[C][C]`` numbers of nuclei: rows are true classes, columns predicted ones."""
+    """``[C][C]`` counts of nuclei: rows are true classes, columns predicted ones."""
     size = predictions.num_classes
     pairs = np.bincount(predictions.labels * size + predictions.classes, minlength=size**2)
     return pairs.reshape(size, size).tolist()
@@ -92,14 +92,14 @@ def recall(predictions: Predictions) -> PerClass:
 
 
 def roc_auc(predictions: Predictions) -> PerClass:
-    """Area under the ROC curve of each class against the rest; None without nuclei of the class, or of the rest.
+    """Area under the ROC curve of each class against the rest; None if the class or the rest has no nuclei.
 
-    It is the probability that a nucleus of the class gets a higher probability of that class than another nucleus, a
-    tie counting one half (Fawcett, 2006).
+    It is the probability that a nucleus of the class gets a higher probability of that class than another nucleus;
+    ties count one half (Fawcett, 2006).
     """
     return tuple(
         float(roc_auc_score(is_kind, probability)) if 0 < is_kind.sum() < len(is_kind) else None
-        for is_kind, probability in predictions.against_the_rest()
+        for is_kind, probability in predictions.one_vs_rest()
     )
 
 
@@ -110,12 +110,12 @@ def average_precision(predictions: Predictions) -> PerClass:
     """
     return tuple(
         float(average_precision_score(is_kind, probability)) if is_kind.any() else None
-        for is_kind, probability in predictions.against_the_rest()
+        for is_kind, probability in predictions.one_vs_rest()
     )
 
 
 def macro(values: PerClass) -> float | None:
-    """Mean over the classes where the value is defined; None where it is defined for none."""
+    """Mean over the classes for which the value is defined; None if there are none."""
     defined = [value for value in values if value is not None]
     return float(np.mean(defined)) if defined else None
 
@@ -136,11 +136,11 @@ def percent_per_class(values: PerClass) -> str:
 
 
 class Metric(NamedTuple):
-    """A number, or several, of a classifier's predictions."""
+    """One or more numbers computed from a classifier's predictions."""
 
-    compute: Callable[[Predictions], Any]  # a value that JSON can hold
-    heading: str = ""  # of its column in the printed table; empty: in the report alone. {classes}: the classes' names
-    show: Callable[[Any], str] = percent  # the value in that column
+    compute: Callable[[Predictions], Any]  # its result can be written as JSON
+    heading: str = ""  # of its table column; empty: only in the report. {classes}: names of the classes
+    show: Callable[[Any], str] = percent  # formats the value for that column
 
     def column(self, class_names: Sequence[str]) -> str:
         return self.heading.format(classes=" / ".join(class_names))
@@ -161,7 +161,7 @@ METRICS = {
 
 
 def majority(train: Sequence[int], test: Sequence[int]) -> dict[str, float]:
-    """What a classifier that ignores the image scores on test, from the number of nuclei of each class."""
+    """Test accuracy of classifiers that ignore the image, from the number of nuclei of each class."""
     most_frequent = max(range(len(train)), key=lambda kind: train[kind])
     return {
         "test_majority_share": max(test) / sum(test),

@@ -1,7 +1,7 @@
 """Nucleus classification on frozen features: nearest neighbours and a linear probe, as MUSE reports them.
 
-Both take ``train``, ``val`` and ``test`` :class:`NucleusSet` and yield class probabilities, which
-`muse_fast.classification.metrics` scores.
+Both take a :class:`NucleusSet` for each of ``train``, ``val`` and ``test``, and score the class probabilities with
+`muse_fast.classification.metrics`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KNN_TEMPERATURE = 0.07
 
 
 def standardised(sets: Mapping[str, NucleusSet]) -> dict[str, NucleusSet]:
-    """All splits less the mean of ``train``, divided by the standard deviation of ``train``, per feature."""
+    """Subtract the mean of ``train`` from all splits and divide by its standard deviation, per feature."""
     train = sets["train"].features
     mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
     return {name: NucleusSet((one.features - mean) / std, one.labels, one.slides) for name, one in sets.items()}
@@ -45,15 +45,15 @@ def knn_probabilities(
 ) -> dict[int, Tensor]:
     """Class probabilities of every query by a vote of its k nearest rows of ``train``, for each k.
 
-    Similarity is the cosine; a neighbour votes for its class with weight ``exp(similarity / temperature)``, and a
-    probability is a class's share of the votes. The shares are float64, so votes that differ in float32 do not tie.
+    Similarity is the cosine. A neighbour votes for its class with weight ``exp(similarity / temperature)``, and the
+    probability of a class is its share of the votes. Shares are float64, so votes that differ in float32 do not tie.
 
     Args:
         train: ``[M, D]`` float; need not be normalised.
-        labels: ``[M]`` int64 classes of the rows of ``train``.
-        queries: ``[Q, D]``, same device as ``train``.
-        neighbours: each k, at most M.
-        chunk: queries whose ``[chunk, M]`` similarities are held at once.
+        labels: ``[M]`` int64, classes of the rows of ``train``.
+        queries: ``[Q, D]``, on the same device as ``train``.
+        neighbours: values of k, each at most M.
+        chunk: number of queries whose similarities ``[chunk, M]`` are in memory at once.
 
     Returns:
         ``{k: [Q, C] float64}``.
@@ -73,17 +73,17 @@ def knn_probabilities(
 
 @dataclass(frozen=True, slots=True)
 class KnnResult:
-    """Scores for every k, and the two ways to choose one."""
+    """Scores for every k, and the k that each of two rules chooses."""
 
     test: dict[int, Scores]
     val: dict[int, Scores]
-    k_best_on_test: int  # the published protocol; an optimistic number
-    k_chosen_on_val: int  # the honest one
-    skipped: tuple[int, ...]  # k larger than the number of train nuclei
+    k_best_on_test: int  # the published protocol; gives an optimistic number
+    k_chosen_on_val: int  # gives an unbiased number
+    skipped: tuple[int, ...]  # values of k above the number of train nuclei
 
 
 def knn(sets: Mapping[str, NucleusSet], num_classes: int, neighbours: tuple[int, ...] = KNN_NEIGHBOURS) -> KnnResult:
-    """Weighted k-nearest-neighbour classification of ``val`` and ``test`` by ``train``.
+    """Classify ``val`` and ``test`` by a weighted vote of their k nearest neighbours in ``train``.
 
     Raises:
         UserError: ``train`` has fewer nuclei than the smallest k.
@@ -115,15 +115,15 @@ def knn(sets: Mapping[str, NucleusSet], num_classes: int, neighbours: tuple[int,
 class LinearResult:
     """A trained linear classifier and its scores."""
 
-    head: nn.Linear  # of the epoch kept
+    head: nn.Linear  # with the weights of the best epoch
     val: Scores
     test: Scores
-    epoch: int  # the epoch kept, counted from 0: the last one with the best accuracy on val
-    step: float  # by `step_over_stable`
+    epoch: int  # the best epoch, counted from 0: the last one with the highest accuracy on val
+    step: float  # see `step_over_stable`
 
 
 def new_head(dim: int, num_classes: int, generator: torch.Generator) -> nn.Linear:
-    """Linear classifier with weights N(0, 0.01) and no bias, as the published probe starts."""
+    """Linear classifier with weights from N(0, 0.01) and zero bias, as in the published probe."""
     head = nn.Linear(dim, num_classes)
     with torch.no_grad():
         head.weight.normal_(0.0, 0.01, generator=generator)
@@ -136,11 +136,11 @@ MOMENTUM = 0.9
 
 @torch.no_grad()
 def step_over_stable(features: Tensor, num_classes: int, lr: float) -> float:
-    """The probe's learning rate over the largest stable one, at the start; above 1 the training is chaotic.
+    """The probe's learning rate divided by the largest stable one at the start; above 1 training is chaotic.
 
-    Cross-entropy at equal probabilities of C classes has the curvature ``largest eigenvalue of E[x x^T] / C``, and
-    descent with momentum m is stable where step times curvature is below ``2 (1 + m)``. Beyond that, rounding
-    differences grow until two runs have nothing in common; raw features ``[N, D]`` of a network may be that large.
+    At equal probabilities of C classes, cross-entropy has the curvature ``largest eigenvalue of E[x x^T] / C``, and
+    descent with momentum m is stable if step times curvature is below ``2 (1 + m)``. Above that, rounding differences
+    grow until two runs have nothing in common. Raw features ``[N, D]`` of a network can be that large.
     """
     direction = features.mean(0)
     for _ in range(30):  # power iteration
@@ -159,12 +159,12 @@ def linear_probe(
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> LinearResult:
-    """Cross-entropy classifier on features as they are; SGD with momentum 0.9, no weight decay, cosine to 0 per epoch.
+    """Train a cross-entropy classifier by SGD: momentum 0.9, no weight decay, cosine schedule to 0 per epoch.
 
     One CPU generator seeded with ``seed`` draws the weights, then a permutation per epoch. The last incomplete batch
-    of an epoch is dropped, as published; a train split smaller than one batch is one batch.
+    of an epoch is dropped, as published; a train split smaller than one batch is used as one batch.
 
-    Where `step_over_stable` is below 1, other implementations and precisions give the same predictions.
+    If `step_over_stable` is below 1, other implementations and precisions give the same predictions.
 
     Raises:
         UserError: the loss is no longer finite.
@@ -209,5 +209,5 @@ def linear_probe(
 
 @torch.no_grad()
 def class_probabilities(head: nn.Linear, features: Tensor) -> Tensor:
-    """Softmax of the logits of every row, ``[N, C]`` float64, in which logits of float32 keep their order."""
+    """Softmax of the logits of every row, ``[N, C]`` float64, so that float32 logits keep their order."""
     return head(features).double().softmax(dim=1)

@@ -20,18 +20,18 @@ from muse_fast.runtime.progress_bar import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig(Config):
-    """Settings of every task."""
+    """Settings common to all tasks."""
 
     seed: int = setting(2025, ge=0, le=MAX_SEED)
-    """Fixes random weights, the head's first weights and the order of training."""
+    """Determines random weights, the head's initial weights and the order of training."""
     device: str = "auto"
-    """``auto`` takes a CUDA GPU where there is one."""
+    """``auto`` uses a CUDA GPU if there is one."""
     precision: str = setting("fp32", choices=("fp32", "bf16"))
-    """``fp32`` or ``bf16`` for the backbone."""
+    """Precision of the backbone, ``fp32`` or ``bf16``."""
     extract_batch: int = setting(16, ge=1)
-    """Tiles per step when features are extracted."""
+    """Tiles per batch of feature extraction."""
     baseline: bool = False
-    """Evaluate each architecture untrained too."""
+    """Also evaluate each architecture untrained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,19 +58,19 @@ class LinearConfig(TaskConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TuneConfig(TaskConfig):
     lr: float | None = setting(None, gt=0)
-    """Default 1e-5, for ResNets 4e-5. Training from random weights needs more, such as 1e-3."""
+    """Default: 1e-5, or 4e-5 for ResNets. Training from random weights needs more, such as 1e-3."""
     epochs: int = setting(10, ge=1)
     batch_size: int = setting(32, ge=1)
     """Tiles."""
     augment: bool = False
-    """Flips and quarter turns of the train tiles; the published protocol has none."""
+    """Flip and turn the train tiles; the published protocol does not."""
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 
 class Subject(NamedTuple):
-    """One network under evaluation, on the device, and its nuclei."""
+    """A network to evaluate, on the device, and its nuclei."""
 
     backbone: Backbone | TimmBackbone
     tiles: Mapping[str, Sequence[Tile]]
@@ -121,7 +121,7 @@ def run_linear(subject: Subject, options: LinearConfig, progress: Progress) -> l
 
 
 def run_finetune(subject: Subject, options: TuneConfig, progress: Progress) -> list[Row]:
-    """The linear probe that fine-tuning starts from, and the fine-tuned network."""
+    """One row for the linear probe that fine-tuning starts from, one for the fine-tuned network."""
     probe = linear_probe(subject.sets, subject.num_classes, seed=options.seed, progress=progress)
     lr = options.lr or subject.backbone.finetune_lr
     tuned = finetune(

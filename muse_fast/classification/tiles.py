@@ -2,9 +2,9 @@
 
 The published benchmark splits the annotated area into cells of 224 x 224 px at the evaluation's um/px and evaluates
 each nucleus in the tile of its cell; tiles larger than a cell include context around it, and tiles without nuclei are
-skipped. The published builder reads that context from the whole-slide file. A data set of plain images has none, so
-here a tile that would cross the border of its image is shifted back inside: its nuclei are then off centre, with real
-tissue around them. Only an image smaller than the tile is padded, by reflection.
+skipped. The published builder reads that context from the whole-slide file. Plain images have no slide, so a tile that
+would cross the border of its image is shifted back inside: its nuclei are then off centre, but surrounded by real
+tissue. Only an image smaller than the tile is padded, by reflection.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from muse_fast.errors import UserError
 from muse_fast.images.image_files import resampled
 from muse_fast.sources import SourceImage
 
-VALID = 224  # side of a grid cell in pixels, whatever the size of the tile around it
+VALID = 224  # side of a grid cell in pixels, for any tile size
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A square of one image and the nuclei that are evaluated in it."""
+    """A square of one image and the nuclei evaluated in it."""
 
     image: NDArray[np.uint8]  # [size, size, 3]
-    xy: NDArray[np.float32]  # [n, 2] pixels of the tile, n >= 1
+    xy: NDArray[np.float32]  # [n, 2] pixels in the tile, n >= 1
     label: NDArray[np.int64]  # [n], class 0, 1, ...
     slide: str
 
 
 def cut_tiles(source: SourceImage, *, size: int = 224, mpp: float = 0.5, truncate: bool = True) -> list[Tile]:
-    """Tiles of ``size`` px at ``mpp`` um/px that hold every labelled nucleus of ``source`` once.
+    """Cut tiles of ``size`` px at ``mpp`` um/px that contain every labelled nucleus of ``source`` once.
 
     ``truncate`` drops the fraction of the coordinates, as the published builder does. Nuclei without a class
     (label below 0) or outside the image are skipped.
@@ -84,7 +84,7 @@ def tiles_by_split(
     """The tiles of every split in ``splits``, cut as by :func:`cut_tiles`.
 
     Raises:
-        UserError: a split has no labelled nucleus.
+        UserError: a split has no labelled nuclei.
     """
     tiles: dict[str, list[Tile]] = {split: [] for split in splits}
     seen: set[str] = set()
@@ -95,21 +95,21 @@ def tiles_by_split(
     missing = [split for split, found in tiles.items() if not found]
     if missing:
         raise UserError(
-            f"no labelled nucleus in split {', '.join(missing)}; the source holds the splits "
+            f"no labelled nuclei in split {', '.join(missing)}; the source has the splits "
             f"{sorted(seen)}, and evaluation needs {', '.join(splits)}"
         )
     return tiles
 
 
 def resample(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Image and nuclei at ``mpp``; points scale by the true ratio of the rounded sides, so they stay put."""
+    """Image and nuclei at ``mpp``; points scale by the ratio of the rounded sides, so they stay on their nuclei."""
     image = resampled(source.image, source.mpp / mpp, shrink=Image.Resampling.BICUBIC)
     (height, width), (new_height, new_width) = source.image.shape[:2], image.shape[:2]
     return image, source.xy.astype(np.float64) * (new_width / width, new_height / height)
 
 
 def _reflect_to(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """``image`` grown right and down by reflection until both sides reach ``size``."""
+    """``image`` padded on the right and bottom by reflection until both sides are at least ``size``."""
     height, width = image.shape[:2]
     grow = ((0, max(size - height, 0)), (0, max(size - width, 0)), (0, 0))
     return np.pad(image, grow, mode="symmetric")

@@ -1,7 +1,7 @@
-"""Nucleus classification with the whole network trained: the published fine-tuning protocol, and an upper bound.
+"""Nucleus classification by training the whole network: the published fine-tuning protocol.
 
 From random weights and with a larger learning rate, the same loop is plain supervised training, which shows how well
-the network can do on the data set at all.
+the network can do on a data set.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from muse_fast.runtime.progress_bar import Progress
 
 @dataclass(frozen=True, slots=True)
 class TunedResult:
-    """A fine-tuned classifier: ``model.backbone`` and ``model.head`` have the weights of the epoch kept."""
+    """A fine-tuned classifier: ``model.backbone`` and ``model.head`` have the weights of the best epoch."""
 
     model: NucleusClassifier
     val: Scores
     test: Scores
-    epoch: int  # the epoch kept, counted from 0: the last one with the best accuracy on val
-    history: tuple[dict[str, float], ...]  # per epoch: mean train loss, accuracy on val
+    epoch: int  # the best epoch, counted from 0: the last one with the highest accuracy on val
+    history: tuple[dict[str, float], ...]  # per epoch: mean train loss and accuracy on val
 
 
 class NucleusClassifier(nn.Module):
@@ -59,11 +59,11 @@ def finetune(
     bf16: bool = False,
     progress: Progress | None = None,
 ) -> TunedResult:
-    """Train ``backbone`` and ``head`` in place: AdamW without weight decay, cosine to 0 per epoch, selected on val.
+    """Train ``backbone`` and ``head`` in place: AdamW without weight decay, cosine to 0 per epoch, best epoch on val.
 
     BatchNorm runs in training mode. ``batch_size`` counts tiles; the last incomplete batch of an epoch is dropped, and
-    a train split smaller than one batch is one batch. ``augment`` adds flips and quarter turns, which the
-    published protocol does not have. ``sets`` gives the labels and slides of ``tiles``.
+    a train split smaller than one batch is used as one batch. ``augment`` adds flips and quarter turns, which the
+    published protocol does not use. ``sets`` contains the labels and slides of ``tiles``.
 
     Raises:
         UserError: the loss is no longer finite.
@@ -87,7 +87,7 @@ def finetune(
             chosen = order[step * batch_size : (step + 1) * batch_size]
             batch = stack_tiles([train[i] for i in chosen], device)
             if augment:
-                batch = turned(batch, torch.randint(8, (len(chosen),), generator=generator))
+                batch = turn_tiles(batch, torch.randint(8, (len(chosen),), generator=generator))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(batch)
             loss = F.cross_entropy(logits.float(), batch.labels)
@@ -100,23 +100,20 @@ def finetune(
         schedule.step()
         if not torch.isfinite(total):
             raise UserError(f"fine-tuning diverged in epoch {epoch} (loss {total.item()}); lower lr={lr}")
-        predicted = class_probabilities(model, tiles["val"], batch_size, bf16).argmax(dim=1)
+        predicted = predict(model, tiles["val"], batch_size, bf16).argmax(dim=1)
         hits = int((predicted == sets["val"].labels.cpu()).sum())
         history.append({"train_loss": float(total) / steps, "val_accuracy": hits / len(predicted)})
         if hits >= best_hits:
             best_hits, best_epoch = hits, epoch
             best_state = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best_state)
-    scores = {
-        split: score(class_probabilities(model, tiles[split], batch_size, bf16), sets[split])
-        for split in ("val", "test")
-    }
+    scores = {split: score(predict(model, tiles[split], batch_size, bf16), sets[split]) for split in ("val", "test")}
     return TunedResult(model, scores["val"], scores["test"], best_epoch, tuple(history))
 
 
 @torch.inference_mode()
-def class_probabilities(model: NucleusClassifier, tiles: Sequence[Tile], batch_size: int, bf16: bool = False) -> Tensor:
-    """Softmax of the logits of every nucleus of ``tiles`` in eval mode, ``[N, C]`` float64 on the CPU."""
+def predict(model: NucleusClassifier, tiles: Sequence[Tile], batch_size: int, bf16: bool = False) -> Tensor:
+    """Class probabilities of every nucleus of ``tiles`` in eval mode, ``[N, C]`` float64 on the CPU."""
     device = model.head.weight.device
     model.eval()
     found = []
@@ -128,11 +125,11 @@ def class_probabilities(model: NucleusClassifier, tiles: Sequence[Tile], batch_s
     return torch.cat(found)
 
 
-def turned(batch: TileBatch, turns: Tensor) -> TileBatch:
-    """Each tile and its nuclei under one of the eight symmetries of the square.
+def turn_tiles(batch: TileBatch, turns: Tensor) -> TileBatch:
+    """Apply one of the eight symmetries of the square to each tile and its nuclei.
 
-    ``turns`` ``[I]`` in 0..7: bit 0 mirrors x, bit 1 mirrors y, bit 2 then swaps the axes. A point mirrors to
-    ``size - x``: there the mirrored feature map has the value that the old one has at ``x``.
+    ``turns`` ``[I]`` in 0..7: bit 0 mirrors x, bit 1 mirrors y, then bit 2 swaps the axes. A point moves to
+    ``size - x``, where the mirrored feature map has the value that the old one has at ``x``.
     """
     size = batch.images.shape[-1]
     images = []

@@ -24,7 +24,7 @@ from muse_fast.errors import UserError
 
 
 def scores_of(predicted: Sequence[int], truth: Sequence[int], slides: Sequence[int], num_classes: int) -> Scores:
-    """Scores of a classifier that is sure of each class it predicts."""
+    """Scores of a classifier that gives its predicted classes probability 1."""
     probabilities = torch.eye(num_classes, dtype=torch.float64)[torch.tensor(predicted)]
     return score(probabilities, NucleusSet(torch.empty(len(truth), 0), torch.tensor(truth), torch.tensor(slides)))
 
@@ -53,14 +53,14 @@ def test_scores_of_a_hand_worked_case() -> None:
     assert METRICS["accuracy"].show(found["accuracy"]) == "66.67"
 
 
-def test_of_equally_probable_classes_the_first_is_predicted() -> None:
+def test_the_first_of_equally_probable_classes_is_predicted() -> None:
     probabilities = torch.tensor([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.3, 0.3, 0.4]], dtype=torch.float64)
     nuclei = NucleusSet(torch.empty(3, 0), torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int64))
     assert score(probabilities, nuclei)["confusion"] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
 def test_interval_is_over_slides_not_nuclei() -> None:
-    """Two slides, one all right and one all wrong: a bootstrap of slides sees 0 and 1, one of nuclei about 0.5."""
+    """One slide all right and one all wrong: a bootstrap of slides gives 0 and 1, one of nuclei about 0.5."""
     slides = np.arange(200) // 100
     assert scores_of(slides, [0] * 200, slides, 2)["accuracy_ci95"] == (0.0, 1.0)
 
@@ -70,13 +70,13 @@ def predictions(probabilities: np.ndarray, labels: Sequence[int]) -> Predictions
 
 
 def auc_by_pairs(probability: np.ndarray, is_kind: np.ndarray) -> float:
-    """Share of pairs of a nucleus of the class and another in which the former is the more probable one."""
+    """Share of pairs of a nucleus of the class and one of the rest in which the former is more probable."""
     difference = probability[is_kind][:, None] - probability[~is_kind][None, :]
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
 def precision_by_thresholds(probability: np.ndarray, is_kind: np.ndarray) -> float:
-    """Mean over the nuclei of the class of the precision among those at least as probable."""
+    """Precision among the nuclei at least as probable, averaged over the nuclei of the class."""
     return float(np.mean([is_kind[probability >= threshold].mean() for threshold in probability[is_kind]]))
 
 
@@ -94,7 +94,7 @@ def test_auc_and_average_precision_agree_with_their_definitions(decimals: int) -
     for name, of_class in (("roc_auc", auc_by_pairs), ("average_precision", precision_by_thresholds)):
         expected = [of_class(*kind) for kind in kinds]
         assert found[name] == (*(pytest.approx(value, abs=1e-12) for value in expected), None)
-        assert found[f"mean_{name}"] == pytest.approx(np.mean(expected), abs=1e-12)  # of the classes that occur
+        assert found[f"mean_{name}"] == pytest.approx(np.mean(expected), abs=1e-12)  # over the classes that occur
         assert 0.2 < min(expected) < max(expected) < 0.99
 
 
@@ -107,7 +107,7 @@ def test_auc_and_average_precision_of_a_hand_worked_case() -> None:
 
 
 @pytest.mark.parametrize("labels", [[1, 1, 1], [1]])
-def test_without_other_classes_the_auc_is_undefined(labels: list[int]) -> None:
+def test_auc_is_undefined_without_other_classes(labels: list[int]) -> None:
     found = predictions(np.full((len(labels), 2), 0.5), labels)
     assert roc_auc(found) == (None, None)
     assert macro(roc_auc(found)) is None
@@ -115,7 +115,7 @@ def test_without_other_classes_the_auc_is_undefined(labels: list[int]) -> None:
     assert METRICS["mean_roc_auc"].show(None) == "-"
 
 
-def test_without_nuclei_nothing_is_defined() -> None:
+def test_no_metric_is_defined_without_nuclei() -> None:
     found = predictions(np.empty((0, 3)), [])
     assert roc_auc(found) == average_precision(found) == (None, None, None)
     assert macro(average_precision(found)) is None
@@ -128,6 +128,6 @@ def test_nan_is_refused() -> None:
 
 
 def test_majority_of_a_hand_worked_case() -> None:
-    # Train is mostly class 1, of which test has 2 in 6; test is mostly class 0, 4 in 6.
+    # Train is mostly class 1, which is 2 of 6 in test; test is mostly class 0, 4 of 6.
     found = majority([1, 2, 0], [4, 2, 0])
     assert found == {"test_majority_share": pytest.approx(4 / 6), "train_majority_accuracy": pytest.approx(2 / 6)}

@@ -23,15 +23,14 @@ from muse_fast.classification.probes import (
     standardised,
 )
 from muse_fast.classification.tiles import Tile, cut_tiles, tiles_by_split
-from muse_fast.classification.tuned import NucleusClassifier, finetune, turned
-from muse_fast.classification.tuned import class_probabilities as tuned_probabilities
+from muse_fast.classification.tuned import NucleusClassifier, finetune, predict, turn_tiles
 from muse_fast.errors import UserError
 from tests.support.probe_in_float64 import linear_probe_in_float64
 
 
 @dataclass
 class Labelled:
-    """A labelled image as a source gives it."""
+    """A labelled image as sources yield it."""
 
     image: np.ndarray
     xy: np.ndarray
@@ -43,7 +42,7 @@ class Labelled:
 
 
 def with_dots(rng: np.random.Generator, width: int, height: int, count: int) -> Labelled:
-    """A grey image with a bright 3 px dot, of a brightness of its own, around each nucleus; nuclei keep apart."""
+    """A grey image with a bright 3 px dot around each nucleus; nuclei do not touch."""
     grid = np.stack(np.meshgrid(np.arange(6, width - 6, 16), np.arange(6, height - 6, 16)), -1).reshape(-1, 2)
     xy = rng.permutation(grid)[:count] + rng.integers(-3, 4, (count, 2))
     image = np.full((height, width, 3), 20, np.uint8)
@@ -61,7 +60,7 @@ def with_dots(rng: np.random.Generator, width: int, height: int, count: int) -> 
 )
 def test_every_nucleus_lies_once_under_its_dot(width: int, height: int, size: int, mpp: float) -> None:
     source = with_dots(np.random.default_rng(width + size), width, height, 25)
-    source.label = np.arange(25, dtype=np.int16)  # an identity, to count them
+    source.label = np.arange(25, dtype=np.int16)  # unique, to count them
     tiles = cut_tiles(source, size=size, mpp=mpp, truncate=False)
 
     assert sorted(np.concatenate([tile.label for tile in tiles])) == list(range(25))
@@ -83,7 +82,7 @@ def test_tiles_follow_the_grid_and_stay_inside() -> None:
     image = np.arange(300 * 500 * 3, dtype=np.uint32).reshape(300, 500, 3).astype(np.uint8)
     xy = np.array([[0, 0], [223.9, 223.9], [224, 0], [499.9, 299.9], [500, 10]], np.float32)
     tiles = cut_tiles(Labelled(image, xy, np.array([0, 1, 2, 3, 4])), size=224)
-    # Cells (0, 0), (1, 0) and (2, 1): the last cell is 52 x 76 px and its tile moves back to (276, 76). The point on
+    # Cells (0, 0), (1, 0) and (2, 1): the last cell is 52 x 76 px, and its tile moves back to (276, 76). The point on
     # the right edge is outside the image.
     assert [tile.label.tolist() for tile in tiles] == [[0, 1], [2], [3]]
     assert tiles[0].xy.tolist() == [[0, 0], [223, 223]]
@@ -91,12 +90,12 @@ def test_tiles_follow_the_grid_and_stay_inside() -> None:
     assert np.array_equal(tiles[2].image, image[76:300, 276:500])
 
     larger = cut_tiles(Labelled(image, xy, np.array([0, 1, 2, 3, 4])), size=288)
-    # 32 px of context on every side, as far as the image has them.
+    # 32 px of context on every side, as far as the image reaches.
     assert np.array_equal(larger[1].image, image[0:288, 192:480])
     assert larger[1].xy.tolist() == [[32, 0]]
 
 
-def test_small_image_is_reflected_and_unknown_classes_are_left_out() -> None:
+def test_small_image_is_reflected_and_unknown_classes_are_skipped() -> None:
     image = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
     (tile,) = cut_tiles(Labelled(image, np.array([[5, 6], [7, 8]], np.float32), np.array([1, -1])), size=96)
     assert tile.xy.tolist() == [[5, 6]]
@@ -104,7 +103,7 @@ def test_small_image_is_reflected_and_unknown_classes_are_left_out() -> None:
     assert np.array_equal(tile.image[50:96, :60], image[:3:-1])
 
 
-def test_image_without_nuclei_gives_no_tile() -> None:
+def test_image_without_nuclei_yields_no_tiles() -> None:
     empty = Labelled(np.zeros((300, 300, 3), np.uint8), np.empty((0, 2), np.float32), np.empty(0, np.int16))
     assert cut_tiles(empty) == []
 
@@ -114,12 +113,12 @@ def test_sources_that_cannot_be_evaluated_are_refused() -> None:
     with pytest.raises(UserError, match=r"slide_7.*no classes"):
         cut_tiles(bare)
     only_train = with_dots(np.random.default_rng(0), 100, 100, 3)
-    with pytest.raises(UserError, match=r"split val, test; the source holds the splits \['train'\]"):
+    with pytest.raises(UserError, match=r"split val, test; the source has the splits \['train'\]"):
         tiles_by_split([only_train])
 
 
 def test_brcam2c_nuclei_are_dark_under_their_tiles(shared_data: Path) -> None:
-    """On real tissue, nuclei stain darker than the mean: positions would lose that if they moved by a few pixels."""
+    """Nuclei of real tissue stain darker than the mean; positions a few pixels off would miss that."""
     folder = shared_data / "brcam2c"
     path = sorted((folder / "images").glob("*.png"))[0]
     rows = np.loadtxt(folder / "labels" / f"{path.stem}_gt_class_coords.txt", dtype=int)
@@ -137,7 +136,7 @@ def test_brcam2c_nuclei_are_dark_under_their_tiles(shared_data: Path) -> None:
 
 
 class PointBackbone(nn.Module):
-    """Reads the normalised colour under each nucleus, and where it stands."""
+    """Reads the normalised colour under each nucleus, and its position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +222,7 @@ def test_knn_votes_by_weight_not_by_number() -> None:
 
 
 def test_votes_that_differ_in_the_last_bit_do_not_tie() -> None:
-    """The class with the most votes is the most probable one. Shares in float32 would round to a tie here and there."""
+    """The class with the most votes is the most probable one; shares in float32 would sometimes round to a tie."""
     query = torch.ones(1, 5)
     query[0, 4] = torch.nextafter(query[0, 4], torch.tensor(2.0))
     train, labels = torch.eye(5), torch.arange(5)
@@ -247,7 +246,7 @@ def test_knn_chooses_k_on_val_and_reports_the_best_on_test() -> None:
         knn(random_sets(counts=(5, 60, 70)), 3)
 
 
-def test_standardising_uses_the_train_split_alone() -> None:
+def test_standardising_uses_only_the_train_split() -> None:
     sets = random_sets()
     sets["train"].features[:, 0] = 3.0  # a constant feature stays finite
     done = standardised(sets)
@@ -259,7 +258,7 @@ def test_standardising_uses_the_train_split_alone() -> None:
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(600, 256), (100, 256), (513, 256)])
-def test_linear_probe_equals_the_training_written_out(count: int, batch_size: int) -> None:
+def test_linear_probe_equals_float64_reference(count: int, batch_size: int) -> None:
     sets = random_sets(counts=(count, 200, 300))
     result = linear_probe(sets, 3, seed=7, epochs=30, batch_size=batch_size)
     weight, bias, epoch = linear_probe_in_float64(sets, 7, 0.01, 30, min(batch_size, count))
@@ -271,7 +270,7 @@ def test_linear_probe_equals_the_training_written_out(count: int, batch_size: in
     assert result.test["accuracy"] == pytest.approx((expected == sets["test"].labels.numpy()).mean())
 
 
-def test_linear_probe_says_when_it_diverges() -> None:
+def test_linear_probe_reports_divergence() -> None:
     sets = random_sets()
     sets["train"].features[5, 2] = float("nan")
     with pytest.raises(UserError, match="diverged in epoch 0"):
@@ -287,7 +286,7 @@ def bright_or_dark_tiles(count: int, seed: int) -> list[Tile]:
     for i in range(count):
         image = rng.integers(0, 255, (32, 32, 3), np.uint8)
         xy = rng.integers(0, 32, (6, 2))
-        label = (image[xy[:, 1], xy[:, 0], 1] > 128).astype(np.int64)  # readable off the features, after training
+        label = (image[xy[:, 1], xy[:, 0], 1] > 128).astype(np.int64)  # a function of the features, to be learned
         tiles.append(Tile(image, xy.astype(np.float32), label, f"slide {i % 4}"))
     return tiles
 
@@ -300,7 +299,7 @@ def test_finetuning_equals_plain_adamw_and_selects_on_val() -> None:
     expected.head.load_state_dict(head.state_dict())
     result = finetune(PointBackbone(), head, tiles, sets, seed=3, lr=0.05, epochs=4, batch_size=4)
 
-    # AdamW without weight decay is Adam; cosine per epoch; two batches of four of the nine tiles per epoch.
+    # AdamW without weight decay is Adam; cosine per epoch; two batches of four per epoch of nine tiles.
     generator = torch.Generator().manual_seed(3)
     optimiser = torch.optim.Adam(expected.parameters(), lr=0.05)
     best, kept = -1.0, {}
@@ -314,9 +313,7 @@ def test_finetuning_equals_plain_adamw_and_selects_on_val() -> None:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        accuracy = (
-            (tuned_probabilities(expected, tiles["val"], 4).argmax(1) == sets["val"].labels).float().mean().item()
-        )
+        accuracy = (predict(expected, tiles["val"], 4).argmax(1) == sets["val"].labels).float().mean().item()
         assert result.history[epoch]["val_accuracy"] == pytest.approx(accuracy, abs=1e-6)
         if accuracy >= best:
             best, kept, kept_epoch = accuracy, {k: v.clone() for k, v in expected.state_dict().items()}, epoch
@@ -345,20 +342,20 @@ def test_finetuning_learns_with_turned_tiles() -> None:
 
 
 class TurnedPointBackbone(PointBackbone):
-    """As `PointBackbone` on whole pixels, where a mirrored pixel x stands at size - 1 - x, not at size - x."""
+    """`PointBackbone` on whole pixels, where pixel x is mirrored to size - 1 - x, not to size - x."""
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
         return super().nucleus_features(images, xy.clamp(max=images.shape[-1] - 1), image_index)
 
 
 @pytest.mark.parametrize("turn", range(8))
-def test_a_turned_tile_reads_the_turned_map_at_the_same_value(turn: int) -> None:
-    """`u = x / size * (W - 1)` on the turned map gives what it gave before: exact, for any point."""
+def test_a_turned_tile_reads_the_same_value_from_the_turned_map(turn: int) -> None:
+    """At `u = x / size * (W - 1)`, the turned map has the same value as the original, for any point."""
     size = 17
     images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(turn))
     xy = torch.rand(40, 2, generator=torch.Generator().manual_seed(9)) * size
     batch = TileBatch(images, xy, torch.zeros(40, dtype=torch.int64), torch.zeros(40, dtype=torch.int64))
-    done = turned(batch, torch.tensor([turn]))
+    done = turn_tiles(batch, torch.tensor([turn]))
 
     def read(one: TileBatch) -> Tensor:
         return nn.functional.grid_sample(one.images, (2 * one.xy / size - 1)[None, None], align_corners=True)
@@ -367,12 +364,12 @@ def test_a_turned_tile_reads_the_turned_map_at_the_same_value(turn: int) -> None
     assert turn == 0 or not torch.equal(done.images, images)
 
 
-def test_turns_differ_per_tile() -> None:
+def test_each_tile_has_its_own_turn() -> None:
     images = torch.randn(3, 3, 8, 8)
     xy = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])
     batch = TileBatch(images, xy, torch.arange(3), torch.zeros(3, dtype=torch.int64))
-    done = turned(batch, torch.tensor([0, 1, 6]))
-    assert done.xy.tolist() == [[1, 2], [7, 2], [6, 1]]  # as it was; mirrored in x; mirrored in y, then swapped
+    done = turn_tiles(batch, torch.tensor([0, 1, 6]))
+    assert done.xy.tolist() == [[1, 2], [7, 2], [6, 1]]  # unchanged; mirrored in x; mirrored in y, then swapped
     assert torch.equal(done.images[0], images[0])
     assert torch.equal(done.images[1], images[1].flip(-1))
     assert torch.equal(done.images[2], images[2].flip(-2).transpose(-1, -2))

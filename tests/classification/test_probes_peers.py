@@ -1,4 +1,4 @@
-"""KNN and linear probe beside independent implementations, prediction by prediction, on features of real nuclei."""
+"""KNN and linear probe compared with independent implementations, prediction by prediction, on real nuclei."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Sets = dict[str, NucleusSet]
 
 @pytest.fixture(scope="module")
 def real(shared_data: Path) -> dict[str, Sets]:
-    """Features of nuclei of some BRCA-M2C images by two networks, as they come and standardised."""
+    """Features of nuclei of some BRCA-M2C images by two networks, raw and standardised."""
     left = dict(IMAGES)
     images = []
     for image in open_source(f"brcam2c:{shared_data / 'brcam2c'}"):
@@ -52,7 +52,7 @@ def real(shared_data: Path) -> dict[str, Sets]:
 
 
 def knn_of_scikit_learn(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> list[int]:
-    """1 - distance is the cosine, so the weights are the published ones."""
+    """scikit-learn's distance is 1 - cosine, so these weights are the published ones."""
     classifier = KNeighborsClassifier(
         k, algorithm="brute", metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
     )
@@ -61,7 +61,7 @@ def knn_of_scikit_learn(train: Tensor, labels: Tensor, queries: Tensor, k: int) 
 
 
 @pytest.mark.parametrize("features", ["vit_tiny", "vit_tiny, standardised", "resnet10t", "resnet10t, standardised"])
-def test_knn_predicts_as_scikit_learn_on_real_nuclei(real: dict[str, Sets], features: str) -> None:
+def test_knn_agrees_with_scikit_learn_on_real_nuclei(real: dict[str, Sets], features: str) -> None:
     train, test = real[features]["train"], real[features]["test"]
     ours = knn_probabilities(train.features, train.labels, test.features, KNN_NEIGHBOURS, num_classes=3)
     answers = set()
@@ -72,8 +72,8 @@ def test_knn_predicts_as_scikit_learn_on_real_nuclei(real: dict[str, Sets], feat
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_knn_predicts_as_scikit_learn_where_neighbours_tie(seed: int) -> None:
-    """Many copies of each row, all of one class: k ends within a row of ties, and any choice among them is right."""
+def test_knn_agrees_with_scikit_learn_if_neighbours_tie(seed: int) -> None:
+    """Each row has many copies, all of one class: k ends inside a tie, and any choice among them is right."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(60, 5, generator=generator)
     kinds = torch.randint(4, (60,), generator=generator)
@@ -84,8 +84,8 @@ def test_knn_predicts_as_scikit_learn_where_neighbours_tie(seed: int) -> None:
         assert ours[k].argmax(1).tolist() == knn_of_scikit_learn(rows[copies], kinds[copies], queries, k), k
 
 
-def test_knn_predicts_as_scikit_learn_where_votes_tie() -> None:
-    """Two classes at the same cosine, and a query without direction: the lowest class with the most votes."""
+def test_knn_agrees_with_scikit_learn_if_votes_tie() -> None:
+    """Two classes at the same cosine, and a zero query: the lowest class with the most votes wins."""
     train = torch.eye(4).repeat(3, 1)
     labels = torch.tensor([3, 1, 2, 0]).repeat(3)
     queries = torch.tensor([[1.0, 1, 0, 0], [0, 2, 2, 0], [1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
@@ -98,7 +98,7 @@ def test_knn_predicts_as_scikit_learn_where_votes_tie() -> None:
 
 
 @pytest.mark.parametrize("features", ["vit_tiny, standardised", "resnet10t", "resnet10t, standardised"])
-def test_linear_probe_predicts_as_its_float64_twin_on_real_nuclei(real: dict[str, Sets], features: str) -> None:
+def test_linear_probe_agrees_with_float64_on_real_nuclei(real: dict[str, Sets], features: str) -> None:
     sets = real[features]
     result = linear_probe(sets, 3)
     assert result.step < 1
@@ -110,7 +110,7 @@ def test_linear_probe_predicts_as_its_float64_twin_on_real_nuclei(real: dict[str
     assert len(np.unique(expected)) > 1
 
 
-def test_a_step_beyond_the_stable_one_is_reported(real: dict[str, Sets]) -> None:
+def test_an_unstable_step_is_reported(real: dict[str, Sets]) -> None:
     """The untrained ViT's features are so large that the published step oscillates, in every implementation."""
     sets = real["vit_tiny"]
     x = sets["train"].features.double().numpy()
@@ -120,7 +120,7 @@ def test_a_step_beyond_the_stable_one_is_reported(real: dict[str, Sets]) -> None
 
 
 @pytest.mark.parametrize(("ratio", "settles"), [(0.5, True), (4.0, False)])
-def test_probes_of_two_precisions_part_beyond_the_stable_step(ratio: float, settles: bool) -> None:
+def test_two_precisions_diverge_beyond_the_stable_step(ratio: float, settles: bool) -> None:
     rng = np.random.default_rng(1)
     centres = rng.normal(size=(3, 6))
     sets = {}
