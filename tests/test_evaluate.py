@@ -174,7 +174,7 @@ def test_missing_split_and_missing_classes_are_refused(few: Path, tmp_path: Path
     half = tmp_path / "half"
     shutil.copytree(few, half, symlinks=True)
     (half / "brca_ds_val.txt").write_text("")
-    with pytest.raises(UserError, match="no labelled nucleus in split val"):
+    with pytest.raises(UserError, match="no labelled nuclei in split val"):
         evaluate("knn", half, tmp_path / "x.json")
     points = tmp_path / "points"
     points.mkdir()

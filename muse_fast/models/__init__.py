@@ -1,4 +1,4 @@
-"""Encoder, decoder and heads of MUSE, and the loading of their weights."""
+"""Encoder, decoder and heads of MUSE, and loading of their weights."""
 
 from muse_fast.models.archs import ARCHS
 from muse_fast.models.backbone import Backbone, Features, build_backbone

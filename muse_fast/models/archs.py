@@ -1,6 +1,6 @@
-"""Every encoder by name: how to build it, and what the rest of the package asks about it.
+"""The registry of encoders: how to build each, and its properties that the rest of the package uses.
 
-Nothing outside this folder compares the name of an arch. To add one, see "Adding an encoder" in CONTRIBUTING.md.
+Code outside this folder never compares names of architectures. To add one, see "Adding an encoder" in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from muse_fast.models.vit import PATCH, ViTEncoder, vit_flops
 from muse_fast.runtime.options import flatten
 
 OPTIONAL = ("model.attention", "model.recompute", "train.compile")
-"""Settings that an encoder need not support; one that does not takes their defaults alone."""
+"""Settings that an encoder need not support; without support, only their defaults are allowed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arch:
     build: Callable[..., Encoder]
-    """Makes the encoder with random weights. Its keywords are ``drop_path``, ``image_size``, ``attention`` and
-    ``recompute``, those of `muse_fast.models.backbone.build_backbone`; one that has no use for some ignores them."""
+    """Builds the encoder with random weights. Its keywords are those of `muse_fast.models.backbone.build_backbone`:
+    ``drop_path``, ``image_size``, ``attention`` and ``recompute``; it may ignore some of them."""
     widths: tuple[int, ...]
-    """Channels of the four maps that the encoder gives the decoder, finest first."""
+    """Channels of the four maps that the decoder receives, finest first."""
     strides: tuple[int, ...]
-    """Pixels of the image per pixel of these maps: 4, 8, 16 and 32, or for a plain ViT four times its patch size."""
+    """Strides of these maps, in pixels of the image: 4, 8, 16 and 32, or for a plain ViT its patch size four times."""
     flops: Callable[[int], int]
-    """FLOPs of one forward of the encoder over an image with a side of so many pixels, two per multiply-add."""
+    """Side of an image in pixels -> FLOPs of one forward of the encoder over it, two per multiply-add."""
     mark: tuple[str, tuple[int, ...]]
-    """Name and shape of a tensor in the encoder's state dict that no other arch has: it tells whose weights a file
-    holds."""
+    """Name and shape of a tensor in the encoder's state dict that no other arch has; identifies the weights in a
+    file."""
     supports: tuple[str, ...] = ()
     """Which of `OPTIONAL` it supports."""
     timm: str = ""
-    """Architecture of timm whose tensor names the encoder has; empty if there is none: no export for timm then."""
+    """Architecture of timm with the same tensor names; if empty, there is no export for timm."""
     finetune_lr: float = 1e-5
     """Learning rate of the published fine-tuning for nucleus classification."""
 
@@ -83,23 +83,23 @@ ARCHS: dict[str, Arch] = {
 
 
 def find_arch(name: str, key: str = "arch") -> Arch:
-    """The arch of that name.
+    """Look up an architecture by name.
 
     Args:
-        key: the setting or argument that gives the name, for the message.
+        key: the setting or argument that ``name`` comes from, for the message.
 
     Raises:
-        UserError: there is no such arch; the message names the nearest one.
+        UserError: there is no such arch; the message suggests the closest one.
     """
     require(name in ARCHS, key, name, f"one of {', '.join(ARCHS)}{did_you_mean(name, ARCHS)}")
     return ARCHS[name]
 
 
 def check_model(config: PretrainConfig) -> None:
-    """Refuse settings of a model that cannot be built.
+    """Check that the model can be built with these settings.
 
     Raises:
-        UserError: ``model.arch`` is unknown, or it does not support one of `OPTIONAL` that is set.
+        UserError: ``model.arch`` is unknown or does not support a setting of `OPTIONAL`.
     """
     arch = find_arch(config.model.arch, "model.arch")
     values, defaults = (dict(flatten(dataclasses.asdict(one))) for one in (config, PretrainConfig()))

@@ -1,8 +1,8 @@
-"""Self-attention over packed tokens: images of several resolutions in one matrix, each attending to itself alone.
+"""Self-attention over packed tokens: images of several resolutions in one matrix, each attending only to itself.
 
 sdpa      one call of torch's scaled_dot_product_attention per resolution; runs everywhere
-xformers  one call for all images, by a block-diagonal mask
-varlen    one call for all images, by torch's variable-length flash attention
+xformers  one call for all images, with a block-diagonal mask
+varlen    one call for all images, with torch's variable-length flash attention
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Layout = tuple[tuple[int, int], ...]
-"""Images and tokens per image of every resolution; the packed rows are image after image, token after token."""
+"""Number of images and tokens per image, for each resolution; rows are ordered by image, then by token."""
 
 
 def attend(qkv: Tensor, heads: int, layout: Layout, backend: str) -> Tensor:
-    """Softmax attention inside every image.
+    """Softmax attention within each image.
 
     Args:
-        qkv: ``[M, 3 * C]`` queries, keys and values of M packed tokens, each C wide with the heads side by side.
-        backend: one of ``config.ATTENTION``, of which `why_not` gives no reason against it.
+        qkv: ``[M, 3 * C]``, queries, keys and values of M packed tokens, each C wide with the heads side by side.
+        backend: one of ``config.ATTENTION`` for which `why_not` returns None.
 
     Returns:
         ``[M, C]``.
@@ -43,19 +43,19 @@ def attend(qkv: Tensor, heads: int, layout: Layout, backend: str) -> Tensor:
 
     bounds, longest = _bounds(layout, qkv.device), max(tokens for _, tokens in layout)
     attended = varlen_attn(q, k, v, bounds, bounds, longest, longest)
-    assert isinstance(attended, Tensor)  # it was not asked for more
+    assert isinstance(attended, Tensor)  # a tuple only if more outputs are requested
     return attended.flatten(1)
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot run in ``dtype`` on ``device``, or None where it can."""
+    """Why ``backend`` cannot run in ``dtype`` on ``device``, or None if it can."""
     if backend == "sdpa":
         return None
     if device.type != "cuda":
-        return f"it runs on CUDA GPUs alone, and the run is on {device.type}"
+        return f"it runs only on CUDA GPUs, and the run is on {device.type}"
     if backend == "varlen":
         if dtype not in (torch.bfloat16, torch.float16):
-            return f"it computes in bf16 and fp16, and the run in {dtype}: set train.precision=bf16"
+            return f"it supports only bf16 and fp16, and the run uses {dtype}: set train.precision=bf16"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs a GPU of compute capability 8.0 or more"
     module = "xformers.ops" if backend == "xformers" else "torch.nn.attention.varlen"
@@ -64,7 +64,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     except ImportError as error:
         return f"{module} cannot be imported ({error})"
     if dtype == torch.float64:
-        return "it does not compute in fp64"
+        return "it does not support fp64"
     return None
 
 
@@ -74,8 +74,8 @@ def _attend_sdpa(qkv: Tensor, heads: int, images: int, tokens: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-# The masks are made once per layout: to make one copies from the host, which waits for the device. Outside of inference
-# mode, as a layout that the teacher was the first to ask for may be the student's too.
+# Masks are cached per layout, since creating one copies from the host, which waits for the device. They are created
+# outside inference mode because the student may reuse a mask that the teacher created.
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Encoder and decoder as one model: an image feature, and a dense map to read nuclei from."""
+"""Encoder and decoder as one model, which returns an image feature and a dense map to sample nuclei from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from muse_fast.models.decoder import build_decoder, unify
 
 
 class Features(NamedTuple):
-    """What a backbone gives for I images."""
+    """Output of a backbone for I images."""
 
     cls: Tensor  # [I, image_dim], the image feature
     levels: tuple[Tensor, ...]  # four [I, dense_dim / 4, h_l, h_l], stride 4 first; `unify` joins them
@@ -21,7 +21,7 @@ class Backbone(nn.Module):
     """MUSE backbone; build it with `build_backbone` or `muse_fast.load_backbone`.
 
     Images are float ``[I, 3, R, R]``, normalised with the ImageNet mean and standard deviation, R a multiple of 16
-    from 32 to 1024; UserError otherwise. State-dict names are those of the published checkpoints.
+    from 32 to 1024; otherwise UserError. State-dict names are those of the published checkpoints.
 
     Attributes:
         arch: its name in `muse_fast.models.ARCHS`.
@@ -53,12 +53,12 @@ class Backbone(nn.Module):
         return unify(self(images).levels)
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
-        """One feature per nucleus, ``[N, D]``: the unified map, read bilinearly at every point, without the map.
+        """One feature per nucleus, ``[N, D]``: the unified map sampled bilinearly, without computing the map.
 
         Args:
             images: ``[I, 3, R, R]``.
             xy: ``[N, 2]`` float32, pixels of the image, origin at its top-left corner.
-            image_index: ``[N]`` int64, the image of every point.
+            image_index: ``[N]`` int64, the image of each point.
         """
         _, encoded = self.encoder([images])
         return self.decoder.nucleus_rows(encoded, [(xy, image_index)], [images.shape[-1]])
@@ -67,14 +67,14 @@ class Backbone(nn.Module):
 def build_backbone(
     arch: str, *, drop_path: float = 0.0, image_size: int = 224, attention: str = "sdpa", recompute: str = "none"
 ) -> Backbone:
-    """A backbone with random weights, drawn from torch's global generator.
+    """Build a backbone with random weights from torch's global generator.
 
     Args:
         arch: a name in `muse_fast.models.ARCHS`; UserError otherwise.
-        drop_path: stochastic depth of the last layer, from 0 at the first. It acts where a training step gives the
-            encoder the scales that `muse_fast.pretraining.drop_path` draws, not by itself.
+        drop_path: stochastic depth of the last layer, rising from 0 at the first. It only takes effect if a training
+            step passes the scales drawn by `muse_fast.pretraining.drop_path` to the encoder.
         image_size: side in pixels that a ViT stores its position embedding for (any allowed side runs).
-        attention: of a ViT, see `muse_fast.models.attention`.
-        recompute: of a ViT, ``none``, ``selective`` or ``full``: activations that the backward computes again.
+        attention: backend of a ViT, see `muse_fast.models.attention`.
+        recompute: activations that the backward of a ViT recomputes: ``none``, ``selective`` or ``full``.
     """
     return Backbone(arch, drop_path, image_size, attention, recompute)

@@ -1,10 +1,10 @@
 """Convolutional decoder: four encoder maps in, four projected levels or nucleus rows out (paper, "Architecture").
 
-Parameter names are those of the published checkpoints. Every resize goes by target size, never by factor: 13 tokens
-(208 px) halve to 6, and 6 times 8 would miss the 52 pixels of stride 4.
+Parameter names are those of the published checkpoints. Every resize is to a target size, never by a factor: 13 tokens
+(208 px) halve to 6, and 6 times 8 is not the 52 pixels of stride 4.
 
-A group holds the images of one resolution. Groups go through the layers side by side: each has BatchNorm statistics of
-its own, and over many ranks one collective serves them all.
+A group contains the images of one resolution. Layers process all groups together: each group has its own BatchNorm
+statistics, and on several ranks one collective serves all groups.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def resize(x: Tensor, side: int) -> Tensor:
     """``[I, c, h, h]`` -> ``[I, c, side, side]``, bilinear with aligned corners, in the dtype of ``x``."""
     if x.shape[-1] == side:
         return x
-    with torch.autocast(x.device.type, enabled=False):  # which would leave it in float32
+    with torch.autocast(x.device.type, enabled=False):  # autocast would return float32
         return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
 
 
@@ -44,7 +44,7 @@ def unify(levels: Sequence[Tensor]) -> Tensor:
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, BatchNorm, and ReLU where asked for, of every group; the size stays."""
+    """Convolution without bias, BatchNorm and optional ReLU, applied to every group; sizes do not change."""
 
     layer: Any  # convolution, norm and ReLU
 
@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """U(coarse, fine): bring ``coarse`` to the size of ``fine``, join them, and mix at the width of ``fine``."""
+    """U(coarse, fine): resize ``coarse`` to ``fine``, concatenate them, and convolve to the width of ``fine``."""
 
     def __init__(self, coarse_channels: int, fine_channels: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class UpBlock(nn.Module):
 
 
 class Projection(ConvBN):
-    """1x1 convolution and BatchNorm, of maps or of rows sampled from them."""
+    """1x1 convolution and BatchNorm of maps, or of rows sampled from them."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1, relu=False)
@@ -97,21 +97,21 @@ class Projection(ConvBN):
         return ops.projection_stats(x, conv.weight.flatten(1))
 
     def rows(self, samples: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Rows ``[N, c]`` of a map, projected and normalised: ``[N, o]`` in their dtype."""
+        """Project and normalise rows ``[N, c]`` of a map to ``[N, o]``, in their dtype."""
         conv, norm = self.layer
         gain = norm.weight * torch.rsqrt(var + norm.eps)
         return ((F.linear(samples, conv.weight.flatten(1)) - mean) * gain + norm.bias).to(samples.dtype)
 
 
 class HyperFeats(nn.Module):
-    """Project every map to the same width; the maps keep their sizes.
+    """Project every map to the same width; sizes do not change.
 
-    Given the statistics of the projected maps, projection and bilinear sampling are linear, and the weights of the
-    sampling add up to 1: so the two change places, and rows need no projected map. ``project_rows`` of samples of the
-    maps equals samples of ``forward``, with the same gradients and running statistics.
+    Given the statistics of the projected maps, projection and bilinear sampling are linear, and the sampling weights
+    sum to 1. So the two commute, and rows do not need the projected map: ``project_rows`` of samples of the maps equals
+    samples of ``forward``, with the same gradients and running statistics.
     """
 
-    conv_list: Any  # of Projection; torch knows of modules alone
+    conv_list: Any  # of Projection; torch types its entries as Module
 
     def __init__(self, widths: Sequence[int], level_dim: int) -> None:
         super().__init__()
@@ -123,10 +123,10 @@ class HyperFeats(nn.Module):
         return list(zip(*(project(maps) for project, maps in levels), strict=True))
 
     def statistics(self, groups: Sequence[Maps]) -> list[list[Moments]]:
-        """What BatchNorm would normalise the projection of every map by, per group and level.
+        """Mean and variance by which BatchNorm would normalise the projected maps, per group and level.
 
-        In training the moments of the maps, which the gradient reaches, and BatchNorm's running statistics remember
-        them; in evaluation the remembered ones, and the maps are not looked at.
+        In training, these are the moments of the projections, with gradients, and the running statistics are updated;
+        in evaluation they are the running statistics, and the maps are not read.
         """
         norms = [projection.layer[1] for projection in self.conv_list]
         if not self.training:
@@ -168,15 +168,15 @@ class Decoder(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, encoded: Any) -> list[Maps]:
-        """What the encoder gives -> per group four levels ``[I, level_dim, h_l, h_l]``; `unify` joins them."""
+        """Output of the encoder -> four levels ``[I, level_dim, h_l, h_l]`` per group; `unify` joins them."""
         return self.hyper_feats(self.decode(self.pyramids(encoded)))
 
     def pyramids(self, encoded: Any) -> list[Maps]:
-        """Per group the four maps, finest first, that decoding starts from."""
+        """The four maps per group, finest first, that decoding starts from."""
         return encoded
 
     def decode(self, pyramids: Sequence[Maps]) -> list[Maps]:
-        """Per group four maps, finest first -> four of the same sizes and widths, not yet projected."""
+        """Four maps per group, finest first -> four of the same sizes and widths, not yet projected."""
         e1, e2, e3, e4 = zip(*pyramids, strict=True)
         d3 = self.decoder3(e4, e3)
         d2 = self.decoder2(d3, e2)
@@ -184,16 +184,16 @@ class Decoder(nn.Module):
         return list(zip(d1, d2, d3, e4, strict=True))
 
     def nucleus_rows(self, encoded: Any, points: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Tensor:
-        """`sample_nuclei` of the projected levels, ``[N, D]``, group after group; no level or unified map is computed.
+        """Samples of the projected levels at nuclei, ``[N, D]``, group after group, without computing these levels.
 
         Args:
-            encoded: what the encoder gives.
+            encoded: output of the encoder.
             points: per group ``xy [n, 2]`` float32, pixels of the view, and ``image_index [n]`` int64, the image of
                 each point in its group; negative for padding, whose rows are zero.
-            sizes: R, pixels along a side of the views of each group.
+            sizes: R, side of the views of each group in pixels.
         """
         decoded = self.decode(self.pyramids(encoded))
-        statistics = self.hyper_feats.statistics(decoded)  # first: their gradients then come last, one map at a time
+        statistics = self.hyper_feats.statistics(decoded)  # first, so that their gradients come last, one map at a time
         rows = []
         for maps, (xy, image_index), size, moments in zip(decoded, points, sizes, statistics, strict=True):
             samples = ops.sample_nuclei(maps, xy, image_index, size)
@@ -220,11 +220,11 @@ class TokenDecoder(Decoder):
         self.dim_map_layers = nn.ModuleList(layers)
 
     def pyramids(self, encoded: PackedTokens) -> list[Maps]:
-        """Tokens -> per group four maps of sides 4g, 2g, g, g // 2 and widths C/4, C/2, C, 2C."""
-        grids = [math.isqrt(tokens) for _, tokens in encoded.layout]  # the CLS token does not change the root
+        """Tokens -> four maps per group, of sides 4g, 2g, g, g // 2 and widths C/4, C/2, C, 2C."""
+        grids = [math.isqrt(tokens) for _, tokens in encoded.layout]  # isqrt ignores the CLS token
         levels = []
         for layer, tokens, scale in zip(self.dim_map_layers, encoded.taps, (4, 2, 1, 0.5), strict=True):
-            # A 1x1 convolution over the packed rows, whose result is a channels-last map as it stands.
+            # A 1x1 convolution over the packed rows; its result already is a channels-last map.
             rows = encoded.split(F.linear(tokens, layer.weight.flatten(1)))
             maps = [x[:, 1:].unflatten(1, (g, g)).permute(0, 3, 1, 2) for x, g in zip(rows, grids, strict=True)]
             levels.append([resize(x, int(scale * g)) for x, g in zip(maps, grids, strict=True)])
@@ -232,19 +232,19 @@ class TokenDecoder(Decoder):
 
 
 def token_pyramid(dim: int) -> tuple[int, int, int, int]:
-    """Widths of the pyramid that tokens of width ``dim`` are reassembled into."""
+    """Widths of the pyramid made from tokens of width ``dim``."""
     return dim // 4, dim // 2, dim, 2 * dim
 
 
 def dense_dim(widths: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Width D of the unified map of `build_decoder`'s decoder, and of a nucleus row."""
+    """Width D of a nucleus row and of the unified map, for the decoder of `build_decoder`."""
     return widths[-1] // 2 if strides == PYRAMID else widths[-1]
 
 
 def build_decoder(widths: tuple[int, ...], strides: tuple[int, ...]) -> Decoder:
-    """The decoder of an encoder whose four maps have these widths and strides, with random weights.
+    """Build the decoder for an encoder whose four maps have these widths and strides, with random weights.
 
-    A pyramid is decoded as it is; tokens, four times of one width and stride, are reassembled into one first.
+    A pyramid is decoded directly; tokens, whose widths and strides are all equal, are reassembled into a pyramid first.
     """
     if strides == PYRAMID:
         return Decoder(widths, dense_dim(widths, strides) // 4)
@@ -254,14 +254,14 @@ def build_decoder(widths: tuple[int, ...], strides: tuple[int, ...]) -> Decoder:
 
 
 def decoder_flops(widths: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
-    """FLOPs of one forward of `build_decoder`'s decoder, projections included, over an image of ``size`` pixels."""
+    """FLOPs of one forward of the decoder of `build_decoder`, with projections, over an image of ``size`` pixels."""
     level_dim = dense_dim(widths, strides) // 4
     total, sides = 0, [-(-size // stride) for stride in strides]
     if strides != PYRAMID:
         dim, grid = widths[0], size // strides[0]
         widths, sides = token_pyramid(dim), [4 * grid, 2 * grid, grid, grid // 2]
         total += sum(conv_flops(grid, dim, width) for width in widths)
-    # An up block mixes the joined maps of two levels at the finer width; two more convolutions follow.
+    # An up block convolves the concatenated maps of two levels to the finer width; two more convolutions follow.
     for side, (fine, coarse) in zip(sides, pairwise(widths), strict=False):
         total += conv_flops(side, coarse + 3 * fine, fine, 3)
     return total + sum(conv_flops(side, width, level_dim) for side, width in zip(sides, widths, strict=True))

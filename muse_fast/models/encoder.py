@@ -1,4 +1,4 @@
-"""What every encoder shares: its interface, the images that it takes, and how its FLOPs are counted."""
+"""Interface of every encoder, checks of its images, and counting of FLOPs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Maps = tuple[Tensor, ...]
 
 
 class Encoder(nn.Module):
-    """A network that turns images into image features and into what the decoder starts from.
+    """A network that turns images into image features and into the input of the decoder.
 
     Attributes:
-        encoder: the network itself; an export for timm has its tensors under its own names.
-        drop_rates: stochastic depth of every residual branch, from the first to the last.
+        encoder: the network itself; an export for timm stores its tensors under the network's own names.
+        drop_rates: stochastic depth of every residual branch, first to last.
     """
 
     encoder: Any
@@ -28,20 +28,20 @@ class Encoder(nn.Module):
 
     @property
     def layers(self) -> Iterable[nn.Module]:
-        """Layers of the same shape: ``train.compile`` compiles and FSDP shards them one by one. None by default."""
+        """Layers of the same shape, which ``train.compile`` compiles and FSDP shards one by one; none by default."""
         return ()
 
     def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, Any]:
         """Encode groups of images of one resolution each.
 
         Args:
-            groups: ``[I, 3, R, R]`` each; `check_images` says which R are allowed.
+            groups: ``[I, 3, R, R]`` each, see `check_images` for the allowed R.
             scales: factors of the residual branches per image, ``[branches, images of all groups]``, for stochastic
                 depth; None drops nothing.
 
         Returns:
-            Image features ``[images of all groups, C]`` and, for the decoder, `Maps` per group; from a plain ViT its
-            `muse_fast.models.vit.PackedTokens`.
+            Image features ``[images of all groups, C]`` and, for the decoder, `Maps` per group, or
+            `muse_fast.models.vit.PackedTokens` from a plain ViT.
         """
         raise NotImplementedError
 
@@ -63,5 +63,5 @@ def check_image_size(side: int) -> None:
 
 
 def conv_flops(side: int, in_channels: int, out_channels: int, kernel: int = 1) -> int:
-    """FLOPs, two per multiply-add, of a convolution with ``side * side`` outputs; of a linear layer per row, side 1."""
+    """FLOPs, two per multiply-add, of a convolution with ``side * side`` outputs; side 1: of a linear layer per row."""
     return 2 * side**2 * in_channels * out_channels * kernel**2

@@ -1,4 +1,4 @@
-"""Projection head of DINO (Caron et al., 2021), one for images and one for nuclei."""
+"""Projection head of DINO (Caron et al., 2021), used for images and for nuclei."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from muse_fast.models.norm import RowBatchNorm
 
 
 class HeadOutput(NamedTuple):
-    """Both factors of a head's logits, with rows of length 1."""
+    """The two factors of a head's logits, with rows of length 1."""
 
     z: Tensor  # [N, d]
     prototypes: Tensor  # [K, d]
 
     def logits(self) -> Tensor:
-        """Cosines of the rows to the prototypes, ``[N, K]``."""
+        """Cosines between rows and prototypes, ``[N, K]``."""
         return F.linear(self.z, self.prototypes)
 
 
@@ -26,7 +26,7 @@ class DINOHead(nn.Module):
     """MLP to a bottleneck on the unit sphere, then cosine similarity to K prototypes.
 
     The prototypes are weight-normalised with their length frozen at 1, so only the direction of each row of
-    ``prototypes_v`` counts. `forward` stops short of the logits: a loss may take both factors and never store the
+    ``prototypes_v`` counts. `forward` does not compute the logits: a loss may use the two factors without storing the
     ``[N, K]`` product.
 
     Args:
@@ -51,7 +51,7 @@ class DINOHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        # Rows of length about 0.6. Adam moves every entry by about lr, so rows of unit variance would hardly turn.
+        # Rows of length about 0.6. Adam moves every entry by about lr, so rows of unit variance would barely turn.
         bound = bottleneck_dim**-0.5
         nn.init.uniform_(self.prototypes_v, -bound, bound)
 

@@ -1,11 +1,11 @@
-"""BatchNorm whose statistics are over all ranks, of several groups of values with one collective.
+"""BatchNorm with statistics over all ranks; one collective serves several groups of values.
 
 A group is rows ``[N, C]`` or maps ``[N, C, h, w]``; its moments are mean, biased variance and number of values per
-channel. Ranks gather each other's moments and merge them. To all-reduce sums would take two turns, as squares are to
-be summed about a mean that is itself a sum over ranks: ``E[y^2] - E[y]^2`` loses its digits where the mean is large.
+channel. Ranks gather each other's moments and merge them. All-reducing sums would take two collectives, since squares
+must be summed about a mean that is itself a sum over ranks: ``E[y^2] - E[y]^2`` loses its digits if the mean is large.
 
-A batch statistic needs two values. With fewer over all ranks the running statistics normalise and are left as they
-are. Only the device knows how many values other ranks have, hence ``torch.where`` and no branch.
+A batch statistic needs two values. With fewer over all ranks, the running statistics are used and stay unchanged. Only
+the device knows how many values other ranks have, hence ``torch.where`` instead of a branch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class RowBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over all ranks of rows whose number varies, without parameters."""
+    """BatchNorm of rows over all ranks, without parameters; ranks may have different numbers of rows."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, affine=False)
@@ -43,13 +43,13 @@ class RowBatchNorm(nn.BatchNorm1d):
 def batch_norms(xs: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
     """``[norm(x) for x, norm in zip(xs, norms)]`` with the statistics of each ``x`` over all ranks.
 
-    Running statistics are updated group by group, so a norm may occur several times. In training on many ranks forward
-    and backward each take one collective, in which a rank without values takes part. Gradients of weight and bias are
-    those of this rank's values, which data parallelism adds up.
+    Running statistics are updated group by group, so a norm may occur several times. In training on several ranks,
+    forward and backward each use one collective, which ranks without values join. Gradients of weight and bias are
+    those of this rank's values; data parallelism sums them.
 
     Args:
         xs: groups ``[N, C]`` or ``[N, C, h, w]``, floating point; N may differ between ranks and be 0.
-        norms: with running statistics and a number for momentum; all in training, or all in evaluation.
+        norms: with running statistics and momentum not None; all in training mode, or all in evaluation mode.
     """
     groups = list(zip(xs, norms, strict=True))
     if world_size() == 1 or not any(norm.training for norm in norms):
@@ -63,11 +63,11 @@ def synced_moments(
     """Moments of each group on this rank -> mean, biased variance and count over all ranks, with one collective.
 
     Args:
-        means, variances: ``[C]`` per group, whose gradients take one collective for all groups.
-        counts: values per channel of each group on this rank; where 0, mean and variance must be finite all the same.
+        means, variances: ``[C]`` per group; their gradients use one collective for all groups.
+        counts: values per channel of each group on this rank; mean and variance must be finite even if it is 0.
 
     Returns:
-        ``(mean [C], variance [C], count)`` per group; the count is a 0-dim tensor on many ranks.
+        ``(mean [C], variance [C], count)`` per group; the count is a 0-dim tensor on several ranks.
     """
     if world_size() == 1:
         return list(zip(means, variances, counts, strict=True))
@@ -78,10 +78,10 @@ def synced_moments(
 
 
 def normalising_moments(norm: Norm, mean: Tensor, var: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
-    """``mean`` and ``var`` of ``count`` values per channel; with fewer than two, the running statistics in their place.
+    """``mean`` and ``var`` of ``count`` values per channel, or the running statistics if there are fewer than two.
 
     Args:
-        count: a number or a tensor, which the host does not look at.
+        count: a number, or a tensor that is not copied to the host.
     """
     running: Any = norm  # torch declares the running statistics optional
     if isinstance(count, Tensor):
@@ -91,11 +91,11 @@ def normalising_moments(norm: Norm, mean: Tensor, var: Tensor, count: Tensor | i
 
 @torch.no_grad()
 def update_running_stats(norm: Norm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
-    """Move the running statistics of ``norm`` as it does itself; fewer than two values leave them.
+    """Update the running statistics of ``norm`` as torch does; fewer than two values leave them unchanged.
 
     Args:
         mean, var: ``[C]``, the variance biased.
-        count: values per channel, a number or a 0-dim tensor, which the host does not look at.
+        count: values per channel, a number, or a 0-dim tensor that is not copied to the host.
     """
     running: Any = norm
     if isinstance(count, int) and count < 2:
@@ -120,7 +120,7 @@ def _batch_norm(x: Tensor, norm: Any) -> Tensor:
 
 
 class _MomentsOverRanks(torch.autograd.Function):
-    """Rows mean, variance and count ``[3, C]`` of this rank -> those of all ranks; the count carries no gradient."""
+    """Mean, variance and count ``[3, C]`` of this rank -> those over all ranks; the count has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, moments: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class _MomentsOverRanks(torch.autograd.Function):
 
 
 class _Group(NamedTuple):
-    """What the backward of a group needs: its values, the gain, and per channel what normalised them."""
+    """A group's values, gain, and the statistics that normalised it, saved for the backward."""
 
     x: Tensor
     weight: Tensor | None
@@ -149,7 +149,7 @@ class _Group(NamedTuple):
 
 
 class _BatchNormsOverRanks(torch.autograd.Function):
-    """Training of `batch_norms`; takes x, weight and bias of every group in turn, and so come their gradients."""
+    """Training of `batch_norms`; the inputs are x, weight and bias of every group in turn."""
 
     @staticmethod
     def forward(ctx: Any, norms: Sequence[Norm], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -184,11 +184,11 @@ class _BatchNormsOverRanks(torch.autograd.Function):
         return tuple(result)
 
 
-# The sums over values and the passes over them, by torch's own kernels where it has them; these take no empty input.
+# Reductions and elementwise passes use torch's kernels where it has them; those do not accept empty input.
 
 
 def _moments(x: Tensor, eps: float) -> Tensor:
-    """Mean, biased variance and count ``[3, C]`` of the values of this rank, float32 (float64 for float64)."""
+    """Mean, biased variance and count ``[3, C]`` of this rank's values, float32 (float64 for float64)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.numel() == 0:
         return x.new_zeros(3, x.shape[1], dtype=dtype)
@@ -201,17 +201,17 @@ def _moments(x: Tensor, eps: float) -> Tensor:
 
 
 def _merge(moments: Tensor) -> Tensor:
-    """Mean, biased variance and count ``[ranks, 3, C]`` of each rank -> ``[3, C]`` of all their values."""
+    """Mean, biased variance and count of each rank ``[ranks, 3, C]`` -> those of all values ``[3, C]``."""
     means, variances, counts = moments.unbind(1)
     count = counts.sum(dim=0)
     share = counts / count.clamp(min=1)
-    mean = means[0] + (share * (means - means[0])).sum(dim=0)  # the difference keeps its digits
+    mean = means[0] + (share * (means - means[0])).sum(dim=0)  # differences keep their digits
     var = (share * (variances + (means - mean).square())).sum(dim=0)
     return torch.stack([mean, var, count])
 
 
 def _backward_sums(grad: Tensor, group: _Group) -> Tensor:
-    """Sums over the values of this rank of ``dy`` and of ``dy (x - mean)``, ``[2, C]`` in the dtype of the moments."""
+    """Sums of ``dy`` and ``dy (x - mean)`` over this rank's values, ``[2, C]`` in the dtype of the moments."""
     x, _, mean, invstd, _ = group
     if x.numel() == 0:
         return mean.new_zeros(2, x.shape[1])
@@ -222,7 +222,7 @@ def _backward_sums(grad: Tensor, group: _Group) -> Tensor:
 
 
 def _input_grad(grad: Tensor, group: _Group, sums: Tensor) -> Tensor:
-    """Gradient of the values of this rank, given the ``sums`` of `_backward_sums` over all ranks."""
+    """Gradient of this rank's values, given the ``sums`` of `_backward_sums` over all ranks."""
     x, weight, mean, invstd, num_values = group
     if x.numel() == 0:
         return torch.zeros_like(x)
@@ -241,11 +241,11 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:
-    """``[C]`` in a shape that spreads over ``x``."""
+    """Reshape ``[C]`` so that it broadcasts over ``x``."""
     return values.view(-1, *[1] * (x.dim() - 2))
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last where ``x`` is; else contiguous."""
+    """Channels-last if ``x`` is, else contiguous."""
     last = torch.channels_last
     return last if x.is_contiguous(memory_format=last) else torch.contiguous_format

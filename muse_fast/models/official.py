@@ -1,7 +1,7 @@
 """Reading the checkpoints that the authors of MUSE published.
 
-Their ``.pth`` files hold ``{"teacher": {"module.backbone.<name>": tensor, ...}, ...}``. Strip the prefix and the names
-are ours. Nothing here runs code from a file.
+Their ``.pth`` files contain ``{"teacher": {"module.backbone.<name>": tensor, ...}, ...}``. Without the prefix, the
+names are ours. Nothing here runs code from a file.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from torch import Tensor
 from muse_fast.errors import UserError
 
 PREFIX = "module.backbone."
-EXACT = "exact_pos_embed"  # in our exports, beside "teacher"
+EXACT = "exact_pos_embed"  # key of our exports, next to "teacher"
 GIT_LFS_POINTER = b"version https://git-lfs"
 log = logging.getLogger(__name__)
 
 
 class Official(NamedTuple):
-    """What a ``.pth`` in the published layout holds."""
+    """Content of a ``.pth`` in the published layout."""
 
-    tensors: dict[str, Tensor]  # of the teacher's backbone, under our names, on the CPU
-    compat: str  # how its position embedding is meant: "exact" in our exports, "muse_official" in the authors' files
+    tensors: dict[str, Tensor]  # of the teacher's backbone, with our names, on the CPU
+    compat: str  # how to use its position embedding: "exact" for our exports, "muse_official" for the authors' files
 
 
 def read_official(path: Path) -> Official:
     """Read a ``.pth`` of the authors, or one in their layout.
 
-    Tensors of other modules (the pretraining heads) are left out, and the log says which.
+    Tensors of other modules (the pretraining heads) are skipped and logged.
 
     Raises:
-        UserError: the file is a git-LFS pointer, is damaged, asks to run code, or has no such tensors.
+        UserError: the file is a git-LFS pointer, is damaged, could run code, or has no such tensors.
     """
-    content = _read(path)
+    content = _read_dict(path)
     teacher = content["teacher"]
     tensors = {name.removeprefix(PREFIX): value for name, value in teacher.items() if name.startswith(PREFIX)}
     if not tensors:
         raise UserError(f"{path}: no tensor under 'teacher' starts with {PREFIX!r}; it has {sorted(teacher)[:3]}, ...")
     ignored = sorted(name for name in teacher if not name.startswith(PREFIX))
     if ignored:
-        log.info("%s: left out %d tensors outside the backbone: %s", path, len(ignored), ", ".join(ignored))
+        log.info("%s: skipped %d tensors outside the backbone: %s", path, len(ignored), ", ".join(ignored))
     return Official(tensors, "exact" if EXACT in content else "muse_official")
 
 
 def official_pos_embed(pos_embed: Tensor) -> Tensor:
     """The position embedding ``[1, 1 + g * g, C]`` as the authors' evaluation code uses it.
 
-    Their loader means to skip the resize where the size already fits, but compares against the wrong number of
-    patches, so every table is resampled bicubically by (g + 0.1) / g. The shape stays, the values move, and their
-    published results were made with the moved ones.
+    Their loader is meant to skip the resize if the size already fits, but compares with the wrong number of patches, so
+    every embedding is resampled bicubically by (g + 0.1) / g. The shape stays the same but the values change, and their
+    published results were computed with the changed values.
     """
     grid = math.isqrt(pos_embed.shape[1] - 1)
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
@@ -67,8 +67,8 @@ def official_pos_embed(pos_embed: Tensor) -> Tensor:
     return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A dict with a state dict under ``teacher``."""
+def _read_dict(path: Path) -> dict[str, Any]:
+    """Read a dict with a state dict under ``teacher``."""
     content = read_pth(path)
     teacher = content.get("teacher") if isinstance(content, dict) else None
     if not isinstance(teacher, dict) or not all(isinstance(value, Tensor) for value in teacher.values()):
@@ -80,24 +80,24 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_pth(path: Path) -> Any:
-    """What ``torch.save`` wrote, if it is made of tensors and plain values.
+    """Read a file of ``torch.save`` that contains only tensors and plain values.
 
     Raises:
-        UserError: the file is a git-LFS pointer, is damaged, or asks to run code.
+        UserError: the file is a git-LFS pointer, is damaged, or could run code.
     """
     with path.open("rb") as file:
         start = file.read(len(GIT_LFS_POINTER))
     if start == GIT_LFS_POINTER:
         raise UserError(f"{path}: a git-LFS pointer, not the weights; run `git lfs pull` in its repository first.")
     try:
-        # The authors' training script stored its options as a Namespace, a plain record; nothing else is let in.
+        # The authors' training script stored its options as a Namespace, a plain record; no other class is allowed.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{path}: damaged, or holds objects that could run code when read, so it was not loaded "
+            f"{path}: damaged, or contains objects that could run code when read, so it was not loaded "
             f"({_first_line(error)}). Compare its checksum with the publisher's; if you trust it, load it in an "
-            f"isolated place and save its tensors alone, as {{'teacher': state_dict}} or as .safetensors."
+            f"isolated place and save only its tensors, as {{'teacher': state_dict}} or as .safetensors."
         ) from error
 
 

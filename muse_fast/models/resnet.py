@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al., 2016) as timm builds it, giving the same two things as the ViT encoder."""
+"""ResNet-50 (He et al., 2016) of timm, with the interface of the ViT encoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTHS, BLOCKS = (256, 512, 1024, 2048), (3, 4, 6, 3)
 
 
 class BranchScale(nn.Module):
-    """In the place of timm's drop path: the scales come from outside, one per image and branch."""
+    """Replaces timm's drop path; scales are set from outside, one per image and branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,10 +26,10 @@ class BranchScale(nn.Module):
 
 
 class ResNetEncoder(Encoder):
-    """Four maps at strides 4, 8, 16 and 32, and their last one averaged.
+    """Returns maps at strides 4, 8, 16 and 32, and the mean of the last map as image feature.
 
-    Stochastic depth rises linearly from 0 at the first block to ``drop_path`` at the last. It has no use for the other
-    options of an encoder.
+    Stochastic depth rises linearly from 0 at the first block to ``drop_path`` at the last. Other options of
+    encoders are ignored.
     """
 
     def __init__(self, *, drop_path: float = 0.0, **unused: object) -> None:
@@ -51,7 +51,7 @@ class ResNetEncoder(Encoder):
         self.drop_rates = [drop_path * i / (len(blocks) - 1) for i in range(len(blocks))]
 
     def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, list[Maps]]:
-        """Groups of images ``[I, 3, R, R]`` -> image features ``[images, 2048]``, and per group the four maps.
+        """Groups of images ``[I, 3, R, R]`` -> image features ``[images, 2048]``, and four maps per group.
 
         Args:
             scales: of the residual branches per image, ``[blocks, images of all groups]``, for stochastic depth.
@@ -71,7 +71,7 @@ def resnet50_flops(size: int) -> int:
     total, in_channels, in_side = conv_flops(size // 2, 3, 64, 7), 64, size // 4
     for width, stride, blocks in zip(WIDTHS, (4, 8, 16, 32), BLOCKS, strict=True):
         inner, side = width // 4, -(-size // stride)
-        total += conv_flops(in_side, in_channels, inner) + conv_flops(side, in_channels, width)  # first, its shortcut
+        total += conv_flops(in_side, in_channels, inner) + conv_flops(side, in_channels, width)  # first conv, shortcut
         total += (blocks - 1) * conv_flops(side, width, inner)
         total += blocks * (conv_flops(side, inner, inner, 3) + conv_flops(side, inner, width))
         in_channels, in_side = width, side

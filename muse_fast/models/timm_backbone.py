@@ -1,8 +1,9 @@
-"""Any backbone of timm in the place of ours, to compare with: ``timm:NAME[:key=value ...][@FILE]``.
+"""Backbones of timm in place of ours, for comparison: ``timm:NAME[:key=value ...][@FILE]``.
 
-A plain ViT gives its last layer's patch tokens as a map; a hierarchical network the maps of all its stages from stride
-4 on. Each map is read bilinearly at the nuclei and the readings are joined (paper, appendix B). The paper speaks of
-maps "interpolated to a common size" before; the authors' code reads every map by itself, and so does this.
+A plain ViT returns the patch tokens of its last layer as a map; a hierarchical network returns the maps of all stages
+from stride 4 on. Each map is sampled bilinearly at the nuclei, and the samples are concatenated (paper, appendix B).
+The paper says that maps are "interpolated to a common size" first; the authors' code samples each map at its own size,
+and so do we.
 """
 
 from __future__ import annotations
@@ -26,39 +27,39 @@ from muse_fast.models.official import read_pth
 from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
 
 PREFIX = "timm:"
-FINEST_STRIDE = 4  # of a hierarchical network's maps; what comes before is its stem
+FINEST_STRIDE = 4  # of the maps of a hierarchical network; finer ones belong to its stem
 STATE_DICTS = ("teacher", "state_dict", "model", "model_state_dict")  # where training scripts keep the weights
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 class Spec(NamedTuple):
-    """``timm:NAME[:key=value ...][@FILE]``, taken apart."""
+    """The parts of ``timm:NAME[:key=value ...][@FILE]``."""
 
-    name: str  # as timm knows it, with or without a tag (vit_small_patch14_dinov2.lvd142m)
-    options: dict[str, Any]  # of timm.create_model
-    statistics: dict[str, tuple[float, ...]]  # mean or std, where they were given
+    name: str  # timm's, with or without a tag (vit_small_patch14_dinov2.lvd142m)
+    options: dict[str, Any]  # arguments of timm.create_model
+    statistics: dict[str, tuple[float, ...]]  # mean or std, if given
     file: Path | None
 
 
 class TimmBackbone(nn.Module):
-    """A network of timm that offers `nucleus_features`; `load_timm` builds it.
+    """A timm network with `nucleus_features`; built by `load_timm`.
 
     Images are float ``[I, 3, R, R]``, normalised with the ImageNet mean and standard deviation as for our backbones;
-    they are brought to the network's own here. An R that is no multiple of its coarsest stride (or patch) is enlarged
-    to the next one, bicubically: positions keep their share of the side.
+    this class converts them to the network's own statistics. If R is not a multiple of the coarsest stride (or patch
+    size), images are enlarged bicubically to the next multiple; positions scale with them.
 
     Args:
         network: takes square images of ``side``.
-        arch: for reports.
+        arch: its name in reports.
         side: R, rounded up to a multiple of the stride.
         statistics: mean and standard deviation per channel that the network was trained with.
-        align_corners: how a point of the image is found in a map of W columns: at column ``x / R * (W - 1)``, as in the
-            published evaluation, or (False) at ``x / R * W - 0.5``, where the middle of a token reads just that token.
+        align_corners: which column of a map of W columns a point x maps to: ``x / R * (W - 1)``, as in the published
+            evaluation, or (False) ``x / R * W - 0.5``, so that the middle of a token reads only that token.
 
     Attributes:
-        strides: of the maps that are read, in pixels of the network's input.
+        strides: of the maps that are sampled, in pixels of the network's input.
         dense_dim: width D of a nucleus row.
-        finetune_lr: learning rate of the published fine-tuning, for ResNets and for all else.
+        finetune_lr: learning rate of the published fine-tuning, which differs for ResNets.
     """
 
     gain: Tensor
@@ -84,14 +85,14 @@ class TimmBackbone(nn.Module):
         )
         self.register_buffer("gain", std / own_std, persistent=False)
         self.register_buffer("offset", (mean - own_mean) / own_std, persistent=False)
-        with torch.no_grad():  # a look is surer than timm's tables
+        with torch.no_grad():  # measured, as timm's tables may be wrong
             self.dense_dim = sum(one.shape[1] for one in self.eval().maps(torch.zeros(1, 3, side, side)))
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The maps ``[I, c, h, h]`` that nuclei are read from, finest first.
+        """Return the maps ``[I, c, h, h]`` that nuclei are sampled from, finest first.
 
         Raises:
-            UserError: images of another side than the network was built for.
+            UserError: the images do not have the side that the network was built for.
         """
         stride = self.strides[-1]
         if images.shape[-2:] != (images.shape[-1],) * 2 or _round_up(images.shape[-1], stride) != self.side:
@@ -107,32 +108,32 @@ class TimmBackbone(nn.Module):
         return maps
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
-        """One feature per nucleus, ``[N, D]``, as `muse_fast.models.Backbone.nucleus_features`."""
+        """One feature per nucleus, ``[N, D]``; see `muse_fast.models.Backbone.nucleus_features`."""
         side = images.shape[-1]
         return torch.cat([self._read(one, xy, image_index, side) for one in self.maps(images)], dim=1)
 
     def _read(self, one: Tensor, xy: Tensor, image_index: Tensor, side: int) -> Tensor:
-        if not self.align_corners:  # `sample_nuclei` aligns corners: give it the points that come out right
+        if not self.align_corners:  # `sample_nuclei` aligns corners, so shift the points to compensate
             cells = one.shape[-1]
             xy = (xy * (cells / side) - 0.5).clamp(0, cells - 1) * (side / max(cells - 1, 1))
         return ops.sample_nuclei([one], xy, image_index, side)
 
 
 class Loaded(NamedTuple):
-    """A backbone, and what a report should say of it."""
+    """A backbone and its description for reports."""
 
     backbone: TimmBackbone
     about: dict[str, Any]
 
 
 def parse_spec(text: str) -> Spec:
-    """Take ``timm:NAME[:key=value ...][@FILE]`` apart.
+    """Parse ``timm:NAME[:key=value ...][@FILE]``.
 
     ``key=value`` are arguments of ``timm.create_model``; ``mean`` and ``std`` (three numbers, or ``imagenet``) replace
-    what timm notes for NAME.
+    timm's values for NAME.
 
     Raises:
-        UserError: no such network in timm, settings that cannot be read, or no such file.
+        UserError: timm has no such network, a setting cannot be parsed, or the file does not exist.
     """
     import timm
 
@@ -154,29 +155,29 @@ def parse_spec(text: str) -> Spec:
 
 
 def load_timm(text: str, *, image_size: int, align_corners: bool = False) -> Loaded:
-    """A backbone of timm in evaluation mode, float32, on the CPU. Nothing is ever downloaded.
+    """Load a backbone of timm in evaluation mode, float32, on the CPU. Nothing is downloaded.
 
     Args:
-        text: ``timm:NAME[:key=value ...][@FILE]``; FILE is a ``.safetensors``, or what ``torch.save`` wrote (``.pth``,
-            ``.bin``, ...), of which tensors alone are read. Without it, random weights from torch's global generator.
-        image_size: side of the images in pixels. Position embeddings are resampled for it as timm does, once.
+        text: ``timm:NAME[:key=value ...][@FILE]``; FILE is a ``.safetensors`` or a file of ``torch.save`` (``.pth``,
+            ``.bin``, ...), from which only tensors are read. Without it, torch's global generator draws the weights.
+        image_size: side of the images in pixels. timm resamples position embeddings to it once.
         align_corners: see `TimmBackbone`.
 
     Raises:
-        UserError: as `parse_spec`; a damaged file; tensors missing, left over or of other shapes; a
-            network without maps, or not for images of this size.
+        UserError: as `parse_spec`; the file is damaged; tensors are missing, unexpected or of other shapes; the
+            network has no feature maps or does not accept images of this size.
     """
     import timm
 
     spec = parse_spec(text)
     arch = f"{PREFIX}{spec.name}"
-    options = {key: _layer(key, value) for key, value in spec.options.items()}
+    options = {key: _resolve_layer(key, value) for key, value in spec.options.items()}
     try:
         network: Any = timm.create_model(spec.name, pretrained=False, num_classes=0, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"{text}: timm cannot build this ({error})") from error
     if not hasattr(network, "forward_intermediates"):
-        raise UserError(f"{text}: timm gives no feature maps of {spec.name} (no forward_intermediates)")
+        raise UserError(f"{text}: timm has no feature maps for {spec.name} (no forward_intermediates)")
     names = {} if spec.file is None else _load_file(network, arch, spec.file)
     known = network.pretrained_cfg
     statistics = {key: tuple(spec.statistics.get(key, known[key])) for key in IMAGENET}
@@ -204,7 +205,7 @@ def load_timm(text: str, *, image_size: int, align_corners: bool = False) -> Loa
 
 
 def in_words(about: Mapping[str, Any]) -> str:
-    """What `load_timm` has to say, in one line."""
+    """Summarise ``about`` of `load_timm` in one line."""
     weights = about["file"] or "random weights (no @FILE)"
     for key, words in (("left_out", "without"), ("converted", "converted by timm:")):
         weights += f", {words} {some(about[key])}" if about.get(key) else ""
@@ -219,26 +220,26 @@ def in_words(about: Mapping[str, Any]) -> str:
 
 
 def _load_file(network: Any, arch: str, file: Path) -> dict[str, list[str]]:
-    """Load ``file`` strictly; returns the names in it that have no place, and those that timm calls otherwise."""
+    """Load ``file`` strictly; return the names that were not used, and those that timm renamed or reshaped."""
     content = read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
-    stored, beside = _state_dict(file, content)
+    stored, outside = _state_dict(file, content)
     expected = network.state_dict()
     heads = network.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     tensors = {name: t for name, t in stored.items() if name in expected or not name.startswith(heads)}
     converted = _convert(network, arch, file, tensors) if tensors.keys() != expected.keys() else tensors
-    # Files from before BatchNorm counted its batches; the count has no influence.
+    # Old files lack BatchNorm's batch counter, which has no influence.
     counters = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked") and n not in converted}
     load_strictly(network, {**converted, **counters}, str(file), arch)
     reshaped = [n for n in tensors.keys() & converted.keys() if tensors[n].shape != converted[n].shape]
     return {
-        "left_out": beside + sorted(stored.keys() - tensors.keys()),
+        "left_out": outside + sorted(stored.keys() - tensors.keys()),
         "converted": sorted([*(tensors.keys() - converted.keys()), *reshaped]),
     }
 
 
 def _convert(network: Any, arch: str, file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By timm's own conversion, which knows the names of other projects (DINOv2, CLIP) and of its older releases."""
+    """Apply timm's own conversion from names of other projects (DINOv2, CLIP) and of older timm releases."""
     convert = getattr(importlib.import_module(type(network).__module__), "checkpoint_filter_fn", None)
     if convert is None:
         return tensors
@@ -246,13 +247,13 @@ def _convert(network: Any, arch: str, file: Path, tensors: dict[str, Tensor]) ->
         converted: dict[str, Tensor] = convert(dict(tensors), network)
     except (KeyError, RuntimeError, AttributeError, IndexError) as error:
         raise UserError(f"{file}: does not fit {arch}; timm cannot convert it ({error})") from error
-    # timm would stretch the filters of another patch size, which makes another network.
+    # timm would resize filters of another patch size, which changes the network.
     filters = {n: t for n, t in tensors.items() if n.endswith("patch_embed.proj.weight") and t.ndim == 4}
     return converted | filters
 
 
 def _state_dict(file: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a network in what a file holds, without prefixes; and the names of what stands beside it."""
+    """Tensors of the network in a file's content, without prefixes, and names of tensors outside the network."""
     while isinstance(content, Mapping) and (
         within := [key for key in STATE_DICTS if isinstance(content.get(key), Mapping)]
     ):
@@ -260,13 +261,13 @@ def _state_dict(file: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]
     if not isinstance(content, Mapping) or not content or not all(isinstance(one, Tensor) for one in content.values()):
         found = some(sorted(map(str, content))) if isinstance(content, Mapping) else type(content).__name__
         raise UserError(f"{file}: expected a state dict, bare or under {', '.join(STATE_DICTS)}; got {found}")
-    tensors, beside = dict(content), []
+    tensors, outside = dict(content), []
     for prefix in ("module.", "backbone."):
         inside = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
         if inside:
-            beside += sorted(name for name in tensors if not name.startswith(prefix))
+            outside += sorted(name for name in tensors if not name.startswith(prefix))
             tensors = inside
-    return tensors, beside
+    return tensors, outside
 
 
 def _statistics(text: str, key: str, value: Any) -> tuple[float, ...]:
@@ -277,15 +278,15 @@ def _statistics(text: str, key: str, value: Any) -> tuple[float, ...]:
     return tuple(map(float, value))
 
 
-def _layer(key: str, value: Any) -> Any:
-    """The class that a name stands for, in arguments such as ``mlp_layer=SwiGLUPacked``."""
+def _resolve_layer(key: str, value: Any) -> Any:
+    """Resolve the class name in arguments such as ``mlp_layer=SwiGLUPacked``."""
     from timm import layers
 
     return getattr(layers, value, value) if key.endswith("_layer") and isinstance(value, str) else value
 
 
 def _feature_info(network: Any) -> list[dict[str, Any]]:
-    """Channels and stride of every stage, as timm notes them."""
+    """Channels and stride of every stage according to timm."""
     return list(getattr(network.feature_info, "info", network.feature_info))
 
 

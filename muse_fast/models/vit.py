@@ -5,7 +5,7 @@ timm's ``vit_{tiny,small,base}_patch16_224`` state dicts (``num_classes=0``) loa
     I  images    R  image side in pixels    g  tokens per side = R / 16    T  patch tokens = g * g    C  width
 
 Images of several resolutions run together: their tokens are packed into one matrix of M rows, over which every linear
-layer, norm and MLP runs once, and only attention looks at which rows form an image.
+layer, norm and MLP runs once. Only attention needs to know which rows form an image.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ TAPPED_LAYERS = (2, 5, 8, 11)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
-    """Resize a position embedding ``[1, 1 + h * h, C]`` to ``[1, 1 + grid * grid, C]``; CLS is kept as it is.
+    """Resize a position embedding ``[1, 1 + h * h, C]`` to ``[1, 1 + grid * grid, C]``; CLS does not change.
 
-    Bicubic without antialiasing, as DINO and MUSE do; a table of the right size is returned untouched.
+    Bicubic without antialiasing, as in DINO and MUSE; an embedding of the right size is returned as is.
     """
     old = math.isqrt(pos_embed.shape[1] - 1)
     if old == grid:
         return pos_embed
-    # The resize is linear and separable: one small matrix, read off the identity, serves both axes. Its backward is a
-    # matmul, deterministic on a GPU, where that of F.interpolate(mode="bicubic") is not.
+    # The resize is linear and separable, so one small matrix, the resized identity, serves both axes. Its backward is a
+    # matmul, deterministic on a GPU, unlike that of F.interpolate(mode="bicubic").
     identity = torch.eye(old, dtype=torch.float64, device=pos_embed.device)
     axis = F.interpolate(identity[None, None], size=(grid, old), mode="bicubic", align_corners=False)[0, 0]
     axis = axis.to(pos_embed.dtype)  # [grid, h]
@@ -78,7 +78,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer. ``recompute`` says what its backward computes again instead of storing it."""
+    """One transformer layer. ``recompute`` selects activations that the backward recomputes instead of storing."""
 
     def __init__(self, dim: int, heads: int, attention: str, recompute: str) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 def _keep_matmuls() -> Any:
-    """Selective recomputation: matmuls and attention are stored; norms, GELU and sums cost little to compute again."""
+    """Selective recomputation: store matmuls and attention; norms, GELU and sums are cheap to recompute."""
     return create_selective_checkpoint_contexts(_MATMULS)
 
 
@@ -136,9 +136,9 @@ class VisionTransformer(nn.Module):
     Args:
         dim: width C.
         heads: attention heads per layer.
-        image_size: side in pixels that the position embedding is stored for; other sides resize it on the fly.
+        image_size: side in pixels that the position embedding is stored for; it is resized on the fly for other sides.
         attention: backend of `muse_fast.models.attention.attend`.
-        recompute: ``none``, ``selective`` or ``full``: what the backward of a layer computes again.
+        recompute: activations that the backward of a layer recomputes: ``none``, ``selective`` or ``full``.
     """
 
     def __init__(self, dim: int, heads: int, image_size: int, attention: str, recompute: str) -> None:
@@ -165,8 +165,8 @@ class VisionTransformer(nn.Module):
         """Tokens after layers 2, 5, 8 and 11, each through the final norm.
 
         Args:
-            groups: images of one resolution each, ``[I, 3, R, R]``, R a multiple of 16 from 32 to 1024 (UserError
-                otherwise).
+            groups: images of one resolution each, ``[I, 3, R, R]``, R a multiple of 16 from 32 to 1024 (otherwise
+                UserError).
             scales: of the residual branches per image, ``[2 * DEPTH, images of all groups]``, for stochastic depth.
         """
         tokens = [self.embed(images) for images in groups]
@@ -192,7 +192,7 @@ class VisionTransformer(nn.Module):
 
 
 class ViTEncoder(Encoder):
-    """The transformer and the way its tokens leave it: an image feature, and tokens for the decoder.
+    """The transformer as an encoder, which returns an image feature and tokens for the decoder.
 
     Stochastic depth rises linearly from 0 at the first layer to ``drop_path`` at the last.
     """

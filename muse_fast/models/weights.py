@@ -1,4 +1,4 @@
-"""`load_backbone`: a backbone from a run, a checkpoint, a file, or at random."""
+"""`load_backbone`: a backbone from a run, a checkpoint or a file, or with random weights."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from muse_fast.models.official import official_pos_embed, read_official
 from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
 
 COMPATS = ("exact", "muse_official")
-ENCODER = "encoder.encoder."  # what follows are timm's names
+ENCODER = "encoder.encoder."  # prefix of timm's names
 POS_EMBED = f"{ENCODER}pos_embed"
 TIMM_CONFIG, TIMM_WEIGHTS, TIMM_DECODER = "config.json", "model.safetensors", "decoder.safetensors"  # an export's files
 log = logging.getLogger(__name__)
 
 
 def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat: str | None = None) -> Backbone:
-    """A backbone in evaluation mode, float32, on the CPU.
+    """Load a backbone in evaluation mode, float32, on the CPU.
 
     Args:
-        arch: a name in `muse_fast.models.ARCHS`, such as ``vit_small``; None reads it off the weights.
-        weights: a run folder (its newest checkpoint), one checkpoint folder, any export (``.safetensors``, ``.pth``
+        arch: a name in `muse_fast.models.ARCHS`, such as ``vit_small``; None infers it from the weights.
+        weights: a run folder (its newest checkpoint), a checkpoint folder, any export (``.safetensors``, ``.pth``
             or timm folder), an official ``.pth`` file, or ``"random:vit_small"``; None or ``"random"`` draws random
             weights for ``arch`` from torch's global generator.
-        compat: ``"exact"`` uses the stored position embedding; ``"muse_official"`` resamples it at load as the
-            authors' code does. Default: the latter for a ``.pth`` that is none of our exports, the former for all else.
+        compat: ``"exact"`` uses the stored position embedding; ``"muse_official"`` resamples it as the
+            authors' code does. Default: ``"muse_official"`` for a ``.pth`` that is not our export, else ``"exact"``.
 
     Raises:
-        UserError: unknown arch or compat, no such path, a file of another kind or damaged, weights of another arch,
-            tensors missing or left over. The message names them.
+        UserError: unknown arch or compat, no such path, a damaged file or one of another kind, weights of another arch,
+            missing or unexpected tensors. The message names them.
     """
     if arch is not None:
         find_arch(arch)
@@ -54,7 +54,7 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
         raise UserError(f"{path}: not the weights of a MUSE backbone; its tensors are {some(sorted(tensors))}")
     if arch not in (None, found_arch):
         raise UserError(
-            f"{path}: holds a {found_arch}, but {arch} was asked for. Ask for {found_arch}, or leave it out."
+            f"{path}: contains a {found_arch}, not the requested {arch}. Request {found_arch}, or omit the name."
         )
 
     if compat is None:
@@ -80,21 +80,21 @@ def _random_arch(arch: str | None, weights: str) -> str:
     if named is None:
         raise UserError("random weights need an arch, for example weights='random:vit_small'")
     if arch not in (None, named):
-        raise UserError(f"weights {weights!r} contradict arch {arch!r}; leave one of them out")
+        raise UserError(f"weights {weights!r} contradict arch {arch!r}; omit one of them")
     return named
 
 
 class _Found(NamedTuple):
-    """What stands at a path."""
+    """Weights read from a path."""
 
-    tensors: Mapping[str, Tensor]  # of the backbone, under our names
-    arch: str | None = None  # where the source records one
-    compat: str = "exact"  # that the position embedding is made for
+    tensors: Mapping[str, Tensor]  # of the backbone, with our names
+    arch: str | None = None  # if the source records one
+    compat: str = "exact"  # how to use the position embedding
 
 
 def _read(path: Path) -> _Found:
     if not path.exists():
-        raise UserError(f"weights {path} do not exist; give a run, a checkpoint, a .safetensors, a .pth or random:ARCH")
+        raise UserError(f"weights {path} do not exist; pass a run, a checkpoint, a .safetensors, a .pth or random:ARCH")
     if is_timm_folder(path):
         return _Found(_read_timm(path))
     if path.is_dir():
@@ -118,7 +118,7 @@ def _read_checkpoint(folder: Path) -> _Found:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The newest sound checkpoint of a run, or the checkpoint that ``folder`` is; UserError where it is neither."""
+    """The newest intact checkpoint of a run, or ``folder`` itself if it is a checkpoint; otherwise UserError."""
     from muse_fast.runtime import checkpoint
 
     if (folder / "checkpoints").is_dir():
@@ -126,7 +126,7 @@ def find_checkpoint(folder: Path) -> Path:
         for problem in problems:
             log.warning("%s", problem)
         if newest is None:
-            raise UserError(f"{folder}: no sound checkpoint in this run. {some(problems)}")
+            raise UserError(f"{folder}: no intact checkpoint in this run. {some(problems)}")
         return newest
     if not (folder / checkpoint.MANIFEST).exists():
         raise UserError(f"{folder}: neither a run (no checkpoints/) nor a checkpoint (no {checkpoint.MANIFEST})")
@@ -134,24 +134,24 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def is_timm_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder that timm loads a model from."""
+    """Whether ``path`` is a folder that timm can load a model from."""
     return (path / TIMM_CONFIG).is_file() and (path / TIMM_WEIGHTS).is_file()
 
 
 def _read_timm(folder: Path) -> dict[str, Tensor]:
     if not (folder / TIMM_DECODER).is_file():
-        raise UserError(f"{folder}: {TIMM_DECODER} is missing; a timm model alone has no decoder to read nuclei with")
+        raise UserError(f"{folder}: {TIMM_DECODER} is missing; a timm model has no decoder, which nuclei need")
     encoder = {f"{ENCODER}{name}": tensor for name, tensor in read_safetensors(folder / TIMM_WEIGHTS).items()}
     return encoder | read_safetensors(folder / TIMM_DECODER)
 
 
 def _strip(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Training files put ``backbone.`` before the backbone's names and hold heads beside it; exports do neither."""
+    """Keep only the backbone: training files prefix its names with ``backbone.`` and contain heads; exports do not."""
     stripped = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
     return stripped or tensors
 
 
 def stored_image_size(arch: str, tensors: Mapping[str, Tensor]) -> int:
-    """The side in pixels that a position embedding was stored for; for a model without one, any allowed side."""
+    """The side in pixels that the position embedding was stored for; 224 for a model without one, where any works."""
     pos_embed = tensors.get(POS_EMBED)
     return 224 if pos_embed is None else find_arch(arch).strides[-1] * math.isqrt(pos_embed.shape[1] - 1)

@@ -297,7 +297,7 @@ def test_attention_and_compile_make_versions_of_the_engine() -> None:
 def test_an_engine_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--seconds", "0", "--attention", "xformers", *TINY]
     assert command.main(["step", *options]) == 1
-    assert "fast skipped: model.attention=xformers cannot run: it runs on CUDA GPUs alone" in capsys.readouterr().out
+    assert "fast skipped: model.attention=xformers cannot run: it runs only on CUDA GPUs" in capsys.readouterr().out
 
 
 def test_large_images(tmp_path: Path) -> None:

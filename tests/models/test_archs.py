@@ -1,4 +1,4 @@
-"""The registry: an encoder that a test adds can do all that the package's own can, and no other file knows its name."""
+"""The registry: an encoder that a test adds can do all that built-in ones can, and no other file knows its name."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def toy_arch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("toy_arch")
-def test_a_new_encoder_trains_and_its_weights_are_found_again(tmp_path: Path) -> None:
+def test_a_new_encoder_trains_and_its_weights_load_again(tmp_path: Path) -> None:
     trainer = Trainer(toy("model.arch=toy", "optim.freeze_prototypes_steps=0"), torch.device("cpu"))
     before = snapshot(trainer)
     for seed in range(2):
@@ -119,7 +119,7 @@ def test_an_unknown_arch_is_refused_before_data_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_an_entry_says_what_its_encoder_is(name: str) -> None:
+def test_an_entry_describes_its_encoder(name: str) -> None:
     arch = find_arch(name)
     with torch.device("meta"):
         encoder = build_backbone(name).encoder
@@ -130,14 +130,14 @@ def test_an_entry_says_what_its_encoder_is(name: str) -> None:
     assert set(arch.supports) <= set(OPTIONAL)
 
 
-def test_maps_that_nothing_can_decode_are_refused() -> None:
+def test_maps_without_a_decoder_are_refused() -> None:
     for widths, strides in (((8, 8, 8, 8), (4, 4, 8, 8)), ((8, 8, 8, 16), (16, 16, 16, 16))):
         with pytest.raises(ValueError, match="no decoder"):
             build_decoder(widths, strides)
 
 
-def test_only_the_models_compare_names() -> None:
-    """A file that asks ``arch == "resnet50"`` would have to be edited for every new encoder."""
+def test_names_are_compared_only_in_models() -> None:
+    """A file that tests ``arch == "resnet50"`` would have to change for every new encoder."""
     files = [path for path in (ROOT / "muse_fast").rglob("*.py") if "models" not in path.parts]
     assert len(files) > 50
     asking = {

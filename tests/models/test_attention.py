@@ -1,4 +1,4 @@
-"""Attention over packed tokens against the softmax written out, image by image."""
+"""Attention over packed tokens against an explicit softmax, image by image."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_no_images() -> None:
     assert attend(torch.zeros(0, 3 * WIDTH), HEADS, ((0, 5),), "sdpa").shape == (0, WIDTH)
 
 
-def test_an_image_changes_no_other() -> None:
-    """Tokens of an image, its image feature and its gradient do not depend on another image of either resolution."""
+def test_images_do_not_influence_each_other() -> None:
+    """Tokens of an image, its image feature and its gradient do not depend on other images of either resolution."""
     encoder = build_backbone("vit_tiny", image_size=96).encoder
     images = [torch.randn(2, 3, 96, 96), torch.randn(3, 3, 64, 64)]
     cls, tokens = encoder(images)
@@ -88,12 +88,12 @@ def test_an_image_changes_no_other() -> None:
 @pytest.mark.parametrize("backend", ["xformers", "varlen"])
 def test_why_not_on_a_cpu(backend: str) -> None:
     assert why_not("sdpa", CPU, torch.float64) is None
-    assert why_not(backend, CPU, torch.bfloat16) == "it runs on CUDA GPUs alone, and the run is on cpu"
+    assert why_not(backend, CPU, torch.bfloat16) == "it runs only on CUDA GPUs, and the run is on cpu"
 
 
 def test_why_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # makes its import fail
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # so that its import fails
     cuda = torch.device("cuda", 0)
     assert "bf16 and fp16" in (why_not("varlen", cuda, torch.float32) or "")
     assert "train.precision=bf16" in (why_not("varlen", cuda, torch.float32) or "")
@@ -104,19 +104,19 @@ def test_why_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", ["xformers", "varlen"])
-def test_a_run_that_cannot_use_its_attention_is_refused_by_the_setting(backend: str) -> None:
+def test_a_run_with_an_unusable_attention_is_refused(backend: str) -> None:
     config = load_config(None, [f"model.attention={backend}", "model.arch=vit_tiny", "head.prototypes=16"])
     with pytest.raises(UserError, match=rf"^model\.attention={backend} cannot run: .*on cpu.*sdpa"):
         Trainer(config, CPU)
 
 
-def test_bounds_that_a_teacher_asked_for_first_serve_a_student() -> None:
+def test_a_student_can_reuse_bounds_cached_by_a_teacher() -> None:
     layout: Layout = ((2, 5), (1, 3))
     attention._bounds.cache_clear()
     with torch.inference_mode():
         bounds = attention._bounds(layout, CPU)
     assert bounds.tolist() == [0, 5, 10, 13] and bounds.dtype == torch.int32
-    assert not bounds.is_inference()  # autograd may save it
+    assert not bounds.is_inference()  # so autograd can save it
     assert attention._bounds(layout, CPU) is bounds
 
 
@@ -137,8 +137,8 @@ def skip_unless_it_runs(backend: str, dtype: torch.dtype) -> torch.device:
     [("xformers", torch.float32), ("xformers", torch.bfloat16), ("varlen", torch.bfloat16), ("varlen", torch.float16)],
 )
 @pytest.mark.parametrize("layout", [((2, 197), (5, 37)), ((3, 170),), ((1, 1025), (4, 170))], ids=str)
-def test_other_backends_are_as_exact_as_sdpa(layout: Layout, backend: str, dtype: torch.dtype) -> None:
-    """Values and gradients, against float64."""
+def test_other_backends_are_as_accurate_as_sdpa(layout: Layout, backend: str, dtype: torch.dtype) -> None:
+    """Values and gradients, compared with float64."""
     device, heads, width = skip_unless_it_runs(backend, dtype), 6, 384
     qkv = torch.randn(rows_of(layout), 3 * width, device=device).to(dtype)
     slope = torch.randn(rows_of(layout), width, device=device).to(dtype)
@@ -157,8 +157,8 @@ def test_other_backends_are_as_exact_as_sdpa(layout: Layout, backend: str, dtype
 @gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [name for name in ATTENTION if name != "sdpa"])
-def test_a_backbone_gives_the_same_with_every_backend(backend: str) -> None:
-    """Under autocast, CLS and gradients, as close to float64 as sdpa comes."""
+def test_a_backbone_agrees_with_every_backend(backend: str) -> None:
+    """CLS and gradients under autocast are about as close to float64 as those of sdpa."""
     device = skip_unless_it_runs(backend, torch.bfloat16)
     models = {name: build_backbone("vit_tiny", image_size=96, attention=name).to(device) for name in ("sdpa", backend)}
     models[backend].load_state_dict(models["sdpa"].state_dict())

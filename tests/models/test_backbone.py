@@ -1,4 +1,4 @@
-"""The whole backbone: sizes, counts, gradients, modes, and nuclei against the dense map."""
+"""The whole backbone: sizes, counts, gradients, modes, and nucleus features against the dense map."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_larger_views(tiny, side):
         assert tiny.dense_map(torch.randn(1, 3, side, side)).shape == (1, 192, side // 4, side // 4)
 
 
-def test_nucleus_features_read_the_dense_map(tiny):
+def test_nucleus_features_sample_the_dense_map(tiny):
     """grid_sample on the unified map with aligned corners, as the published extractor samples it."""
     torch.manual_seed(1)
     images, counts = torch.randn(3, 3, 96, 96), (5, 0, 2)
@@ -86,7 +86,7 @@ def test_gradient_reaches_every_parameter(models, arch):
     torch.manual_seed(0)
     model = copy.deepcopy(models[arch]).train()
     features = model(torch.randn(2, 3, 96, 96))
-    # Random weights: BatchNorm makes the plain sum of a level constant, and its gradient zero.
+    # Random weights, because BatchNorm makes the plain sum of a level constant, with zero gradient.
     loss = (features.cls * torch.randn_like(features.cls)).sum()
     for level in features.levels:
         loss = loss + (level * torch.randn_like(level)).sum()
@@ -97,7 +97,7 @@ def test_gradient_reaches_every_parameter(models, arch):
         assert parameter.grad.any(), name
 
 
-def test_image_feature_alone_leaves_the_decoder_out(tiny):
+def test_the_image_feature_does_not_run_the_decoder(tiny):
     tiny.zero_grad()
     tiny.cls(torch.randn(1, 3, 96, 96)).sum().backward()
     reached = {name.split(".")[0] for name, p in tiny.named_parameters() if p.grad is not None}
@@ -105,7 +105,7 @@ def test_image_feature_alone_leaves_the_decoder_out(tiny):
     tiny.zero_grad()
 
 
-def test_batch_norm_uses_the_batch_in_training_and_its_memory_in_evaluation(tiny):
+def test_batch_norm_uses_running_statistics_only_in_evaluation(tiny):
     torch.manual_seed(0)
     model = copy.deepcopy(tiny).train()
     batch = torch.randn(4, 3, 96, 96)
@@ -121,8 +121,8 @@ def test_batch_norm_uses_the_batch_in_training_and_its_memory_in_evaluation(tiny
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])
-def test_paths_are_dropped_by_scales_alone(arch):
-    """A backbone by itself is deterministic, in training too; the encoder drops what it is told to."""
+def test_paths_are_dropped_only_by_scales(arch):
+    """A backbone is deterministic even in training; the encoder drops only what the scales say."""
     model = build_backbone(arch, drop_path=0.5)
     images, branches = torch.randn(2, 3, 96, 96), len(model.encoder.drop_rates)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_paths_are_dropped_by_scales_alone(arch):
         dropped = model.encoder([images], torch.stack([kept[:, 0], 0 * kept[:, 1]], dim=1))[0]
         torch.testing.assert_close(dropped[0], model.cls(images)[0])
         assert not torch.allclose(dropped[1], model.cls(images)[1], atol=1e-3)
-        assert torch.equal(model.encoder([images])[0], model.cls(images))  # scales are forgotten
+        assert torch.equal(model.encoder([images])[0], model.cls(images))  # scales are not remembered
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])
@@ -151,7 +151,7 @@ def test_channels_last_and_bfloat16(models, arch):
         assert (a - c).norm() < 0.05 * a.norm()
 
 
-def test_start_values(tiny):
+def test_initial_values(tiny):
     vit = tiny.encoder.encoder
     for weight in (
         vit.pos_embed,
@@ -174,7 +174,7 @@ def test_same_seed_same_weights(models):
 
 
 @pytest.mark.parametrize(("arch", "hint"), [("vits_small", "vit_small"), ("resnet-50", "resnet50"), ("zzz", None)])
-def test_unknown_arch_names_the_nearest(arch, hint):
+def test_unknown_arch_suggests_the_closest(arch, hint):
     with pytest.raises(UserError, match=", ".join(ARCHS)) as error:
         build_backbone(arch)
     assert ("did you mean" in str(error.value)) == (hint is not None)
@@ -187,7 +187,7 @@ def test_odd_side_is_refused(models, arch):
         models[arch].cls(torch.zeros(1, 3, 100, 100))
 
 
-def test_package_import_is_light_and_its_names_are_there():
+def test_package_import_is_light_and_has_the_public_names():
     code = (
         "import sys, muse_fast; assert not {'torch', 'numpy', 'timm'} & set(sys.modules);"
         "assert callable(muse_fast.load_backbone) and callable(muse_fast.ops.sample_nuclei);"

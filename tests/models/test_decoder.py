@@ -1,4 +1,4 @@
-"""The decoder against its formulas, written out with functional calls on the published tensor names."""
+"""The decoder against its formulas, in functional calls with the published tensor names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from muse_fast.models.vit import PackedTokens
 
 
 def randomise(module):
-    """Weights, norms and running statistics that are all different from their neutral values."""
+    """Change all weights, norms and running statistics from their neutral values."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -44,7 +44,7 @@ def fuse(state, name, coarse, fine):
 
 
 def reference(state, pyramid):
-    """The unified map by whole factors, which exist where the side is a multiple of 32."""
+    """The unified map, with resizes by whole factors, which exist if the side is a multiple of 32."""
     e1, e2, e3, e4 = pyramid
     d3 = fuse(state, "decoder3", e4, e3)
     d2 = fuse(state, "decoder2", d3, e2)
@@ -54,14 +54,14 @@ def reference(state, pyramid):
 
 
 def encoded(decoder, *groups):
-    """What an encoder gives ``decoder`` whose four maps are those of each group."""
+    """Input of ``decoder`` from an encoder with these four maps per group."""
     if not isinstance(decoder, TokenDecoder):
         return [tuple(maps) for maps in groups]
     layout = tuple((maps[0].shape[0], 1 + maps[0].shape[-1] ** 2) for maps in groups)
     taps = []
     for layer in range(4):
         tokens = [maps[layer].flatten(2).mT for maps in groups]  # [I, g * g, C]
-        cls = [torch.full_like(x[:, :1], 1e3) for x in tokens]  # nothing may depend on it
+        cls = [torch.full_like(x[:, :1], 1e3) for x in tokens]  # must not have any influence
         taps.append(torch.cat([torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(cls, tokens, strict=True)]))
     return PackedTokens(tuple(taps), layout)
 
@@ -100,7 +100,7 @@ def test_sizes(side):
 
 
 def test_unify_interpolates_between_corners():
-    """A ramp stays a ramp when corners are aligned; level order is channel order."""
+    """With aligned corners a ramp stays a ramp; levels are concatenated in order."""
     levels = [torch.linspace(0, 1, n).expand(1, 1, n, n) for n in (9, 5, 3, 2)]
     torch.testing.assert_close(unify(levels), torch.linspace(0, 1, 9).expand(1, 4, 9, 9))
 
@@ -115,7 +115,7 @@ def test_published_names():
 
 
 def make_points(count, view_size, images):
-    """Random points, the corners of the view first."""
+    """Random points, starting with the corners of the view."""
     xy = torch.rand(count, 2) * view_size
     last = view_size - 1e-3
     corners = torch.tensor([[0.0, 0.0], [last, last], [last, 0.0], [0.0, last]])
@@ -124,10 +124,10 @@ def make_points(count, view_size, images):
 
 
 def rows_by_map(decoder, maps, xy, image_index, view_size):
-    """The definition: project, unify, and read the unified map bilinearly, image by image."""
+    """The definition: project, unify, and sample the unified map bilinearly, image by image."""
     unified = unify(decoder(encoded(decoder, maps))[0])
     grid = (2 * xy.to(unified.dtype) / view_size - 1).view(-1, 1, 1, 1, 2)
-    rows = [unified.sum((2, 3))[:0]]  # stays attached to the map when there is no point
+    rows = [unified.sum((2, 3))[:0]]  # attached to the map even without points
     for i, image in enumerate(image_index.tolist()):
         rows.append(F.grid_sample(unified[image : image + 1], grid[i], align_corners=True)[..., 0, 0])
     return torch.cat(rows)
@@ -138,7 +138,7 @@ def rows_first(decoder, maps, xy, image_index, view_size):
 
 
 def learn(form, decoder, maps, *points):
-    """Rows of one training step, every gradient of a weighted sum of them, and what the norms remember."""
+    """Rows of one training step, all gradients of a weighted sum of them, and running statistics."""
     decoder = copy.deepcopy(decoder)
     maps = [x.clone().requires_grad_() for x in maps]
     rows = form(decoder, maps, *points)
@@ -172,7 +172,7 @@ def test_nucleus_rows_of_a_pyramid_decoder_in_channels_last():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
-def test_padding_gives_zero_rows_and_no_gradient():
+def test_padding_has_zero_rows_and_no_gradient():
     decoder = randomise(TokenDecoder(16)).double()
     maps = torch.randn(4, 3, 16, 6, 6, dtype=torch.float64)
     xy, image_index = make_points(9, 96, images=3)
@@ -207,8 +207,8 @@ def test_evaluation_makes_no_dense_pass(monkeypatch):
         rows_first(decoder.train(), maps, *make_points(5, 96, images=2), 96)
 
 
-def test_a_single_position_has_no_statistics_and_is_normalised_by_the_running_ones():
-    """One view of 32 px has one position in its coarsest map."""
+def test_a_single_position_is_normalised_by_the_running_statistics():
+    """The coarsest map of a single view of 32 px has one position."""
     decoder = randomise(TokenDecoder(16)).double().train()
     before = copy.deepcopy(decoder.state_dict())
     maps = torch.randn(4, 1, 16, 2, 2, dtype=torch.float64)
@@ -222,8 +222,8 @@ def test_a_single_position_has_no_statistics_and_is_normalised_by_the_running_on
 
 
 @pytest.mark.parametrize("kind", [TokenDecoder, Decoder])
-def test_groups_go_as_if_one_after_the_other(kind):
-    """Rows, gradients and running statistics of two groups, against one call per group in their order."""
+def test_groups_together_equal_groups_one_by_one(kind):
+    """Rows, gradients and running statistics of two groups, compared with one call per group in order."""
     decoder = randomise(TokenDecoder(16) if kind is TokenDecoder else Decoder((4, 8, 16, 32), level_dim=4)).double()
     sides, images, groups = (96, 64), (3, 2), []
     for side, count in zip(sides, images, strict=True):
@@ -248,7 +248,7 @@ def test_groups_go_as_if_one_after_the_other(kind):
     torch.testing.assert_close(dict(dense.named_buffers()), dict(each.named_buffers()), rtol=1e-12, atol=1e-12)
 
 
-def test_nucleus_rows_under_autocast_are_as_exact_as_those_of_the_projected_map():
+def test_nucleus_rows_under_autocast_are_as_accurate_as_the_projected_map():
     decoder = randomise(TokenDecoder(16))
     maps = torch.randn(4, 2, 16, 6, 6)
     points = (*make_points(40, 96, images=2), 96)
@@ -261,7 +261,7 @@ def test_nucleus_rows_under_autocast_are_as_exact_as_those_of_the_projected_map(
 
 def test_nucleus_rows_compile_without_a_graph_break():
     decoder = randomise(Decoder((2, 3, 4, 5), level_dim=4))
-    decoder.decode = tuple  # the convolutions before the rows are plain modules, and slow to compile
+    decoder.decode = tuple  # plain convolutions, slow to compile
     maps = [torch.randn(2, 2 + i, 24 >> i, 24 >> i) for i in range(4)]
     points = (*make_points(11, 96, images=2), 96)
 

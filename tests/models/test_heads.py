@@ -1,4 +1,4 @@
-"""DINO heads: geometry, start values, and batches of nothing or one."""
+"""DINO heads: geometry, initial values, and batches of zero or one row."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_few_rows_forward_and_backward(input_norm, rows):
     assert all(tensor.isfinite().all() for tensor in head.state_dict().values())
 
 
-def test_few_rows_leave_the_statistics_alone():
+def test_few_rows_do_not_change_the_statistics():
     head = DINOHead(24, 32, 16, 40, input_norm=True).train()
     head(torch.randn(50, 24))
     before = copy.deepcopy(head.state_dict())

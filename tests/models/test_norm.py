@@ -1,4 +1,4 @@
-"""BatchNorm over two ranks against torch's own on one, which sees both batches, in float64."""
+"""BatchNorm over two ranks, compared with torch's BatchNorm of both batches on one rank in float64."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Result(NamedTuple):
     x_grads: list[Tensor]
     parameter_grads: list[Tensor]
     statistics: list[Tensor]
-    collectives: list[list[str]]  # of forward, of backward
+    collectives: list[list[str]]  # in forward, in backward
 
 
 def make_norm(kind: type[nn.Module], channels: int) -> Any:
-    """With parameters and running statistics that are not those of a fresh one."""
+    """Create a norm whose parameters and running statistics differ from their initial values."""
     norm: Any = kind(channels)
     for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
         nn.init.uniform_(tensor, 0.5, 2)
@@ -34,7 +34,7 @@ def make_norm(kind: type[nn.Module], channels: int) -> Any:
 
 def step(norms: Sequence[Any], xs: Sequence[Tensor], slopes: Sequence[Tensor], together: bool = True) -> Result:
     """One training step of the loss ``sum(slope * norm(x))``."""
-    norms, xs, slopes = copy.deepcopy(norms), list(xs), list(slopes)  # one copy of a norm that occurs twice
+    norms, xs, slopes = copy.deepcopy(norms), list(xs), list(slopes)  # a norm that occurs twice is copied once
     norms = [norm.to(DEVICE) for norm in norms]
     xs = [x.detach().to(DEVICE).requires_grad_() for x in xs]
     with counted_collectives() as forward, NoHostWait():
@@ -54,7 +54,7 @@ def step(norms: Sequence[Any], xs: Sequence[Tensor], slopes: Sequence[Tensor], t
 def on_two_ranks(
     ranks: Ranks, norms: Sequence[Any], xs: Sequence[Tensor], slopes: Sequence[Tensor], cuts: Sequence[int]
 ) -> Result:
-    """`step` with rows ``[:cut]`` of each group on rank 0 and the others on rank 1, put together again."""
+    """`step` with rows ``[:cut]`` of each group on rank 0 and the others on rank 1; results are concatenated."""
     first = [[tensor[:cut] for tensor, cut in zip(tensors, cuts, strict=True)] for tensors in (xs, slopes)]
     second = [[tensor[cut:] for tensor, cut in zip(tensors, cuts, strict=True)] for tensors in (xs, slopes)]
     a, b = ranks(step, [(norms, *first), (norms, *second)])
@@ -71,7 +71,7 @@ def on_two_ranks(
 
 
 def truth(norms: Sequence[Any], xs: Sequence[Tensor], slopes: Sequence[Tensor]) -> Result:
-    """torch's own BatchNorm in float64, one group after the other."""
+    """Result of torch's BatchNorm in float64, group by group."""
     own: dict[int, Any] = {}
     for norm in norms:
         if id(norm) not in own:
@@ -93,7 +93,7 @@ def assert_close(got: Result, expected: Result, **tolerance: float) -> None:
 
 
 def parameter_grads(norm: Any, x: Tensor, slope: Tensor) -> tuple[list[Tensor], list[str]]:
-    """Those of `step` on values that carry no gradient, and the collectives of their backward."""
+    """Parameter gradients for values that need no gradient, and the collectives of the backward."""
     norm = norm.to(DEVICE)
     y = norm(x.to(DEVICE))
     with counted_collectives() as backward:
@@ -119,21 +119,21 @@ def test_two_ranks_equal_one(two_ranks: Ranks, dtype: torch.dtype, tolerance: fl
     assert_close(got, truth(norms, xs, slopes), rtol=tolerance, atol=tolerance)
 
 
-def test_a_mean_far_above_the_deviation_costs_no_more_than_on_one_rank(two_ranks: Ranks) -> None:
+def test_a_large_mean_loses_no_more_precision_than_on_one_rank(two_ranks: Ranks) -> None:
     norms, xs = three_groups(offset=1000.0)
     slopes = [torch.randn_like(x) for x in xs]
     got, exact = on_two_ranks(two_ranks, norms, xs, slopes, (3, 2, 4)), truth(norms, xs, slopes)
     eager = step(norms, xs, slopes)
     for ours, theirs, expected in zip(got[:4], eager[:4], exact[:4], strict=True):
         for one, other, value in zip(ours, theirs, expected, strict=True):
-            # float32 rounds such a mean by 3e-5, in whichever direction; E[y^2] - E[y]^2 would be off by 5 %
+            # float32 rounds such a mean by up to 3e-5; E[y^2] - E[y]^2 would be off by 5 %
             allowed = 1.5 * (other.double() - value).abs().max() + 1e-5 * value.abs().max()
             assert (one.double() - value).abs().max() <= allowed
     for ours, expected in zip(got.statistics, exact.statistics, strict=True):
         torch.testing.assert_close(ours.double(), expected.double(), rtol=1e-6, atol=0)
 
 
-def test_bfloat16_is_as_exact_as_on_one_rank(two_ranks: Ranks) -> None:
+def test_bfloat16_is_as_accurate_as_on_one_rank(two_ranks: Ranks) -> None:
     norms, xs = three_groups()
     xs = [x.bfloat16() for x in xs]
     slopes = [torch.randn_like(x) for x in xs]
@@ -147,7 +147,7 @@ def test_bfloat16_is_as_exact_as_on_one_rank(two_ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_one_collective_each_way_whatever_the_number_of_groups(two_ranks: Ranks, groups: int) -> None:
+def test_one_collective_each_way_for_any_number_of_groups(two_ranks: Ranks, groups: int) -> None:
     norms = [make_norm(BatchNorm2d, 3 + group) for group in range(groups)]
     xs = [torch.randn(4, 3 + group, 2, 2) for group in range(groups)]
     got = on_two_ranks(two_ranks, norms, xs, xs, [2] * groups)
@@ -156,7 +156,7 @@ def test_one_collective_each_way_whatever_the_number_of_groups(two_ranks: Ranks,
     assert evaluated.collectives == [[], []]
 
 
-def test_values_without_gradient_take_no_collective_backward(two_ranks: Ranks) -> None:
+def test_values_without_gradient_need_no_collective_in_backward(two_ranks: Ranks) -> None:
     norm, x = make_norm(BatchNorm2d, 5).double(), torch.randn(5, 5, 4, 4, dtype=torch.float64)
     slope = torch.randn_like(x)
     (ours, collectives), (theirs, _) = two_ranks(parameter_grads, [(norm, x[:2], slope[:2]), (norm, x[2:], slope[2:])])
@@ -171,7 +171,7 @@ def test_a_statistic_needs_two_rows_over_all_ranks(two_ranks: Ranks, split: tupl
     x = torch.randn(sum(split), 6, dtype=torch.float64)
     slope = torch.randn_like(x)
     got = on_two_ranks(two_ranks, [norm], [x], [slope], split[:1])
-    norm.train(sum(split) == 2)  # of the truth
+    norm.train(sum(split) == 2)  # the reference
     assert_close(got, truth([norm], [x], [slope]), rtol=1e-12, atol=1e-12)
     if not norm.training:
         assert all(map(torch.equal, got.statistics, norm.buffers()))
@@ -186,7 +186,7 @@ def strides(norm: Any, x: Tensor, slope: Tensor) -> list[tuple[int, ...]]:
 def test_maps_keep_their_layout(two_ranks: Ranks, layout: torch.memory_format) -> None:
     norm = make_norm(BatchNorm2d, 5)
     x = torch.randn(3, 5, 4, 4).to(memory_format=layout)
-    slope = torch.randn(5, 3, 4, 4).transpose(0, 1)  # of another layout
+    slope = torch.randn(5, 3, 4, 4).transpose(0, 1)  # in another layout
     assert strides(norm, x, slope)[0] == x.stride()
     assert two_ranks(strides, [(norm, x, slope)] * 2) == [[x.stride()] * 2] * 2
 
@@ -224,7 +224,7 @@ def infer(norm: Any, x: Tensor) -> Tensor:
     return torch.stack([y.clone(), norm.running_mean.expand(y.shape).cpu()])
 
 
-def test_a_teacher_in_inference_mode_has_the_statistics_of_all_ranks(two_ranks: Ranks) -> None:
+def test_a_teacher_in_inference_mode_uses_the_statistics_of_all_ranks(two_ranks: Ranks) -> None:
     norm, x = make_norm(RowBatchNorm, 6), torch.randn(7, 6)
     y, mean = torch.cat(two_ranks(infer, [(norm, x[:3]), (norm, x[3:])]), dim=1)
     expected = truth([norm], [x], [x])
@@ -233,7 +233,7 @@ def test_a_teacher_in_inference_mode_has_the_statistics_of_all_ranks(two_ranks: 
 
 
 def moments(xs: Sequence[Tensor], slopes: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Any], list[Tensor], list[Any]]:
-    """Synced moments of rows ``[N, C]``, the gradient of a loss that is linear in them, and the collectives."""
+    """Synced moments of rows ``[N, C]``, gradients of a loss linear in them, and the collectives."""
     xs = [x.detach().to(DEVICE).requires_grad_() for x in xs]
     local = [torch.var_mean(x, dim=0, correction=0) if len(x) else (x.sum(dim=0), x.sum(dim=0)) for x in xs]
     with counted_collectives() as forward, NoHostWait():
@@ -251,7 +251,7 @@ def moments(xs: Sequence[Tensor], slopes: Sequence[tuple[Tensor, Tensor]]) -> tu
 def test_moments_over_two_ranks_equal_those_of_one(two_ranks: Ranks, cuts: tuple[int, int]) -> None:
     xs = [torch.randn(6, 3, dtype=torch.float64) + 100, torch.randn(5, 2, dtype=torch.float64)]
     slopes = [(torch.randn(x.shape[1], dtype=torch.float64), torch.randn(x.shape[1], dtype=torch.float64)) for x in xs]
-    other = [(torch.randn_like(a), torch.randn_like(b)) for a, b in slopes]  # each rank has a loss of its own
+    other = [(torch.randn_like(a), torch.randn_like(b)) for a, b in slopes]  # each rank has its own loss
     first = [x[:cut] for x, cut in zip(xs, cuts, strict=True)], slopes
     second = [x[cut:] for x, cut in zip(xs, cuts, strict=True)], other
     ours, theirs = two_ranks(moments, [first, second])
@@ -265,7 +265,7 @@ def test_moments_over_two_ranks_equal_those_of_one(two_ranks: Ranks, cuts: tuple
     torch.testing.assert_close(joined, grads, rtol=1e-12, atol=1e-12)
 
 
-def test_moments_of_one_rank_are_what_they_were() -> None:
+def test_moments_of_one_rank_are_unchanged() -> None:
     mean, var = torch.randn(3), torch.rand(3)
     merged = synced_moments([mean], [var], [5])
     assert merged[0][0] is mean
@@ -275,7 +275,7 @@ def test_moments_of_one_rank_are_what_they_were() -> None:
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 9])
-def test_running_statistics_move_as_those_of_torch(rows: int, as_tensor: bool) -> None:
+def test_running_statistics_are_updated_as_in_torch(rows: int, as_tensor: bool) -> None:
     norm = make_norm(nn.BatchNorm1d, 4).double()
     own = copy.deepcopy(norm)
     x = torch.randn(rows, 4, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Files in the layout that the authors published: every tensor used, nothing run."""
+"""Files in the published layout: every tensor is used and no code runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.filled import fill
 
 
 def write_official(path, model, **extra):
-    """Tensors under ``module.backbone.``, heads beside them, the other things that DINO's script saves."""
+    """Write tensors under ``module.backbone.``, heads, and the other entries that DINO's script saves."""
     teacher = {f"module.backbone.{name}": tensor for name, tensor in model.state_dict().items()}
     heads = {"module.head.mlp.0.weight": torch.zeros(3, 3), "module.nu_head.mlp.0.weight": torch.zeros(3, 3)}
     content = {"teacher": teacher | heads, "epoch": 7, "args": argparse.Namespace(arch="x", lr=1e-3), **extra}
@@ -36,7 +36,7 @@ def test_every_tensor_is_used_and_features_are_the_same(arch, tmp_path):
     model = randomised(arch)
     write_official(tmp_path / "official.pth", model)
     loaded = load_backbone(arch, tmp_path / "official.pth", compat="exact")
-    (tmp_path / "official.pth").unlink()  # half a gigabyte that pytest would keep
+    (tmp_path / "official.pth").unlink()  # pytest would keep half a gigabyte
     assert not loaded.training
     source, copy = model.state_dict(), loaded.state_dict()
     assert source.keys() == copy.keys()
@@ -49,7 +49,7 @@ def test_every_tensor_is_used_and_features_are_the_same(arch, tmp_path):
 
 
 def test_published_names_of_the_vit(tmp_path):
-    """232 tensors by the list of names in the published files, written out here."""
+    """The names of the 232 tensors in the published files."""
     layer = [f"{part}.{leaf}" for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for leaf in
              ("weight", "bias")]  # fmt: skip
     vit = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"]
@@ -90,7 +90,7 @@ def test_position_quirk(grid):
 
     # The same by hand along the rows: Keys' cubic with a = -0.75 at (i + 1/2) / s - 1/2, s = (g + 0.1) / g.
     signal = torch.rand(grid, dtype=torch.float64)
-    table = signal.repeat_interleave(grid)[None, :, None]  # every column holds the signal
+    table = signal.repeat_interleave(grid)[None, :, None]  # every column is the signal
     rows = official_pos_embed(torch.cat([table[:, :1], table], dim=1))[0, 1:, 0].reshape(grid, grid)[:, 0]
     for i in range(grid):
         at = (i + 0.5) * grid / (grid + 0.1) - 0.5
@@ -99,7 +99,7 @@ def test_position_quirk(grid):
         assert rows[i].item() == pytest.approx(by_hand, rel=1e-9)
 
 
-def test_quirk_is_the_default_for_pth_and_for_nothing_else(tmp_path):
+def test_quirk_is_the_default_only_for_pth(tmp_path):
     from safetensors.torch import save_file
 
     model = randomised("vit_tiny")
@@ -117,12 +117,12 @@ def test_quirk_is_the_default_for_pth_and_for_nothing_else(tmp_path):
         assert torch.equal(loaded.state_dict()[POS_EMBED], expected), (name, compat)
 
 
-def test_a_512_file_keeps_its_table(tmp_path):
+def test_a_512_file_keeps_its_position_embedding(tmp_path):
     write_official(tmp_path / "l.pth", randomised("vit_tiny", image_size=512))
     assert load_backbone("vit_tiny", tmp_path / "l.pth").state_dict()[POS_EMBED].shape == (1, 1025, 192)
 
 
-def test_heads_are_left_out_and_named(tmp_path, caplog):
+def test_heads_are_skipped_and_logged(tmp_path, caplog):
     write_official(tmp_path / "a.pth", build_backbone("vit_tiny"))
     with caplog.at_level(logging.INFO, logger="muse_fast"):
         tensors = read_official(tmp_path / "a.pth").tensors
@@ -148,18 +148,18 @@ class Malicious:
 
 def test_code_in_a_file_does_not_run(tmp_path):
     write_official(tmp_path / "evil.pth", build_backbone("vit_tiny"), optimizer=Malicious(tmp_path / "ran"))
-    with pytest.raises(UserError, match=r"evil\.pth.*could run code.*save its tensors alone"):
+    with pytest.raises(UserError, match=r"evil\.pth.*could run code.*save only its tensors"):
         read_official(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 
-def test_namespace_is_allowed_for_the_call_alone(tmp_path):
+def test_namespace_is_allowed_only_during_the_call(tmp_path):
     write_official(tmp_path / "a.pth", build_backbone("vit_tiny"))
     read_official(tmp_path / "a.pth")
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
-def test_files_that_are_something_else(tmp_path):
+def test_files_of_another_kind(tmp_path):
     cases = {
         "pointer.pth": (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
@@ -174,7 +174,7 @@ def test_files_that_are_something_else(tmp_path):
             read_official(tmp_path / name)
 
 
-def test_a_cut_file_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     write_official(tmp_path / "a.pth", build_backbone("vit_tiny"))
     content = (tmp_path / "a.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])

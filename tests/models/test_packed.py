@@ -1,4 +1,4 @@
-"""Images of two resolutions in one pass, against one pass per resolution and against timm, with all gradients."""
+"""Images of two resolutions in one pass, compared with one pass per resolution and with timm, with all gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = [
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """No entry of a tensor is off by more than ``tolerance`` of the largest one."""
+    """Require errors of at most ``tolerance`` times the largest entry of each tensor."""
     assert got.keys() == expected.keys()
     for name, tensor in got.items():
         other = expected[name]
@@ -44,7 +44,7 @@ def make_images(sizes: tuple[int, int]) -> list[Tensor]:
 
 
 def make_nuclei(images: int, side: int) -> PackedNuclei:
-    """A different number of nuclei in every image, none in the first."""
+    """Each image has a different number of nuclei, the first has none."""
     counts = 4 * torch.arange(images)
     offsets = torch.tensor([0, *counts.cumsum(0)], dtype=torch.int32)
     total = int(offsets[-1])
@@ -54,7 +54,7 @@ def make_nuclei(images: int, side: int) -> PackedNuclei:
 @pytest.mark.parametrize("drop", [False, True], ids=["no-drop", "drop-path"])
 @pytest.mark.parametrize(("arch", "sizes"), [*SIZES, pytest.param("resnet50", (64, 32), id="resnet50-64-32")])
 def test_one_pass_over_two_resolutions_equals_two_passes(arch: str, sizes: tuple[int, int], drop: bool) -> None:
-    """CLS and nucleus rows, gradients of weights and images, and BatchNorm's memory, whose order counts."""
+    """CLS and nucleus rows, gradients of weights and images, and running statistics, which depend on the order."""
     packed = build_backbone(arch, drop_path=0.4, image_size=sizes[0]).train()
     separate = copy.deepcopy(packed)
     images, nuclei = make_images(sizes), [make_nuclei(n, side) for n, side in zip(COUNTS, sizes, strict=True)]
@@ -79,7 +79,7 @@ def test_one_pass_over_two_resolutions_equals_two_passes(arch: str, sizes: tuple
 
 
 class TimmTaps(nn.Module):
-    """timm's ViT for images of one size, giving its tokens after layers 2, 5, 8 and 11 through the final norm."""
+    """timm's ViT for images of one size; returns tokens after layers 2, 5, 8 and 11, each through the final norm."""
 
     def __init__(self, arch: str, side: int) -> None:
         super().__init__()
@@ -112,9 +112,9 @@ class Scale(nn.Module):
 
 @pytest.mark.parametrize(("arch", "sizes"), SIZES)
 def test_one_pass_over_two_resolutions_equals_timm(arch: str, sizes: tuple[int, int]) -> None:
-    """Every tapped token, and the gradients of weights and images, where paths are dropped."""
+    """Every tapped token, and gradients of weights and images, with dropped paths."""
     ours = build_backbone(arch, drop_path=0.4, image_size=sizes[0]).encoder
-    with torch.no_grad():  # biases and norms start at zeros and ones, which would hide a swap
+    with torch.no_grad():  # initial biases and norms, all zeros and ones, would hide a swap
         for parameter in ours.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -133,7 +133,7 @@ def test_one_pass_over_two_resolutions_equals_timm(arch: str, sizes: tuple[int, 
     inputs = [x.clone().requires_grad_() for x in images]
     total, last = torch.zeros(()), []
     for i, (side, x, scale) in enumerate(zip(sizes, inputs, scales.split(COUNTS, dim=1), strict=True)):
-        # timm antialiases its own resize, so it gets the resized table from here.
+        # timm antialiases its own resize, so it uses our resized embedding.
         table = resize_pos_embed(theirs["pos_embed"], side // 16)
         state = {f"vit.{name}": p for name, p in (theirs | {"pos_embed": table}).items()}
         taps = functional_call(TimmTaps(arch, side), state, (x, scale), strict=True)

@@ -23,7 +23,7 @@ def test_names_are_those_of_a_timm_resnet50_without_its_classifier(encoder):
     assert {f"encoder.{name}" for name in whole.state_dict()} == set(encoder.state_dict())
 
 
-def test_maps_and_image_feature_are_timms(encoder):
+def test_maps_and_image_feature_equal_timm(encoder):
     import timm
 
     whole = timm.create_model("resnet50", num_classes=0).eval()
@@ -42,10 +42,10 @@ def test_widths_and_strides(encoder, side, sides):
     assert [tuple(m.shape) for m in maps] == [(1, w, s, s) for w, s in zip(WIDTHS, sides, strict=True)]
 
 
-def test_residual_branches_are_alive_at_the_start(encoder):
+def test_residual_branches_do_not_start_at_zero(encoder):
     assert all(float(block.bn3.weight.detach().min()) == 1 for block in encoder.encoder.layer4)
 
 
-def test_other_images_are_refused(encoder):
+def test_unsupported_images_are_refused(encoder):
     with pytest.raises(UserError, match="multiple of 16"):
         encoder([torch.zeros(1, 3, 100, 100)])

@@ -1,4 +1,4 @@
-"""Backbones of timm in the place of ours: what is read at the nuclei, what loads, and what is refused."""
+"""Backbones of timm in place of ours: features at nuclei, loading of files, and error messages."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from muse_fast.images.imagenet import normalise
 from muse_fast.models.timm_backbone import TimmBackbone, in_words, load_timm, parse_spec
 
 VITS = {"vit_tiny_patch16_224": 192, "vit_small_patch14_reg4_dinov2": 384}
-HIERARCHIES = {"resnet18": (1, 2, 3, 4), "convnext_atto": (0, 1, 2, 3)}  # the stages from stride 4 on
+HIERARCHIES = {"resnet18": (1, 2, 3, 4), "convnext_atto": (0, 1, 2, 3)}  # stages from stride 4 on
 
 
 def bilinear(one: Tensor, xy: Tensor, index: Tensor, side: int, align_corners: bool) -> np.ndarray:
-    """Rows ``[N, c]`` of a map ``[I, c, h, w]``, point by point in float64."""
+    """Sample rows ``[N, c]`` of a map ``[I, c, h, w]`` point by point in float64."""
     values = one.detach().double().numpy()
     rows = []
     for (x, y), image in zip(xy.double().numpy(), index.tolist(), strict=True):
@@ -51,7 +51,7 @@ def pictures(side: int) -> Tensor:
 
 
 def in_own_statistics(pixels: Tensor, network: Any, side: int) -> Tensor:
-    """Pixels as timm's own pipeline would give them, resized first where the network asks for it."""
+    """Pixels as preprocessed by timm's pipeline, resized first if the network needs it."""
     mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     images = pixels / 255
     if side != pixels.shape[-1]:
@@ -72,10 +72,10 @@ def points(side: int, count: int = 40) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("name", VITS)
 @pytest.mark.parametrize("side", [112, 100])  # 100 px becomes 112 with either patch
-def test_a_vit_gives_its_last_tokens(name: str, side: int, align_corners: bool) -> None:
+def test_a_vit_returns_its_last_tokens(name: str, side: int, align_corners: bool) -> None:
     backbone = load(name, image_size=side, align_corners=align_corners)
     torch.manual_seed(3)
-    network = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()  # resamples positions as it runs
+    network = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()  # resamples positions on the fly
     pixels = pictures(side)
     with torch.no_grad():
         tokens = network.forward_features(in_own_statistics(pixels, network, 112))[:, network.num_prefix_tokens :]
@@ -85,16 +85,16 @@ def test_a_vit_gives_its_last_tokens(name: str, side: int, align_corners: bool) 
         found = backbone.nucleus_features(normalise(pixels), xy, index)
     assert found.shape == (len(xy), VITS[name]) == (len(xy), backbone.dense_dim)
     np.testing.assert_allclose(found, bilinear(one, xy, index, side, align_corners), atol=5e-4)
-    assert one.std() > 0.2  # 1 % of it would not pass
+    assert one.std() > 0.2  # so an error of 1 % would fail
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("name", HIERARCHIES)
 @pytest.mark.parametrize("side", [96, 50])
-def test_a_hierarchy_gives_all_its_stages(name: str, side: int, align_corners: bool) -> None:
+def test_a_hierarchy_returns_all_its_stages(name: str, side: int, align_corners: bool) -> None:
     backbone = load(name, image_size=side, align_corners=align_corners)
     network = timm.create_model(name, features_only=True, out_indices=HIERARCHIES[name]).eval()
-    own = backbone.network.state_dict()  # features_only calls stages.0 stages_0
+    own = backbone.network.state_dict()  # features_only renames stages.0 to stages_0
     state = {n.replace(".", "_", 1) if n.startswith(("stages.", "stem.")) else n: t for n, t in own.items()}
     network.load_state_dict({key: state[key] for key in network.state_dict()})
     pixels = pictures(side)
@@ -112,7 +112,7 @@ def test_a_hierarchy_gives_all_its_stages(name: str, side: int, align_corners: b
 @pytest.mark.parametrize(
     ("name", "side", "stride"), [("vit_tiny_patch16_224", 96, 16), ("vit_small_patch14_dinov2", 100, 14)]
 )
-def test_the_middle_of_a_token_reads_just_that_token(name: str, side: int, stride: int) -> None:
+def test_the_middle_of_a_token_reads_only_that_token(name: str, side: int, stride: int) -> None:
     backbone = load(name, image_size=side)
     images = torch.randn(1, 3, side, side)
     grid = -(-side // stride)
@@ -155,7 +155,7 @@ def test_it_can_be_fine_tuned(name: str) -> None:
     head = new_head(backbone.dense_dim, 2, torch.Generator().manual_seed(0))
     tuned = finetune(backbone, head, splits, sets, lr=2e-3, epochs=12, batch_size=4)
     assert tuned.test["accuracy"] > 0.9
-    # Every weight that the maps depend on has moved: all but a norm or pool after them.
+    # The maps depend on every weight, so all of them have changed.
     same = [key for key, value in backbone.named_parameters() if torch.equal(value, before[key])]
     assert not same
 
@@ -180,7 +180,7 @@ def same_weights(backbone: TimmBackbone, stored: dict[str, Tensor]) -> bool:
     )
 
 
-def test_files_load_strictly_and_what_is_left_out_is_named(
+def test_files_load_strictly_and_skipped_tensors_are_listed(
     stored: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_network(*_: object) -> None:
@@ -208,7 +208,7 @@ def test_files_load_strictly_and_what_is_left_out_is_named(
 
 
 def test_the_published_names_of_dinov2_with_registers(tmp_path: Path) -> None:
-    """DINOv2 adds a position to CLS and calls the registers otherwise; timm's model takes both apart."""
+    """DINOv2 stores a position for CLS and names the registers differently; timm's conversion handles both."""
     name = "vit_small_patch14_reg4_dinov2:depth=1:img_size=28"
     torch.manual_seed(2)
     own = load_timm(f"timm:{name}", image_size=28).backbone.network.state_dict()
@@ -226,7 +226,7 @@ def test_the_published_names_of_dinov2_with_registers(tmp_path: Path) -> None:
     assert loaded.about["converted"] == ["mask_token", "pos_embed", "register_tokens"]
 
 
-def test_old_batch_norms_have_no_counter(tmp_path: Path) -> None:
+def test_old_files_without_batch_norm_counter_load(tmp_path: Path) -> None:
     state = timm.create_model("resnet10t").state_dict()
     save_file({n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}, tmp_path / "r.safetensors")
     loaded = load_timm(f"timm:resnet10t@{tmp_path}/r.safetensors", image_size=64)
@@ -255,7 +255,7 @@ def test_files_that_do_not_fit_are_refused(stored: dict[str, Tensor], tmp_path: 
     assert "does not fit timm:vit_tiny_patch16_224. 1 missing: norm.weight; 1 unexpected: decoder.weight" in said
     assert "missing" in refusal(stored, "timm:vit_tiny_patch16_224:depth=2")
     assert "blocks.0.attn.proj.bias [192] instead of [384]" in refusal(stored, "timm:vit_small_patch16_224:depth=1")
-    # Filters of another patch size are not stretched, even where timm's conversion runs and would do so.
+    # Filters of another patch size are not resized, even if timm's conversion runs and would do so.
     said = refusal(stored | {"mask_token": torch.zeros(1, 192)}, f"{SMALL}:patch_size=14")
     assert "patch_embed.proj.weight [192, 3, 16, 16] instead of [192, 3, 14, 14]" in said
     assert "expected a state dict, bare or under teacher" in refusal({"optimizer": {"lr": 1.0}})
@@ -285,7 +285,7 @@ def test_files_that_do_not_fit_are_refused(stored: dict[str, Tensor], tmp_path: 
         ("timm:mixer_s32_224", r"does not run on images of 96 px.*--size"),
     ],
 )
-def test_mistakes_are_named(text: str, message: str) -> None:
+def test_invalid_specs_are_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_timm(text, image_size=96)
 

@@ -15,7 +15,7 @@ def build(dim=192, heads=3):
 
 
 def taps_of(model, images, scales=None):
-    """Tokens of one group of images after the tapped layers, ``[I, 1 + T, C]`` each."""
+    """Tokens of one group of images after each tapped layer, ``[I, 1 + T, C]``."""
     tokens = model([images], scales)
     return [tokens.split(tap)[0] for tap in tokens.taps]
 
@@ -24,7 +24,7 @@ def timm_vit(name: str):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model(f"{name}_patch16_224", num_classes=0, dynamic_img_size=True).eval()
-    with torch.no_grad():  # biases and norms are zeros and ones in a fresh model, which would hide a swap
+    with torch.no_grad():  # initial biases and norms, all zeros and ones, would hide a swap
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -32,7 +32,7 @@ def timm_vit(name: str):
 
 
 @pytest.mark.parametrize(("name", "dim", "heads"), [("vit_tiny", 192, 3), ("vit_small", 384, 6)])
-def test_timm_weights_load_by_name_and_give_its_tokens(name, dim, heads):
+def test_timm_weights_load_by_name_and_reproduce_its_tokens(name, dim, heads):
     reference = timm_vit(name)
     model = build(dim, heads).eval()
     model.load_state_dict(reference.state_dict(), strict=True)
@@ -53,8 +53,8 @@ def test_timm_weights_load_by_name_and_give_its_tokens(name, dim, heads):
 
 
 @pytest.mark.parametrize("side", [96, 256])
-def test_another_size_gives_timms_tokens(side):
-    """timm antialiases its own resize, so it gets the resized table from here."""
+def test_tokens_at_other_sizes_equal_timm(side):
+    """timm antialiases its own resize, so it uses our resized embedding."""
     reference = timm_vit("vit_tiny")
     model = build().eval()
     model.load_state_dict(reference.state_dict())
@@ -98,7 +98,7 @@ def test_token_counts(side):
 @pytest.mark.parametrize(
     "shape", [(1, 3, 16, 16), (1, 3, 1040, 1040), (1, 3, 100, 100), (1, 3, 96, 112), (1, 1, 96, 96)]
 )
-def test_other_images_are_refused(shape):
+def test_unsupported_images_are_refused(shape):
     with pytest.raises(UserError, match=r"multiple of 16 from 32 to 1024|square"):
         taps_of(build(), torch.zeros(shape))
 
@@ -108,10 +108,10 @@ def test_no_images():
 
 
 def test_scales_act_on_the_branches_of_their_image_and_layer():
-    """The branches of one layer, scaled image by image, against the layer written out."""
+    """Branches of one layer, scaled per image, against explicit formulas."""
     model = build().eval()
     images, scales = torch.randn(3, 3, 48, 48), torch.ones(24, 3)
-    scales[6], scales[7] = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, 0.5])  # of layer 3
+    scales[6], scales[7] = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, 0.5])  # layer 3
     x = model.embed(images)
     with torch.no_grad():
         for layer, block in enumerate(model.blocks):

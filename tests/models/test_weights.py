@@ -1,4 +1,4 @@
-"""`load_backbone`: every kind of source, and what it says when one does not fit."""
+"""`load_backbone`: every kind of source, and error messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def models():
     return [build_backbone("vit_tiny"), build_backbone("vit_tiny")]
 
 
-def test_a_run_gives_its_newest_checkpoint(models, tmp_path):
+def test_a_run_loads_its_newest_checkpoint(models, tmp_path):
     folders = [save_run(tmp_path, model, step) for step, model in zip((3, 12), models, strict=True)]
     loaded = load_backbone(None, tmp_path)
     assert loaded.arch == "vit_tiny"
@@ -40,7 +40,7 @@ def test_a_run_gives_its_newest_checkpoint(models, tmp_path):
     assert same(load_backbone(None, str(folders[1])), models[1])
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(models, tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(models, tmp_path, caplog):
     folders = [save_run(tmp_path, model, step) for step, model in zip((3, 12), models, strict=True)]
     file = folders[1] / "teacher.safetensors"
     content = bytearray(file.read_bytes())
@@ -95,12 +95,12 @@ def test_random_weights_follow_the_seed(models):
         ("vit_tiny", "no/such/file.pth", None, r"no/such/file\.pth do not exist"),
     ],
 )
-def test_arguments_that_make_no_sense(arch, weights, compat, message):
+def test_invalid_arguments(arch, weights, compat, message):
     with pytest.raises(UserError, match=message):
         load_backbone(arch, weights, compat=compat)
 
 
-def test_paths_that_hold_something_else(tmp_path):
+def test_paths_without_weights(tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"1")
     (tmp_path / "x.safetensors").write_bytes(b"not one")
     (tmp_path / "empty").mkdir()
@@ -110,7 +110,7 @@ def test_paths_that_hold_something_else(tmp_path):
         "x.onnx": "unknown kind '.onnx'",
         "x.safetensors": "not a sound .safetensors",
         "empty": "neither a run.*nor a checkpoint",
-        "run": "no sound checkpoint",
+        "run": "no intact checkpoint",
         "other.safetensors": "not the weights of a MUSE backbone.*fc.weight",
     }.items():
         with pytest.raises(UserError, match=message) as error:
@@ -120,7 +120,7 @@ def test_paths_that_hold_something_else(tmp_path):
 
 def test_weights_of_another_arch(models, tmp_path):
     save_file(models[0].state_dict(), tmp_path / "t.safetensors")
-    with pytest.raises(UserError, match=r"t\.safetensors: holds a vit_tiny, but resnet50 was asked for"):
+    with pytest.raises(UserError, match=r"t\.safetensors: contains a vit_tiny, not the requested resnet50"):
         load_backbone("resnet50", tmp_path / "t.safetensors")
 
 
