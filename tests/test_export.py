@@ -248,5 +248,5 @@ def test_others_may_read_an_export(run: Run, tmp_path: Path) -> None:
 def test_a_timm_folder_without_our_decoder_is_named(run: Run, tmp_path: Path) -> None:
     export(str(run.folder), tmp_path / "x", "timm")
     (tmp_path / "x" / "decoder.safetensors").unlink()
-    with pytest.raises(UserError, match=r"x: decoder\.safetensors is missing; a timm model alone has no decoder"):
+    with pytest.raises(UserError, match=r"x: decoder\.safetensors is missing; a timm model has no decoder"):
         load_backbone(None, tmp_path / "x")

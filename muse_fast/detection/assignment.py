@@ -1,8 +1,8 @@
-"""Which proposal is matched with which annotated nucleus: a one-to-one assignment of least total cost.
+"""Matching of proposals with annotated nuclei: a one-to-one assignment of minimal total cost.
 
-The cost of a pair is P2PNet's (Song et al., 2021): ``distance_weight * distance - probability``, with the distance in
-pixels between the predicted point and the nucleus, and the predicted probability of the nucleus' class. Of a nucleus of
-unknown class it is the probability of not being background.
+The cost of a pair is that of P2PNet (Song et al., 2021): ``distance_weight * distance - probability``, with the
+distance in pixels between the predicted point and the nucleus, and the predicted probability of the nucleus' class. For
+a nucleus of unknown class, it is the probability of not being background.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from scipy.spatial.distance import cdist
 NEIGHBOURS = 32
 
 Assignment = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Rows of the proposals and of the nuclei, pair by pair, nuclei ascending."""
+"""Rows in the proposals and in the nuclei, pair by pair, nuclei ascending."""
 
-_FAR = 1e6  # pixels: replaces a coordinate that is not finite, which the loss reports
+_FAR = 1e6  # pixels; replaces non-finite coordinates, which the loss reports
 
 
 def match(
@@ -34,25 +34,26 @@ def match(
     distance_weight: float,
     neighbours: int = NEIGHBOURS,
 ) -> Assignment:
-    """Match every nucleus with a proposal of its own; if proposals are fewer, match every proposal with a nucleus.
+    """Match every nucleus with its own proposal, or every proposal with its own nucleus if there are fewer proposals.
 
-    Only the predicted points nearest to a nucleus are its candidates at first: a fortieth of the dense problem's time
-    at 16,384 proposals and 1,500 nuclei. Prices of the proposals tell whether a point farther away could lower the
-    total; if so, candidates double, and in the end the dense problem is solved. The total is always minimal.
+    At first, only the predicted points nearest to a nucleus are its candidates, which takes a fortieth of the dense
+    problem's time at 16,384 proposals and 1,500 nuclei. Prices of the proposals show whether a point farther away could
+    lower the total; if so, the number of candidates doubles, and finally the dense problem is solved. The total is
+    always minimal.
 
     Args:
         points: ``[P, 2]`` predicted points.
         probabilities: ``[P, C + 1]``, background last.
         xy: ``[N, 2]`` nuclei.
-        label: ``[N]`` int, the class, -1 where it is unknown.
-        distance_weight: cost of a pixel, against probabilities.
-        neighbours: candidates of a nucleus at first.
+        label: ``[N]`` int, the class, -1 if unknown.
+        distance_weight: cost of one pixel, relative to probabilities.
+        neighbours: initial number of candidates per nucleus.
     """
     if not len(points) or not len(xy):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     points = np.nan_to_num(points.astype(np.float64), nan=_FAR, posinf=_FAR, neginf=-_FAR)
     probabilities = np.nan_to_num(probabilities.astype(np.float64), nan=0.0)
-    # Column -1 of the classes is the background, so an unknown class must not index them.
+    # Unknown classes (-1) select the last column, which here is 1 - background.
     of_class = np.concatenate([probabilities[:, :-1], 1 - probabilities[:, -1:]], axis=1)
     column = np.where(label < 0, of_class.shape[1] - 1, label)
     xy = xy.astype(np.float64)
@@ -73,18 +74,18 @@ def _sparse(
     distance_weight: float,
     neighbours: int,
 ) -> tuple[Assignment, bool]:
-    """The best assignment among candidates, and whether there is no better one at all."""
+    """Return the best assignment among candidates, and whether it is optimal among all proposals."""
     distance, proposal = cKDTree(points).query(xy, k=range(1, neighbours + 1))  # both [N, neighbours]
     cost = distance_weight * distance - of_class[proposal, column[:, None]]
-    # Shifted to 1 and more, for an entry of 0 would be no candidate. Every nucleus pays the shift once.
+    # Shifted to 1 or more, since sparse entries of 0 are not edges. Every nucleus pays the shift once.
     start = np.arange(0, cost.size + 1, neighbours)
     candidates = csr_array((cost.ravel() + 2, proposal.ravel(), start), shape=(len(xy), len(points)))
     try:
-        _, chosen = min_weight_full_bipartite_matching(candidates)  # rows come in their order
+        _, chosen = min_weight_full_bipartite_matching(candidates)  # rows are in order
     except ValueError:  # scipy's "no full matching exists"
         return (np.zeros(0, np.int64), np.zeros(0, np.int64)), False
     found = chosen.astype(np.int64), np.arange(len(xy))
-    beyond = distance_weight * distance[:, -1] - of_class.max(axis=0)[column]  # least cost of what is no candidate
+    beyond = distance_weight * distance[:, -1] - of_class.max(axis=0)[column]  # lower bound for other proposals
     paid = cost[proposal == chosen[:, None]]
     return found, bool((paid - _prices(cost, proposal, chosen, paid)[chosen] <= beyond + 1e-12).all())
 
@@ -92,10 +93,10 @@ def _sparse(
 def _prices(
     cost: NDArray[Any], proposal: NDArray[Any], chosen: NDArray[Any], paid: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """Dual variables of the proposals, 0 or below: how much the total would rise without one.
+    """Dual variables of the proposals, 0 or below: how much the total would rise without each proposal.
 
-    With them no candidate costs a nucleus less than ``paid`` less the price of the chosen one. They are the shortest
-    paths of exchanges, found by Bellman and Ford's relaxation.
+    No candidate costs a nucleus less than ``paid`` minus the price of the chosen one, plus its own price. They are
+    shortest paths of exchanges, computed by the Bellman-Ford algorithm.
     """
     price = np.zeros(int(proposal.max()) + 1)
     extra = cost - paid[:, None]

@@ -17,31 +17,31 @@ PSEUDO_VIEWS = ("plain", "same")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplesConfig(Config):
     train: str = "train"
-    """Split of the source to train on; empty takes all images."""
+    """Split of the source to train on; empty uses all images."""
     val: str = "val"
-    """Split that chooses the best epoch."""
+    """Split on which the best epoch is chosen."""
     mpp: float = setting(0.5, ge=MPP_RANGE[0], le=MPP_RANGE[1], unit="um per pixel")
-    """um per pixel at which images are seen."""
+    """um per pixel of the samples."""
     sample_size: int = setting(1024, multiple_of=16, ge=32, le=1024)
-    """Side of a sample in pixels (equation 8). About the side of the annotated regions: no large field of view, the
-    paper's ablation. Below it, samples are crops of the regions."""
+    """Side of a sample in pixels (equation 8). At about the side of the annotated regions there is no large field of
+    view (the paper's ablation); below it, samples are crops of the regions."""
     surroundings: str = setting("reflect", choices=SURROUNDINGS)
-    """What lies beyond an image: ``reflect`` mirrors it, ``mask`` leaves it white and excludes it from all losses."""
+    """Area outside the image: ``reflect`` mirrors the image, ``mask`` is white and excluded from all losses."""
     turns: bool = True
     """Flips and 90 degree turns."""
     jitter: float = setting(0.4, ge=0, le=1)
-    """Strength of the brightness and contrast jitter; saturation takes half of it, hue a quarter."""
+    """Strength of the brightness and contrast jitter; half of it for saturation, a quarter for hue."""
     grey: float = setting(0.0, ge=0, le=1)
-    """Probability that a sample is turned to greyscale."""
+    """Probability that a sample is converted to greyscale."""
     blur: bool = False
     """Blur every other sample."""
     workers: int = setting(2, ge=0, may_change=True)
-    """Loader processes. The run is the same with any number of them; 0 loads in the training process."""
+    """Loader processes. The result does not depend on their number; 0 loads in the training process."""
     timeout: int = setting(300, ge=1, may_change=True)
-    """Seconds without a batch after which a loader process is called stalled and the run ends."""
+    """Seconds without a batch after which a loader process counts as stalled and the run ends."""
 
     def colours(self) -> ViewsConfig:
-        """The same colour augmentation as pretraining, of these strengths."""
+        """The colour augmentation of pretraining, with these strengths."""
         return ViewsConfig(jitter=self.jitter, grey=self.grey, solarise=0.0, blur=self.blur)
 
 
@@ -52,9 +52,9 @@ class DetectorConfig(Config):
     hidden_dim: int = setting(256, ge=1)
     """Width of both heads."""
     min_score: float = setting(0.5, ge=0, le=1)
-    """Least probability of a nucleus in what is detected."""
+    """Minimal probability of a detected nucleus."""
     nms_um: float = setting(3.0, ge=0)
-    """Of two detected nuclei nearer than this the less probable is dropped; 0 drops none."""
+    """If two detected nuclei are closer than this, the less probable one is dropped; 0 keeps all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,16 +64,16 @@ class DetectionLossConfig(Config):
     lambda_type: float = setting(1.0, ge=0)
     """Weight of the cross-entropy of types inside the annotated region."""
     lambda_cons: float = setting(0.1, ge=0)
-    """Weight that the consistency loss outside the region ends at, from 0; 0 leaves it out (the paper's ablation)."""
+    """Final weight of the consistency loss outside the region, from 0; 0 disables the loss (the paper's ablation)."""
     background_weight: float = setting(0.5, gt=0)
     """Weight of background in both cross-entropies."""
     match_distance: float = setting(0.05, ge=0)
-    """Cost of a pixel of distance in the matching, against the probability of the class."""
+    """Cost of a distance of one pixel in the matching, relative to the probability of the class."""
     confidence: float = setting(0.9, ge=0, lt=1)
-    """A pseudo-label must be more probable than this."""
+    """Pseudo-labels must be more probable than this."""
     pseudo_view: str = setting("plain", choices=PSEUDO_VIEWS)
-    """Where pseudo-labels come from: ``plain``, the network in evaluation mode on the sample in its own colours, or
-    ``same``, the very predictions that they then judge."""
+    """Source of pseudo-labels: ``plain``, the network in evaluation mode on the sample without colour augmentation, or
+    ``same``, the predictions that are trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +83,9 @@ class AdamConfig(Config):
     """Images per step."""
     lr: float = setting(1e-4, ge=0)
     min_lr: float = setting(1e-5, ge=0)
-    """Learning rate of the last step, reached along half a cosine."""
+    """Learning rate at the end of the cosine schedule."""
     clip_grad: float = setting(0.0, ge=0)
-    """Largest global gradient norm; 0 does not clip."""
+    """Maximal global gradient norm; 0 disables clipping."""
 
     def check(self) -> None:
         require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr}")
@@ -96,15 +96,15 @@ class FinetuneTrainConfig(Config):
     precision: str = setting("bf16", choices=("bf16", "fp32"))
     """``bf16`` autocast or ``fp32``; weights, losses and optimiser state are fp32 either way."""
     device: str = "auto"
-    """``auto`` takes a CUDA GPU where there is one."""
+    """``auto`` uses a CUDA GPU if there is one."""
     log_every: int = setting(10, ge=1, may_change=True)
     """Steps between rows of metrics.jsonl."""
     eval_every: int = setting(1, ge=1)
     """Epochs between evaluations of the val split; the last epoch is always evaluated."""
     protocol: str = setting("ocelot", choices=PROTOCOLS)
-    """Rule of the F1 that chooses the best epoch, see `muse_fast.detection.protocols`."""
+    """Protocol of the F1 that selects the best epoch, see `muse_fast.detection.protocols`."""
     radius_um: float = setting(3.0, gt=0)
-    """Within which a predicted and a true nucleus may pair."""
+    """Maximal distance in um between a predicted nucleus and its true one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Training crops of the learned nucleus detector: rotated, scaled and restained, with the heatmaps to predict."""
+"""Training crops of the learned nucleus detector: rotated, scaled and restained, with their target heatmaps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from muse_fast.finders.network import STRIDE, optical_density
 
-ZOOM = (0.8, 1.25)  # of a crop: nuclei of other organs are larger or smaller
-# Spread of the logarithm of the factors of hematoxylin, eosin and the residual, and of red, green and blue. With half
-# of it, a network finds only a sixth of the nuclei of a laboratory whose stain is redder than that of BRCA-M2C.
+ZOOM = (0.8, 1.25)  # of a crop, since nuclei of other organs are larger or smaller
+# Standard deviation of the log of the factors of hematoxylin, eosin and residual, and of red, green and blue. At half
+# this value, a network finds only a sixth of the nuclei of a laboratory whose stain is redder than that of BRCA-M2C.
 COLOUR = 0.35
-FOCUS = (-0.7, 1.0)  # how much of a blur of up to 1.2 px is added, or subtracted, as a scanner's sharpening does
+FOCUS = (-0.7, 1.0)  # weight of a blur of up to 1.2 px; negative weights sharpen, as scanners do
 BLUR = 1.2
 
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """An image at the detector's um/px and the centres of its nuclei."""
+    """An image at the um/px of the detector, and the centres of its nuclei."""
 
     image: Tensor  # [3, H, W] uint8
     xy: Tensor  # [n, 2] float32 pixels
@@ -33,21 +33,21 @@ class Annotated:
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """One batch. Cells outside the image have weight 0, as nuclei are not annotated there."""
+    """One batch. Cells outside the image have weight 0, since nuclei are not annotated there."""
 
     density: Tensor  # [B, 3, size, size] optical density
     target: Tensor  # [B, size / STRIDE, size / STRIDE]
-    weight: Tensor  # as target, 0 or 1
+    weight: Tensor  # shape of target, 0 or 1
 
 
 def draw_crops(
     images: Sequence[Annotated], rng: np.random.Generator, *, batch_size: int, size: int, sigma: float
 ) -> Crops:
-    """``batch_size`` random crops, each of a different image as long as there are enough.
+    """Draw ``batch_size`` random crops, each from a different image if there are enough images.
 
     Args:
         size: side of a crop in pixels.
-        sigma: of the Gaussian around each centre, pixels.
+        sigma: standard deviation of the Gaussian around each centre, pixels.
     """
     chosen = rng.choice(len(images), batch_size, replace=batch_size > len(images))
     parts = [_draw_crop(images[i], rng, size, sigma) for i in chosen]
@@ -55,9 +55,9 @@ def draw_crops(
 
 
 def gaussian_target(xy: Tensor, size: int, sigma: float) -> Tensor:
-    """``[size / STRIDE, size / STRIDE]``: ``exp(-d^2 / (2 sigma^2))`` of a cell's distance d to the next centre."""
+    """``[size / STRIDE, size / STRIDE]``: ``exp(-d^2 / (2 sigma^2))`` for a cell's distance d to the nearest centre."""
     places = (torch.arange(size // STRIDE) + 0.5) * STRIDE
-    xy = xy[((xy > -4 * sigma) & (xy < size + 4 * sigma)).all(1)]  # others do not reach the crop
+    xy = xy[((xy > -4 * sigma) & (xy < size + 4 * sigma)).all(1)]  # others have no effect
     if not len(xy):
         return torch.zeros(len(places), len(places))
     squares = (places - xy[:, :, None]) ** 2  # [n, 2, cells]
@@ -70,17 +70,17 @@ def _draw_crop(item: Annotated, rng: np.random.Generator, size: int, sigma: floa
     zoom, angle = rng.uniform(*ZOOM), rng.uniform(0, 2 * math.pi)
     mirror = float(rng.choice((-1, 1)))
     sides = np.array([width, height])
-    inset = np.minimum(size / zoom / 2, sides / 2)  # a centre so far from the border keeps most of the crop inside
+    inset = np.minimum(size / zoom / 2, sides / 2)  # distance to the border that keeps most of the crop inside
     centre = torch.tensor(rng.uniform(inset, sides - inset), dtype=torch.float32)
     cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
-    # In the crop a point is at to_crop (point - centre) + size / 2.
+    # A point is at to_crop (point - centre) + size / 2 in the crop.
     to_crop = torch.tensor([[mirror * cos, -sin], [mirror * sin, cos]], dtype=torch.float32)
 
     xy = (item.xy - centre) @ to_crop.T + size / 2
     cells = (torch.arange(size) + 0.5) - size / 2
     places = torch.stack(torch.meshgrid(cells, cells, indexing="xy"), dim=-1) @ torch.linalg.inv(to_crop).T + centre
     grid = (2 * places / torch.tensor([width, height]) - 1)[None]
-    dark = 255 - item.image[None].float()  # so that the zeros outside the image are glass
+    dark = 255 - item.image[None].float()  # so that zeros outside the image are glass
     crop = F.grid_sample(dark, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
     crop = torch.einsum("cyx,cd->dyx", optical_density(255 - crop), _restaining(rng))
     crop = torch.lerp(crop, _blurred(crop, rng.uniform(0.3, BLUR)), rng.uniform(*FOCUS))
@@ -90,7 +90,7 @@ def _draw_crop(item: Annotated, rng: np.random.Generator, size: int, sigma: floa
 
 
 def _restaining(rng: np.random.Generator) -> Tensor:
-    """``[3, 3]`` from density to density (rows: from): unmix the stains, change the amount of each, mix them again."""
+    """``[3, 3]``, density (rows) to density (columns): unmix the stains, scale their amounts, mix them again."""
     amounts, gains = rng.lognormal(0, COLOUR, (2, 3))
     matrix: NDArray[np.float64] = hed_from_rgb @ np.diag(amounts) @ rgb_from_hed @ np.diag(gains)
     return torch.tensor(matrix, dtype=torch.float32)

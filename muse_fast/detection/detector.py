@@ -1,7 +1,7 @@
-"""The nucleus detector of fine-tuning (paper, figure 5), and how it is applied to images.
+"""The nucleus detector of fine-tuning (paper, figure 5), and its application to images.
 
-Proposals are on a regular grid. The backbone's unified map is read at each, and two independent heads turn that row
-into an offset, which moves the proposal onto a nucleus, and into a type, which may be background. Shapes in this file:
+Proposals form a regular grid. The backbone's unified map is sampled at each of them, and two independent heads predict
+from that row an offset, which moves the proposal onto a nucleus, and a type, which may be background. Shapes:
 
     I  images    R  side in pixels    P  proposals of an image = (R / stride) ** 2    D  feature width    C  classes
 """
@@ -31,36 +31,36 @@ from muse_fast.models.weights import find_checkpoint
 from muse_fast.runtime import checkpoint
 
 BEST = "best"
-"""Folder inside a run that holds its best detector, as a checkpoint of its own."""
+"""Folder inside a run with a checkpoint of its best detector."""
 
 STEM = "detector"
-"""File of a checkpoint that holds the network, and key of its state that holds its `DetectorSpec`."""
+"""Name of the network's file in a checkpoint, and key of its `DetectorSpec` in the state."""
 
 _REACH_UM = 32.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorSpec:
-    """What a saved detector needs besides its weights."""
+    """Properties of a detector that are saved with its weights."""
 
     arch: str
     class_names: tuple[str, ...]
     mpp: float
-    """um per pixel of the images it takes."""
+    """um per pixel of its input images."""
     sample_size: int
-    """Side in pixels of the samples that it was trained on, and of the tiles that it is applied to."""
+    """Side in pixels of the samples it was trained on and of the tiles it is applied to."""
     surroundings: str = "reflect"
-    """What lies beyond the border of an image, see `muse_fast.images.squares`."""
+    """Padding beyond the border of an image, see `muse_fast.images.squares`."""
     image_size: int = 224
-    """Side that a ViT stores its position embedding for."""
+    """Side in pixels that a ViT stores its position embedding for."""
     stride: int = 8
     """Pixels between proposals."""
     hidden_dim: int = 256
     """Width of both heads."""
     min_score: float = 0.5
-    """Least probability of a nucleus."""
+    """Minimal probability of a detected nucleus."""
     nms_um: float = 3.0
-    """Of two nuclei nearer than this the less probable is dropped."""
+    """If two nuclei are closer than this, the less probable one is dropped."""
 
     def __post_init__(self) -> None:
         find_arch(self.arch)
@@ -71,24 +71,24 @@ class DetectorSpec:
 
 
 class Proposals(NamedTuple):
-    """What the network predicts at every proposal, float32."""
+    """Predictions of the network at every proposal, float32."""
 
-    xy: Tensor  # [P, 2] pixels, their places on the grid; the same in every image
-    points: Tensor  # [I, P, 2] pixels, where they predict a nucleus
+    xy: Tensor  # [P, 2] pixels, positions on the grid, the same in every image
+    points: Tensor  # [I, P, 2] pixels, predicted positions of nuclei
     logits: Tensor  # [I, P, C + 1], background last
 
 
 class Detector(nn.Module):
-    """Backbone and heads. `load_detector` opens a trained one; a new one has random heads that move no proposal.
+    """Backbone and heads. `load_detector` loads a trained one; a new one has random heads and offsets of 0.
 
     Attributes:
         spec: see `DetectorSpec`.
-        mpp: um per pixel of the images that it takes.
-        class_names: of the labels 0, 1, ...
-        tile_size: side in pixels that it works on at a time; an image of another size is padded, or cut in windows.
-        reach_um: pixels farther away than this matter little to a prediction, so windows overlap by twice as much:
-            32 um, about three nuclei, but at most a quarter of ``tile_size``. A ViT attends to its whole tile, so this
-            is a choice, not a limit.
+        mpp: um per pixel of its input images.
+        class_names: names of the labels 0, 1, ...
+        tile_size: side in pixels of its input; smaller images are padded, larger ones cut into windows.
+        reach_um: pixels farther away than this have little influence on a prediction, so windows overlap by twice this
+            distance: 32 um, about three nuclei, but at most a quarter of ``tile_size``. A ViT attends to its whole
+            tile, so this is a choice, not a limit.
     """
 
     def __init__(self, backbone: Backbone, spec: DetectorSpec) -> None:
@@ -118,7 +118,7 @@ class Detector(nn.Module):
         return min(_REACH_UM, self.mpp * (self.tile_size // 4))
 
     def forward(self, images: Tensor) -> Proposals:
-        """Proposals of images ``[I, 3, R, R]``, normalised floats, R a multiple of 16 up to 1024."""
+        """Proposals for images ``[I, 3, R, R]``, normalised floats, R a multiple of 16 from 32 to 1024."""
         count, side = len(images), images.shape[-1]
         levels = self.backbone(images).levels
         xy = grid(side, self.spec.stride).to(images.device)
@@ -129,17 +129,17 @@ class Detector(nn.Module):
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> list[Points]:
-        """Nuclei of images ``[B, 3, H, W]`` uint8 RGB at ``mpp``, any H and W; runs in evaluation mode.
+        """Detect nuclei in images ``[B, 3, H, W]`` uint8 RGB at ``mpp``, of any H and W, in evaluation mode.
 
-        Images smaller than ``tile_size`` are padded as in training, larger ones seen in overlapping windows. Autocast
-        is the caller's.
+        Images smaller than ``tile_size`` are padded as in training, larger ones cut into overlapping windows. The
+        caller sets autocast.
 
         Returns:
-            Per image xy ``[n, 2]`` float32 in pixels of the image, inside it; label ``[n]`` int64; score ``[n]``
-            float32, the probability of a nucleus; the most probable first.
+            Points per image: xy ``[n, 2]`` float32, pixels inside the image; label ``[n]`` int64; score ``[n]``
+            float32, the probability of a nucleus. The most probable come first.
 
         Raises:
-            UserError: another shape or dtype.
+            UserError: the shape or dtype is different.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or 0 in images.shape[2:]:
             raise UserError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
@@ -158,13 +158,13 @@ class Detector(nn.Module):
         return [suppress(_join(parts), self.spec.nms_um / self.mpp) for parts in found]
 
     def _detect_square(self, squares: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> list[Points]:
-        """Predictions ``[B]`` of squares, in pixels of their images, of proposals inside those."""
+        """Detections per square, in pixels of the whole image, of proposals inside the image."""
         device = next(self.parameters()).device
         xy, points, logits = self(normalise(squares.to(device)))
         limit = torch.tensor(size, dtype=torch.float32, device=device)
         origin = torch.tensor(corner, dtype=torch.float32, device=device)
-        standing = xy + origin
-        in_image = ((standing >= 0) & (standing < limit)).all(dim=-1)
+        place = xy + origin
+        in_image = ((place >= 0) & (place < limit)).all(dim=-1)
         nuclei = torch.minimum((points + origin).clamp_min(0), limit.nextafter(torch.zeros_like(limit)))
         probabilities = logits.softmax(dim=-1)
         score = 1 - probabilities[..., -1]
@@ -175,17 +175,17 @@ class Detector(nn.Module):
 
 
 def grid(side: int, stride: int) -> Tensor:
-    """Proposals ``[P, 2]`` float32 of an image of ``side`` pixels, row by row, each in the middle of its cell."""
+    """Positions ``[P, 2]`` float32 of the proposals in an image of ``side`` pixels: middles of cells, row by row."""
     middle = (torch.arange(side // stride, dtype=torch.float32) + 0.5) * stride
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def windows(length: int, size: int, margin: int) -> list[tuple[int, int, int]]:
-    """Windows of ``size`` pixels over ``length``: where each starts, and from where to where its results count.
+    """Cover ``length`` with windows of ``size`` pixels: start of each, and first and end of its valid results.
 
-    Neighbours overlap by two margins at least, and share the overlap in its middle. What is shorter than a window lies
-    in its middle.
+    Neighbours overlap by at least two margins and split the overlap in its middle. If ``length`` is shorter than a
+    window, it is centred in it.
     """
     if length <= size:
         return [((length - size) // 2, 0, length)]
@@ -196,23 +196,23 @@ def windows(length: int, size: int, margin: int) -> list[tuple[int, int, int]]:
 
 
 def suppress(points: Points, radius: float) -> Points:
-    """Non-maximum suppression: the most confident point stays, those within ``radius`` pixels go, and so on.
+    """Non-maximum suppression: keep the most confident point, drop those within ``radius`` pixels, and so on.
 
-    Of equal confidence the earlier stays. The result is sorted by falling confidence.
+    At equal confidence the earlier point is kept. The result is sorted by descending confidence.
     """
     order = np.argsort(-points.confidence(), kind="stable")
     return points.take(order[non_maximum_suppression(points.xy[order], radius)])
 
 
 def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detector:
-    """A trained detector in evaluation mode, float32.
+    """Load a trained detector in evaluation mode, float32.
 
     Args:
         path: a run folder of ``muse_fast.finetune`` (its best detector), or a checkpoint folder.
-        device: where to put it.
+        device: device of the detector.
 
     Raises:
-        UserError: there is no such folder, or it does not hold a detector.
+        UserError: the folder does not exist or does not contain a detector.
         CheckpointError: a file is damaged.
     """
     path = Path(path)
@@ -235,7 +235,7 @@ def _mlp(in_dim: int, hidden_dim: int, last: nn.Linear) -> nn.Sequential:
 
 
 def _within(points: Points, area: tuple[int, int, int, int]) -> Points:
-    """The points in the rectangle from (x0, y0) to (x1, y1), the far borders outside."""
+    """The points in the rectangle from (x0, y0) inclusive to (x1, y1) exclusive."""
     return points.take(np.all((points.xy >= area[:2]) & (points.xy < area[2:]), axis=1))
 
 

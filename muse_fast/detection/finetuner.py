@@ -1,4 +1,4 @@
-"""The fine-tuning step on one page, and the state that it moves."""
+"""The fine-tuning step on one page, and the state that it changes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ TERMS = ("reg", "type", "cons")
 
 
 class Targets(NamedTuple):
-    """Targets of the proposals of a batch, image after image, by the annotated nuclei."""
+    """Targets of the proposals of a batch from the annotated nuclei, image after image."""
 
     type: Tensor  # [I * P] int64; UNKNOWN outside annotated regions and at nuclei of unknown class
-    matched: Tensor  # [M] int64, rows of proposals that are matched with a nucleus
-    nuclei: Tensor  # [M, 2], where those are
+    matched: Tensor  # [M] int64, rows of the proposals matched with a nucleus
+    nuclei: Tensor  # [M, 2], positions of these nuclei
 
 
 class Finetuner:
-    """A detector, its optimiser, and the step that moves them.
+    """A detector, its optimiser, and the step that updates them.
 
     Attributes:
         step: completed steps.
-        steps: length of the run.
+        steps: total steps of the run.
         best: step, epoch and F1 of the best evaluation so far; empty before the first.
     """
 
@@ -51,16 +51,16 @@ class Finetuner:
         self.optimizer = build_adam(self.detector, self.guard)
 
     def epoch_of(self, step: int) -> int:
-        """Whole epochs in the first ``step`` steps."""
+        """Completed epochs after ``step`` steps."""
         return step * self.config.optim.batch_size // self.num_images
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
     def train_step(self, batch: LfovBatch, *, measure: bool = True) -> Metrics:
-        """One optimisation step (equation 9); returns its measurements if ``measure``.
+        """Run one optimisation step (equation 9); return its measurements if ``measure``.
 
-        If a value is not finite, neither this step nor any later one changes the detector, and `check` raises.
+        If a value is not finite, neither this step nor any later one changes the detector, and `check` raises an error.
         """
         config, optim = self.config.loss, self.config.optim
         epoch = self.epoch_of(self.step)
@@ -70,16 +70,16 @@ class Finetuner:
             "cons": consistency_weight(epoch, optim.epochs, config.lambda_cons),
         }
 
-        # Forward: everything in the sample is detected, then split by the annotated region.
+        # Forward: detect everything in the sample, then split proposals by the annotated region.
         places = proposal_places(batch.places, self.detector.spec.stride).to(self.device)
-        pseudo_view = self._logits_in_plain_colours(batch) if weights["cons"] and self._looks_twice else None
+        plain_logits = self._plain_logits(batch) if weights["cons"] and config.pseudo_view == "plain" else None
         self.detector.train()
         with self.autocast():
             proposals = self.detector(self._to_network(batch.images))
         targets = assign(proposals, places, batch, config.match_distance)
         points, logits = proposals.points.flatten(0, 1), proposals.logits.flatten(0, 1)
         unlabelled = (places == UNLABELLED).flatten()
-        pseudo = pseudo_labels((logits.detach() if pseudo_view is None else pseudo_view), config.confidence)
+        pseudo = pseudo_labels(logits.detach() if plain_logits is None else plain_logits, config.confidence)
         pseudo = torch.where(unlabelled, pseudo, UNKNOWN)
         losses = {
             "reg": regression_loss(points[targets.matched], targets.nuclei),
@@ -88,7 +88,7 @@ class Finetuner:
         }
         loss = torch.stack([weights[name] * losses[name] for name in TERMS]).sum()
 
-        # Backward, and a last check before anything changes.
+        # Backward, and a final check before anything changes.
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for p in self.detector.parameters() if p.grad is not None]
@@ -115,13 +115,9 @@ class Finetuner:
             "pseudo_labelled": (pseudo != UNKNOWN).sum() / unlabelled.sum().clamp_min(1),
         }
 
-    @property
-    def _looks_twice(self) -> bool:
-        return self.config.loss.pseudo_view == "plain"
-
     @torch.no_grad()
-    def _logits_in_plain_colours(self, batch: LfovBatch) -> Tensor:
-        """Logits ``[I * P, C + 1]`` of the network as it would be applied, on the samples as they are."""
+    def _plain_logits(self, batch: LfovBatch) -> Tensor:
+        """Logits ``[I * P, C + 1]`` in evaluation mode on the samples without colour augmentation."""
         self.detector.eval()
         with self.autocast():
             proposals: Proposals = self.detector(self._to_network(batch.plain))
@@ -131,15 +127,15 @@ class Finetuner:
         return normalise(images.to(self.device, non_blocking=True))
 
     def check(self) -> None:
-        """Check that all steps so far were finite; the host waits for the device.
+        """Check that all steps so far were finite, which waits for the device.
 
         Raises:
-            NonFiniteError: names the first that was not.
+            NonFiniteError: a step was not; names the first one.
         """
         self.guard.check()
 
     def save(self, run: Path) -> Path:
-        """Write a checkpoint of everything that the next step depends on.
+        """Save a checkpoint of everything that the next step depends on.
 
         Raises:
             NonFiniteError: a step was not finite.
@@ -149,7 +145,7 @@ class Finetuner:
         return checkpoint.save(run, self.step, tensors, self._state(), keep_every=0)
 
     def save_best(self, run: Path) -> Path:
-        """Write only the detector, as the run's best."""
+        """Save only the detector, as the best of the run."""
         return checkpoint.save(run / BEST, self.step, {STEM: self.detector.state_dict()}, self._state(), keep_every=0)
 
     def _state(self) -> dict[str, Any]:
@@ -174,14 +170,14 @@ class Finetuner:
 
 
 def proposal_places(places: Tensor, stride: int) -> Tensor:
-    """The value at every proposal: ``[I, R, R]`` -> ``[I, P]``, in the order of `detection.detector.grid`."""
+    """Sample ``[I, R, R]`` at the proposals: ``[I, P]``, in the order of `detection.detector.grid`."""
     return places[:, stride // 2 :: stride, stride // 2 :: stride].flatten(1)
 
 
 def assign(proposals: Proposals, places: Tensor, batch: LfovBatch, distance_weight: float) -> Targets:
     """Match the annotated nuclei of each image with proposals in its annotated region.
 
-    The target of unmatched proposals there is background. The matching runs on the host.
+    Unmatched proposals in that region have background as target. The matching runs on the host.
     """
     points = proposals.points.detach().cpu().numpy()
     probabilities = proposals.logits.detach().softmax(dim=-1).cpu().numpy()

@@ -1,6 +1,6 @@
 """The losses of fine-tuning (paper, equation 9) and the weight of the third.
 
-All take rows of proposals, from any images, and are 0 with zero gradients if there are none.
+They accept rows of proposals from any images, and are 0 with zero gradients without rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ UNKNOWN = -1
 
 
 def regression_loss(points: Tensor, nuclei: Tensor) -> Tensor:
-    """Mean squared distance of matched predictions and nuclei, both ``[M, 2]``, in pixels squared."""
+    """Mean squared distance between matched predictions and nuclei, both ``[M, 2]``, in pixels squared."""
     return (points - nuclei).square().sum() / max(1, len(points))
 
 
 def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Tensor:
-    """Cross-entropy ``[]`` of proposals, averaged with weights: ``background_weight`` for background, 1 for the rest.
+    """Weighted mean ``[]`` of the cross-entropy: weight ``background_weight`` for background, 1 for other classes.
 
     Args:
         logits: ``[M, C + 1]``, background last.
@@ -35,7 +35,7 @@ def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Tenso
 
 
 def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:
-    """The most probable class ``[M]`` of each row, background included, ``UNKNOWN`` unless above ``threshold``."""
+    """Most probable class ``[M]`` of each row, including background; ``UNKNOWN`` unless above ``threshold``."""
     confidence, label = logits.softmax(dim=1).max(dim=1)
     return torch.where(confidence > threshold, label, UNKNOWN)
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run reports when it runs out of memory."""
+"""Report of a fine-tuning run that ran out of memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from muse_fast.training.memory import Situation
 def situation(tuner: Finetuner) -> Situation:
     data, optim = tuner.config.data, tuner.config.optim
     proposals = (data.sample_size // tuner.config.detector.stride) ** 2
-    held = f"It held {optim.batch_size} images of {data.sample_size} px at once, with {proposals} proposals in each"
+    held = f"It held {optim.batch_size} images of {data.sample_size} px at once, with {proposals} proposals each"
     return Situation(tuner.step + 1, held, remedies(tuner.config, tuner.device.type))
 
 
 def remedies(config: FinetuneConfig, device: str) -> list[str]:
-    """Settings that would need less memory. All of them change a run's numbers, so they need a new run."""
+    """Settings that need less memory. All of them change the numbers, so they need a new run."""
     data, optim = config.data, config.optim
     smaller = []
     if config.train.precision == "fp32" and device == "cuda":

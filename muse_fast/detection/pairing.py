@@ -1,7 +1,7 @@
-"""One-to-one pairs of predicted and true points, by the rules that published evaluations follow.
+"""One-to-one pairs of predicted and true points, by the rules of published evaluations.
 
-The rules differ in which points choose first and what counts as best, so they find different numbers of pairs for the
-same points. All but `by_total_distance` look only at the candidates, which are the pairs within the radius.
+The rules differ in which points choose first and which partner they prefer, so they find different numbers of pairs for
+the same points. All except `by_total_distance` only consider candidates, the pairs within the radius.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from scipy.spatial.distance import cdist
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
 
-MAX_DISTANCES = (
-    100_000_000  # entries of the matrix in `by_total_distance`: 10,000 x 10,000 take 800 MB and half a minute
-)
+MAX_DISTANCES = 100_000_000
+"""Entries of the matrix in `by_total_distance`: 10,000 x 10,000 need 800 MB and half a minute."""
 
 
 class TooManyPointsError(UserError):
-    """An image has more points than a rule can take."""
+    """An image has too many points for a rule."""
 
 
 Pairs = NDArray[np.int64]
-"""``[k, 2]``: row of the predictions, row of the truth."""
+"""``[k, 2]``: row in the predictions, row in the truth."""
 
 
 class Candidates(NamedTuple):
     """Pairs of a predicted and a true point within the radius, in no particular order."""
 
-    prediction: NDArray[np.int64]  # [E] rows of the predictions
-    truth: NDArray[np.int64]  # [E] rows of the truth
+    prediction: NDArray[np.int64]  # [E] rows in the predictions
+    truth: NDArray[np.int64]  # [E] rows in the truth
     distance: NDArray[np.float64]  # [E] pixels
 
     def take(self, which: NDArray[Any]) -> Candidates:
@@ -45,15 +44,15 @@ class Candidates(NamedTuple):
 
 
 Rule = Callable[[Candidates, Points, Points], Pairs]
-"""Candidates of one class, or of classes that cannot meet; all predictions; all true points."""
+"""Arguments: candidates, each within one class or all of them across classes; all predictions; all true points."""
 
 
 def find_candidates(predictions: Points, truths: Points, radius: float, strict: bool) -> Candidates:
-    """The pairs at a distance of at most ``radius`` pixels, or below it where ``strict``; distances in float64."""
+    """Find pairs at a distance of at most ``radius`` pixels, or below it if ``strict``; distances in float64."""
     predicted, true = (np.asarray(points.xy, np.float64) for points in (predictions, truths))
     if not len(predicted) or not len(true):
         return Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-    # The trees compare squares, which rounds differently on the border: so search a little further than the radius.
+    # The trees compare squared distances, which round differently at the border, so search slightly beyond the radius.
     found = KDTree(predicted).sparse_distance_matrix(KDTree(true), radius * (1 + 1e-9), output_type="ndarray")
     prediction, truth = found["i"].astype(np.int64), found["j"].astype(np.int64)
     distance = np.sqrt(((predicted[prediction] - true[truth]) ** 2).sum(axis=1))
@@ -62,38 +61,38 @@ def find_candidates(predictions: Points, truths: Points, radius: float, strict: 
 
 
 def by_confidence(near: Candidates, predictions: Points, truths: Points) -> Pairs:
-    """Predictions choose, the most confident first: each the nearest true point that is still free.
+    """Predictions choose, the most confident first; each takes the nearest free true point.
 
-    Ties: of equal confidence, the earlier prediction; of equal distance, the earlier true point.
+    Ties: at equal confidence, the earlier prediction; at equal distance, the earlier true point.
     """
     first = -predictions.confidence()[near.prediction]
     order = np.lexsort((near.truth, near.distance, near.prediction, first))
-    return _first_come(near.take(order))
+    return _greedy(near.take(order))
 
 
 def by_raster(near: Candidates, predictions: Points, truths: Points, nearest: int = 50) -> Pairs:
-    """True points choose, row by row of the image: each the nearest prediction that is still free.
+    """True points choose, in raster order; each takes the nearest free prediction.
 
-    A true point considers only its ``nearest`` candidates, free or not. Ties: of equal place, the earlier true point;
-    of equal distance, the prediction that is first row by row.
+    A true point considers only its ``nearest`` candidates, free or not. Ties: at equal position, the earlier true
+    point; at equal distance, the first prediction in raster order.
     """
     truth = _raster_rank(truths.xy)[near.truth]
     order = np.lexsort((_raster_rank(predictions.xy)[near.prediction], near.distance, truth))
     near, truth = near.take(order), truth[order]
-    position = np.arange(len(truth)) - np.searchsorted(truth, truth)  # among the candidates of one true point
-    return _first_come(near.take(position < nearest))
+    position = np.arange(len(truth)) - np.searchsorted(truth, truth)  # among the candidates of its true point
+    return _greedy(near.take(position < nearest))
 
 
 def by_truth(near: Candidates, predictions: Points, truths: Points) -> Pairs:
-    """True points choose, in their order: each the most confident prediction that is still free.
+    """True points choose, in their order; each takes the most confident free prediction.
 
-    Ties: of equal confidence, the nearer prediction; of equal distance too, the earlier one. Where predictions of one
-    class lie at the same place, the earliest of them is used up whichever was chosen, as in PUMA's code.
+    Ties: at equal confidence, the nearer prediction; at equal distance as well, the earlier one. If several predictions
+    of one class have the same position, choosing any of them uses up the earliest, as in PUMA's code.
     """
     order = np.lexsort((near.prediction, near.distance, -predictions.confidence()[near.prediction], near.truth))
     rows = np.column_stack([predictions.xy, predictions.classes()])
-    place = np.unique(rows, axis=0, return_inverse=True)[1].ravel().tolist()  # a number for place and class
-    waiting: list[list[int]] = [[] for _ in place]  # by place; the earliest row is last
+    place = np.unique(rows, axis=0, return_inverse=True)[1].ravel().tolist()  # one number per position and class
+    waiting: list[list[int]] = [[] for _ in place]  # by place, the earliest row last
     for row in reversed(range(len(place))):
         waiting[place[row]].append(row)
     pairs, taken = [], set()
@@ -108,7 +107,7 @@ def by_truth(near: Candidates, predictions: Points, truths: Points) -> Pairs:
 def as_many_as_possible(near: Candidates, predictions: Points, truths: Points) -> Pairs:
     """A maximum matching of the graph of candidates (Hopcroft and Karp, 1973): no rule finds more pairs.
 
-    Which pairs are taken is not unique, how many is.
+    The number of pairs is unique, the pairs are not.
     """
     edges = np.ones(len(near.truth), bool), (near.prediction, near.truth)
     graph = csr_array(edges, shape=(len(predictions.xy), len(truths.xy)))
@@ -118,11 +117,11 @@ def as_many_as_possible(near: Candidates, predictions: Points, truths: Points) -
 
 
 def by_total_distance(predictions: Points, truths: Points, radius: float) -> Pairs:
-    """As many pairs as there are points, at the least total distance; those beyond ``radius`` are dropped afterwards.
+    """Assign all points at the smallest total distance, then drop pairs beyond ``radius``.
 
-    Points without a partner nearby are assigned too, and can take the partners of others, so near pairs are lost that
+    Points without a partner nearby are assigned too and can take the partners of others, so near pairs are lost that
     every other rule finds. The solution therefore depends on the whole matrix of distances; candidates within a radius
-    are not enough. Ties: as `scipy.optimize.linear_sum_assignment` breaks them with one row per true point.
+    are not enough. Ties are broken as by `scipy.optimize.linear_sum_assignment` with one row per true point.
 
     Raises:
         TooManyPointsError: the matrix would have more than ``MAX_DISTANCES`` entries.
@@ -130,7 +129,7 @@ def by_total_distance(predictions: Points, truths: Points, radius: float) -> Pai
     if len(predictions.xy) * len(truths.xy) > MAX_DISTANCES:
         raise TooManyPointsError(
             f"{len(predictions.xy)} predicted and {len(truths.xy)} true points in one image: the hovernet protocol "
-            f"assigns on all their distances, at most {MAX_DISTANCES:,}; cut the image into parts, or leave it out"
+            f"needs all distances, at most {MAX_DISTANCES:,}; cut the image into parts, or remove it"
         )
     distance = cdist(np.asarray(truths.xy, np.float64), np.asarray(predictions.xy, np.float64))
     truth, prediction = linear_sum_assignment(distance)
@@ -138,8 +137,8 @@ def by_total_distance(predictions: Points, truths: Points, radius: float) -> Pai
     return np.stack([prediction[near], truth[near]], axis=1)
 
 
-def _first_come(near: Candidates) -> Pairs:
-    """Take candidates in their order, skipping those of which a point is already taken."""
+def _greedy(near: Candidates) -> Pairs:
+    """Accept candidates in order, skipping those with a point that is already paired."""
     predictions, truths, pairs = set(), set(), []
     for prediction, truth in zip(near.prediction.tolist(), near.truth.tolist(), strict=True):
         if prediction not in predictions and truth not in truths:
@@ -154,7 +153,7 @@ def _as_pairs(pairs: list[tuple[int, int]]) -> Pairs:
 
 
 def _raster_rank(xy: NDArray[Any]) -> NDArray[np.int64]:
-    """Position of every point when they are read row by row."""
+    """Position of every point in raster order."""
     rank = np.empty(len(xy), np.int64)
     rank[np.lexsort((xy[:, 0], xy[:, 1]))] = np.arange(len(xy))
     return rank

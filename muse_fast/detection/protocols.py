@@ -1,4 +1,4 @@
-"""The named protocols by which nucleus detection is scored, each as its published code does it.
+"""Named protocols for scoring nucleus detection, each as in its published code.
 
 | name | radius | pairs | figures |
 |---|---|---|---|
@@ -9,18 +9,18 @@
 | ``hovernet`` | <= 3 um (12 px at 0.25) | any class, least total distance | of sums, see below |
 | ``max-matching`` | <= 3 um (each data set's own there) | per class, as many as possible | of sums |
 
-Detection ignores classes. ``ocelot`` and ``puma`` publish no such figure; theirs here is their rule with all points of
-one class. ``hovernet`` (CellViT's too) finds pairs once. A pair of unlike classes is then a false positive of one class
-and a false negative of the other, and each counts twice: ``F1 = 2 TP / (2 TP + FP + FN)`` with those weights in FP and
-FN.
+Detection ignores classes. ``ocelot`` and ``puma`` do not publish such a figure; here it is their rule with all points
+in one class. ``hovernet`` (also used by CellViT) finds pairs once. A pair of different classes is then a false positive
+of one class and a false negative of the other, and each counts twice: ``F1 = 2 TP / (2 TP + FP + FN)`` with those
+weights in FP and FN.
 
-Where a figure would be 0 / 0 it is 0, but 1 for ``mcspatnet``, as in the published codes (those of ``hovernet`` and
-``max-matching`` give NaN). The mean of F1 is over all classes; for ``puma`` over those that occur in any file, true or
-predicted, for ``hovernet`` over those that occur in the truth.
+A figure of 0 / 0 is set to 0, or to 1 for ``mcspatnet``, as in the published code (``hovernet`` and ``max-matching``
+return NaN there). The mean of F1 is over all classes; for ``puma`` over those that occur in any file, true or
+predicted; for ``hovernet`` over those that occur in the truth.
 
-Not taken over: rounding to pixels, so that points fall together (``mcspatnet``); a placeholder at the origin for
-images without nuclei (``hovernet``); float32 for distances and figures (``ocelot``, ``promptnucseg``). PUMA's scores
-were made on ROIs at 40x; where those count as 0.23 um/px, its 15 px are 3.45 um.
+Not reproduced: rounding to pixels, which merges points (``mcspatnet``); a placeholder at the origin for images without
+nuclei (``hovernet``); float32 distances and figures (``ocelot``, ``promptnucseg``). PUMA's scores were computed on ROIs
+at 40x; if these have 0.23 um/px, its 15 px are 3.45 um.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.points import Points
 
 Counts = NDArray[np.int64]
-"""``[..., 3]``: true positives, false positives and false negatives, as the protocol weighs them."""
+"""``[..., 3]``: true positives, false positives and false negatives, with the protocol's weights."""
 
 Figures = NDArray[np.float64]
 """``[..., 3]``: precision, recall and F1."""
@@ -55,7 +55,7 @@ Figures = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How points are counted and figures made of the counts."""
+    """How points are counted, and how figures are computed from the counts."""
 
     name: str
     radius_um: float
@@ -65,13 +65,13 @@ class Protocol:
     figures: Callable[[NDArray[Any]], Figures]
     """Counts ``[..., 3]`` -> figures ``[..., 3]``."""
     per_file: bool = False
-    """Means of the images' figures instead of the figures of summed counts."""
+    """Average figures over images instead of computing them from summed counts."""
     occurs: Callable[[NDArray[Any]], NDArray[np.bool_]] = lambda counts: np.ones(counts.shape[:-1], bool)
-    """Which classes count in the mean of F1, by their counts ``[..., 3]`` over all images."""
+    """Which classes are included in the mean F1, from their counts ``[..., 3]`` over all images."""
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of that name; UserError with the nearest one where there is none."""
+    """Look up a protocol by name; the UserError for an unknown name suggests the closest one."""
     if name not in PROTOCOLS:
         raise UserError(f"no protocol '{name}' among {', '.join(PROTOCOLS)}{did_you_mean(name, PROTOCOLS)}")
     return PROTOCOLS[name]
@@ -83,9 +83,9 @@ def find_protocol(name: str) -> Protocol:
 def _per_class(
     predictions: Points, truths: Points, radius: float, num_classes: int, *, rule: Rule, strict: bool
 ) -> Counts:
-    """Pairs within each class, and once more whatever the class."""
+    """Count pairs within each class, and for detection pairs of any class."""
     near = find_candidates(predictions, truths, radius, strict)
-    # Points of different classes share no candidate, so one call pairs all classes as calls of their own would.
+    # Points of different classes share no candidates, so one call equals one call per class.
     alike = near.take(predictions.classes()[near.prediction] == truths.classes()[near.truth])
     pairs = rule(alike, predictions, truths)
     detected = rule(near, Points(predictions.xy, score=predictions.score), Points(truths.xy))
@@ -95,8 +95,8 @@ def _per_class(
     )
 
 
-def _then_class(predictions: Points, truths: Points, radius: float, num_classes: int) -> Counts:
-    """Pairs whatever the class; those of unlike classes count twice against both."""
+def _positions_first(predictions: Points, truths: Points, radius: float, num_classes: int) -> Counts:
+    """Count pairs of any class; a pair of different classes counts twice against both."""
     pairs = by_total_distance(predictions, truths, radius)
     predicted, true = predictions.classes()[pairs[:, 0]], truths.classes()[pairs[:, 1]]
     tp = np.bincount(true[predicted == true], minlength=num_classes)
@@ -123,7 +123,7 @@ def _sizes(points: Points, num_classes: int) -> NDArray[np.int64]:
 
 
 def _harmonic(counts: NDArray[Any], *, epsilon: float = 0.0, undefined: float = 0.0) -> Figures:
-    """F1 as the harmonic mean of precision and recall; ``undefined`` where the latter are 0 / 0."""
+    """F1 as the harmonic mean of precision and recall; these are ``undefined`` if 0 / 0."""
     tp, fp, fn = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
     precision = _divide(tp, tp + fp + epsilon, undefined)
     recall = _divide(tp, tp + fn + epsilon, undefined)
@@ -132,7 +132,7 @@ def _harmonic(counts: NDArray[Any], *, epsilon: float = 0.0, undefined: float = 
 
 
 def _rounded(counts: NDArray[Any]) -> Figures:
-    """`_harmonic` to 4 decimals, by Python's exact rounding."""
+    """`_harmonic` rounded to 4 decimals by Python's exact rounding."""
     figures = _harmonic(counts, epsilon=1e-7)
     return np.array([round(value, 4) for value in figures.ravel().tolist()]).reshape(figures.shape)
 
@@ -171,7 +171,9 @@ PROTOCOLS = {
             per_file=True,
             occurs=lambda counts: counts.sum(axis=-1) > 0,
         ),
-        Protocol("hovernet", 3.0, _then_class, _weighted, occurs=lambda counts: counts[..., 0] + counts[..., 2] > 0),
+        Protocol(
+            "hovernet", 3.0, _positions_first, _weighted, occurs=lambda counts: counts[..., 0] + counts[..., 2] > 0
+        ),
         Protocol("max-matching", 3.0, partial(_per_class, rule=as_many_as_possible, strict=False), _harmonic),
     )
 }

@@ -1,8 +1,8 @@
 """Samples with a large field of view for fine-tuning (paper, "LFoV Samples", equation 8).
 
-The annotated region of an image lies anywhere inside a larger square. The rest of the square is tissue without
-annotation, from the source's context image if it has one, and beyond that mirrored tissue or glass
-(`muse_fast.images.squares`). Every random choice of a sample derives from (seed, epoch, image).
+The annotated region of an image is placed at random inside a larger square. The rest of the square is tissue without
+annotation, taken from the source's context image if it has one, and beyond that mirrored tissue or glass
+(`muse_fast.images.squares`). Every random choice of a sample depends only on (seed, epoch, image).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from muse_fast.views.colours import apply_colour, draw_colour
 from muse_fast.views.loader import Sample
 
 UNLABELLED, ANNOTATED, EMPTY = 0, 1, 2
-"""What a pixel of a sample is: tissue without annotation, annotated tissue, or glass instead of unknown tissue."""
+"""Kinds of pixels in a sample: tissue without annotation, annotated tissue, or glass in place of unknown tissue."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """An image at the scale of training, and the nuclei of its annotated region."""
+    """An image at the training scale, and the nuclei of its annotated region."""
 
     name: str
     image: Tensor  # [3, H, W] uint8
-    region: Tensor  # [H, W] bool, where nuclei are annotated; any shape
+    region: Tensor  # [H, W] bool, where nuclei are annotated; of any shape
     xy: NDArray[np.float32]  # [n, 2] pixels
-    label: NDArray[np.int64]  # [n], -1 unknown
-    scale: tuple[float, float]  # pixels of this image per pixel of the source's, along x and y
+    label: NDArray[np.int64]  # [n], -1 if unknown
+    scale: tuple[float, float]  # pixels of this image per pixel of the source's image, along x and y
     corner: tuple[int, int] = (0, 0)  # x, y of the source's image in this one
 
     def box(self) -> tuple[int, int, int, int]:
@@ -51,30 +51,30 @@ class LabelledImage:
 
 
 def class_names(source: Source) -> tuple[str, ...]:
-    """Names of its labels 0, 1, ...; one class if it does not name any."""
+    """Names of the labels 0, 1, ... of ``source``; a single class if it names none."""
     return tuple(source.label_names) or ("nucleus",)
 
 
 def labels(image: SourceImage, classes: int) -> NDArray[np.int64]:
-    """Labels ``[n]`` of its nuclei below ``classes``, -1 where unknown; with one class all are of it."""
+    """Labels ``[n]`` of nuclei, -1 if unknown; with a single class, all labels are 0."""
     if classes == 1 or image.label is None:
         return np.full(len(image.xy), 0 if classes == 1 else -1, np.int64)
     return image.label.astype(np.int64)
 
 
 def known_nuclei(xy: NDArray[Any], label: NDArray[Any]) -> Points:
-    """The annotated nuclei of known class, the truth that detections are scored against."""
+    """The annotated nuclei of known class, which detections are scored against."""
     known = label >= 0
     return Points(xy[known], label[known])
 
 
 def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: int = 0) -> LabelledImage:
-    """``source`` at ``mpp``, all of it annotated, with as much of its context as samples of ``sample_size`` can show.
+    """Resample ``source``, which is annotated everywhere, to ``mpp``, and add the context that samples can show.
 
-    Nuclei beyond its border are skipped.
+    Nuclei outside the image are skipped.
 
     Raises:
-        UserError: the context image is damaged, or does not hold the image.
+        UserError: the context image is damaged or does not contain the image.
     """
     image, xy = resample(source, mpp)
     height, width = image.shape[:2]
@@ -99,7 +99,7 @@ def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: i
 def _with_context(
     image: NDArray[np.uint8], context: Context, sample_size: int
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """``image`` in the middle of what lies around it at the same scale, and its x, y there."""
+    """Paste ``image`` into its context at the same scale; return the result and the x, y of ``image`` in it."""
     height, width = image.shape[:2]
     x0, y0, x1, y1 = context.box
     across, down = (x1 - x0) / width, (y1 - y0) / height  # pixels of the larger image per pixel of this one
@@ -113,14 +113,14 @@ def _with_context(
         return (*near, *far), (left + width + right, top + height + bottom)
 
     whole = context.read(around)
-    whole[top : top + height, left : left + width] = image  # it may have more pixels per um
+    whole[top : top + height, left : left + width] = image  # it may be sharper than the context
     return whole, (left, top)
 
 
 def read_labelled(
     source: Source, splits: Sequence[str], mpp: float, sample_size: int = 0
 ) -> dict[str, list[LabelledImage]]:
-    """The images of each of ``splits`` as `labelled_image` makes them; see `read_splits`."""
+    """Read the images of each split in ``splits`` with `labelled_image`; see `read_splits`."""
     classes = len(class_names(source))
     return read_splits(source, splits, lambda image: labelled_image(image, mpp, classes, sample_size))
 
@@ -128,31 +128,31 @@ def read_labelled(
 class LfovSample(NamedTuple):
     """One image as a sample of R x R pixels."""
 
-    plain: Tensor  # [3, R, R] uint8, in the colours of the image
-    image: Tensor  # [3, R, R] uint8, colours augmented
+    plain: Tensor  # [3, R, R] uint8, original colours
+    image: Tensor  # [3, R, R] uint8, augmented colours
     places: Tensor  # [R, R] uint8: UNLABELLED, ANNOTATED or EMPTY
     xy: NDArray[np.float32]  # [n, 2] pixels of the sample
     label: NDArray[np.int64]  # [n]
 
 
 class LfovBatch(NamedTuple):
-    """Samples for one step."""
+    """The samples of one step."""
 
     plain: Tensor  # [I, 3, R, R] uint8
     images: Tensor  # [I, 3, R, R] uint8
     places: Tensor  # [I, R, R] uint8
     xy: Tensor  # [N, 2] float32
     label: Tensor  # [N] int64
-    counts: Tensor  # [I] int64, nuclei of each
+    counts: Tensor  # [I] int64, nuclei per image
     image_ids: Tensor  # [I] int64
     epochs: Tensor  # [I] int64
 
 
 def draw_corner(rng: np.random.Generator, box: tuple[int, int, int, int], size: int) -> tuple[int, int]:
-    """Top-left pixel of a sample of ``size`` that shows the region ``box`` (x, y, width, height): equation 8.
+    """Draw the top-left pixel of a sample of ``size`` that shows the region ``box`` (x, y, width, height): equation 8.
 
-    Each axis is drawn separately: the region lies uniformly anywhere inside the sample. Along an axis where the region
-    is larger, the sample lies uniformly anywhere inside the region.
+    Each axis is drawn separately: the region is uniformly distributed inside the sample. Along an axis on which the
+    region is larger, the sample is uniformly distributed inside the region.
     """
     x, y, width, height = box
     offsets = [int(rng.integers(min(0, size - side), max(0, size - side) + 1)) for side in (width, height)]
@@ -160,15 +160,15 @@ def draw_corner(rng: np.random.Generator, box: tuple[int, int, int, int], size: 
 
 
 class LfovDataset(Dataset["LfovBatch | UserError"]):
-    """``dataset[samples]`` is the batch of ``samples``, pairs of an epoch and a position in ``images``.
+    """``dataset[samples]`` is the batch of ``samples``, pairs of an epoch and an index into ``images``.
 
     Args:
         images: to draw samples from.
-        size: R, pixels along a side.
+        size: R, side in pixels.
         surroundings: what lies beyond an image, ``reflect`` or ``mask``.
         turns: flips and quarter turns.
-        colours: its jitter, grey and blur are drawn as for a local view of pretraining.
-        seed: of all draws.
+        colours: jitter, grey and blur are drawn as for a local view of pretraining.
+        seed: seeds all draws.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class LfovDataset(Dataset["LfovBatch | UserError"]):
         )
 
     def sample(self, epoch: int, number: int) -> LfovSample:
-        """The sample of image ``number`` in ``epoch``."""
+        """The sample of ``images[number]`` in ``epoch``."""
         rng = np.random.default_rng([self.seed, epoch, number])
         source = self.images[number]
         left, top = draw_corner(rng, source.box(), self.size)
@@ -225,12 +225,12 @@ class LfovDataset(Dataset["LfovBatch | UserError"]):
 
 
 def _turn(square: Tensor, flip: bool, turns: int) -> Tensor:
-    """As `ViewBox` moves points: mirrored left to right, then turned counter-clockwise by quarters."""
+    """Mirror left to right, then turn counter-clockwise by quarters, as `ViewBox` does with points."""
     return torch.rot90(square.flip(-1) if flip else square, turns, (-2, -1)).contiguous()
 
 
 def describe(images: Sequence[LabelledImage], names: Sequence[str]) -> dict[str, Any]:
-    """Images, nuclei, and nuclei of each class."""
+    """Count images, nuclei, and nuclei per class."""
     label = np.concatenate([image.label for image in images])
     counts = {name: int((label == kind).sum()) for kind, name in enumerate(names)}
     return {"images": len(images), "nuclei": len(label), **counts}

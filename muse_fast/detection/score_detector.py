@@ -1,6 +1,6 @@
 """``python -m muse_fast.evaluate detect --weights RUN_OR_CHECKPOINT --data SOURCE [--split test] [--json OUT]``
 
-Detects the nuclei of a split with a fine-tuned detector and scores them by every protocol.
+Detects nuclei in a split with a fine-tuned detector and scores them by every protocol.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Raises:
-        UserError: not a detector, a source with other classes, no image in the split, or an output that already exists.
+        UserError: not a detector, a source with other classes, an empty split, or an output that already exists.
     """
     args = _parse(argv)
     began = time.perf_counter()
@@ -94,9 +94,9 @@ def main(argv: Sequence[str]) -> int:
 def detect_images(
     detector: Detector, images: Sequence[LabelledImage], progress: Progress | None = None
 ) -> list[Points]:
-    """Nuclei of the annotated regions of images at the detector's um per pixel, in pixels of those images.
+    """Detect nuclei in the annotated regions of images at the detector's um per pixel, in pixels of these images.
 
-    It also sees the tissue around a region, on either side as much as fills a tile.
+    The detector also sees tissue around a region, enough on either side to fill a tile.
     """
     device = next(detector.parameters()).device
     found = []
@@ -116,30 +116,30 @@ def detect_images(
 
 
 def in_source_pixels(points: Points, image: LabelledImage) -> Points:
-    """Points of ``image`` in pixels of the source's image."""
+    """Convert points of ``image`` to pixels of the source's image."""
     xy = (points.xy - np.array(image.corner)) / np.array(image.scale)
     return Points(xy.astype(np.float32), points.label, points.score)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("muse-fast evaluate detect", description="Scores of a fine-tuned detector.")
-    parser.add_argument("--weights", required=True, help="run of muse_fast.finetune (its best), or a checkpoint")
+    parser.add_argument("--weights", required=True, help="run of muse_fast.finetune (best detector), or a checkpoint")
     parser.add_argument("--data", required=True, help="annotated source, e.g. brcam2c:DIR")
-    parser.add_argument("--split", default="test", help="of the source (test); '' takes all images")
+    parser.add_argument("--split", default="test", help="split of the source (test); '' uses all images")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16")
     parser.add_argument(
-        "--radius", type=float, metavar="UM", help="um within which points may pair; else the protocol's"
+        "--radius", type=float, metavar="UM", help="maximal distance of a pair in um; default: the protocol's"
     )
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of those samples (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of those samples (0)")
     parser.add_argument("--csv", type=Path, metavar="DIR", help="write the detected points here; must not exist")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
     parser.add_argument("options", nargs="*", metavar="source.key=value", help="options of the source")
     args = parser.parse_intermixed_args(argv)
     args.source_options, others = split_source_options(args.options)
     if others:
-        raise UserError(f"'{others[0]}': only options of the source are taken here, as source.key=value")
+        raise UserError(f"'{others[0]}': only options of the source are allowed here, as source.key=value")
     require(args.draws >= 0, "--draws", args.draws, "0 or more")
     require(args.seed >= 0, "--seed", args.seed, "0 or more")
     for key in ("csv", "json"):
@@ -159,5 +159,5 @@ def _read(args: argparse.Namespace, names: tuple[str, ...]) -> list[SourceImage]
         )
     images = [image for image in source if args.split in ("", image.split)]
     if not images:
-        raise UserError(f"{args.data} has no image in the split {args.split!r}; --split '' takes all")
+        raise UserError(f"{args.data} has no images in the split {args.split!r}; --split '' uses all")
     return images

@@ -1,8 +1,8 @@
 """``python -m muse_fast.evaluate points --predictions DIR --truth DIR --mpp 0.5 [--protocol NAME] [--json OUT]``
 
-Scores files of points against files of points. Each folder holds one CSV per image, ``x,y[,label][,score]`` in pixels;
-files of one image have the same name. A folder that `muse_fast.predict` wrote works too: its ``IMAGE/cells.csv`` counts
-as ``IMAGE.csv``.
+Scores files of predicted points against files of true points. Each folder contains one CSV per image,
+``x,y[,label][,score]`` in pixels; files of the same image have the same name. Output folders of `muse_fast.predict`
+also work: ``IMAGE/cells.csv`` counts as ``IMAGE.csv``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from muse_fast.runtime.progress_bar import progress_bar
 from muse_fast.version import __version__
 
 ALL = "all"
-CELLS = "cells.csv"  # in a folder per image, by `muse_fast.predicting.files`
+CELLS = "cells.csv"  # one per image folder, written by `muse_fast.predicting.files`
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Raises:
-        UserError: files are missing on one side or not readable, only one side has labels, or as `evaluate`.
+        UserError: files are missing on one side or unreadable, only one side has labels, or as `evaluate`.
     """
     args = _parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     boxes = sum(len(points.xy) for points in predictions), sum(len(points.xy) for points in truths)
     console.print(f"{args.predictions}: {boxes[0]} points in {len(truths)} images, against {boxes[1]} in {args.truth}")
     if all(points.score is None for points in predictions):
-        console.print("no scores: points count as more confident the earlier they are in a file")
+        console.print("no scores: points are ranked by their order in the file")
     options = {"radius_um": args.radius, "draws": args.draws, "seed": args.seed}
     if args.protocol == ALL:
         with progress_bar(console, "scoring") as progress:
@@ -79,12 +79,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mpp", required=True, help="um per pixel of the images")
     parser.add_argument("--protocol", default=ALL, help=f"{ALL} ({', '.join(PROTOCOLS)}), or one of them")
     parser.add_argument(
-        "--radius", type=float, metavar="UM", help="um within which points may pair; default: the protocol's"
+        "--radius", type=float, metavar="UM", help="maximal distance of a pair in um; default: the protocol's"
     )
     parser.add_argument("--classes", default="", help="names of the labels 0, 1, ..., separated by commas")
     parser.add_argument("--ignore-labels", action="store_true", help="score detection only")
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of those samples (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of those samples (0)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
     args = parser.parse_args(argv)
     args.mpp = check_mpp(args.mpp, "--mpp")
@@ -98,14 +98,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _read(args: argparse.Namespace) -> tuple[list[Points], list[Points], list[str]]:
-    """Points per image, and the names of the classes; none where only detection can be scored."""
+    """Read points per image, and the names of the classes; no names if only detection can be scored."""
     predicted, true = _matching_files(args.predictions, args.truth)
     classes = [name for name in args.classes.split(",") if name]
     tables = {path: read_points(path, math.inf, math.inf, len(classes)) for path in predicted + true}
     labelled = not args.ignore_labels and any(points.label is not None for points in tables.values())
     for path, points in tables.items():
         if labelled and len(points) and (points.label is None or points.label.min() < 0):
-            raise UserError(f"{path}: points without a label, where others have one; add it, or give --ignore-labels")
+            raise UserError(f"{path}: points without a label, but others have one; add it, or use --ignore-labels")
     if labelled:
         highest = max(int(points.classes().max(initial=0)) for points in tables.values())
         names = _class_names(list(tables), classes)
@@ -118,21 +118,21 @@ def _read(args: argparse.Namespace) -> tuple[list[Points], list[Points], list[st
 
 
 def _class_names(paths: Sequence[Path], classes: Sequence[str]) -> dict[int, str]:
-    """Names of the labels by ``--classes`` and the columns ``class`` of the files; UserError where they disagree."""
+    """Names of the labels from ``--classes`` and the ``class`` columns of the files; UserError if they disagree."""
     names, origin = dict(enumerate(classes)), dict.fromkeys(range(len(classes)), "--classes")
     for path in paths:
         for label, name in read_class_names(path).items():
             if names.setdefault(label, name) != name:
                 raise UserError(
                     f"{path} calls label {label} {name!r}, {origin[label]} {names[label]!r}: these labels are not "
-                    "comparable. Number them alike, or score only detection with --ignore-labels"
+                    "comparable. Use the same numbers, or score only detection with --ignore-labels"
                 )
             origin.setdefault(label, str(path))
     return names
 
 
 def _matching_files(predictions: Path, truth: Path) -> tuple[list[Path], list[Path]]:
-    """The files of both folders in the same order of images; UserError unless both have the same images."""
+    """The files of both folders in the same order; UserError unless both contain the same images."""
     found, true = _files(predictions), _files(truth)
     if not true:
         raise UserError(f"{truth} has no .csv files; expected one per image, x,y[,label]")
@@ -149,7 +149,7 @@ def _matching_files(predictions: Path, truth: Path) -> tuple[list[Path], list[Pa
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """CSVs of points by file name: those in ``folder``, else those that predict wrote there."""
+    """CSVs of points by file name: those in ``folder``, or those written there by predict."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one with a CSV of points per image")
     plain = {path.name: path for path in folder.iterdir() if path.suffix == ".csv"}

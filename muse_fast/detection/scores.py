@@ -1,7 +1,7 @@
 """Scores of nucleus detection and classification: predicted points against true ones, by a named protocol.
 
-On the same points, the choice of protocol alone changes F1 by ten points and more, so a number means little without its
-name; `evaluate_all` computes all of them. `muse_fast.detection.protocols` describes each.
+On the same points, the choice of protocol changes F1 by ten points or more, so a number means little without the name
+of its protocol. `evaluate_all` computes all of them; `muse_fast.detection.protocols` describes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of one class, or of detection. Counts are sums over images; the rest lies in [0, 1]."""
+    """Scores of one class, or of detection. Counts are sums over images; other values are in [0, 1]."""
 
     tp: int
     fp: int  # hovernet: a prediction paired with a nucleus of another class counts twice
@@ -47,7 +47,7 @@ class Scores:
     classes: tuple[Score, ...]
     mean_f1: float
     mean_f1_ci95: Interval | None
-    detection: Score  # whatever the class
+    detection: Score  # ignores classes
 
 
 def evaluate(
@@ -64,19 +64,19 @@ def evaluate(
     """Score the points of a set of images.
 
     Args:
-        predictions: per image; scores may be missing, then predictions count as equally confident, in their order.
-        truths: per image, the images in the same order; their scores are ignored.
-        mpp: um per pixel, of all images or of each.
-        num_classes: labels are 0 to ``num_classes - 1``. Without classes: labels of 0, and 1.
+        predictions: per image; predictions without scores count as equally confident, in their order.
+        truths: per image, in the same order of images; scores are ignored.
+        mpp: um per pixel, one value for all images or one per image.
+        num_classes: labels are 0 to ``num_classes - 1``. Without classes: 1, and all labels 0.
         protocol: a name in `muse_fast.detection.protocols`.
-        radius_um: within which points may pair; None takes the protocol's own.
-        draws: bootstrap samples for the intervals of F1; 0 makes none. Images are drawn, with replacement, and the
-            interval reaches from the 2.5th to the 97.5th percentile. Points are paired once, whatever the number.
-        seed: of those draws; they are the same for every protocol.
+        radius_um: maximal distance of a pair; None uses the protocol's own.
+        draws: bootstrap samples for the intervals of F1; 0 computes no intervals. Images are drawn with replacement,
+            and the interval is from the 2.5th to the 97.5th percentile. Points are paired only once.
+        seed: seeds those draws, which are the same for every protocol.
 
     Raises:
         UserError: no such protocol, no images, sequences of different lengths, an array of the wrong shape, a label
-            out of range, a coordinate that is not finite, a score that is NaN, a radius or mpp that is not above 0.
+            out of range, a non-finite coordinate, a NaN score, or a radius or mpp that is not above 0.
         TooManyPointsError: an image is too large for ``hovernet``.
     """
     chosen = find_protocol(protocol)
@@ -95,18 +95,18 @@ def evaluate_all(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Scores], dict[str, str]]:
-    """`evaluate` by every protocol: scores by name, and by name why a protocol was skipped (an image is too large)."""
+    """`evaluate` by every protocol; return scores by name, and reasons by name of skipped protocols."""
     _check(predictions, truths, num_classes, radius_um)
     scales = _scales(mpp, len(truths))
-    scores, left_out = {}, {}
+    scores, skipped = {}, {}
     for done, (name, chosen) in enumerate(PROTOCOLS.items(), start=1):
         try:
             scores[name] = _evaluate(chosen, predictions, truths, scales, num_classes, radius_um, draws, seed)
         except TooManyPointsError as error:
-            left_out[name] = str(error)
+            skipped[name] = str(error)
         if progress is not None:
             progress(done, len(PROTOCOLS), "protocols")
-    return scores, left_out
+    return scores, skipped
 
 
 def _evaluate(
@@ -120,7 +120,7 @@ def _evaluate(
     seed: int,
 ) -> Scores:
     radius = protocol.radius_um if radius_um is None else radius_um
-    # Rounded, so that 3 um at 0.2 um/px are 15 px whatever the floating point makes of it.
+    # Rounded, so that 3 um at 0.2 um/px are exactly 15 px.
     images = zip(predictions, truths, (round(radius / mpp, 9) for mpp in scales), strict=True)
     counts = np.stack([protocol.count(*image, num_classes) for image in images])  # [images, classes + 1, 3]
     once = np.ones((1, len(counts)), np.int64)
@@ -140,9 +140,9 @@ def _evaluate(
 
 
 def _figures(protocol: Protocol, counts: Counts, weights: NDArray[np.int64]) -> tuple[Figures, NDArray[np.float64]]:
-    """Figures ``[draws, classes + 1, 3]`` and mean F1 ``[draws]`` of images, each counted as often as ``weights`` says.
+    """Figures ``[draws, classes + 1, 3]`` and mean F1 ``[draws]`` of images, each counted ``weights`` times.
 
-    ``counts`` is ``[images, classes + 1, 3]``, ``weights`` ``[draws, images]``.
+    ``counts`` is ``[images, classes + 1, 3]``, ``weights`` is ``[draws, images]``.
     """
     sums = np.tensordot(weights, counts, axes=1)
     if protocol.per_file:
@@ -165,7 +165,7 @@ def _interval(values: NDArray[np.float64]) -> Interval:
 def _scales(mpp: float | Sequence[float], images: int) -> Sequence[float]:
     scales = [float(mpp)] * images if isinstance(mpp, (int, float)) else [float(one) for one in mpp]
     if len(scales) != images:
-        raise UserError(f"{len(scales)} values of mpp for {images} images; give one for each, or one for all")
+        raise UserError(f"{len(scales)} values of mpp for {images} images; pass one per image, or one for all")
     for scale in scales:
         require(0 < scale < np.inf, "mpp", scale, "um per pixel above 0, such as 0.5")
     return scales
@@ -192,16 +192,16 @@ def _check_points(points: Points, num_classes: int, where: str) -> None:
     if not integers or (count and not 0 <= label.min() <= label.max() < num_classes):
         raise UserError(f"{where}: labels must be [{count}] whole numbers from 0 to {num_classes - 1}")
     if points.score is not None and (points.score.shape != (count,) or np.isnan(points.score).any()):
-        raise UserError(f"{where}: scores must be [{count}] numbers, none of them NaN")
+        raise UserError(f"{where}: scores must be [{count}] numbers, not NaN")
 
 
 # -------------------------------------------------------------------------------------------------------------- table
 
 
 def scores_table(scores: Mapping[str, Scores], class_names: Sequence[str]) -> Table:
-    """F1 in percent, protocols as rows and classes as columns, with intervals where there are any.
+    """Table of F1 in percent, protocols as rows and classes as columns, with intervals if computed.
 
-    Without ``class_names``, only detection.
+    Without ``class_names``, only detection is shown.
     """
     intervals = any(one.mean_f1_ci95 for one in scores.values())
     table = Table(title="F1, %, with 95 % intervals over images" if intervals else "F1, %")
@@ -216,7 +216,7 @@ def scores_table(scores: Mapping[str, Scores], class_names: Sequence[str]) -> Ta
 
 
 def figures_table(scores: Scores, class_names: Sequence[str]) -> Table:
-    """Counts, precision, recall and F1 of one protocol, classes as rows."""
+    """Table of counts, precision, recall and F1 of one protocol, classes as rows."""
     table = Table(title=f"{scores.protocol}, {scores.radius_um:g} um")
     table.add_column("class")
     for column in ("TP", "FP", "FN", "precision, %", "recall, %", "F1, %"):

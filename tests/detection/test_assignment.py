@@ -1,4 +1,4 @@
-"""Assignment of proposals to nuclei, against the dense problem and brute force."""
+"""Assignment of proposals to nuclei, compared with the dense problem and brute force."""
 
 from itertools import permutations
 
@@ -14,7 +14,7 @@ WEIGHT = 0.05
 
 
 def case(side: int, nuclei: int, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Proposals of a square of ``side`` pixels, moved at random, and nuclei; some of unknown class."""
+    """Randomly moved proposals of a square of ``side`` pixels, and nuclei, some of unknown class."""
     rng = np.random.default_rng(seed)
     points = grid(side, 8).numpy() + rng.normal(0, 3, ((side // 8) ** 2, 2))
     probabilities = rng.dirichlet(np.ones(classes + 1), len(points))
@@ -22,13 +22,13 @@ def case(side: int, nuclei: int, classes: int = 3, seed: int = 0) -> tuple[np.nd
 
 
 def costs(points: np.ndarray, probabilities: np.ndarray, xy: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """``[P, N]``, from the definition."""
+    """Costs ``[P, N]`` by definition."""
     of_class = [1 - probabilities[:, -1] if kind < 0 else probabilities[:, kind] for kind in label]
     return WEIGHT * cdist(points, xy) - np.stack(of_class, axis=1)
 
 
 @pytest.mark.parametrize(("side", "nuclei"), [(16, 1), (64, 20), (256, 300), (256, 1000), (512, 40), (64, 64)])
-def test_the_total_cost_is_that_of_the_dense_problem(side: int, nuclei: int) -> None:
+def test_the_total_cost_equals_the_dense_problem(side: int, nuclei: int) -> None:
     for seed in range(5):
         points, probabilities, xy, label = case(side, nuclei, seed=seed)
         cost = costs(points, probabilities, xy, label)
@@ -38,7 +38,7 @@ def test_the_total_cost_is_that_of_the_dense_problem(side: int, nuclei: int) -> 
         assert cost[proposal, nucleus].sum() == pytest.approx(best, rel=1e-12)
 
 
-def test_against_all_assignments() -> None:
+def test_the_total_cost_is_minimal_over_all_assignments() -> None:
     for seed in range(20):
         points, probabilities, xy, label = case(24, 4, seed=seed)
         cost = costs(points, probabilities, xy, label)
@@ -47,7 +47,7 @@ def test_against_all_assignments() -> None:
         assert cost[found].sum() == pytest.approx(best, rel=1e-12)
 
 
-def test_more_nuclei_than_proposals_leave_some_without() -> None:
+def test_more_nuclei_than_proposals() -> None:
     points, probabilities, xy, label = case(16, 11)
     cost = costs(points, probabilities, xy, label)
     proposal, nucleus = match(points, probabilities, xy, label, distance_weight=WEIGHT)
@@ -55,8 +55,8 @@ def test_more_nuclei_than_proposals_leave_some_without() -> None:
     assert cost[proposal, nucleus].sum() == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-12)
 
 
-def test_candidates_that_do_not_suffice() -> None:
-    """Forty nuclei at one place have the same few candidates."""
+def test_too_few_candidates_at_first() -> None:
+    """Forty nuclei at the same position have the same few candidates."""
     points, probabilities, _, _ = case(128, 1)
     xy, label = np.full((40, 2), 60.0), np.zeros(40, np.int64)
     cost = costs(points, probabilities, xy, label)
@@ -65,7 +65,7 @@ def test_candidates_that_do_not_suffice() -> None:
     assert cost[proposal, nucleus].sum() == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-12)
 
 
-def test_no_nucleus_and_no_proposal() -> None:
+def test_no_nuclei_or_no_proposals() -> None:
     points, probabilities, xy, label = case(64, 5)
     for found in (
         match(points, probabilities, xy[:0], label[:0], distance_weight=WEIGHT),
@@ -74,15 +74,15 @@ def test_no_nucleus_and_no_proposal() -> None:
         assert [len(rows) for rows in found] == [0, 0]
 
 
-def test_the_class_outweighs_a_short_distance_and_not_a_long_one() -> None:
+def test_the_class_outweighs_only_a_short_distance() -> None:
     points = np.array([[0.0, 0.0], [4.0, 0.0], [60.0, 0.0]])
     probabilities = np.array([[0.1, 0.9, 0.0], [0.8, 0.2, 0.0], [1.0, 0.0, 0.0]])
     one = np.zeros((1, 2))
-    for label, expected in ((0, 1), (1, 0), (-1, 0)):  # of unknown class: all alike, so the nearest
+    for label, expected in ((0, 1), (1, 0), (-1, 0)):  # unknown class: probabilities are equal, so the nearest
         assert match(points, probabilities, one, np.array([label]), distance_weight=WEIGHT)[0].tolist() == [expected]
 
 
-def test_numbers_that_are_not_finite_are_left_to_the_loss() -> None:
+def test_non_finite_proposals_are_not_matched() -> None:
     points, probabilities, xy, label = case(64, 10)
     points[3], points[4], probabilities[5] = np.nan, np.inf, np.nan
     proposal, nucleus = match(points, probabilities, xy, label, distance_weight=WEIGHT)

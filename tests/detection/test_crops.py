@@ -27,7 +27,7 @@ def test_target_without_nuclei() -> None:
 
 
 def dots(height: int, width: int, count: int) -> Annotated:
-    """White with dark dots of 5 px around the points."""
+    """A white image with dark dots of 5 px around random points."""
     rng = np.random.default_rng(0)
     xy = rng.uniform(0, 1, (count, 2)) * (width, height)
     v, u = np.mgrid[:height, :width] + 0.5
@@ -37,7 +37,7 @@ def dots(height: int, width: int, count: int) -> Annotated:
 
 
 def test_points_follow_the_pixels() -> None:
-    """Whatever turn, mirror, zoom, stain and focus: the dark places are where the target is high, and none else."""
+    """Under any turn, mirror, zoom, stain and focus, exactly the places with a high target are dark."""
     images = [dots(200, 150, 30), dots(90, 260, 25)]
     for seed in range(8):
         crops = draw_crops(images, np.random.default_rng(seed), batch_size=4, size=96, sigma=2.0)
@@ -54,7 +54,7 @@ def test_shapes_and_ranges() -> None:
     assert crops.target.shape == crops.weight.shape == (3, 32, 32)
     assert crops.density.min() >= 0 and crops.density.max() <= 2.4
     assert set(crops.weight.unique().tolist()) == {0.0, 1.0}
-    assert crops.weight.mean() < 0.8  # 64 px of zoomed 40 px
+    assert crops.weight.mean() < 0.8  # crops of 64 px of an image of 40 px
 
 
 def test_same_draw_same_crops() -> None:

@@ -1,4 +1,4 @@
-"""The detector: proposals, windows, non-maximum suppression, and what a saved one needs."""
+"""The detector: proposals, windows, non-maximum suppression, saving and loading."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def detector() -> Detector:
 
 
 class DarkPixels(Detector):
-    """Finds a nucleus at every black pixel, of the class that its neighbour to the right names."""
+    """Finds a nucleus of class 0 at every black pixel."""
 
     def forward(self, images: Tensor) -> Proposals:
         side = images.shape[-1]
@@ -52,14 +52,14 @@ def dark_pixels(surroundings: str = "reflect", nms_um: float = 0.0) -> Detector:
     return DarkPixels(build_backbone("vit_tiny"), DetectorSpec(**spec))
 
 
-def test_proposals_stand_on_the_grid_and_read_the_unified_map(detector: Detector) -> None:
+def test_proposals_are_on_the_grid_and_sample_the_unified_map(detector: Detector) -> None:
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         found = detector(images)
         dense = detector.backbone.dense_map(images)
         assert found.xy.shape == (64, 2) and found.points.shape == (2, 64, 2) and found.logits.shape == (2, 64, 3)
         assert found.xy[:3].tolist() == [[4, 4], [12, 4], [20, 4]] and found.xy[8].tolist() == [4, 12]
-        assert torch.equal(found.points, found.xy.expand(2, -1, 2))  # a new head moves none
+        assert torch.equal(found.points, found.xy.expand(2, -1, 2))  # offsets of a new head are 0
         where = found.xy / 64 * 2 - 1
         rows = torch.nn.functional.grid_sample(dense, where.expand(2, 1, -1, 2), align_corners=True)[:, :, 0]
         expected = detector.type_head(rows.transpose(1, 2))
@@ -67,19 +67,19 @@ def test_proposals_stand_on_the_grid_and_read_the_unified_map(detector: Detector
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 100, 129, 1000])
-def test_windows_share_out_the_whole_length(length: int) -> None:
+def test_windows_partition_the_whole_length(length: int) -> None:
     found = windows(length, 64, 16)
     assert [first for _, first, _ in found] == [0, *(end for _, _, end in found[:-1])] and found[-1][2] == length
     for number, (start, first, end) in enumerate(found):
         assert start <= first < end <= start + 64
-        assert number == 0 or first - start >= 16  # a margin on both sides, but at the border of the image
+        assert number == 0 or first - start >= 16  # a margin on both sides, except at the border of the image
         assert number == len(found) - 1 or start + 64 - end >= 16
         assert length <= 64 or 0 <= start <= length - 64
 
 
 @pytest.mark.parametrize("surroundings", ["reflect", "mask"])
 @pytest.mark.parametrize(("height", "width"), [(40, 50), (64, 64), (70, 300), (1, 5)])
-def test_every_nucleus_is_found_once_where_it_is(height: int, width: int, surroundings: str) -> None:
+def test_every_nucleus_is_found_once_in_its_place(height: int, width: int, surroundings: str) -> None:
     images = torch.full((2, 3, height, width), 255, dtype=torch.uint8)
     dark = torch.rand(2, height, width) < 0.1
     images[dark[:, None].expand(-1, 3, -1, -1)] = 0
@@ -108,7 +108,7 @@ def brute_force(xy: np.ndarray, score: np.ndarray, radius: float) -> list[int]:
 @pytest.mark.parametrize("count", [0, 1, 2, 50, 300])
 def test_suppression_against_brute_force(count: int) -> None:
     rng = np.random.default_rng(count)
-    xy = rng.integers(0, 40, (count, 2)).astype(np.float32)  # many ties, also of place
+    xy = rng.integers(0, 40, (count, 2)).astype(np.float32)  # many ties, also in position
     points = Points(xy, np.arange(count), rng.integers(0, 5, count) / 5)
     for radius in (0.0, 1.0, 5.0, 100.0):
         expected = (
@@ -117,7 +117,7 @@ def test_suppression_against_brute_force(count: int) -> None:
         assert suppress(points, radius).label.tolist() == list(expected)
 
 
-def test_detect_runs_in_evaluation_mode_and_leaves_the_mode(detector: Detector) -> None:
+def test_detect_runs_in_evaluation_mode_and_restores_the_mode(detector: Detector) -> None:
     image = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8)
     detector.train()
     before = {name: value.clone() for name, value in detector.state_dict().items()}
@@ -130,7 +130,7 @@ def test_detect_runs_in_evaluation_mode_and_leaves_the_mode(detector: Detector) 
     assert ((found.xy >= 0) & (found.xy < 64)).all() and (np.diff(found.score) <= 0).all()
 
 
-def test_a_saved_detector_comes_back(detector: Detector, tmp_path: Path) -> None:
+def test_a_saved_detector_loads_again(detector: Detector, tmp_path: Path) -> None:
     state = {STEM: asdict(SPEC), "step": 3}
     folder = checkpoint.save(tmp_path / "run", 3, {STEM: detector.state_dict()}, state, keep_every=0)
     image = torch.randint(0, 255, (1, 3, 90, 70), dtype=torch.uint8)
@@ -141,7 +141,7 @@ def test_a_saved_detector_comes_back(detector: Detector, tmp_path: Path) -> None
         assert np.array_equal(loaded.detect(image)[0].xy, detector.eval().detect(image)[0].xy)
 
 
-def test_what_cannot_be_used_is_refused_with_words(detector: Detector, tmp_path: Path) -> None:
+def test_invalid_input_is_refused(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"uint8 \[B, 3, H, W\], got torch.float32"):
         detector.detect(torch.zeros(1, 3, 64, 64))
     with pytest.raises(UserError, match="no such folder"):

@@ -38,7 +38,7 @@ def test_type_loss_in_closed_form(weight: float) -> None:
     assert (logits.grad[~part] == 0).all()
 
 
-def test_nothing_to_learn_from_is_zero_with_zero_gradients() -> None:
+def test_losses_without_targets_are_zero_with_zero_gradients() -> None:
     logits, points = rows(5, 2), torch.zeros(0, 2, dtype=torch.float64, requires_grad=True)
     loss = type_loss(logits, torch.full((5,), UNKNOWN), 0.5) + regression_loss(points, torch.zeros(0, 2))
     assert loss.item() == 0
@@ -47,12 +47,12 @@ def test_nothing_to_learn_from_is_zero_with_zero_gradients() -> None:
     assert type_loss(logits[:0], torch.zeros(0, dtype=torch.int64), 0.5).item() == 0
 
 
-def test_pseudo_labels_are_what_is_confident_enough() -> None:
+def test_pseudo_labels_need_confidence() -> None:
     probability = torch.tensor([[0.95, 0.03, 0.02], [0.5, 0.3, 0.2], [0.01, 0.01, 0.98], [0.9, 0.1, 0.0]]).double()
     assert pseudo_labels(probability.log(), 0.92).tolist() == [0, UNKNOWN, 2, UNKNOWN]
 
 
-def test_the_consistency_weight_rises_from_nothing_to_its_maximum() -> None:
+def test_the_consistency_weight_rises_from_zero_to_its_maximum() -> None:
     assert consistency_weight(0, 150, 0.1) == 0
     assert consistency_weight(75, 150, 0.1) == pytest.approx(0.05)
     assert consistency_weight(150, 150, 0.1) == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""Cases worked by hand in which the rules find different pairs for the same points. One pixel is one um, radius 3."""
+"""Hand-worked cases in which the rules find different pairs. One pixel is one um; the radius is 3."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from muse_fast.images.points import Points
 
 
 def points(*rows: tuple[float, ...], scores: tuple[float, ...] | None = None) -> Points:
-    """Rows of x, y and perhaps the label."""
+    """Points from rows of x, y and optionally the label."""
     table = np.array([(*row, 0)[:3] for row in rows], np.float64).reshape(-1, 3)
     return Points(table[:, :2], table[:, 2].astype(np.int64), None if scores is None else np.array(scores))
 
 
 def hits(predictions: Points, truths: Points, classes: int = 1) -> dict[str, int]:
     """True positives over all classes, by protocol."""
-    scores, left_out = evaluate_all([predictions], [truths], 1.0, classes, radius_um=3.0, draws=0)
-    assert not left_out
+    scores, skipped = evaluate_all([predictions], [truths], 1.0, classes, radius_um=3.0, draws=0)
+    assert not skipped
     return {name: sum(score.tp for score in one.classes) for name, one in scores.items()}
 
 
 def test_on_the_border_the_strict_rules_find_nothing() -> None:
-    """At a distance of 3 along an axis, and of 5 across."""
+    """Distances of 3 along an axis, and of 5 across."""
     for offset in ((3, 0), (0, -3)):
         found = hits(points(offset), points((0, 0)))
         assert found == {name: int(name not in ("mcspatnet", "puma")) for name in PROTOCOLS}, offset
@@ -35,19 +35,19 @@ def test_on_the_border_the_strict_rules_find_nothing() -> None:
 
 
 def test_the_confident_prediction_takes_what_the_other_needed() -> None:
-    """P0 at -2 reaches A at 0 alone; P1 at 1 reaches A and B at 3.5 and is nearer to A: who chooses first decides."""
+    """P0 at -2 reaches only A at 0. P1 at 1 reaches A and B at 3.5, A being nearer: the first to choose decides."""
     predictions, truths = ((-2, 0), (1, 0)), points((0, 0), (3.5, 0))
     sure, unsure = points(*predictions, scores=(0.2, 0.9)), points(*predictions, scores=(0.9, 0.2))
     assert hits(sure, truths)["ocelot"] == hits(sure, truths)["promptnucseg"] == 1
     assert hits(unsure, truths)["ocelot"] == hits(unsure, truths)["promptnucseg"] == 2
-    # The truth chooses: A is first and takes the nearest (P1), by PUMA's rule the most confident.
+    # True points choose: A is first and takes the nearest (P1), or by PUMA's rule the most confident.
     assert hits(sure, truths)["mcspatnet"] == hits(unsure, truths)["mcspatnet"] == 1
     assert (hits(sure, truths)["puma"], hits(unsure, truths)["puma"]) == (1, 2)
     assert hits(sure, truths)["max-matching"] == 2
 
 
 def test_truth_chooses_in_file_order_or_row_by_row() -> None:
-    """B can pair with P0 alone; A, which prefers P0, comes first in the file but lies lower in the image."""
+    """B can pair only with P0; A, which prefers P0, comes first in the file but is lower in the image."""
     predictions = points((0, 0), (0, 4))
     a, b = (0, 1.5), (0, -2)
     found = hits(predictions, points(a, b))
@@ -56,16 +56,16 @@ def test_truth_chooses_in_file_order_or_row_by_row() -> None:
     assert (found["mcspatnet"], found["puma"]) == (2, 2)
 
 
-def test_least_total_distance_loses_pairs_that_others_keep() -> None:
-    """One prediction too many on the left and one true point too many on the right: everything moves on by one."""
+def test_smallest_total_distance_loses_pairs_that_others_keep() -> None:
+    """One extra prediction on the left and one extra true point on the right shift all pairs by one."""
     truths = points((0, 0), (4, 0), (8, 0), (12, 0))
-    # In place: 0.5 * 3 + 16 = 17.5. Moved on by one: 4 + 3.5 * 3 = 14.5, every pair beyond the radius.
+    # In place: 0.5 * 3 + 16 = 17.5. Shifted by one: 4 + 3.5 * 3 = 14.5, every pair beyond the radius.
     predictions = points((-4, 0), (0.5, 0), (4.5, 0), (8.5, 0))
     assert hits(predictions, truths) == {**dict.fromkeys(PROTOCOLS, 3), "hovernet": 0}
 
 
-def test_candidates_within_the_radius_do_not_give_the_least_total_distance() -> None:
-    """Why that rule takes the whole matrix: the same near pairs, another point far away, another outcome."""
+def test_candidates_do_not_determine_the_smallest_total_distance() -> None:
+    """Why that rule needs the whole matrix: with the same near pairs, points far away change the result."""
     truths, near = [(0, 0), (4, 0), (8, 0)], [(0.5, 0), (4.5, 0), (8.5, 0)]
     assert len(by_total_distance(points(*near), points(*truths), 3.0)) == 3
     far = points((-4, 0), *near), points(*truths, (12, 0))
@@ -74,14 +74,14 @@ def test_candidates_within_the_radius_do_not_give_the_least_total_distance() -> 
 
 
 def test_classes_first_or_positions_first() -> None:
-    """A prediction of the wrong class is nearer: hovernet pairs with it, the others do not see it."""
+    """A prediction of the wrong class is nearer: hovernet pairs with it, the others ignore it."""
     predictions, truths = points((0.5, 0, 1), (2, 0, 0)), points((0, 0, 0))
     assert hits(predictions, truths, 2) == {**dict.fromkeys(PROTOCOLS, 1), "hovernet": 0}
     one = evaluate([predictions], [truths], 1.0, 2, "hovernet")
-    # Paired with class 1: twice a false negative of 0, twice a false positive of 1. The other is left over.
+    # Paired with class 1: counts as two false negatives of 0 and two false positives of 1. The other is unpaired.
     assert [(score.tp, score.fp, score.fn) for score in one.classes] == [(0, 1, 2), (0, 2, 0)]
     assert (one.detection.tp, one.detection.fp, one.detection.fn) == (1, 1, 0)
-    assert one.mean_f1 == 0.0  # class 1 is not in the truth, so class 0 alone counts
+    assert one.mean_f1 == 0.0  # class 1 is not in the truth, so only class 0 counts
 
 
 def test_a_greedy_choice_loses_what_a_maximum_matching_finds() -> None:
@@ -100,32 +100,32 @@ def test_duplicates_pair_once_each() -> None:
     assert set(hits(twice, points((1, 0), (0, 0))).values()) == {2}
 
 
-def test_of_predictions_at_one_place_puma_uses_up_the_first() -> None:
-    """A takes the confident twin, which leaves the other's entry; so B sees confidence 0.9 before P2's 0.5."""
+def test_puma_uses_up_the_first_prediction_at_a_position() -> None:
+    """A chooses the confident twin but removes the other, so B sees confidence 0.9 before P2's 0.5."""
     truths = points((0, 0), (2, 0), (4.5, 0))
     predictions = points((1, 0), (1, 0), (3, 0), scores=(0.1, 0.9, 0.5))
     assert hits(predictions, truths)["puma"] == 3
     apart = points((1, 0), (1.001, 0), (3, 0), scores=(0.1, 0.9, 0.5))
     assert hits(apart, truths)["puma"] == 2
-    # Of two classes, they are twins in detection alone.
+    # If their classes differ, they are twins only in detection.
     mixed = points((1, 0, 0), (1, 0, 1), (3, 0, 0), scores=(0.1, 0.9, 0.5))
     assert evaluate([mixed], [truths], 1.0, 2, "puma", radius_um=3.0).detection.tp == 3
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_ties_go_to_the_earlier(name: str) -> None:
-    """The same points in the same order give the same pairs, and equal scores are as no scores."""
+    """Equal scores have the same result as no scores."""
     rng = np.random.default_rng(3)
     xy, truth = rng.integers(0, 12, (60, 2)), rng.integers(0, 12, (60, 2))
     labels = rng.integers(0, 2, (2, 60))
     tied = Points(xy.astype(float), labels[0], np.full(60, 0.5))
-    untold = Points(xy.astype(float), labels[0])
+    unscored = Points(xy.astype(float), labels[0])
     true = Points(truth.astype(float), labels[1])
-    assert evaluate([tied], [true], 1.0, 2, name) == evaluate([untold], [true], 1.0, 2, name)
+    assert evaluate([tied], [true], 1.0, 2, name) == evaluate([unscored], [true], 1.0, 2, name)
 
 
-def test_a_true_point_looks_at_its_fifty_nearest_predictions_in_mcspatnet() -> None:
-    """51 true points in one place, 51 predictions around them: the last one finds its fifty all taken."""
+def test_mcspatnet_considers_the_fifty_nearest_predictions() -> None:
+    """51 true points at one position and 51 predictions around them: for the last, all fifty are taken."""
     angles = np.linspace(0, 2 * np.pi, 51, endpoint=False)
     around = np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.linspace(1, 2, 51)[:, None]
     predictions = Points(around, np.zeros(51, np.int64))
@@ -139,14 +139,14 @@ def test_an_image_too_large_for_all_distances_is_refused(monkeypatch: pytest.Mon
     two, three = points((0, 0), (9, 0)), points((0, 0), (9, 0), (18, 0))
     with pytest.raises(TooManyPointsError, match=r"2 predicted and 3 true points.*hovernet.*cut the image"):
         evaluate([two], [three], 1.0, 1, "hovernet")
-    scores, left_out = evaluate_all([two], [three], 1.0, 1, draws=0)
+    scores, skipped = evaluate_all([two], [three], 1.0, 1, draws=0)
     assert set(scores) == set(PROTOCOLS) - {"hovernet"}
-    assert "cut the image" in left_out["hovernet"]
+    assert "cut the image" in skipped["hovernet"]
     assert evaluate([two], [two], 1.0, 1, "hovernet").detection.tp == 2
 
 
 def test_candidates_are_exact_on_the_border() -> None:
-    """Integer points against the comparison of exact integers."""
+    """Integer points, compared with exact integer arithmetic."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 100, (300, 2)), rng.integers(0, 100, (300, 2))
     squares = ((a[:, None] - b[None]) ** 2).sum(axis=-1)

@@ -1,4 +1,4 @@
-"""Every protocol against its rule written out in plain Python: lists and loops, nothing shared with the package."""
+"""Every protocol compared with its rule in plain Python: lists and loops, sharing no code with the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from muse_fast.images.points import Points
 CASES = 200
 
 
-# A point is (x, y, label, score); an image is (predictions, truths), two lists of them.
+# A point is (x, y, label, score); an image is a pair of lists of points, (predictions, truths).
 
 
 def distance(a, b):
@@ -35,7 +35,7 @@ def confident_first(predictions, truths, radius):
 
 
 def truth_by_raster(predictions, truths, radius):
-    """MCSpatNet; up to 50 candidates, of which a case never has more."""
+    """MCSpatNet; its limit of 50 candidates is never reached here."""
     free, hits = sorted(predictions, key=lambda p: (p[1], p[0])), 0
     for truth in sorted(truths, key=lambda t: (t[1], t[0])):
         nearest = min(free, key=lambda p: distance(p, truth), default=None)
@@ -46,7 +46,7 @@ def truth_by_raster(predictions, truths, radius):
 
 
 def truth_in_order(predictions, truths, radius):
-    """PUMA, with its removal of the first prediction at the place of the chosen one."""
+    """PUMA, which removes the first prediction at the position of the chosen one."""
     waiting, hits = list(predictions), 0
     for truth in truths:
         eligible = [p for p in waiting if distance(p, truth) < radius]
@@ -61,7 +61,7 @@ def truth_in_order(predictions, truths, radius):
 
 
 def most_pairs(predictions, truths, radius):
-    """Every prediction is left out or given each free true point in turn."""
+    """Try every prediction unpaired and with each free true point."""
     if not predictions:
         return 0
     best = most_pairs(predictions[1:], truths, radius)
@@ -72,7 +72,7 @@ def most_pairs(predictions, truths, radius):
 
 
 def least_total(predictions, truths, radius):
-    """HoVer-Net: pairs of indices of the cheapest assignment of the shorter list, then those within the radius."""
+    """HoVer-Net: pairs of indices of the assignment with the smallest total distance, restricted to the radius."""
     if len(predictions) > len(truths):
         return [(p, t) for t, p in least_total(truths, predictions, radius)]
     orders = itertools.permutations(range(len(truths)), len(predictions))
@@ -90,7 +90,7 @@ RULES = {
 
 
 def count(name, image, radius, classes):
-    """(TP, FP, FN) per class, and of detection."""
+    """(TP, FP, FN) per class, then of detection."""
     predictions, truths = image
     if name == "hovernet":
         pairs = least_total(predictions, truths, radius)
@@ -115,7 +115,7 @@ def count(name, image, radius, classes):
 
 
 def f1_of(name, tp, fp, fn):
-    """(precision, recall, F1) of counts, each published code's own arithmetic."""
+    """(precision, recall, F1) of counts, in the arithmetic of each published code."""
     if name in ("ocelot", "promptnucseg"):
         precision, recall = tp / (tp + fp + 1e-7), tp / (tp + fn + 1e-7)
         f1 = 2 * precision * recall / (precision + recall + 1e-7)
@@ -145,13 +145,13 @@ def score(name, images, radius, classes):
 
 
 def random_images(rng, name, classes):
-    """A few points on a small grid, so that distances, scores and places tie and lie on the border."""
+    """A few points on a small grid, so that distances, scores and positions tie, and distances equal the radius."""
     images = []
     for _ in range(rng.integers(1, 4)):
         sides = []
         for most in (6, 6):
             size = int(rng.integers(0, most + 1))
-            # Assignments of equal cost would leave the outcome to the solver: hovernet gets generic points.
+            # The solver would choose among assignments of equal cost, so hovernet gets points in general position.
             xy = rng.uniform(0, 9, (size, 2)) if name == "hovernet" else rng.integers(0, 9, (size, 2)).astype(float)
             sides.append(
                 [(*place, int(rng.integers(classes)), float(rng.choice([0.1, 0.5, 0.5, 0.9]))) for place in xy.tolist()]
@@ -182,11 +182,11 @@ def test_agrees_with_the_rule_in_plain_python(name: str) -> None:
             assert (row.precision, row.recall, row.f1) == pytest.approx(expected, abs=1e-12), case
         assert found.mean_f1 == pytest.approx(mean, abs=1e-12), case
         pairs += sums[-1][0]
-    assert pairs > CASES  # the cases are not empty ones
+    assert pairs > CASES  # the cases are not trivial
 
 
 def test_default_radii_are_the_published_pixels() -> None:
-    """At the scale of each data set, as whole pixels, whatever floating point makes of the division."""
+    """At the scale of each data set, radii are whole pixels despite floating-point division."""
     for name, mpp, pixels, on_the_border in [
         ("ocelot", 0.2, 15, True),
         ("mcspatnet", 0.508, 6, False),
@@ -201,6 +201,6 @@ def test_default_radii_are_the_published_pixels() -> None:
             assert evaluate([moved], [truth], mpp, 1, name).detection.tp == expected, (name, offset)
 
 
-def test_an_unknown_protocol_names_the_nearest() -> None:
+def test_an_unknown_protocol_suggests_the_closest() -> None:
     with pytest.raises(UserError, match=r"no protocol 'hover-net' among ocelot, .*; did you mean 'hovernet'\?"):
         find_protocol("hover-net")

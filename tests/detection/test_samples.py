@@ -1,4 +1,4 @@
-"""Samples with a large field of view: where the region lies, what stands around it, and that nuclei move along."""
+"""Samples with a large field of view: position of the region, its surroundings, and positions of nuclei."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ PLAIN = ViewsConfig(jitter=0.0, grey=0.0, solarise=0.0, blur=False)
 
 
 def dotted(height: int, width: int, nuclei: int, region: NDArray[np.bool_] | None = None) -> LabelledImage:
-    """A black image with one white pixel per nucleus, on the middle of it."""
+    """A black image with one white pixel per nucleus; nuclei are at middles of pixels."""
     rng = np.random.default_rng(height + width)
     region = np.ones((height, width), bool) if region is None else region
     free = rng.permutation(np.argwhere(region))[:nuclei, ::-1]
@@ -52,7 +52,7 @@ def dataset(image: LabelledImage, size: int, surroundings: str = "mask", **more:
     )
 
 
-def test_the_corner_is_uniform_and_the_region_inside() -> None:
+def test_the_region_is_uniformly_distributed_inside_the_sample() -> None:
     rng = np.random.default_rng(0)
     corners = np.array([draw_corner(rng, (100, 40, 30, 20), 40) for _ in range(20_000)])
     offsets = np.array([100, 40]) - corners  # equation 8: from 0 to r' - r
@@ -66,7 +66,7 @@ def test_the_corner_is_uniform_and_the_region_inside() -> None:
 
 
 def puma_with_context(folder: Path, large: NDArray[np.uint8], side: int) -> Path:
-    """One ROI from the middle of ``large``, in PUMA's layout; a nucleus in the middle of its pixel 10, 20."""
+    """Write the middle of ``large`` as a ROI in PUMA's layout, with a nucleus in the middle of its pixel 10, 20."""
     middle = (large.shape[0] - side) // 2
     for name in (puma.IMAGES, puma.LABELS, puma.CONTEXTS):
         (folder / name).mkdir(parents=True)
@@ -82,13 +82,13 @@ def puma_with_context(folder: Path, large: NDArray[np.uint8], side: int) -> Path
     return folder
 
 
-def test_around_a_roi_stands_its_context(tmp_path: Path) -> None:
+def test_a_roi_is_surrounded_by_its_context(tmp_path: Path) -> None:
     large = synthetic_image(5, 320, 0.25)[0]
     folder = puma_with_context(tmp_path, large, 64)
     source = open_source(f"puma:{folder}", mpp=0.25)
     (image,) = read_labelled(source, ("",), 0.25, sample_size=160)[""]
     seen = image.image.permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(seen, large[32:288, 32:288])  # 96 px on each side: all that a sample can show
+    np.testing.assert_array_equal(seen, large[32:288, 32:288])  # 96 px on each side, all that a sample can show
     assert image.corner == (96, 96) and image.box() == (96, 96, 64, 64)
     np.testing.assert_allclose(image.xy, [[106.5, 116.5]])
 
@@ -96,7 +96,7 @@ def test_around_a_roi_stands_its_context(tmp_path: Path) -> None:
     assert coarse.image.shape == (3, 160, 160) and coarse.corner == (64, 64)
     expected = np.asarray(Image.fromarray(large).resize((160, 160), Image.Resampling.BICUBIC))
     error = np.abs(coarse.image.permute(1, 2, 0).numpy().astype(int) - expected)
-    assert error[:62].max() <= 1 and error[98:].max() <= 1  # the ROI itself was resampled by itself
+    assert error[:62].max() <= 1 and error[98:].max() <= 1  # the ROI was resampled separately
     np.testing.assert_allclose(coarse.xy, [[69.25, 74.25]])
 
     (alone,) = read_labelled(source, ("",), 0.25, sample_size=64)[""]
@@ -105,8 +105,8 @@ def test_around_a_roi_stands_its_context(tmp_path: Path) -> None:
     assert (sample.places == ANNOTATED).sum() == 64 * 64 and not (sample.places == EMPTY).any()
 
 
-def test_ocelots_tissue_patch_lies_where_the_metadata_says(tmp_path: Path) -> None:
-    """Cells at 0.2 um/px in a tissue patch of a quarter of the pixels per um, off its middle."""
+def test_ocelots_tissue_patch_is_placed_by_the_metadata(tmp_path: Path) -> None:
+    """A cell patch at 0.2 um/px, off-centre in a tissue patch with a quarter of the pixels per um."""
     tissue = np.full((256, 256, 3), 230, np.uint8)
     tissue[100:140, 40:60] = (120, 40, 140)
     cell = np.full((128, 128, 3), 200, np.uint8)
@@ -122,7 +122,7 @@ def test_ocelots_tissue_patch_lies_where_the_metadata_says(tmp_path: Path) -> No
     entry = {"slide_name": "S", "subset": "train", "cell": place, "tissue": around}
     (tmp_path / "metadata.json").write_text(json.dumps({"sample_pairs": {"001": entry}}))
     (image,) = read_labelled(open_source(f"ocelot:{tmp_path}"), ("",), 0.2, sample_size=512)[""]
-    # The tissue patch reaches 240 px of the cell patch to the left, 320 upwards and 384 to the right and down.
+    # In pixels of the cell patch, the tissue patch extends 240 to the left, 320 upwards, and 384 to the right and down.
     assert image.corner == (240, 320) and image.image.shape == (3, 320 + 128 + 384, 240 + 128 + 384)
     np.testing.assert_allclose(image.xy, [[304, 384]])
     purple = image.image[1] < 100
@@ -139,7 +139,7 @@ def test_ocelots_tissue_patch_lies_where_the_metadata_says(tmp_path: Path) -> No
 
 
 def brcam2c_of_a_slide(folder: Path, slide: Path, place: tuple[int, int, int, int]) -> None:
-    """BRCA-M2C with one image at 0.5 um/px, cut from x, y, width, height of a slide; a nucleus at its pixel 40, 60."""
+    """Write BRCA-M2C with one image at 0.5 um/px, cut from x, y, width, height of a slide; a nucleus at 40, 60."""
     x, y, width, height = place
     opened = open_slide(slide)
     name = f"{slide.stem}_{x}_{y}_{width}_{height}_{4 * opened.mpp:g}"
@@ -153,13 +153,13 @@ def brcam2c_of_a_slide(folder: Path, slide: Path, place: tuple[int, int, int, in
         (folder / f"brca_ds_{split}.txt").write_text(f"{name}.png\n" if split == "train" else "")
 
 
-def test_around_an_image_of_brcam2c_stands_its_slide(tmp_path: Path, shared_data: Path) -> None:
+def test_an_image_of_brcam2c_is_surrounded_by_its_slide(tmp_path: Path, shared_data: Path) -> None:
     slide = shared_data / "wsi" / "cmu-1-small-region.svs"
     place = x, y, width, height = (300, 900, 402, 320)
     brcam2c_of_a_slide(tmp_path / "set", slide, place)
     source = open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(slide.parent))
     (image,) = read_labelled(source, ("train",), 0.5, sample_size=1024)["train"]
-    # The slide ends 300 px (of 0.499 um) to the left of the image; 1024 - 401 px are the most to be seen elsewhere.
+    # The slide ends 300 px (of 0.499 um) to the left of the image; elsewhere at most 1024 - 401 px can be seen.
     assert image.corner == (299, 705) and image.image.shape == (3, 2 * 705 + 319, 299 + 401 + 623)
     np.testing.assert_allclose(image.xy, [[40 + 299, 60 + 705]])
     opened = open_slide(slide)
@@ -168,7 +168,7 @@ def test_around_an_image_of_brcam2c_stands_its_slide(tmp_path: Path, shared_data
     whole = Image.fromarray(opened.read(0, 0, opened.width, opened.height))
     expected = np.asarray(whole.resize(image.image.shape[:0:-1], Image.Resampling.BICUBIC, box=field))
     error = np.abs(image.image.permute(1, 2, 0).numpy().astype(int) - expected)
-    # The filter sees what lies beyond a border, two pixels wide: of the image, and of what was read of the slide.
+    # The filter reaches two pixels beyond borders: those of the image, and those of the area read from the slide.
     for rows in (slice(0, 2), slice(703, 707), slice(1022, 1026), slice(-2, None)):
         error[rows] = 0
     for columns in (slice(0, 2), slice(297, 301), slice(698, 702), slice(-2, None)):
@@ -179,7 +179,7 @@ def test_around_an_image_of_brcam2c_stands_its_slide(tmp_path: Path, shared_data
     assert bool(alone.region.all()) and torch.equal(alone.image, image.image[:, 705:1024, 299:700])
 
 
-def test_a_slide_that_does_not_hold_its_image_is_named(tmp_path: Path) -> None:
+def test_a_slide_that_does_not_contain_its_image_is_reported(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "slides" / "a.tif", synthetic_image(5, 640, 0.5)[0])
     brcam2c_of_a_slide(tmp_path / "set", slide, (100, 100, 300, 300))
     write_slide(slide, synthetic_image(5, 320, 0.5)[0])
@@ -190,7 +190,7 @@ def test_a_slide_that_does_not_hold_its_image_is_named(tmp_path: Path) -> None:
         open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(tmp_path / "none"))
 
 
-def test_a_damaged_or_smaller_context_is_named(tmp_path: Path) -> None:
+def test_a_damaged_or_smaller_context_is_reported(tmp_path: Path) -> None:
     folder = puma_with_context(tmp_path, synthetic_image(5, 128, 0.25)[0], 64)
     path = folder / puma.CONTEXTS / "a_context.tif"
     Image.new("RGB", (50, 50)).save(path)
@@ -201,8 +201,8 @@ def test_a_damaged_or_smaller_context_is_named(tmp_path: Path) -> None:
         open_source(f"puma:{folder}", mpp=0.25)
 
 
-def test_detections_count_inside_the_region_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A detector that marks the middle of every dark pixel sees the context, and is asked about the region."""
+def test_detections_count_only_inside_the_region(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector of dark pixels sees the context, but only detections in the region are returned."""
     large = np.full((320, 320, 3), 255, np.uint8)
     for x, y in ((128, 128), (191, 191), (127, 150), (150, 192), (140, 160)):
         large[y, x] = 0
@@ -243,7 +243,7 @@ def test_nuclei_stay_on_their_pixels(shape: tuple[int, int], surroundings: str) 
         assert (sample.image[:, row, column] == 255).all()
         assert (sample.places[row, column] == ANNOTATED).all()
         annotated = sample.places == ANNOTATED
-        assert int((sample.image[0][annotated] == 255).sum()) == len(sample.xy)  # none is lost, none invented
+        assert int((sample.image[0][annotated] == 255).sum()) == len(sample.xy)  # none lost, none added
         assert sorted(sample.label) == sorted(set(sample.label))
         seen += len(sample.xy)
     assert seen > 24 * 4
@@ -265,7 +265,7 @@ def test_a_region_of_any_shape_and_the_tissue_around_it() -> None:
     disc = (y - 40) ** 2 + (x - 38) ** 2 < 15**2
     image = dotted(80, 80, nuclei=10, region=disc)
     for epoch in range(8):
-        sample = dataset(image, 48).sample(epoch, 0)  # 29 px across, so it fits, and mostly among the image's own
+        sample = dataset(image, 48).sample(epoch, 0)  # the disc of 29 px fits, mostly surrounded by the image
         assert (sample.places == ANNOTATED).sum() == disc.sum() and len(sample.xy) == 10
         assert (sample.places == UNLABELLED).sum() > 0.5 * (48 * 48 - disc.sum())
 
@@ -277,7 +277,7 @@ def test_reflection_repeats_like_numpy() -> None:
     assert np.array_equal(ours.numpy(), theirs)
 
 
-def test_the_same_sample_whatever_came_before() -> None:
+def test_a_sample_does_not_depend_on_earlier_ones() -> None:
     images = read_labelled(open_source("synthetic:6", size=96), ("train",), 0.5)["train"]
     make = lambda: LfovDataset(  # noqa: E731
         images, size=64, surroundings="reflect", turns=True, colours=ViewsConfig(), seed=1
@@ -289,10 +289,10 @@ def test_the_same_sample_whatever_came_before() -> None:
     assert torch.equal(one.images[2], two.images[0]) and torch.equal(one.xy[-int(two.counts[0]) :], two.xy)
     other = again[[(6, 2)]]
     assert not isinstance(other, UserError) and not torch.equal(other.images, two.images)
-    assert not torch.equal(two.plain, two.images)  # the colours of one of them are augmented
+    assert not torch.equal(two.plain, two.images)  # colours are augmented in one of them
 
 
-def test_a_proposal_stands_where_its_place_is_read() -> None:
+def test_places_are_read_at_the_proposals() -> None:
     places = torch.zeros(1, 32, 32, dtype=torch.uint8)
     places[0, 8:16, 16:24] = ANNOTATED
     assert proposal_places(places, 8).nonzero().tolist() == [[0, 1 * 4 + 2]]
@@ -307,7 +307,7 @@ def test_reading_splits() -> None:
         read_labelled(open_source("synthetic:10", size=64), ("valid",), 0.5)
 
 
-def test_labels_without_classes_are_of_one(tmp_path: Path) -> None:
+def test_labels_without_class_names_are_a_single_class(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "a.csv").write_text("x,y,label\n3,4,7\n9,9,-1\n")
     plain = open_source(f"points:{tmp_path}", mpp=0.5)

@@ -74,7 +74,7 @@ def test_one_protocol_with_a_radius(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_points_without_classes(tmp_path: Path, ignored: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files without labels, and files whose labels are not wanted, give detection alone."""
+    """Without labels, or with --ignore-labels, only detection is scored."""
     bare = {name: "\n".join(",".join(row.split(",")[:2]) for row in text.split()) for name, text in TRUTH.items()}
     out = tmp_path / "scores.json"
     command = folders(tmp_path, FOUND if ignored else bare, bare if not ignored else TRUTH)
@@ -88,7 +88,7 @@ def test_points_without_classes(tmp_path: Path, ignored: bool, capsys: pytest.Ca
 
 
 def test_files_without_points_need_no_label_column(tmp_path: Path) -> None:
-    """A detector that found nothing at all scores 0, not an error."""
+    """A detector that found no nuclei scores 0 instead of raising an error."""
     out = tmp_path / "scores.json"
     assert main([*folders(tmp_path, dict.fromkeys(TRUTH, "x,y\n")), "--json", str(out)]) == 0
     scores = json.loads(out.read_text())["protocols"]["promptnucseg"]
@@ -114,7 +114,7 @@ def test_files_without_points_need_no_label_column(tmp_path: Path) -> None:
         (FOUND, TRUTH, ["--mpp", "40"], "--mpp is '40', expected um per pixel"),
     ],
 )
-def test_mistakes_are_named(
+def test_mistakes_are_reported(
     tmp_path: Path, found: dict[str, str], truth: dict[str, str], more: list[str], message: str
 ) -> None:
     out = tmp_path / "scores.json"
@@ -140,7 +140,7 @@ def test_the_command_ends_with_2_and_one_line(tmp_path: Path, capsys: pytest.Cap
     assert said.count("\n") == 1
 
 
-# -------------------------------------------------------------------------------------------------- what predict left
+# -------------------------------------------------------------------------------------------------- files of predict
 
 CELLS = "x,y,label,class,score\n"
 
@@ -153,7 +153,7 @@ def as_predicted(folder: Path, files: dict[str, str]) -> None:
     (folder / "summary.json").write_text("{}")
 
 
-def test_folders_of_predict_count_as_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_of_predict_are_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = folders(tmp_path)
     assert main([*command, "--json", str(tmp_path / "plain.json")]) == 0
     named = {
@@ -178,7 +178,7 @@ def test_folders_of_predict_count_as_files(tmp_path: Path, capsys: pytest.Captur
         ("1,1,0,nucleus,1\n2,2,0,tumour,1\n", [], "row 3: label 0 is called 'tumour' here, 'nucleus' before"),
     ],
 )
-def test_names_of_classes_that_disagree(tmp_path: Path, cells: str, more: list[str], message: str) -> None:
+def test_conflicting_class_names(tmp_path: Path, cells: str, more: list[str], message: str) -> None:
     command = folders(tmp_path)
     as_predicted(tmp_path / "predicted", {"a": CELLS + cells, "b": CELLS, "c": CELLS})
     command[2] = str(tmp_path / "predicted")

@@ -1,4 +1,4 @@
-"""Scores of point sets: aggregation, empty sets, intervals, properties, the published gap, real nuclei."""
+"""Scores of point sets: aggregation, empty sets, intervals, invariances, differences of protocols, real nuclei."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def points(xy: object, label: object, score: object = None) -> Points:
 
 
 def jittered(rng: np.random.Generator, truth: Points, jitter: float, lost: float, side: float, classes: int) -> Points:
-    """``truth`` moved, a share of it lost and as many points added anywhere."""
+    """``truth`` with jitter, a share of its points removed, and as many random points added."""
     count = len(truth.xy)
     kept = rng.permutation(count)[int(lost * count) :]
     added = rng.uniform(0, side, (count - len(kept), 2))
@@ -58,14 +58,14 @@ def test_empty_sets(name: str) -> None:
     assert (invented.tp, invented.fp, invented.fn, invented.precision, invented.f1) == (0, 1, 0, 0, 0)
     assert (found.tp, found.fp, found.fn) == (1, 0, 0)
     assert found.f1 == pytest.approx(1, abs=1e-6)
-    # A figure without a single point behind it: 1 in MCSpatNet's code, 0 elsewhere.
+    # A figure of 0 / 0 is 1 in MCSpatNet's code, 0 elsewhere.
     empty = 1.0 if name == "mcspatnet" else 0.0
     assert (nothing.precision, nothing.recall, nothing.f1) == (empty, empty, empty)
     assert (missed.precision, invented.recall) == (empty, empty)
 
 
 def test_an_absent_class_in_the_mean() -> None:
-    """Three classes, of which the second occurs nowhere and the third is only predicted."""
+    """Of three classes, the second does not occur and the third is only predicted."""
     prediction, truth = points([(5, 5), (20, 20)], [0, 2], [0.5, 0.5]), points([(5, 5)], [0])
     scores, _ = evaluate_all([prediction], [truth], 0.5, 3, draws=0)
     means = {name: one.mean_f1 for name, one in scores.items()}
@@ -73,8 +73,8 @@ def test_an_absent_class_in_the_mean() -> None:
     assert means == pytest.approx({**expected, "puma": 1 / 2, "hovernet": 1}, abs=1e-6)
 
 
-def test_puma_takes_the_mean_over_files_where_a_class_may_be_absent() -> None:
-    """Class 0 is found in the first of four files and occurs in no other: 1/4, where sums give 1."""
+def test_puma_averages_over_all_files_even_without_the_class() -> None:
+    """Class 0 is found in the first of four files and does not occur in the others: 1/4, but 1 with sums."""
     there, absent = points([(5, 5)], [0], [0.5]), points([(5, 5)], [1], [0.5])
     truths = [there, absent, absent, absent]
     puma = evaluate(truths, truths, 0.5, 2, "puma")
@@ -85,11 +85,11 @@ def test_puma_takes_the_mean_over_files_where_a_class_may_be_absent() -> None:
     assert all(one.mean_f1 == pytest.approx(1, abs=1e-6) for one in others)
 
 
-def test_ocelot_rounds_before_it_takes_the_mean() -> None:
+def test_ocelot_rounds_before_averaging() -> None:
     predictions = points([(10 * i, 0) for i in range(7)], [0, 0, 0, 0, 1, 1, 1], np.full(7, 0.5))
     truths = points([(10 * i, 0) for i in range(5)], [0, 0, 0, 1, 1])
     one = evaluate([predictions], [truths], 0.2, 2)
-    # Class 0: 3 of 4 predictions, all 3 found. Class 1: 1 of 3, 1 of 2.
+    # Class 0: 3 of 4 predictions are right, 3 of 3 nuclei found. Class 1: 1 of 3, 1 of 2.
     assert [score.f1 for score in one.classes] == [round(6 / 7, 4), round(2 / 5, 4)]
     assert one.mean_f1 == (0.8571 + 0.4) / 2
 
@@ -108,7 +108,7 @@ def test_each_image_has_its_own_scale() -> None:
 @pytest.mark.parametrize("name", PROTOCOLS)
 @settings(max_examples=settings.default.max_examples // 10)
 @given(seed=st.integers(0, 2**16))
-def test_what_must_not_matter_does_not(name: str, seed: int) -> None:
+def test_scores_do_not_depend_on_order_labels_or_origin(name: str, seed: int) -> None:
     predictions, truths = images(seed)
     base = evaluate(predictions, truths, 0.5, 3, name)
 
@@ -126,7 +126,7 @@ def test_what_must_not_matter_does_not(name: str, seed: int) -> None:
     assert renamed.mean_f1 == pytest.approx(base.mean_f1, abs=1e-12)
     assert renamed.detection == base.detection
 
-    # Whole pixels, so that nothing is rounded differently; ties of exact equality are broken by order alone.
+    # Whole pixels, so that rounding does not change; exact ties are broken only by order.
     moved = [
         [Points(one.xy + np.array([64, 128]), one.label, one.score) for one in side] for side in (predictions, truths)
     ]
@@ -134,7 +134,7 @@ def test_what_must_not_matter_does_not(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(PROTOCOLS) - {"hovernet"}))
-def test_a_far_false_positive_lowers_precision_alone(name: str) -> None:
+def test_a_far_false_positive_lowers_only_precision(name: str) -> None:
     predictions, truths = images(1)
     before = evaluate(predictions, truths, 0.5, 3, name)
     first = predictions[0]
@@ -151,7 +151,7 @@ def test_a_far_false_positive_lowers_precision_alone(name: str) -> None:
 
 
 def test_in_hovernet_a_far_false_positive_can_undo_pairs() -> None:
-    """The same addition on the other side of a surplus of true points is not neutral there: a fault of that rule."""
+    """A far prediction opposite a surplus of true points shifts all pairs: a flaw of that rule."""
     truths = points([(0, 0), (4, 0), (8, 0), (12, 0)], [0, 0, 0, 0])
     near = [(0.5, 0), (4.5, 0), (8.5, 0)]
     before = evaluate([points(near, [0, 0, 0])], [truths], 1.0, 1, "hovernet").detection
@@ -176,8 +176,8 @@ def flat(scores: Scores) -> list[float]:
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_intervals_are_percentiles_of_images_drawn_anew(name: str) -> None:
-    """Against the same images put side by side as often as drawn, and scored from the points."""
+def test_intervals_are_percentiles_over_redrawn_images(name: str) -> None:
+    """Compared with scoring the points of images repeated as often as drawn."""
     predictions, truths = images(5, count=6)
     one = evaluate(predictions, truths, 0.5, 3, name, draws=50, seed=1)
     drawn = []
@@ -191,7 +191,7 @@ def test_intervals_are_percentiles_of_images_drawn_anew(name: str) -> None:
     assert np.ptp(expected, axis=1).min() > 0.02
 
 
-def test_intervals_follow_the_seed_and_leave_the_scores() -> None:
+def test_intervals_follow_the_seed_and_do_not_change_scores() -> None:
     predictions, truths = images(5, count=6)
     plain = evaluate(predictions, truths, 0.5, 3)
     first, again, other = (evaluate(predictions, truths, 0.5, 3, draws=200, seed=seed) for seed in (1, 1, 2))
@@ -202,11 +202,11 @@ def test_intervals_follow_the_seed_and_leave_the_scores() -> None:
     assert alone.mean_f1_ci95 == (alone.mean_f1, alone.mean_f1)
 
 
-# -------------------------------------------------------------------------------------------- what the choice matters
+# ------------------------------------------------------------------------------------------- differences of protocols
 
 
-def test_the_protocol_alone_moves_f1_by_more_than_ten_points() -> None:
-    """900 nuclei in 500 x 500 px, an eighth lost and as many invented, 3 px of jitter, 6 px of radius."""
+def test_the_protocol_changes_f1_by_more_than_ten_points() -> None:
+    """900 nuclei in 500 x 500 px, an eighth removed and as many added, 3 px of jitter, a radius of 6 px."""
     rng = np.random.default_rng(0)
     truths = [points(rng.uniform(0, 500, (900, 2)), np.zeros(900)) for _ in range(10)]
     predictions = [jittered(rng, truth, 3.0, 0.12, 500, 1) for truth in truths]
@@ -219,8 +219,8 @@ def test_the_protocol_alone_moves_f1_by_more_than_ten_points() -> None:
     assert f1["max-matching"] == pytest.approx(79, abs=1)
 
 
-def test_real_nuclei_against_themselves_moved(shared_data: Path) -> None:
-    """BRCA-M2C's test images: the truth scores 1, and falls with the jitter."""
+def test_real_nuclei_against_themselves_with_jitter(shared_data: Path) -> None:
+    """On BRCA-M2C's test images, the truth scores 1, and less with more jitter."""
     folder = shared_data / "brcam2c"
     truths = []
     for image in open_source(f"brcam2c:{folder}"):
@@ -284,7 +284,7 @@ GOOD = points([(1, 1)], [0], [0.5])
 @pytest.mark.parametrize(
     ("prediction", "message"),
     [
-        (points([(1, 1)], [0], [np.nan]), "predictions of image 1: scores must be .* none of them NaN"),
+        (points([(1, 1)], [0], [np.nan]), "predictions of image 1: scores must be .* not NaN"),
         (points([(1, np.nan)], [0]), r"predictions of image 1: xy is \[1, 2\]; expected \[n, 2\] finite"),
         (points([(1, 1)], [2]), "predictions of image 1: labels must be .* from 0 to 1"),
         (points([(1, 1)], [-1]), "predictions of image 1: labels must be .* from 0 to 1"),
@@ -294,12 +294,12 @@ GOOD = points([(1, 1)], [0], [0.5])
         (points([(1, 1)], [0], [0.5, 0.5]), r"predictions of image 1: scores must be \[1\]"),
     ],
 )
-def test_arrays_that_do_not_fit_are_named(prediction: Points, message: str) -> None:
+def test_invalid_arrays_are_reported(prediction: Points, message: str) -> None:
     with pytest.raises(UserError, match=message):
         evaluate([GOOD, prediction], [GOOD, GOOD], 0.5, 2)
 
 
-def test_settings_that_do_not_fit_are_named() -> None:
+def test_invalid_settings_are_reported() -> None:
     with pytest.raises(UserError, match="predictions for 1 images, truth for 2"):
         evaluate([GOOD], [GOOD, GOOD], 0.5, 1)
     with pytest.raises(UserError, match="for 0 images"):
