@@ -140,7 +140,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     detector = read_finder(out / "detector.safetensors")
     assert isinstance(detector, LearnedFinder) and detector.threshold == summary["detectors"][0]["threshold"]
     assert main(argv) == 2
-    assert "holds a finished run" in capsys.readouterr().err
+    assert "contains a finished run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

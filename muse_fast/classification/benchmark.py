@@ -1,8 +1,8 @@
-"""The benchmark of nucleus classification with the published protocol.
+"""The nucleus-classification benchmark with the published protocol.
 
-Features of labelled nuclei are classified by their nearest neighbours, by a linear probe, or by the network fine-tuned.
-Several weights are compared in one table, those of others by ``timm:NAME[@FILE]``, see
-`muse_fast.models.timm_backbone`; with ``baseline`` the same architecture untrained appears beside each.
+Labelled nuclei are classified by nearest neighbours, by a linear probe, or by fine-tuning the network. One table
+compares several weights, including networks of timm as ``timm:NAME[@FILE]`` (see `muse_fast.models.timm_backbone`);
+with ``baseline``, the same architecture is also evaluated untrained.
 """
 
 from __future__ import annotations
@@ -43,56 +43,56 @@ PROTOCOLS = ("muse", "exact")
 class Network(NamedTuple):
     """A backbone to evaluate."""
 
-    name: str  # in the table
+    name: str  # shown in the table
     backbone: Backbone | TimmBackbone
-    about: dict[str, Any] | None = None  # of timm: what a report says of it
+    about: dict[str, Any] | None = None  # description of a network of timm for the report
 
 
 class Benchmark(NamedTuple):
-    """What is evaluated on what."""
+    """Task, weights, data and protocol of an evaluation."""
 
     task: str  # key of TASKS
     weights: Sequence[str]
     data: str  # source with classes and the splits train, val and test
     source_options: Mapping[str, str]
-    size: int  # pixels of a tile's side
+    size: int  # side of a tile in pixels
     mpp: float  # um per pixel of the tiles
-    arch: str | None  # None where the weights tell
+    arch: str | None  # None: inferred from the weights
     compat: str | None  # see load_backbone
     protocol: str  # one of PROTOCOLS
 
 
-def benchmark(what: Benchmark, options: TaskConfig, json: Path | None) -> None:
+def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     """Evaluate all weights, print the table, and write the numbers to ``json``.
 
     Raises:
-        UserError: settings, weights or data do not allow the evaluation.
+        UserError: settings, weights or data are not suitable for the evaluation.
     """
-    if what.mpp <= 0:
-        raise UserError(f"--mpp {what.mpp}: expected um per pixel above 0, such as 0.5")
-    for weights in what.weights:
+    if job.mpp <= 0:
+        raise UserError(f"--mpp {job.mpp}: expected um per pixel above 0, such as 0.5")
+    for weights in job.weights:
         if weights.startswith(timm_backbone.PREFIX):
             timm_backbone.parse_spec(weights)  # fail now, not after hours of work on other networks
     started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 150)
     device = pick_device(options.device, "device")
-    source = open_source(what.data, **what.source_options)
+    source = open_source(job.data, **job.source_options)
     if not source.label_names:
-        raise UserError(f"{what.data}: the source has no classes; evaluation needs labelled nuclei")
-    console.print(f"{what.task} on {what.data}: {what.size} px tiles at {what.mpp} um/px, on {device}", highlight=False)
-    tiles = tiles_by_split(source, SPLITS, size=what.size, mpp=what.mpp, truncate=what.protocol == "muse")
-    data = _describe(what, source.label_names, tiles)
+        raise UserError(f"{job.data}: the source has no classes; evaluation needs labelled nuclei")
+    console.print(f"{job.task} on {job.data}: {job.size} px tiles at {job.mpp} um/px, on {device}", highlight=False)
+    tiles = tiles_by_split(source, SPLITS, size=job.size, mpp=job.mpp, truncate=job.protocol == "muse")
+    data = _describe(job, source.label_names, tiles)
     _print_counts(console, data)
 
     results = []
-    for network in _networks(what, options):
+    for network in _networks(job, options):
         if network.about is not None:
-            console.print(f"{network.name}: {timm_backbone.in_words(network.about)}", highlight=False)
+            console.print(f"{network.name}: {timm_backbone.summarise(network.about)}", highlight=False)
         with progress_bar(console, network.name) as progress:
-            results += _evaluate_network(what.task, network, device, tiles, len(data["classes"]), options, progress)
+            results += _evaluate_network(job.task, network, device, tiles, len(data["classes"]), options, progress)
     report = {
-        "task": what.task,
-        "protocol": what.protocol,
+        "task": job.task,
+        "protocol": job.protocol,
         "data": data,
         "options": asdict(options),
         "majority": majority(data["nuclei"]["train"], data["nuclei"]["test"]),
@@ -111,14 +111,14 @@ def benchmark(what: Benchmark, options: TaskConfig, json: Path | None) -> None:
         console.print(f"numbers in {json}", highlight=False)
 
 
-def _describe(what: Benchmark, classes: Sequence[str], tiles: Mapping[str, Sequence[Tile]]) -> dict[str, Any]:
+def _describe(job: Benchmark, classes: Sequence[str], tiles: Mapping[str, Sequence[Tile]]) -> dict[str, Any]:
     labels = {split: np.concatenate([tile.label for tile in found]) for split, found in tiles.items()}
     return {
-        "source": what.data,
-        "options": what.source_options,
-        "mpp": what.mpp,
-        "size": what.size,
-        "valid": min(VALID, what.size),
+        "source": job.data,
+        "options": job.source_options,
+        "mpp": job.mpp,
+        "size": job.size,
+        "valid": min(VALID, job.size),
         "classes": list(classes),
         "tiles": {split: len(found) for split, found in tiles.items()},
         "nuclei": {split: np.bincount(one, minlength=len(classes)).tolist() for split, one in labels.items()},
@@ -134,7 +134,7 @@ def _evaluate_network(
     options: TaskConfig,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """The rows of one network."""
+    """Evaluate one network and return its rows."""
     backbone = network.backbone.to(device)
     bf16 = options.precision == "bf16"
     began = time.perf_counter()
@@ -149,14 +149,14 @@ def _evaluate_network(
     return [{**known, **_as_json(row), "seconds": seconds} for row in rows]
 
 
-def _networks(what: Benchmark, options: TaskConfig) -> Iterator[Network]:
-    """Every network to evaluate, each followed by its untrained twin if requested."""
-    for weights in what.weights:
+def _networks(job: Benchmark, options: TaskConfig) -> Iterator[Network]:
+    """Yield every network to evaluate, each followed by its untrained counterpart if requested."""
+    for weights in job.weights:
         torch.manual_seed(options.seed)
         if weights.startswith(timm_backbone.PREFIX):
-            yield from _networks_of_timm(weights, what, options)
+            yield from _networks_of_timm(weights, job, options)
             continue
-        backbone = load_backbone(what.arch, weights, compat=what.compat)
+        backbone = load_backbone(job.arch, weights, compat=job.compat)
         yield Network(weights, backbone)
         if options.baseline and not weights.startswith("random"):
             seed, image_size = _origin(Path(weights), options.seed)
@@ -164,16 +164,16 @@ def _networks(what: Benchmark, options: TaskConfig) -> Iterator[Network]:
             yield Network(f"{weights} untrained", build_backbone(backbone.arch, image_size=image_size).eval())
 
 
-def _networks_of_timm(weights: str, what: Benchmark, options: TaskConfig) -> Iterator[Network]:
+def _networks_of_timm(weights: str, job: Benchmark, options: TaskConfig) -> Iterator[Network]:
     bare, _, file = weights.partition("@")
     for text in (weights, bare) if file and options.baseline else (weights,):
         torch.manual_seed(options.seed)
-        loaded = timm_backbone.load_timm(text, image_size=what.size, align_corners=what.protocol == "muse")
+        loaded = timm_backbone.load_timm(text, image_size=job.size, align_corners=job.protocol == "muse")
         yield Network(text if text != bare else f"{weights} untrained", *loaded)
 
 
 def _origin(weights: Path, default_seed: int) -> tuple[int, int]:
-    """Seed and image size that a run or checkpoint started from; a bare file does not say."""
+    """Seed and image size of the run behind ``weights``; defaults for a bare file, which does not record them."""
     folder = checkpoint.latest(weights)[0] or weights
     if not (folder / checkpoint.STATE).exists():
         return default_seed, 224
@@ -213,8 +213,8 @@ def _print_results(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
     majority_rates = report["majority"]
     console.print(
-        f"majority class: {100 * majority_rates['test_majority_share']:.2f} % of test; always answering train's "
-        f"majority scores {100 * majority_rates['train_majority_accuracy']:.2f} %. "
+        f"majority class: {100 * majority_rates['test_majority_share']:.2f} % of test; always predicting the majority "
+        f"class of train scores {100 * majority_rates['train_majority_accuracy']:.2f} %. "
         f"{report['seconds']:.1f} s in all.",
         highlight=False,
     )

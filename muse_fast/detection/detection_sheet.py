@@ -21,7 +21,7 @@ def detection_sheet(
     class_names: Sequence[str],
     cell: int = 480,
 ) -> None:
-    """Annotated nuclei beside detected ones, an image a row, coloured by class.
+    """Draw annotated nuclei next to detected ones, one row per image, coloured by class.
 
     Args:
         images: ``[H, W, 3]`` each.

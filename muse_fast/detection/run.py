@@ -1,4 +1,4 @@
-"""A fine-tuning from its start, or from a checkpoint, to its summary."""
+"""A fine-tuning run, from its start or a checkpoint to its summary."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from muse_fast.views.loader import StepSampler, load_batches
 
 PICTURE = "detections.png"
 
-_MOST_DRAWN = 6  # images in the picture
+_MAX_IMAGES = 6  # in the picture
 
 
 def finetune(
@@ -62,10 +62,10 @@ def finetune(
     compat: str | None = None,
     resume: str = "auto",
 ) -> int:
-    """Run or continue a fine-tuning; returns the exit code (0 done, 75 stopped on request, 3 not finite).
+    """Start or continue a fine-tuning run; return the exit code (0 done, 75 stopped on request, 3 not finite).
 
     Raises:
-        UserError: settings, data, weights or the state of ``out`` do not allow the run.
+        UserError: settings, data, weights or the content of ``out`` are not suitable for the run.
     """
     if (out / "summary.json").exists():
         raise UserError(f"{out} is a finished run; choose another --out")
@@ -98,7 +98,7 @@ def finetune(
 def new_detector(
     config: FinetuneConfig, names: tuple[str, ...], weights: str, arch: str | None, compat: str | None
 ) -> Detector:
-    """A pretrained backbone with fresh heads, whose weights derive from the seed."""
+    """Build a detector from a pretrained backbone and heads with random weights, determined by the seed."""
     torch.manual_seed(config.seed)
     backbone = load_backbone(arch, weights, compat=compat)
     spec = DetectorSpec(
@@ -119,7 +119,7 @@ def _refuse_other_data(start: Path, names: tuple[str, ...], num_images: int) -> 
     if then != (names, num_images):
         raise UserError(
             f"{start} was trained on {then[1]} images with the classes {', '.join(then[0])}; --data has {num_images} "
-            f"with {', '.join(names)}; give the same, or another --out"
+            f"with {', '.join(names)}; use the same data, or another --out"
         )
 
 
@@ -150,7 +150,7 @@ def _run(tuner: Finetuner, out: Path, train: Sequence[LabelledImage], val: Seque
         pin_memory=tuner.device.type == "cuda",
         timeout=config.data.timeout,
     )
-    progress = TrainingProgress(tuner.step, steps, "finetune", _gist)
+    progress = TrainingProgress(tuner.step, steps, "finetune", _summary_line)
     with (
         closing(batches),
         stop,
@@ -174,7 +174,7 @@ def _run(tuner: Finetuner, out: Path, train: Sequence[LabelledImage], val: Seque
                     report.evaluation(step, _as_row(scores, tuner.detector.class_names, epochs))
                     if scores.mean_f1 > tuner.best.get("f1", -1.0):
                         tuner.best = {"step": step, "epoch": epochs, "f1": scores.mean_f1}
-                        tuner.save_best(out)  # before the run's own checkpoint, which knows of it
+                        tuner.save_best(out)  # before the run's checkpoint, which refers to it
                 if ends_epoch or stop.received:
                     tuner.save(out)
             except NonFiniteError as error:
@@ -208,7 +208,7 @@ def _throughput(tuner: Finetuner, watch: Stopwatch) -> dict[str, float]:
     }
 
 
-def _gist(values: Mapping[str, float]) -> str:
+def _summary_line(values: Mapping[str, float]) -> str:
     return (
         f"loss {values['loss']:.3f} (offset {values['loss_reg']:.2f} px^2, type {values['loss_type']:.3f}, "
         f"consistency {values['loss_cons']:.3f}) {values['images_per_second']:.2f} images/s, "
@@ -231,13 +231,13 @@ def _announce(
         counts = ", ".join(f"{value} {key}" for key, value in describe(images, spec.class_names).items())
         print(f"  data   {data}, {name}: {counts}")
         with_context = sum(not image.region.all() for image in images)
-        print(f"         {with_context} of {len(images)} have tissue around their region")
+        print(f"         {with_context} of {len(images)} have tissue around the region")
     beyond = {
-        "reflect": "mirrored at its border, as unlabelled tissue",
-        "mask": "left white and excluded from all losses, so that nothing is unlabelled",
+        "reflect": "mirrored at the border, as unlabelled tissue",
+        "mask": "white and excluded from all losses, so no tissue is unlabelled",
     }
     print(
-        f"  sample {spec.sample_size} px at {spec.mpp} um/px; beyond what an image holds is "
+        f"  sample {spec.sample_size} px at {spec.mpp} um/px; the area beyond an image is "
         f"{beyond[spec.surroundings]} (data.surroundings={spec.surroundings})"
     )
     print(f"  run    {config.optim.epochs} epochs = {tuner.steps} steps of {config.optim.batch_size} images, to {out}")
@@ -248,13 +248,13 @@ def _announce(
 
 
 def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: float) -> None:
-    """Score and draw the best detector on the val split, and write summary.json, which marks a run as finished."""
+    """Score the best detector on val, draw its results, and write summary.json, which marks a finished run."""
     detector = load_detector(out, tuner.device)
     with tuner.autocast():
         found = detect_images(detector, val)
     truths = [known_nuclei(image.xy, image.label) for image in val]
     scores, _ = evaluate_all(found, truths, detector.mpp, len(detector.class_names))
-    drawn = slice(0, _MOST_DRAWN)
+    drawn = slice(0, _MAX_IMAGES)
     picture = out / "pictures" / PICTURE
     detection_sheet(
         picture,

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         f"{args.data}, {args.split or 'all'}: {detected} nuclei in {len(images)} images, {annotated} annotated"
     )
     with progress_bar(console, "scoring") as progress:
-        scores, left_out = evaluate_all(
+        scores, skipped = evaluate_all(
             found,
             truths,
             [image.mpp for image in images],
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             progress=progress,
         )
     console.print(scores_table(scores, detector.class_names))
-    for name, reason in left_out.items():
+    for name, reason in skipped.items():
         console.print(f"{name} skipped: {reason}")
     if args.csv is not None:
         for image, points in zip(images, found, strict=True):
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
             "detected": detected,
             "annotated": annotated,
             "protocols": {name: dataclasses.asdict(one) for name, one in scores.items()},
-            "left_out": left_out,
+            "left_out": skipped,
             "bootstrap": {"draws": args.draws, "seed": args.seed},
             "muse_fast": __version__,
             "seconds": time.perf_counter() - began,

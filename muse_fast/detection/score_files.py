@@ -46,15 +46,15 @@ def main(argv: Sequence[str]) -> int:
     options = {"radius_um": args.radius, "draws": args.draws, "seed": args.seed}
     if args.protocol == ALL:
         with progress_bar(console, "scoring") as progress:
-            scores, left_out = evaluate_all(
+            scores, skipped = evaluate_all(
                 predictions, truths, args.mpp, max(1, len(classes)), **options, progress=progress
             )
     else:
         one = evaluate(predictions, truths, args.mpp, max(1, len(classes)), args.protocol, **options)
-        scores, left_out = {args.protocol: one}, {}
+        scores, skipped = {args.protocol: one}, {}
         console.print(figures_table(one, classes))
     console.print(scores_table(scores, classes))
-    for name, reason in left_out.items():
+    for name, reason in skipped.items():
         console.print(f"{name} skipped: {reason}")
     if args.json is not None:
         report = {
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             "mpp": args.mpp,
             "classes": classes,
             "protocols": {name: asdict(one) for name, one in scores.items()},
-            "left_out": left_out,
+            "left_out": skipped,
             "bootstrap": {"draws": args.draws, "seed": args.seed},
             "muse_fast": __version__,
         }

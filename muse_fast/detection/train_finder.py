@@ -1,7 +1,7 @@
-"""A learned nucleus finder from annotated points.
+"""Training of a nucleus finder from annotated points.
 
-Trains :class:`NucleusNet` on the train split of a source with annotated nuclei, chooses threshold and least distance
-on val, and scores it on val and test beside the classical detector.
+Trains :class:`NucleusNet` on the train split of a source with annotated nuclei, chooses threshold and minimal distance
+on val, and compares it with the classical detector on val and test.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ CLASSICAL_THRESHOLDS = np.arange(0.01, 0.081, 0.0025).tolist()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainDetectorConfig(Config):
-    """Settings, given as ``key=value``. The defaults are what the weights in the package were trained with."""
+    """Settings, given as ``key=value``. The weights in the package were trained with the defaults."""
 
     seed: int = setting(0, ge=0, le=MAX_SEED)
     steps: int = setting(1500, ge=1)
     batch_size: int = setting(8, ge=1)
     """Crops per step."""
     crop: int = setting(256, ge=32, multiple_of=MULTIPLE)
-    """Side of a crop, pixels."""
+    """Side of a crop in pixels."""
     mpp: float = setting(0.5, gt=0)
-    """um per pixel of the crops, before they are zoomed."""
+    """um per pixel of the crops before zooming."""
     sigma_um: float = setting(1.5, gt=0)
-    """Standard deviation of the Gaussian that stands for a nucleus in the heatmap."""
+    """Standard deviation of the Gaussian that represents a nucleus in the heatmap."""
     lr: float = setting(1e-3, gt=0)
-    """Peak learning rate of AdamW; a twentieth of the steps to get there, then a cosine to 0."""
+    """Peak learning rate of AdamW, after a warm-up of a twentieth of the steps and before a cosine to 0."""
     weight_decay: float = setting(0.05, ge=0)
     precision: str = setting("bf16", choices=("bf16", "fp32"))
     """``bf16`` autocast or ``fp32``. On a CPU without bf16 instructions (AVX512-BF16 or AMX) fp32 is faster."""
@@ -65,7 +65,7 @@ class TrainDetectorConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """One image as the source has it, and its nuclei."""
+    """An image of the source and its nuclei."""
 
     image: NDArray[np.uint8]  # [H, W, 3]
     mpp: float
@@ -78,10 +78,10 @@ class Labelled:
 def train(
     images: Sequence[Labelled], options: TrainDetectorConfig, report: Callable[[int, Mapping[str, float]], None]
 ) -> LearnedFinder:
-    """Train a network; the same images and options give the same weights on the same machine.
+    """Train a network; the same images and options produce the same weights on the same machine.
 
     Args:
-        report: is given the step (from 1) and what happened since the last call, every ``log_every`` steps.
+        report: called every ``log_every`` steps with the step (from 1) and measurements since the last call.
 
     Raises:
         UserError: the loss is no longer finite.
@@ -113,16 +113,16 @@ def train(
         if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
             report(step + 1, {"loss": float(np.mean(losses)), "lr": optimiser.param_groups[0]["lr"]})
             losses.clear()
-    # What is scored from here on is what the file will hold.
+    # From here on, use the weights as the file will store them.
     network.half().float()
     return LearnedFinder(network.eval(), options.mpp, threshold=THRESHOLDS[0], min_distance_um=DISTANCES_UM[0])
 
 
 def heatmap_loss(logits: Tensor, crops: Crops) -> Tensor:
-    """Quality focal loss (Li et al., 2020) with exponent 2, over the weighted cells, per 1 of target.
+    """Quality focal loss (Li et al., 2020) with exponent 2: weighted sum over cells, divided by that of the targets.
 
-    ``|t - p|^2 * BCE(p, t)``: it has its minimum at ``p = t`` as cross-entropy has, and the many easy cells between
-    nuclei count next to nothing.
+    ``|t - p|^2 * BCE(p, t)`` has its minimum at ``p = t`` like cross-entropy, but the many easy cells between nuclei
+    count next to nothing.
     """
     entropy = F.binary_cross_entropy_with_logits(logits, crops.target, reduction="none")
     gap = (crops.target - logits.sigmoid()).detach().square()
@@ -142,12 +142,12 @@ def _annotated(item: Labelled, mpp: float) -> Annotated:
 def scores_at(
     finder: NucleusFinder, images: Sequence[Labelled], thresholds: Sequence[float], draws: int = 0
 ) -> list[Score]:
-    """Detection by the protocol ``PROTOCOL`` at each of the thresholds, which rise.
+    """Detection scores by ``PROTOCOL`` at each of the thresholds, which must be ascending.
 
-    A finder's points at a threshold are those of a lower one with scores from it on, so it runs once per image.
+    A finder's points at a threshold are those at a lower one with at least that score, so it runs once per image.
 
     Args:
-        draws: bootstrap samples of the images for the intervals of F1; 0 makes none.
+        draws: bootstrap samples of the images for the intervals of F1; 0 computes no intervals.
     """
     found = [finder(item.image, item.mpp, threshold=thresholds[0]) for item in images]
     truths = [Points(item.xy) for item in images]
@@ -166,12 +166,12 @@ def scores_at(
 
 
 def scored(finder: NucleusFinder, images: Sequence[Labelled], draws: int = 0) -> Score:
-    """The scores at the finder's own threshold."""
+    """Scores at the finder's own threshold."""
     return scores_at(finder, images, [finder.threshold], draws)[0]
 
 
 def choose_settings(finder: LearnedFinder, val: Sequence[Labelled]) -> None:
-    """Give ``finder`` the least distance and the threshold with the best F1 on ``val``, in place."""
+    """Set minimal distance and threshold of ``finder`` to those with the best F1 on ``val``."""
     chosen = []
     for distance in DISTANCES_UM:
         finder.min_distance_um = distance
@@ -181,7 +181,7 @@ def choose_settings(finder: LearnedFinder, val: Sequence[Labelled]) -> None:
 
 
 def best_threshold(finder: NucleusFinder, val: Sequence[Labelled], thresholds: Sequence[float]) -> tuple[float, float]:
-    """The best F1 on ``val``, and the threshold that gives it."""
+    """The best F1 on ``val`` and its threshold."""
     f1 = [score.f1 for score in scores_at(finder, val, thresholds)]
     return max(f1), thresholds[f1.index(max(f1))]
 
@@ -190,17 +190,17 @@ def best_threshold(finder: NucleusFinder, val: Sequence[Labelled], thresholds: S
 
 
 def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
-    """Train, choose on val, score on val and test; leaves detector.safetensors, summary.json, metrics.jsonl in ``out``.
+    """Train, choose settings on val, score on val and test; write weights, summary.json and metrics.jsonl to ``out``.
 
     Raises:
-        UserError: the source lacks a split or nuclei, ``out`` holds a finished run, or training diverges.
+        UserError: the source lacks a split or nuclei, ``out`` contains a finished run, or training diverges.
     """
     if (out / "summary.json").exists():
-        raise UserError(f"{out} holds a finished run; remove it or choose another --out")
+        raise UserError(f"{out} contains a finished run; remove it or choose another --out")
     images = read_splits(open_source(data), SPLITS, lambda item: Labelled(item.image, item.mpp, item.xy))
     counts = {split: (len(found), sum(len(item.xy) for item in found)) for split, found in images.items()}
-    told = ", ".join(f"{split} {n} images with {nuclei} nuclei" for split, (n, nuclei) in counts.items())
-    print(f"train_detector {data} -> {out}\n{told}\n{options}", flush=True)
+    described = ", ".join(f"{split} {n} images with {nuclei} nuclei" for split, (n, nuclei) in counts.items())
+    print(f"train_detector {data} -> {out}\n{described}\n{options}", flush=True)
 
     started, used = time.monotonic(), time.process_time()
     out.mkdir(parents=True, exist_ok=True)

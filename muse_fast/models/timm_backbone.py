@@ -204,7 +204,7 @@ def load_timm(text: str, *, image_size: int, align_corners: bool = False) -> Loa
     return Loaded(backbone.eval(), about)
 
 
-def in_words(about: Mapping[str, Any]) -> str:
+def summarise(about: Mapping[str, Any]) -> str:
     """Summarise ``about`` of `load_timm` in one line."""
     weights = about["file"] or "random weights (no @FILE)"
     for key, words in (("left_out", "without"), ("converted", "converted by timm:")):

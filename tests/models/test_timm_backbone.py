@@ -21,7 +21,7 @@ from muse_fast.classification.tiles import Tile
 from muse_fast.classification.tuned import finetune
 from muse_fast.errors import UserError
 from muse_fast.images.imagenet import normalise
-from muse_fast.models.timm_backbone import TimmBackbone, in_words, load_timm, parse_spec
+from muse_fast.models.timm_backbone import TimmBackbone, load_timm, parse_spec, summarise
 
 VITS = {"vit_tiny_patch16_224": 192, "vit_small_patch14_reg4_dinov2": 384}
 HIERARCHIES = {"resnet18": (1, 2, 3, 4), "convnext_atto": (0, 1, 2, 3)}  # stages from stride 4 on
@@ -200,10 +200,10 @@ def test_files_load_strictly_and_skipped_tensors_are_listed(
         assert same_weights(loaded.backbone, stored), file
         assert loaded.about["left_out"] == (["head.mlp.0.weight"] if file == "d.pth" else ["head.bias", "head.weight"])
         assert loaded.about["converted"] == []
-        assert f"{file}, without head." in in_words(loaded.about)
+        assert f"{file}, without head." in summarise(loaded.about)
         assert not loaded.backbone.training
     bare = load_timm(SMALL, image_size=224)
-    assert "random weights" in in_words(bare.about)
+    assert "random weights" in summarise(bare.about)
     assert not same_weights(bare.backbone, stored)
 
 
@@ -301,12 +301,12 @@ def test_settings_of_a_spec(tmp_path: Path) -> None:
     assert spec.file == tmp_path / "a@b.pth"
     about = load_timm("timm:vit_tiny_patch16_224:depth=1:mean=imagenet", image_size=32).about
     assert (about["mean"], about["std"]) == ([0.485, 0.456, 0.406], [0.5, 0.5, 0.5])
-    assert "timm's for vit_tiny_patch16_224.augreg_in21k_ft_in1k" in in_words(about)
+    assert "timm's for vit_tiny_patch16_224.augreg_in21k_ft_in1k" in summarise(about)
     tagged = load_timm("timm:vit_small_patch16_224.dino:depth=1", image_size=32).about
     assert tagged["mean"] == [0.485, 0.456, 0.406]
     assert tagged["statistics_of"] == "vit_small_patch16_224.dino"
     given = load_timm("timm:resnet10t:mean=imagenet:std=imagenet", image_size=32).about
-    assert in_words(given).endswith("std 0.229/0.224/0.225")
+    assert summarise(given).endswith("std 0.229/0.224/0.225")
     gated = load_timm("timm:vit_tiny_patch16_224:depth=1:mlp_layer=SwiGLUPacked:reg_tokens=2", image_size=32)
     assert type(gated.backbone.network.blocks[0].mlp).__name__ == "GluMlp"
     assert gated.backbone.network.num_prefix_tokens == 3
