@@ -199,7 +199,7 @@ def test_scores_of_the_run(unbroken: Path, tmp_path: Path, capsys: pytest.Captur
     assert sum(map(len, points)) == report["detected"]
     assert run_command(evaluate_main, argv) == 2 and "exists already" in capsys.readouterr().err
     assert run_command(evaluate_main, [*argv[:-4], "--split", "tst"]) == 2
-    assert "no image in the split 'tst'" in capsys.readouterr().err
+    assert "no images in the split 'tst'" in capsys.readouterr().err
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "a.csv").write_text("x,y\n")
     import PIL.Image
