@@ -1,4 +1,4 @@
-"""Views of ROIs from decoded pixels: crop, resize, turn, colours, blur, normalisation."""
+"""Views cut from decoded ROIs: crop, resize, flip and turn, colour jitter, blur, normalisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from muse_fast.ops import backends, reference
 BOX_COLUMNS = ("image", "x", "y", "side", "flip", "turns")
 COLOUR_COLUMNS = (
     *("brightness", "contrast", "saturation", "hue"),
-    *("first", "second", "third", "fourth"),  # of those four, by number: the order in which they are applied
+    *("first", "second", "third", "fourth"),  # the order in which those four are applied, by number
     *("grey", "sigma", "solarise"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,36 +26,37 @@ def augment_views(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Cut views out of images, resize, turn and colour them, and normalise them with ImageNet's mean and deviation.
+    """Crop, resize, turn, recolour and normalise views of images, with ImageNet's mean and standard deviation.
 
-    1. The square ``side`` x ``side`` at (``x``, ``y``) is resized to ``size`` x ``size`` as by ``F.interpolate(crop,
-       mode="bicubic", antialias=True)``: cubic kernel with a = -1/2, stretched where the view is the coarser, nothing
-       read outside of the square.
-    2. Mirrored left-right where ``flip``; then ``turns`` quarter turns counter-clockwise.
-    3. Brightness, contrast (about the mean grey of the view) and saturation by their factors (1 changes nothing) and
-       hue by its shift (0 changes nothing; a share of the colour circle, in HSV), in the order given; then greyscale.
-    4. Gaussian blur where ``sigma`` is above 0, with a radius of 3 sigma rounded, at least 1 and at most
+    1. Resize the square ``side`` x ``side`` at (``x``, ``y``) to ``size`` x ``size`` like ``F.interpolate(crop,
+       mode="bicubic", antialias=True)``: a cubic kernel with a = -1/2, stretched when downsampling. Pixels outside the
+       square are not read.
+    2. Mirror left-right if ``flip``, then rotate by ``turns`` quarter turns counter-clockwise.
+    3. Multiply brightness, contrast (about the mean grey of the view) and saturation by their factors (1 changes
+       nothing) and shift the hue (0 changes nothing, 1 is the whole HSV colour circle), in the given order; then
+       convert to greyscale if ``grey``.
+    4. If ``sigma`` is above 0, apply a Gaussian blur with a radius of 3 sigma, rounded, at least 1 and at most
        ``size // 2 - 1``, mirrored at the borders.
-    5. Solarised where asked for (255 - level from level 128 on), then normalised.
+    5. If ``solarise``, replace every level from 128 up by 255 - level; then normalise.
 
-    Between steps values are whole levels, rounded or cut off as torchvision's functions do on uint8, so that views
-    equal those of the CPU path up to single levels here and there. There is no gradient.
+    Between steps, values are whole levels, rounded or truncated as torchvision does on uint8, so views equal those of
+    the CPU path except for occasional differences of one level. The op is not differentiable.
 
     Args:
         pixels: ``[bytes]`` uint8, the images one after the other, each ``[3, height, width]`` RGB.
-        images: ``[B, 3]`` int64: first byte, height and width of each.
-        boxes: ``[N, 6]`` int32, columns as in ``BOX_COLUMNS``: number of the image, x, y and side of the square in its
-            pixels, flip (0 or 1), turns (0 to 3). A square must lie in its image, which is not checked on CUDA.
+        images: ``[B, 3]`` int64: first byte, height and width of each image.
+        boxes: ``[N, 6]`` int32, columns as in ``BOX_COLUMNS``: image number, x, y and side of the square in pixels of
+            that image, flip (0 or 1), turns (0 to 3). The square must lie inside its image (not checked on CUDA).
         colours: ``[N, 11]`` float32, columns as in ``COLOUR_COLUMNS``; ``grey`` and ``solarise`` are 0 or 1.
-        size: pixels along a side of a view, at least 4.
-        dtype: of the views: float32, bfloat16 or float16.
+        size: side of a view in pixels, at least 4.
+        dtype: dtype of the views: float32, bfloat16 or float16.
         backend: ``reference`` or ``triton`` to force one.
 
     Returns:
         ``[N, 3, size, size]`` in ``dtype``.
 
     Raises:
-        ValueError: wrong shape, dtype or device, a square outside of its image, or a forced backend that cannot run.
+        ValueError: wrong shape, dtype or device, a square outside its image, or a forced backend that cannot run.
     """
     _check(pixels, images, boxes, colours, size, dtype)
     chosen = backends.choose("augment_views", pixels.device.type, backend)
@@ -88,18 +89,18 @@ def _check(pixels: Tensor, images: Tensor, boxes: Tensor, colours: Tensor, size:
         raise ValueError(f"augment_views: size must be at least 4, got {size}")
     if dtype not in DTYPES:
         raise ValueError(f"augment_views: dtype must be float32, bfloat16 or float16, got {dtype}")
-    if pixels.device.type == "cpu" and not torch.compiler.is_compiling():  # on a device, looking makes the host wait
+    if pixels.device.type == "cpu" and not torch.compiler.is_compiling():  # on CUDA this would synchronise
         _check_bounds(pixels, images, boxes)
 
 
 def _check_bounds(pixels: Tensor, images: Tensor, boxes: Tensor) -> None:
     start, height, width = images.unbind(1)
     if ((images < 0).any(1) | (start + 3 * height * width > len(pixels))).any():
-        raise ValueError(f"augment_views: images {images.tolist()} do not lie in {len(pixels)} bytes")
+        raise ValueError(f"augment_views: images {images.tolist()} do not fit in {len(pixels)} bytes")
     image, x, y, side, _, _ = boxes.long().unbind(1)
     if ((image < 0) | (image >= len(images))).any():
-        raise ValueError(f"augment_views: boxes name an image that is not one of the {len(images)}")
+        raise ValueError(f"augment_views: boxes refer to an image that is not one of the {len(images)}")
     outside = (x < 0) | (y < 0) | (side < 1) | (x + side > width[image]) | (y + side > height[image])
     if outside.any():
         row = int(outside.int().argmax())
-        raise ValueError(f"augment_views: box {row} (counted from 0), {boxes[row].tolist()}, lies outside of its image")
+        raise ValueError(f"augment_views: box {row} (counted from 0), {boxes[row].tolist()}, lies outside its image")

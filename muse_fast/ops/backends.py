@@ -1,14 +1,14 @@
-"""Which implementation of an op runs, and why.
+"""Choose the implementation that runs an op.
 
-Backends: ``reference`` is plain PyTorch that stores every intermediate; ``blocked`` is plain PyTorch that works through
-its inputs block by block, on any device; ``cpp``, ``triton`` and ``cuda`` are kernels.
+Backends: ``reference`` is plain PyTorch that stores every intermediate; ``blocked`` is plain PyTorch that processes its
+inputs block by block, on any device; ``cpp``, ``triton`` and ``cuda`` are kernels.
 
-``choose`` is the only place that decides. Its predicate, ``why_not``, gives the reason that is logged when the choice
-is automatic, raised when a backend was forced, and shown by ``python -m muse_fast.doctor``.
+Only ``choose`` decides. Its predicate ``why_not`` returns the reason that is logged when the choice is automatic,
+raised when a backend was forced, and shown by ``python -m muse_fast.doctor``.
 
-A backend is forced by the ``backend=`` argument of an op or, for a whole run, by the environment:
-``MUSE_FAST_BACKEND=reference`` or, op by op, ``MUSE_FAST_BACKEND=match_nuclei=cpp,dino_loss=triton``.
-``MUSE_FAST_LIBRARY=FILE`` loads another build of the C++ library, one with sanitizers for example.
+The ``backend=`` argument of an op forces a backend, as does an environment variable for a whole run:
+``MUSE_FAST_BACKEND=reference``, or ``MUSE_FAST_BACKEND=match_nuclei=cpp,dino_loss=triton`` for single ops.
+``MUSE_FAST_LIBRARY=FILE`` loads another build of the C++ library, for example one with sanitizers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 BACKENDS = ("reference", "blocked", "cpp", "triton", "cuda")
 ENVIRONMENT = "MUSE_FAST_BACKEND"
 LIBRARY = Path(os.environ.get("MUSE_FAST_LIBRARY", Path(__file__).parents[1] / "_C.so"))
-CUDA_CAPABILITY = (8, 0)  # the oldest that CMakeLists.txt builds for
+CUDA_CAPABILITY = (8, 0)  # the lowest that CMakeLists.txt builds for
 
 # The fast backends of each op, best first.
 HOMES: dict[str, tuple[str, ...]] = {
@@ -36,7 +36,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "linear_dino_loss": ("triton", "blocked"),
     "augment_views": ("triton",),
 }
-SINGLE_PRECISION = {("dino_loss", "cpp")}  # besides everything in Triton
+SINGLE_PRECISION = {("dino_loss", "cpp")}  # in addition to all Triton kernels
 
 _log = logging.getLogger(__name__)
 
@@ -47,27 +47,27 @@ class Choice(NamedTuple):
     op: str
     device: str
     backend: str
-    reason: str  # why the fast backends were passed over, or why a forced one cannot run; empty when there is none
+    reason: str  # why faster backends were not chosen, or why a forced one cannot run; may be empty
 
 
 @functools.cache
 def library_error() -> str | None:
-    """Load the C++ library once; why it cannot be used, or None."""
+    """Load the C++ library once, and return why it cannot be used, or None."""
     if not LIBRARY.exists():
         return (
-            "the C++ library was not built at installation; "
+            "the C++ library was not built during installation; "
             "`MUSE_FAST_BUILD=require pip install --no-build-isolation .` shows why"
         )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"the C++ library does not load, rebuild it for torch {torch.__version__}: {error}"
+        return f"the C++ library cannot be loaded, rebuild it for torch {torch.__version__}: {error}"
     return None
 
 
 @functools.cache
 def cuda_error(op: str) -> str | None:
-    """Why the CUDA implementation of ``op`` in the C++ library cannot be used, or None."""
+    """Return why the CUDA implementation of ``op`` in the C++ library cannot be used, or None."""
     if (error := library_error()) is not None:
         return error
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"muse_fast::{op}", "CUDA"):
@@ -79,13 +79,13 @@ def cuda_error(op: str) -> str | None:
         return "torch finds no CUDA device"
     oldest = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
     if oldest < CUDA_CAPABILITY:
-        return f"it needs compute capability {CUDA_CAPABILITY[0]}.0, a device here has {oldest[0]}.{oldest[1]}"
+        return f"it needs compute capability {CUDA_CAPABILITY[0]}.0, but a device here has {oldest[0]}.{oldest[1]}"
     return None
 
 
 @functools.cache
 def triton_error() -> str | None:
-    """Why the Triton kernels cannot be used, or None."""
+    """Return why the Triton kernels cannot be used, or None."""
     try:
         importlib.import_module("triton")
         importlib.import_module("muse_fast.kernels")
@@ -97,9 +97,9 @@ def triton_error() -> str | None:
 def why_not(
     op: str, backend: str, device: str, dtype: torch.dtype | None = None, *, forced: bool = False
 ) -> str | None:
-    """The reason why ``backend`` does not run ``op`` on tensors of a ``device`` type and dtype, or None if it does.
+    """Return why ``backend`` cannot run ``op`` on tensors of this device type and dtype, or None if it can.
 
-    Triton's interpreter runs kernels on the CPU one program after the other: only for those who ask for it.
+    Triton's interpreter runs the programs of a kernel one after the other on the CPU, so it is used only when forced.
     """
     if backend == "reference":
         return None
@@ -128,10 +128,10 @@ def _why_not_on(op: str, backend: str, device: str, forced: bool) -> str | None:
 
 @torch.compiler.assume_constant_result
 def choose(op: str, device: str, backend: str | None, dtype: torch.dtype | None = None) -> str:
-    """The backend that runs ``op`` on tensors of a ``device`` type and dtype.
+    """Return the backend that runs ``op`` on tensors of this device type and dtype.
 
     Raises:
-        ValueError: a forced backend is unknown or cannot run; the message names the reason.
+        ValueError: a forced backend is unknown or cannot run; the message says why.
     """
     forced = backend or _from_environment(op)
     if forced is not None:
@@ -150,13 +150,13 @@ def choose(op: str, device: str, backend: str | None, dtype: torch.dtype | None 
 
 
 def table(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Choice]:
-    """The choice for every op on every device type, with the reasons against the faster ones."""
+    """Return the choice for every op on every device type, and why faster backends were not chosen."""
     rows = []
     for op, homes in HOMES.items():
         for device in devices:
             try:
                 chosen = choose(op, device, None)
-            except ValueError as error:  # what the environment forces cannot run
+            except ValueError as error:  # the environment forces a backend that cannot run
                 rows.append(Choice(op, device, "none", str(error)))
                 continue
             better = homes[: homes.index(chosen)] if chosen in homes else homes
@@ -167,7 +167,7 @@ def table(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Choice]:
 
 
 def _from_environment(op: str) -> str | None:
-    """The backend that ``MUSE_FAST_BACKEND`` forces for ``op``, if any."""
+    """Return the backend that ``MUSE_FAST_BACKEND`` forces for ``op``, or None."""
     setting = os.environ.get(ENVIRONMENT)
     if not setting:
         return None

@@ -26,28 +26,28 @@ def dino_loss(
     .. math:: \ell_p = -\sum_k \mathrm{softmax}\big((t_j - c) / \tau_t\big)_k \,
               \log \mathrm{softmax}\big(s_i / \tau_s\big)_k,  \qquad (j, i) = (teacher\_rows_p, student\_rows_p)
 
-    (Caron et al. 2021, equation 2.) The values are not reduced: the caller divides by the pairs of all ranks.
+    (Caron et al. 2021, equation 2.) The values are not reduced: the caller divides by the number of pairs on all ranks.
 
-    Memory besides the logits and the gradient ``[Ns, K]``: ``reference`` stores both softmaxes and gathers them into
-    pairs, in float32 ``2 [P, K] + 2 [Ns, K] + [Nt, K]`` and more in the backward; ``cpp`` and ``triton`` keep two
-    numbers per row and, during the forward, five per pair and 2,048 prototypes. They read logits in place if the
-    columns lie next to each other, and copy them otherwise.
+    Memory, in addition to the logits and the gradient ``[Ns, K]``: ``reference`` stores both softmaxes and gathers them
+    into pairs, ``2 [P, K] + 2 [Ns, K] + [Nt, K]`` in float32 and more in the backward; ``cpp`` and ``triton`` keep two
+    numbers per row and, during the forward, five per pair and 2,048 prototypes. They read the logits in place if the
+    columns are contiguous, and copy them otherwise.
 
     Args:
         student_logits: ``[Ns, K]`` floating point.
         teacher_logits: ``[Nt, K]`` floating point.
         center: ``[K]``.
-        teacher_rows, student_rows: ``[P]`` int64, rows of the two, which must exist (not checked on CUDA). A pair with
-            a negative row is padding: its loss is 0 and it has no gradient.
+        teacher_rows, student_rows: ``[P]`` int64, valid rows of the two (not checked on CUDA). A pair with a negative
+            row is padding: its loss is 0 and it has no gradient.
         student_temp, teacher_temp: temperatures, above 0.
-        backend: ``reference``, ``cpp`` or ``triton`` to force one; the last two compute in float32 and take no float64.
+        backend: ``reference``, ``cpp`` or ``triton`` to force one; the last two compute in float32 and reject float64.
 
     Returns:
-        ``[P]`` float32 (float64 for float64 students). The gradient flows to ``student_logits`` alone.
+        ``[P]`` float32 (float64 for float64 students). The gradient flows only to ``student_logits``.
 
     Raises:
-        ValueError: wrong shape, dtype or device, or a forced backend that cannot run. Rows beyond the last are refused
-            on the CPU (IndexError from ``reference``, RuntimeError from ``cpp``).
+        ValueError: wrong shape, dtype or device, or a forced backend that cannot run. On the CPU, rows out of range
+            raise IndexError (``reference``) or RuntimeError (``cpp``).
     """
     arguments = DinoLoss(student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
     arguments.check()

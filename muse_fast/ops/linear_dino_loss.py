@@ -32,33 +32,33 @@ def linear_dino_loss(
 
     with students s, W, teachers t, V and ``(j, i) = (teacher_rows_p, student_rows_p)``.
 
-    Memory besides the gradients: ``reference`` stores logits and softmaxes, several ``[N, K]`` and ``[P, K]``;
-    ``blocked`` and ``triton`` a few ``[N, d]`` and ``[P, d]``, and ``blocked`` 4 MB of logits (128 MB on a GPU). In
-    return both compute logits twice: ``8 K d`` operations for every row, where ``reference`` needs 6 for a student's
-    and 2 for a teacher's.
+    Memory, in addition to the gradients: ``reference`` stores logits and softmaxes, several ``[N, K]`` and ``[P, K]``;
+    ``blocked`` and ``triton`` store a few ``[N, d]`` and ``[P, d]``, and ``blocked`` 4 MB of logits (128 MB on a GPU).
+    The price is that both compute the logits twice: ``8 K d`` operations per row, where ``reference`` needs ``6 K d``
+    for a student's row and ``2 K d`` for a teacher's.
 
-    Under autocast z and W are cast to its dtype, as by ``torch.nn.functional.linear``; the centre is not. ``reference``
-    rounds its logits to the dtype of the features; the others keep them in float32.
+    Under autocast, z and W are cast to its dtype, as in ``torch.nn.functional.linear``; the centre is not.
+    ``reference`` rounds its logits to the dtype of the features; the others keep them in float32.
 
     Args:
-        student_z: ``[Ns, d]`` floating point, as a rule L2-normalised.
+        student_z: ``[Ns, d]`` floating point, usually L2-normalised.
         student_W: ``[K, d]`` prototypes, K at least 1.
         teacher_z: ``[Nt, d]``.
         teacher_W: ``[K, d]``.
         center: ``[K]``.
-        teacher_rows, student_rows: ``[P]`` int64, rows of the two, which must exist (not checked on CUDA). A pair with
-            a negative row is padding: its loss is 0 and it has no gradient.
+        teacher_rows, student_rows: ``[P]`` int64, valid rows of the two (not checked on CUDA). A pair with a negative
+            row is padding: its loss is 0 and it has no gradient.
         student_temp, teacher_temp: temperatures, above 0.
-        backend: ``reference``, ``blocked`` or ``triton`` to force one; ``triton`` takes no float64, and leaves features
-            wider than 256 to ``blocked``.
+        backend: ``reference``, ``blocked`` or ``triton`` to force one; ``triton`` rejects float64, and passes features
+            wider than 256 on to ``blocked``.
 
     Returns:
         ``[P]`` float32 (float64 for float64 students), not reduced. The gradient flows to ``student_z`` and
         ``student_W``.
 
     Raises:
-        ValueError: wrong shape, dtype or device, or a forced backend that cannot run. Rows beyond the last are an
-            IndexError on the CPU.
+        ValueError: wrong shape, dtype or device, or a forced backend that cannot run. On the CPU, rows out of range
+            raise IndexError.
     """
     features = (student_z, student_W, teacher_z, teacher_W)
     arguments = LinearDinoLoss(*features, center, teacher_rows, student_rows, student_temp, teacher_temp)

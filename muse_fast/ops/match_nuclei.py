@@ -1,4 +1,4 @@
-"""Which rows show the same nucleus in two views (the matching step of NuLo)."""
+"""Find the rows that show the same nucleus in two views (the matching step of NuLo)."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ def match_nuclei(
     """Pair the rows of equal nucleus index, for every global view g and every view v != g of the same ROI.
 
     Args:
-        index: ``[N]`` int32, nucleus index of every packed row; inside an image sorted and unique.
-        offsets: ``[V * B + 1]`` int32, rows of image ``v * B + b`` are ``offsets[v * B + b] : offsets[v * B + b + 1]``.
+        index: ``[N]`` int32, nucleus index of every packed row; sorted and unique within an image.
+        offsets: ``[V * B + 1]`` int32; image ``v * B + b`` has rows ``offsets[v * B + b] : offsets[v * B + b + 1]``.
         num_rois: B.
         num_globals: G; views 0 to G - 1 are the teacher's.
-        capacity: None, or the length of the results. ``G * N`` is always enough: to a global, a row is a student at
-            most once.
+        capacity: None, or the length of the results. ``G * N`` is always enough, as a row is the student of each
+            global at most once.
         backend: ``reference``, ``cpp`` or ``cuda`` to force one.
 
     Returns:
-        ``(teacher [P], student [P])``, both int64 rows of the packed nuclei, by g, then v, then ROI, then index.
-        Globals come first in the pack, so a teacher row also counts in a pack of the globals alone. On CUDA the host
-        waits for the device once, to learn P.
+        ``(teacher [P], student [P])``, both int64 rows of the packed nuclei, ordered by g, then v, then ROI, then
+        index. Globals come first in the pack, so teacher rows are also valid in a pack of only the globals. On CUDA
+        the host synchronises once, to read P.
 
-        With a capacity, ``(teacher [capacity], student [capacity], count [])``: the same pairs, cut or padded with -1,
-        and P (int64). On CUDA the host does not wait.
+        With a capacity, ``(teacher [capacity], student [capacity], count [])``: the same pairs, truncated or padded
+        with -1, and P (int64). On CUDA the host does not synchronise.
 
     Raises:
-        ValueError: wrong shape, dtype or count, or a forced backend that cannot run. Offsets that do not rise from 0
-            to N and unsorted rows are refused too (RuntimeError from ``cpp`` and ``cuda``). With a capacity on CUDA
-            they give a negative count, and the device asserts, which shows at the next synchronisation.
+        ValueError: wrong shape, dtype or count, or a forced backend that cannot run; also offsets that do not rise from
+            0 to N, and unsorted rows (RuntimeError from ``cpp`` and ``cuda``). With a capacity on CUDA, these two
+            yield a negative count and a device-side assertion, which surfaces at the next synchronisation.
     """
     _check(index, offsets, num_rois, num_globals)
     if capacity is not None and capacity < 0:
@@ -70,7 +70,7 @@ def match_nuclei(
     if capacity is None:
         return torch.ops.muse_fast.match_nuclei(*pack, num_rois, num_globals)
     teacher, student, count = torch.ops.muse_fast.match_nuclei_padded(*pack, num_rois, num_globals, capacity)
-    if count.is_cuda:  # the device reports a broken pack without making the host wait; on the CPU the op has raised
+    if count.is_cuda:  # the device reports an invalid pack without a host synchronisation; on the CPU the op raised
         torch._assert_async(
             count >= 0,
             "match_nuclei: offsets must rise from 0 to N, and the rows of an image must be sorted by nucleus index, "
@@ -80,7 +80,7 @@ def match_nuclei(
 
 
 def _check(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> None:
-    """Everything that can be checked without reading the rows."""
+    """Check everything that does not require reading the rows."""
     for name, tensor in (("index", index), ("offsets", offsets)):
         if tensor.dtype != torch.int32 or tensor.dim() != 1:
             raise ValueError(f"match_nuclei: {name} must be 1-D int32, got {tensor.dim()}-D {tensor.dtype}")
@@ -88,7 +88,7 @@ def _check(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> N
         raise ValueError(f"match_nuclei: index is on {index.device}, offsets on {offsets.device}")
     images = offsets.numel() - 1
     if num_rois < 1 or images < 0 or images % num_rois:
-        raise ValueError(f"match_nuclei: offsets must hold V * {num_rois} ROIs + 1 entries, got {offsets.numel()}")
+        raise ValueError(f"match_nuclei: offsets must have V * {num_rois} + 1 entries, got {offsets.numel()}")
     if not 1 <= num_globals <= images // num_rois:
         raise ValueError(
             f"match_nuclei: num_globals must be in 1..{images // num_rois} (the views in offsets), got {num_globals}"

@@ -1,4 +1,4 @@
-"""Mean and variance of a 1x1 convolution whose map nobody needs (the statistics of a BatchNorm behind it)."""
+"""Mean and variance of a 1x1 convolution without its output (the statistics of the BatchNorm after it)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from muse_fast.ops import backends, reference
 
 
 def projection_stats(x: Tensor, weight: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    r"""Mean and biased variance of ``conv2d(x, weight)`` per output channel, over all images and pixels.
+    r"""Compute the mean and biased variance of ``conv2d(x, weight)`` per output channel, over all images and pixels.
 
     .. math:: y_p = W x_p, \qquad \mu = \tfrac1M \sum_p y_p, \qquad \sigma^2 = \tfrac1M \sum_p (y_p - \mu)^2
 
-    The fast backends store none of the ``M = I * h * w`` projections, in either direction. Under autocast both
-    arguments are cast to its dtype, as a convolution's are; sums are float32 (float64 for float64).
+    The fast backends store none of the ``M = I * h * w`` projections, neither forward nor backward. Under autocast both
+    arguments are cast to its dtype, as in a convolution; sums are float32 (float64 for float64).
 
     Args:
         x: ``[I, c, h, w]`` floating point, NCHW or channels-last, with at least one position.
         weight: ``[o, c]`` in the dtype of ``x``; at most 256 outputs for ``triton``.
-        backend: a name of ``backends.BACKENDS`` to force one.
+        backend: ``reference``, ``blocked`` or ``triton`` to force one.
 
     Returns:
         ``(mean [o], var [o])``, float32 (float64 for float64); both carry gradients to ``x`` and ``weight``.
@@ -50,7 +50,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
         )
     if not x.dtype.is_floating_point or x.dtype != weight.dtype:
         raise ValueError(
-            f"projection_stats: x and weight must be of one floating point dtype, got {x.dtype} and {weight.dtype}"
+            f"projection_stats: x and weight must have the same floating point dtype, got {x.dtype} and {weight.dtype}"
         )
     if x.device != weight.device:
         raise ValueError(f"projection_stats: x is on {x.device}, weight on {weight.device}")

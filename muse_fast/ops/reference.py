@@ -1,8 +1,8 @@
 """Every op in plain PyTorch: the definition that the fast backends are tested against.
 
 Nothing here is shared with a fast backend, so that one mistake cannot hide in both. Statistics, softmax and losses are
-computed in float32 at least; float64 inputs stay float64. A negative row or image number is padding: it gives zeros and
-has no gradient. The two losses are in kernels/reference.py, so that the whole folder can be copied out.
+computed in at least float32; float64 inputs stay float64. A negative row or image number marks padding: it yields zeros
+and has no gradient. The two losses are in kernels/reference.py, so that folder can be copied on its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 def match_nuclei(
     index: Tensor, offsets: Tensor, num_rois: int, num_globals: int, *, capacity: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Pairs by binary search of each teacher view's (ROI, nucleus) keys in each student view's."""
+    """Find pairs by binary search of each teacher view's (ROI, nucleus) keys in each student view's."""
     sizes = offsets.diff().long()
     if (sizes < 0).any() or offsets[0] != 0 or offsets[-1] != index.numel():
         raise ValueError(f"match_nuclei: offsets must rise from 0 to N = {index.numel()}, got {offsets.tolist()}")
@@ -101,7 +101,7 @@ def augment_views(
     size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """One view after the other, in float32; values between steps are whole levels of 0..255."""
+    """Make one view after the other in float32; values between steps are whole levels in 0..255."""
     mean = torch.tensor([0.485, 0.456, 0.406], device=pixels.device).view(3, 1, 1)
     deviation = torch.tensor([0.229, 0.224, 0.225], device=pixels.device).view(3, 1, 1)
     out = torch.empty(len(boxes), 3, size, size, dtype=dtype, device=pixels.device)
@@ -118,7 +118,7 @@ def augment_views(
 
 
 def _coloured(view: Tensor, colour: list[float]) -> Tensor:
-    """Jitter in its order, grey, blur, solarise; levels ``[3, R, R]`` in and out."""
+    """Jitter in the given order, then grey, blur, solarise; levels ``[3, R, R]`` in and out."""
     *strengths, first, second, third, fourth, grey, sigma, solarise = colour
     for step in (int(first), int(second), int(third), int(fourth)):
         strength = strengths[step]
@@ -139,7 +139,7 @@ def _grey(view: Tensor) -> Tensor:
 
 
 def _hue_shifted(view: Tensor, shift: float) -> Tensor:
-    """To hue, saturation and value, around the circle of hues, and back, sextant by sextant."""
+    """Convert to hue, saturation and value, shift the hue, and convert back, sextant by sextant."""
     red, green, blue = view / 255
     value, chroma = view.amax(0) / 255, (view.amax(0) - view.amin(0)) / 255
     safe = chroma.where(chroma > 0, 1)

@@ -1,4 +1,4 @@
-"""Read one feature row per nucleus out of the decoder's levels (the sampling step of NuLo)."""
+"""Sample one feature row per nucleus from the decoder's levels (the sampling step of NuLo)."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from muse_fast.ops import backends, reference
 def sample_nuclei(
     levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int, *, backend: str | None = None
 ) -> Tensor:
-    """Rows of the unified map at the nuclei: ``bilinear(cat(upsample(levels)), xy)``.
+    """Sample the unified map at the nuclei: ``bilinear(cat(upsample(levels)), xy)``.
 
-    Level 0 gives the size ``[H, W]`` of the unified map; the others are resized to it bilinearly with corners aligned.
-    A point (x, y) stands at column ``x / view_size * (W - 1)`` and row ``y / view_size * (H - 1)``; points outside are
-    moved onto the border.
+    The unified map has the size ``[H, W]`` of level 0; the other levels are resized to it bilinearly with corners
+    aligned. A point (x, y) is at column ``x / view_size * (W - 1)`` and row ``y / view_size * (H - 1)``; points outside
+    are moved onto the border.
 
-    ``reference`` stores the map. ``cpp`` and ``triton`` read the pixels of a level that a point depends on (at most 9,
-    or 16 if the level is larger than level 0), and their gradient costs one pass of writing over the levels; they give
-    the same bits in every run, whatever the number of threads. All sum in float32 (float64 for float64 levels) and keep
-    the dtype of the levels, under autocast too.
+    ``reference`` stores the map. ``cpp`` and ``triton`` read only the pixels of a level that a point depends on (at
+    most 9, or 16 if the level is larger than level 0), and their backward writes every level once; their results are
+    bit-identical in every run, for any number of threads. All sum in float32 (float64 for float64 levels) and keep the
+    dtype of the levels, also under autocast.
 
     Args:
-        levels: tensors ``[I, c_l, h_l, w_l]`` of one floating-point dtype and device, finest first, of any strides.
+        levels: tensors ``[I, c_l, h_l, w_l]`` of one floating-point dtype and device, finest first, with any strides.
         xy: ``[N, 2]`` floating point, finite, pixels of the view.
-        image_index: ``[N]`` int64, the image of each point, in 0..I - 1 (not checked on CUDA), in any order. A point
-            with a negative one is padding: its row is zero and has no gradient.
-        view_size: R, pixels along a side of the view.
-        backend: ``reference``, ``cpp`` or ``triton`` to force one; ``triton`` takes no float64.
+        image_index: ``[N]`` int64, the image of each point, in 0..I - 1 (not checked on CUDA), in any order. A negative
+            value marks padding: its row is zero and has no gradient.
+        view_size: R, the side of the view in pixels.
+        backend: ``reference``, ``cpp`` or ``triton`` to force one; ``triton`` rejects float64.
 
     Returns:
-        ``[N, sum(c_l)]`` in the dtype of the levels; the gradient flows to the levels, not to ``xy``. It comes
+        ``[N, sum(c_l)]`` in the dtype of the levels. The gradient flows to the levels, not to ``xy``; it is
         channels-last if all levels are, else contiguous.
 
     Raises:
-        ValueError: wrong shape, dtype or device, or a forced backend that cannot run. Images beyond the last are
-            refused on the CPU (IndexError from ``reference``, RuntimeError from ``cpp``).
+        ValueError: wrong shape, dtype or device, or a forced backend that cannot run. On the CPU, images out of range
+            raise IndexError (``reference``) or RuntimeError (``cpp``).
     """
     _check(levels, xy, image_index, view_size)
     arguments = (levels, xy.detach(), image_index, view_size)

@@ -228,7 +228,7 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         ({"colours": torch.zeros(2, 11, device="meta")}, "colours on meta"),
         ({"size": 3}, "size must be at least 4"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16"),
-        ({"images": torch.tensor([[0, 20, 25]])}, r"\[\[0, 20, 25\]\] do not lie in 1440 bytes"),
+        ({"images": torch.tensor([[0, 20, 25]])}, r"\[\[0, 20, 25\]\] do not fit in 1440 bytes"),
         ({"boxes": torch.tensor([[0, 0, 0, 9, 0, 0], [1, 0, 0, 9, 0, 0]]).int()}, "not one of the 1"),
         ({"boxes": torch.tensor([[0, 0, 0, 9, 0, 0], [0, 7, 0, 18, 0, 0]]).int()}, "box 1 .* outside of its image"),
         ({"backend": "cpp"}, "no cpp implementation"),
