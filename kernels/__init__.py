@@ -1,6 +1,6 @@
-"""Losses of DINO-style training: Triton kernels on CUDA, plain PyTorch elsewhere. See README.md.
+"""Losses for DINO-style training: Triton kernels on CUDA, plain PyTorch elsewhere. See README.md.
 
-The folder needs torch, triton for its kernels, and nothing of muse_fast: it can be copied out and imported as it is.
+The folder needs torch, triton for its kernels, and nothing from muse_fast: it can be copied and imported on its own.
 """
 
 from .dinov2 import patch_dinov2

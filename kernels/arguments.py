@@ -1,4 +1,4 @@
-"""The arguments of the ops, and their checks; every error is a ValueError that names op and argument."""
+"""The arguments of the ops and their checks; every error is a ValueError that names the op and the argument."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DinoLoss(NamedTuple):
             )
         if not student.shape[1] == teacher.shape[1] == center.shape[0] > 0:
             raise ValueError(
-                "dino_loss: expected equally many prototypes, at least 1; the student has "
+                "dino_loss: expected the same number of prototypes, at least 1; the student has "
                 f"{student.shape[1]}, the teacher {teacher.shape[1]}, the centre {center.shape[0]}"
             )
         check_pairs("dino_loss", (student, teacher, center), *pairs)
@@ -57,14 +57,14 @@ class LinearDinoLoss(NamedTuple):
                 )
         if center.dim() != 1 or not student_W.shape[0] == teacher_W.shape[0] == center.shape[0] > 0:
             raise ValueError(
-                "linear_dino_loss: expected equally many prototypes, at least 1; the student has "
+                "linear_dino_loss: expected the same number of prototypes, at least 1; the student has "
                 f"{student_W.shape[0]}, the teacher {teacher_W.shape[0]}, the centre {tuple(center.shape)}"
             )
         check_pairs("linear_dino_loss", self[:5], *pairs)
 
 
 def schema(arguments: type[tuple[Any, ...]]) -> str:
-    """Fields as torch.library writes them: ``Tensor student_z, ..., float teacher_temp``."""
+    """Return the fields in the syntax of torch.library: ``Tensor student_z, ..., float teacher_temp``."""
     return ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(arguments).items())
 
 
@@ -92,9 +92,11 @@ def check_pairs(
     student_temp: float,
     teacher_temp: float,
 ) -> None:
-    """Pairs, temperatures and devices of the two losses over pairs."""
+    """Check the pairs, temperatures and devices of the two losses over pairs."""
     if teacher_rows.dtype != torch.int64 or student_rows.dtype != torch.int64:
-        raise ValueError(f"{op}: rows must be int64, got {teacher_rows.dtype} and {student_rows.dtype}")
+        raise ValueError(
+            f"{op}: teacher_rows and student_rows must be int64, got {teacher_rows.dtype} and {student_rows.dtype}"
+        )
     if teacher_rows.dim() != 1 or teacher_rows.shape != student_rows.shape:
         raise ValueError(
             f"{op}: teacher_rows and student_rows must be [P], got "

@@ -1,6 +1,6 @@
-"""Runs the cross-entropies of an installed DINOv2 (https://github.com/facebookresearch/dinov2) through this folder.
+"""Run the cross-entropies of an installed DINOv2 (https://github.com/facebookresearch/dinov2) on these kernels.
 
-What DINOv2 computes stays the same up to rounding; its training code, centring and checkpoints are left as they are.
+DINOv2's results stay the same up to rounding; its training code, centring and checkpoints do not change.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .functional import soft_cross_entropy
 
 
 def patch_dinov2(dino: bool = True, ibot: bool = True) -> Callable[[], None]:
-    """Lets DINOv2's losses call :func:`soft_cross_entropy`, for loss objects made before and after.
+    """Make DINOv2's losses call :func:`soft_cross_entropy`, in existing and in new loss objects.
 
     Replaces ``DINOLoss.forward``, ``iBOTPatchLoss.forward`` and the ``lossfunc`` that ``iBOTPatchLoss.forward_masked``
-    calls. Signatures, signs and the teacher's centring, by running mean or Sinkhorn-Knopp, stay as they are.
+    calls. Signatures, signs and the teacher's centring (running mean or Sinkhorn-Knopp) do not change.
 
     Args:
         dino: patch the loss on class tokens.
         ibot: patch the loss on masked patches.
 
     Returns:
-        A function that puts DINOv2's own code back. Patches that were made on top of each other are undone in reverse.
+        A function that restores DINOv2's own code. Undo several patches in reverse order.
 
     Raises:
-        ImportError: ``dinov2.loss`` cannot be imported, or is not built as expected.
+        ImportError: ``dinov2.loss`` cannot be imported, or lacks an expected class or function.
     """
     replacements: list[tuple[Any, str, Callable[..., Any]]] = []
     if dino:
@@ -49,23 +49,23 @@ def patch_dinov2(dino: bool = True, ibot: bool = True) -> Callable[[], None]:
 def _dino_forward(
     self: Any, student_output_list: Sequence[Tensor], teacher_out_softmaxed_centered_list: Sequence[Tensor]
 ) -> Tensor | int:
-    """The sum over all (student, teacher) of the mean cross-entropy, which is linear in its target."""
+    """Return the sum over all (student, teacher) of the mean cross-entropy, which is linear in its target."""
     target = functools.reduce(torch.add, teacher_out_softmaxed_centered_list)
-    target = target.contiguous()  # once for all crops: Sinkhorn-Knopp leaves it transposed
+    target = target.contiguous()  # once for all crops: Sinkhorn-Knopp returns it transposed
     return sum(soft_cross_entropy(student, target, self.student_temp).mean() for student in student_output_list)
 
 
 def _ibot_forward(
     self: Any, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor
 ) -> Tensor:
-    """The mean over images of the mean over their masked patches. ``[B, N, K]`` twice, ``[B, N]``."""
+    """Return the mean over images of the mean over their masked patches, of ``[B, N, K]`` tokens, ``[B, N]`` masks."""
     loss = soft_cross_entropy(student_patch_tokens, teacher_patch_tokens, self.student_temp)
     mask = student_masks_flat.float()
     return ((loss * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1.0)).mean()
 
 
 def _ibot_lossfunc(t: Tensor, s: Tensor, temp: float) -> Tensor:
-    """The negative cross-entropy of each patch, as ``iBOTPatchLoss.forward_masked`` expects; ``[..., K]`` twice."""
+    """Return the negative cross-entropy of each patch ``[..., K]``, as ``iBOTPatchLoss.forward_masked`` expects."""
     return -soft_cross_entropy(s, t, temp)
 
 

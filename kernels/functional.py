@@ -1,4 +1,4 @@
-"""The losses as functions. Each runs in Triton where Triton runs, and in plain PyTorch everywhere else.
+"""The losses as functions: Triton where it can run, plain PyTorch everywhere else.
 
 ``backend="torch"`` or ``backend="triton"`` forces one. Triton's interpreter (``TRITON_INTERPRET=1`` and CPU tensors) is
 slow and meant for tests: it runs only when forced.
@@ -28,7 +28,7 @@ def dino_loss(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Cross-entropy between the centred, sharpened teacher and the student, one value per pair of rows.
+    r"""Compute the cross-entropy between the centred, sharpened teacher and the student, one value per pair of rows.
 
     .. math:: \ell_p = -\sum_k \mathrm{softmax}\big((t_j - c) / \tau_t\big)_k \,
               \log \mathrm{softmax}\big(s_i / \tau_s\big)_k,  \qquad (j, i) = (teacher\_rows_p, student\_rows_p)
@@ -39,13 +39,13 @@ def dino_loss(
         student_logits: ``[Ns, K]`` floating point.
         teacher_logits: ``[Nt, K]`` floating point.
         center: ``[K]``.
-        teacher_rows, student_rows: ``[P]`` int64, rows of the two, which must exist (not checked on CUDA). A row may
-            be in any number of pairs; a pair with a negative row is padding, its loss is 0.
+        teacher_rows, student_rows: ``[P]`` int64, valid rows of the two (not checked on CUDA). A row may be in any
+            number of pairs; a pair with a negative row is padding, and its loss is 0.
         student_temp, teacher_temp: temperatures, above 0.
         backend: ``"torch"`` or ``"triton"`` to force one.
 
     Returns:
-        ``[P]`` float32 (float64 for float64 students), not reduced. The gradient flows to ``student_logits`` alone.
+        ``[P]`` float32 (float64 for float64 students), not reduced. The gradient flows only to ``student_logits``.
 
     Raises:
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
@@ -72,12 +72,12 @@ def linear_dino_loss(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`dino_loss` of the logits ``z @ W.T``, which are never stored.
+    """Compute :func:`dino_loss` of the logits ``z @ W.T``, which are never stored.
 
-    Under autocast, z and W are cast to its dtype, as ``torch.nn.functional.linear`` does.
+    Under autocast, z and W are cast to its dtype, as in ``torch.nn.functional.linear``.
 
     Args:
-        student_z: ``[Ns, d]`` floating point, as a rule L2-normalised bottleneck features.
+        student_z: ``[Ns, d]`` floating point, usually L2-normalised bottleneck features.
         student_W: ``[K, d]`` prototypes, the weight of the last layer.
         teacher_z: ``[Nt, d]``.
         teacher_W: ``[K, d]``.
@@ -102,7 +102,7 @@ def linear_dino_loss(
 
 
 def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float, *, backend: str | None = None) -> Tensor:
-    r"""Cross-entropy between given probabilities and the softmax of logits, one value per row.
+    r"""Compute the cross-entropy between given probabilities and the softmax of logits, one value per row.
 
     .. math:: \ell = -\sum_k t_k \log \mathrm{softmax}(s / \tau)_k
 
@@ -111,12 +111,12 @@ def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float, *, b
 
     Args:
         student_logits: ``[..., K]`` floating point.
-        target: ``[..., K]`` floating point, of the same shape; it gets no gradient.
+        target: ``[..., K]`` floating point, of the same shape; it receives no gradient.
         temp: temperature of the student, above 0.
         backend: ``"torch"`` or ``"triton"`` to force one.
 
     Returns:
-        ``[...]`` float32 (float64 for float64 students), not reduced. The gradient flows to ``student_logits`` alone.
+        ``[...]`` float32 (float64 for float64 students), not reduced. The gradient flows only to ``student_logits``.
 
     Raises:
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
@@ -136,10 +136,10 @@ def _runs_triton(op: str, backend: str | None, *tensors: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _choose_triton(op: str, backend: str | None, device: str, double: bool) -> bool:
-    """Whether Triton runs ``op``, else plain PyTorch does.
+    """Return True if Triton runs ``op``, False if plain PyTorch does.
 
     Raises:
-        ValueError: ``backend`` is unknown, or is "triton" and cannot run; the message names the reason.
+        ValueError: ``backend`` is unknown, or is "triton" and cannot run; the message says why.
     """
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"{op}: unknown backend {backend!r}; expected torch or triton")
@@ -160,7 +160,7 @@ def _choose_triton(op: str, backend: str | None, device: str, double: bool) -> b
 
 @functools.cache
 def _triton_error() -> str | None:
-    """Why triton cannot be imported, or None."""
+    """Return why triton cannot be imported, or None."""
     try:
         import triton  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The DINO loss of linear logits as attention, so that no logit is stored: all but the two passes over the prototypes.
+"""The DINO loss of linear logits as attention, so that no logit is stored: everything but the two passes over W and V.
 
 With student rows s and prototypes W, teacher rows t and prototypes V, centre c, and softmaxes over the K prototypes
 
@@ -12,7 +12,7 @@ o and m are what attention returns for queries s and t, keys W and V, values W, 
     d loss / dW_k = 1/ts (sum_i P_ik (sum_{p of i} g_p) s_i - sum_j Q_jk (sum_{p of j} g_p s_i))
 
 where g is the gradient of the loss. A pair costs d operations instead of K, the gradient of s needs no pass over the
-prototypes, and that of W needs one, in which each prototype has one owner. A backend brings these two passes.
+prototypes, and that of W needs one, in which each prototype has one owner. A backend implements the two passes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from .arguments import LinearDinoLoss
 from .registration import empty_linear_outputs
 
-# (queries [N, d], keys [K, d], values [K, d], center [K] or None, temp) -> of every query: the largest logit and the
+# (queries [N, d], keys [K, d], values [K, d], center [K] or None, temp) -> for every query, the largest logit and the
 # sum of exponentials after subtracting it [N, 2], and the mean of the values under its softmax [N, d].
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
@@ -49,12 +49,12 @@ PrototypeGradient = Callable[[Side, Side, torch.dtype], Tensor]
 
 
 def forward(attend: Attend, arguments: LinearDinoLoss) -> tuple[Tensor, ...]:
-    """See ``empty_linear_outputs``."""
+    """Return the loss and the tensors saved for the backward, see ``empty_linear_outputs``."""
     student_z, student_W, teacher_z, teacher_W, center, teacher_rows, student_rows = arguments[:7]
     student_temp, teacher_temp = arguments[7:]
     if any_is_empty(student_z, teacher_z, teacher_rows):  # then all pairs are padding
         return tuple(output.zero_() for output in empty_linear_outputs(arguments))
-    with torch.autocast(student_z.device.type, enabled=False):  # it would reach into the op
+    with torch.autocast(student_z.device.type, enabled=False):  # it would also apply inside the op
         student_stats, student_mean = attend(student_z, student_W, student_W, None, student_temp)
         teacher_stats, teacher_mean = attend(teacher_z, teacher_W, student_W, center, teacher_temp)
     i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
@@ -74,7 +74,7 @@ def backward(
     teacher_mean: Tensor,
     arguments: LinearDinoLoss,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of ``student_z`` and ``student_W``, contiguous, in their dtypes."""
+    """Return the gradients of ``student_z`` and ``student_W``, contiguous, in their dtypes."""
     student_z, student_W, teacher_z, teacher_W, center, teacher_rows, student_rows = arguments[:7]
     student_temp, teacher_temp = arguments[7:]
     if any_is_empty(student_z, teacher_z, teacher_rows):
@@ -83,7 +83,7 @@ def backward(
     weight = loss_gradient.masked_fill(padding(teacher_rows, student_rows), 0) / student_temp
     of_student, of_teacher = group(student_rows, len(student_z)), group(teacher_rows, len(teacher_z))
     z_gradient = of_student.sum(weight.unsqueeze(1) * (student_mean[i] - teacher_mean[j]))
-    # A teacher's values are a mean of students, no larger than these whatever the weights are.
+    # A teacher's values are a mean of students, so they are no larger than those, whatever the weights are.
     teacher_weight = of_teacher.sum(weight.abs()).clamp(min=torch.finfo(weight.dtype).tiny)
     teacher_values = of_teacher.sum(weight.unsqueeze(1) * student_z[i]) / teacher_weight.unsqueeze(1)
     student_peaks, student_totals = student_stats.unbind(1)
@@ -100,7 +100,7 @@ def backward(
 
 
 def cast_for_autocast(arguments: LinearDinoLoss) -> LinearDinoLoss:
-    """z and W as autocast hands them to a matrix product; the centre stays as it is."""
+    """Cast z and W as autocast does for a matrix product; the centre does not change."""
     device = arguments.student_z.device.type
     if not torch.is_autocast_enabled(device):
         return arguments
@@ -114,18 +114,18 @@ def padding(teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
 
 
 class Groups(NamedTuple):
-    """The pairs sorted by a row of theirs: ``order[offsets[n] : offsets[n + 1]]`` are those of row n."""
+    """The pairs sorted by their teacher or student row: ``order[offsets[n] : offsets[n + 1]]`` are those of row n."""
 
     order: Tensor  # [P]
     offsets: Tensor  # [N + 1]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Of the values ``[P, ...]`` of the pairs, for every row: ``[N, ...]``. Without atomics."""
+        """Sum the values ``[P, ...]`` of the pairs of every row: ``[N, ...]``. No atomics."""
         return torch.segment_reduce(values[self.order], "sum", offsets=self.offsets, axis=0, initial=0, unsafe=True)
 
 
 def group(rows: Tensor, num_rows: int) -> Groups:
-    """By ``rows [P]``; negative ones are skipped. Sorts on the device, without a host synchronisation."""
+    """Group the pairs by ``rows [P]``, skipping negative ones. Sorts on the device, without a host synchronisation."""
     sorted_rows, order = rows.sort(stable=True)
     return Groups(order, torch.searchsorted(sorted_rows, torch.arange(num_rows + 1, device=rows.device)))
 

@@ -1,6 +1,6 @@
 """DINO's and iBOT's losses as modules: a centre, a student temperature, and the functions of :mod:`.functional`.
 
-A loss is pure: it reads the centre. ``update_center`` moves the centre and is called once per step, after the loss.
+The loss only reads the centre. Call ``update_center`` once per step, after the loss.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .functional import dino_loss
 
 
 class CenteredLoss(nn.Module):
-    """A student temperature, and the running mean of the teacher's logits that keeps it from always answering the same.
+    """A student temperature, and the running mean of the teacher's logits, which prevents collapse to one prototype.
 
     Attributes:
         center: float32 buffer whose last dimension is K.
@@ -29,12 +29,12 @@ class CenteredLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:
-        r"""Moves the centre towards the mean logit of all rows on all processes.
+        r"""Move the centre towards the mean of the logits over all rows on all processes.
 
         .. math:: c \leftarrow m c + (1 - m) \frac{1}{N} \sum_i t_i
 
-        (Caron et al. 2021, equation 4.) Where ``torch.distributed`` is initialised, every process of the default group
-        must call it, with any number of rows; without a row anywhere the centre stays.
+        (Caron et al. 2021, equation 4.) If ``torch.distributed`` is initialised, every process of the default group
+        must call it, with any number of rows; if no process has any, the centre does not change.
 
         Args:
             teacher_logits: ``[..., K]``.
@@ -51,7 +51,7 @@ class CenteredLoss(nn.Module):
 
 
 class DINOLoss(CenteredLoss):
-    r"""DINO's loss of B images, each seen in G global and V - G local crops.
+    r"""DINO's loss of B images, each with G global and V - G local crops.
 
     .. math:: L = \frac{1}{G (V - 1)} \sum_{g < G} \sum_{v \ne g} \frac{1}{B} \sum_b
               H\Big(\mathrm{softmax}\frac{t_{gb} - c}{\tau_t}, \; \mathrm{softmax}\frac{s_{vb}}{\tau_s}\Big)
@@ -74,7 +74,7 @@ class DINOLoss(CenteredLoss):
         self.ncrops = ncrops
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """The loss, a float32 scalar with a gradient for the student.
+        """Return the loss, a float32 scalar with a gradient for the student.
 
         Args:
             student_logits: ``[V * B, K]``, all images of crop 0, then all of crop 1, and so on.
@@ -82,7 +82,7 @@ class DINOLoss(CenteredLoss):
             teacher_temp: tau_t.
 
         Raises:
-            ValueError: the rows are not those of V crops and at most V global crops of the same images.
+            ValueError: the numbers of rows do not match V crops and at most V global crops of the same images.
         """
         num_images, rest = divmod(student_logits.shape[0], self.ncrops)
         num_globals = teacher_logits.shape[0] // max(1, num_images)
@@ -104,9 +104,9 @@ class IBOTPatchLoss(CenteredLoss):
     .. math:: L = \frac{1}{B} \sum_b \frac{1}{|M_b|} \sum_{i \in M_b}
               H\Big(\mathrm{softmax}\frac{t_{bi} - c}{\tau_t}, \; \mathrm{softmax}\frac{s_{bi}}{\tau_s}\Big)
 
-    with H the cross-entropy and M_b the masked patches of image b: the student, who does not see them, tells what the
-    teacher, who does, makes of them (Zhou et al. 2022, *iBOT: Image BERT Pre-Training with Online Tokenizer*;
-    computed on masked patches alone as in Oquab et al. 2023, *DINOv2*).
+    with H the cross-entropy and M_b the masked patches of image b: the student, which does not see them, predicts the
+    output of the teacher, which does (Zhou et al. 2022, *iBOT: Image BERT Pre-Training with Online Tokenizer*;
+    computed only on masked patches as in Oquab et al. 2023, *DINOv2*).
 
     Args:
         out_dim: K, the number of prototypes.
@@ -128,15 +128,15 @@ class IBOTPatchLoss(CenteredLoss):
         teacher_temp: float,
         masks_weight: Tensor | None = None,
     ) -> Tensor:
-        """The loss, a float32 scalar with a gradient for the student; an image without masked patches counts as 0.
+        """Return the loss, a float32 scalar with a gradient for the student; images without masked patches count as 0.
 
         Args:
-            student_logits: ``[M, K]``, the masked patches: all of image 0, then all of image 1, and so on, as
-                ``tokens[masks]`` gives them.
+            student_logits: ``[M, K]``, the masked patches: all of image 0, then all of image 1, and so on, as in
+                ``tokens[masks]``.
             teacher_logits: ``[M, K]``, of the same patches.
-            masks: ``[B, N]`` bool, the M masked ones of all patches.
+            masks: ``[B, N]`` bool, True for the M masked patches.
             teacher_temp: tau_t.
-            masks_weight: ``[M]``, what to weigh each patch by in place of 1 / |M_b|.
+            masks_weight: ``[M]``, the weight of each patch, in place of 1 / |M_b|.
         """
         patches = torch.arange(student_logits.shape[0], device=student_logits.device)
         center = self.center.flatten()
@@ -149,7 +149,7 @@ class IBOTPatchLoss(CenteredLoss):
 
 
 def crop_pairs(num_images: int, num_globals: int, num_crops: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows to compare: every global crop of the teacher with every other crop of the student, image by image."""
+    """Return the rows to compare: every global crop of the teacher with every other crop of the student, by image."""
     teacher, other, image = torch.meshgrid(
         torch.arange(num_globals, device=device),
         torch.arange(1, num_crops, device=device),

@@ -1,3 +1,3 @@
-"""The torch.library namespace of this folder's ops: a bare copy and the installed package may live in one process."""
+"""The torch.library namespace of these ops: a copied folder and the installed package can be used in one process."""
 
 NAMESPACE = __package__.replace(".", "_")

@@ -1,8 +1,7 @@
-"""The losses in plain PyTorch: the definition that the kernels are tested against, and what runs where Triton cannot.
+"""The losses in plain PyTorch: the definition that the kernels are tested against, and the fallback without Triton.
 
-Nothing here is shared with a kernel, so that one mistake cannot hide in both. Softmax and losses are computed in
-float32 at least; float64 inputs stay float64. A pair whose rows are negative is padding: its loss is 0 and it has no
-gradient.
+Nothing here is shared with a kernel, so that one mistake cannot hide in both. Softmax and losses are computed in at
+least float32; float64 inputs stay float64. A pair with a negative row is padding: its loss is 0 and it has no gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ def dino_loss(
     student_temp: float,
     teacher_temp: float,
 ) -> Tensor:
-    """Stored softmax and log-softmax, gathered into pairs."""
+    """Store softmax and log-softmax, and gather both into pairs."""
     precision = torch.promote_types(student_logits.dtype, torch.float32)
     centred = teacher_logits.detach().to(precision) - center.detach().to(precision)
     target = F.softmax(_sharpen(centred, teacher_temp), dim=-1)
@@ -34,7 +33,7 @@ def dino_loss(
 
 
 def _sharpen(logits: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature, after taking out the largest: a shift common to a row must cost no digits."""
+    """Subtract the largest logit, then divide by the temperature: a shift common to a row must not cost digits."""
     return (logits - logits.detach().amax(dim=-1, keepdim=True)) / temperature
 
 
@@ -49,7 +48,7 @@ def linear_dino_loss(
     student_temp: float,
     teacher_temp: float,
 ) -> Tensor:
-    """Stored logits (in the dtype of the inputs, or of autocast), then :func:`dino_loss`."""
+    """Store the logits (in the dtype of the inputs, or of autocast), then call :func:`dino_loss`."""
     with torch.no_grad():
         teacher_logits = F.linear(teacher_z, teacher_W)
     student_logits = F.linear(student_z, student_W)
@@ -57,7 +56,7 @@ def linear_dino_loss(
 
 
 def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float) -> Tensor:
-    """Stored log-softmax."""
+    """Store the log-softmax."""
     precision = torch.promote_types(student_logits.dtype, torch.float32)
     log_prediction = F.log_softmax(_sharpen(student_logits.to(precision), temp), dim=-1)
     return -(target.detach().to(precision) * log_prediction).sum(dim=-1)

@@ -1,7 +1,7 @@
-"""The fakes and the autograd of every differentiable op, the same for all of its implementations.
+"""The fake kernels and the autograd of every differentiable op, shared by all of its implementations.
 
-An implementation of NAME registers two ops, ``NAME_fwd`` and ``NAME_bwd``, and hands them to ``register_NAME``, which
-adds the fakes of both and makes the second the gradient of the first. What the fakes return is what kernels fill.
+An implementation of NAME registers two ops, ``NAME_fwd`` and ``NAME_bwd``, and passes them to ``register_NAME``, which
+registers the fakes of both and makes the second the gradient of the first. Fakes return the tensors that kernels fill.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ LINEAR_DINO_LOSS_BWD = (
 
 
 def register_linear_dino_loss(forward: Any, backward: Any) -> None:
-    """``forward``: an op of the schema ``LINEAR_DINO_LOSS_FWD``; its results are those of ``empty_linear_outputs``.
-    ``backward``: an op of the schema ``LINEAR_DINO_LOSS_BWD``; gradients of ``student_z`` and ``student_W``,
-    contiguous, in their dtypes.
+    """``forward``: an op of the schema ``LINEAR_DINO_LOSS_FWD``, returning tensors as ``empty_linear_outputs`` does.
+    ``backward``: an op of the schema ``LINEAR_DINO_LOSS_BWD``, returning the gradients of ``student_z`` and
+    ``student_W``, contiguous, in their dtypes.
     """
 
     def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -90,7 +90,7 @@ def register_linear_dino_loss(forward: Any, backward: Any) -> None:
 
 
 def empty_linear_outputs(arguments: LinearDinoLoss) -> tuple[Tensor, ...]:
-    """Loss ``[P]``; of the students and then of the teachers, stats ``[N, 2]`` and mean prototype ``[N, d]``."""
+    """Return the loss ``[P]``, then stats ``[N, 2]`` and mean prototype ``[N, d]`` of the students and the teachers."""
     z, _, teacher_z, *_ = arguments
     dtype = torch.promote_types(z.dtype, torch.float32)
     (num_students, width), num_teachers, num_pairs = z.shape, teacher_z.shape[0], arguments.teacher_rows.shape[0]
@@ -170,7 +170,7 @@ def empty_gradients(
     shapes: Sequence[int],
     channels_last: bool,
 ) -> list[Tensor]:
-    """One ``[num_images, c, h, w]`` per level, contiguous or channels-last; ``shapes`` is c_0, h_0, w_0, c_1, ..."""
+    """Return ``[num_images, c, h, w]`` per level, contiguous or channels-last; ``shapes`` is c_0, h_0, w_0, c_1, ..."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return [
         torch.empty(
@@ -213,5 +213,5 @@ def empty_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` itself where it is NCHW or channels-last without gaps, else its NCHW copy."""
+    """Return ``x`` itself if it is NCHW or channels-last without gaps, else an NCHW copy."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()

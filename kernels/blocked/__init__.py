@@ -1,1 +1,1 @@
-"""The ops in plain PyTorch, block by block: on any device and dtype, with no large intermediate."""
+"""The ops in plain PyTorch, block by block: for any device and dtype, without large intermediates."""

@@ -1,6 +1,6 @@
 """The DINO loss of linear logits in plain PyTorch, a block of prototypes at a time: see logit_free.py for the maths.
 
-Products are float32 (float64 for float64 students) whatever the inputs are: a 16-bit product would round logits of a
+Products are float32 (float64 for float64 students) for any input dtype: a 16-bit product would round logits at a
 temperature of 0.04 to the second decimal place.
 """
 
@@ -18,15 +18,15 @@ from ..logit_free import Side, cast_for_autocast
 from ..namespace import NAMESPACE
 from ..registration import LINEAR_DINO_LOSS_BWD, LINEAR_DINO_LOSS_FWD, register_linear_dino_loss
 
-CPU_TILE = 512, 1024  # 2 MB in float32: what a core's cache holds
-GPU_TILE = 2048, 8192  # 64 MB: work enough for each launch
+CPU_TILE = 512, 1024  # 2 MB in float32, which fits in a core's cache
+GPU_TILE = 2048, 8192  # 64 MB: enough work per launch
 
 
 def linear_dino_loss(arguments: LinearDinoLoss) -> Tensor:
-    """``dino_loss`` of the logits ``z @ W.T``: ``[P]`` float32 (float64 for float64 students), not reduced.
+    """Compute ``dino_loss`` of the logits ``z @ W.T``: ``[P]`` float32 (float64 for float64 students), not reduced.
 
-    The gradient flows to ``student_z`` and ``student_W``. Memory is that of the rows, of one block of logits, and of
-    the gradients.
+    The gradient flows to ``student_z`` and ``student_W``. Memory holds the rows, one block of logits, and the
+    gradients.
     """
     return linear_dino_loss_fwd(*cast_for_autocast(arguments))[0]
 
@@ -56,7 +56,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None,
 def attend_rows(
     queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None, temp: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax with a running maximum: when a block holds a larger logit, the sums move over to it."""
+    """Softmax with a running maximum: when a block has a larger logit, the sums are rescaled to it."""
     peak = queries.new_full((len(queries), 1), -torch.inf)
     total, mean = torch.zeros_like(peak), torch.zeros_like(queries)
     for block in blocks_of(keys):
@@ -85,7 +85,7 @@ def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tens
 
 
 def logits(rows: Tensor, prototypes: Tensor, center: Tensor | None, block: slice) -> Tensor:
-    """``[N, block]``; in both passes of the same tiles, for the same bits: else probabilities would not add up to 1."""
+    """``[N, block]``. Both passes use the same tiles, for identical bits: else probabilities would not sum to 1."""
     x = rows @ prototypes[block].to(rows.dtype).T
     if center is not None:
         x -= center[block]
@@ -93,7 +93,7 @@ def logits(rows: Tensor, prototypes: Tensor, center: Tensor | None, block: slice
 
 
 def tiles_of(side: Side, precision: torch.dtype) -> list[Side]:
-    """The side in pieces of a tile's rows, with the coefficients taken into the values."""
+    """Split a side into tiles of rows, with the coefficients multiplied into the values."""
     num_rows, _ = tile_size(side.rows)
     values = side.coefficients.unsqueeze(1) * side.values
     pieces = (tensor.split(num_rows) for tensor in (side.rows.to(precision), side.peaks, values))
@@ -107,5 +107,5 @@ def blocks_of(prototypes: Tensor) -> Iterator[slice]:
 
 
 def tile_size(tensor: Tensor) -> tuple[int, int]:
-    """Rows and prototypes whose logits are computed at a time."""
+    """Return how many rows and prototypes to compute logits of at a time."""
     return CPU_TILE if tensor.device.type == "cpu" else GPU_TILE

@@ -1,14 +1,14 @@
-"""Views of ROIs from their decoded pixels: crop, antialiased bicubic resize, turn, colours, blur, normalisation.
+"""Views cut from decoded ROIs: crop, antialiased bicubic resize, flip and turn, colour jitter, blur, normalisation.
 
-Resizing is linear and separable: view = Wy crop Wx^T with rows of the cubic kernel (a = -1/2), stretched where the view
-is coarser than the ROI, cut off at the crop and brought to sum 1. Gaussian blur is the same with other weights. Both
-are matrix products of small tiles, whose weights are made where they are used.
+Resizing is linear and separable: view = Wy crop Wx^T, where each row of a W is the cubic kernel (a = -1/2), stretched
+when downsampling, truncated at the crop and normalised to sum 1. Gaussian blur is the same with other weights. Both are
+matrix products of small tiles, whose weights are computed on the fly.
 
-Three launches, all over a uint8 copy of the views. ``resize_kernel`` reads the crops and applies the colour steps that
-come before contrast, as contrast needs the mean grey of the whole view, of which every tile leaves its part.
-``colour_kernel`` goes on from contrast and finishes the views that are not blurred; ``blur_kernel`` finishes the
-others. Between steps values are whole levels of 0..255, rounded where torchvision's uint8 functions round and cut off
-where they cut off. No atomics: the same bits in every run.
+There are three launches, all on a uint8 copy of the views. ``resize_kernel`` reads the crops and applies the colour
+steps before contrast. Contrast needs the mean grey of the whole view, so every tile stores its part of that sum.
+``colour_kernel`` continues from contrast and finishes the views that are not blurred; ``blur_kernel`` finishes the
+others. Between steps, values are whole levels in 0..255, rounded where torchvision's uint8 functions round and
+truncated where they truncate. No atomics: every run is bit-identical.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from ..namespace import NAMESPACE
 
-TILE = 32  # pixels of a view along a side
-CHUNK = 16  # pixels that are multiplied at a time, along a side; 32 would spill registers
-BLOCK = 1024  # pixels of a view that change colour at a time
+TILE = 32  # side of a tile of a view, in pixels
+CHUNK = 16  # side of the pixels multiplied at a time; 32 would spill registers
+BLOCK = 1024  # pixels of a view whose colours a program changes
 
 # Columns of `boxes` and of `colours`.
 IMAGE, X, Y, SIDE, FLIP, TURNS = (tl.constexpr(column) for column in range(6))
 BOX_COLUMNS = tl.constexpr(6)
 ORDER, GREY, SIGMA, SOLARISE = tl.constexpr(4), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 COLOUR_COLUMNS = tl.constexpr(11)
-# Steps in the order that is drawn, and the columns of their strengths.
+# Colour steps, as numbered in the order columns, and the columns of their strengths.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(step) for step in range(4))
 
 
 @triton.jit
 def cubic(t):
-    """Keys' kernel with a = -1/2, as all antialiased resizing takes."""
+    """Keys' kernel with a = -1/2, the usual one for antialiased resizing."""
     t = tl.abs(t)
     near = (1.5 * t - 2.5) * t * t + 1
     far = ((-0.5 * t + 2.5) * t - 4) * t + 2
@@ -44,10 +44,10 @@ def cubic(t):
 
 @triton.jit
 def resize_weight(out, pixel, side, size):
-    """What pixel ``pixel`` of the crop adds to pixel ``out`` of the view along an axis, before sums are made 1.
+    """Weight of the crop's pixel ``pixel`` in the view's pixel ``out`` along an axis, not normalised.
 
-    The middle of the output pixel is split into whole crop pixels, in integers, and a rest: float32 alone would lose
-    digits in a large crop.
+    The centre of the output pixel is split into an integer number of crop pixels and a fraction: plain float32 would
+    lose digits in a large crop.
     """
     middle = (2 * out + 1) * side
     whole, rest = middle // (2 * size), (middle % (2 * size)).to(tl.float32) / (2 * size)
@@ -58,7 +58,7 @@ def resize_weight(out, pixel, side, size):
 
 @triton.jit
 def resize_bounds(tile, side, size, TILE: tl.constexpr):
-    """The crop's pixels that a tile of the view depends on along an axis."""
+    """Range of the crop's pixels that a tile of the view depends on along an axis."""
     reach = 2 * tl.maximum(tl.cdiv(side, size), 1) + 1
     first = (2 * tile * TILE + 1) * side // (2 * size)
     last = (2 * tl.minimum(tile * TILE + TILE, size) - 1) * side // (2 * size)
@@ -78,7 +78,7 @@ def level(value):
 
 @triton.jit
 def cut(value):
-    """The whole level below, as torchvision has it after each step of jitter."""
+    """The whole level below, as in torchvision after each step of jitter."""
     return tl.floor(tl.minimum(tl.maximum(value, 0.0), 255.0))
 
 
@@ -89,7 +89,7 @@ def grey_of(r, g, b):
 
 @triton.jit
 def shifted_channel(hue, high, chroma, position):
-    """One channel of the colour of a hue in 0..6 (any whole turn added), largest channel and chroma."""
+    """One channel of the colour with this hue in 0..6 (modulo 6), largest channel and chroma."""
     k = hue + position
     k -= 6 * tl.floor(k / 6)
     return tl.floor((high - chroma * tl.minimum(tl.maximum(tl.minimum(k, 4 - k), 0.0), 1.0)) * (255.999 / 255))
@@ -111,7 +111,7 @@ def shift_hue(r, g, b, shift):
 
 @triton.jit
 def jitter(r, g, b, step, colour, mean):
-    """One step of the order that was drawn; ``mean`` is the grey that contrast is about."""
+    """Apply one colour step; ``mean`` is the mean grey of the view, for contrast."""
     strength = tl.load(colour + step)
     if step == HUE:
         if strength != 0:
@@ -129,7 +129,7 @@ def jitter(r, g, b, step, colour, mean):
 
 @triton.jit
 def normalised(value, channel: tl.constexpr, solarise):
-    """Solarised where asked for, then with ImageNet's mean and standard deviation."""
+    """Solarise if ``solarise``, then normalise with ImageNet's mean and standard deviation."""
     mean: tl.constexpr = (0.485, 0.456, 0.406)[channel]
     deviation: tl.constexpr = (0.229, 0.224, 0.225)[channel]
     value = tl.where(value >= tl.where(solarise != 0, 128.0, 256.0), 255 - value, value)
@@ -139,7 +139,7 @@ def normalised(value, channel: tl.constexpr, solarise):
 @triton.jit
 def resize_kernel(
     pixels,  # uint8: images one after the other, each [3, height, width]
-    images,  # [B, 3] int64: where each begins, its height and width
+    images,  # [B, 3] int64: first byte, height and width
     boxes,  # [N, 6] int32
     colours,  # [N, 11] float32
     views,  # [N, 3, size, size] uint8
@@ -203,7 +203,7 @@ def resize_kernel(
     grey = tl.sum(tl.sum(tl.where(within, grey_of(r, g, b), 0.0), 1), 0)
     tl.store(greys + view * tiles * tiles + tile, grey)
 
-    # Flip and turn are one affine map of the places in memory.
+    # Flip and turn together are one affine map of memory offsets.
     flipped, turns = tl.load(box + FLIP) != 0, tl.load(box + TURNS)
     down = tl.where(turns == 0, size, tl.where(turns == 1, 1, tl.where(turns == 2, -size, -1)))
     along = tl.where(turns == 0, 1, tl.where(turns == 1, -size, tl.where(turns == 2, -1, size)))
@@ -217,7 +217,7 @@ def resize_kernel(
 
 @triton.jit
 def colour_kernel(
-    views,  # [N, 3, size, size] uint8, changed in place where the view is to be blurred
+    views,  # [N, 3, size, size] uint8, changed in place if the view is to be blurred
     colours,  # [N, 11] float32
     greys,  # [N, tiles] float32
     out,  # [N, 3, size, size]
@@ -260,14 +260,14 @@ def colour_kernel(
 
 @triton.jit
 def blur_weight(out, pixel, sigma, radius):
-    """A Gaussian, before sums are made 1."""
+    """A Gaussian, not normalised."""
     away = (pixel - out).to(tl.float32)
     return tl.where(tl.abs(away) <= radius, tl.exp(-away * away / (2 * sigma * sigma)), 0.0)
 
 
 @triton.jit
 def reflected(pixel, size):
-    """Where a pixel beyond the border is mirrored to; the border itself is not repeated."""
+    """Mirror a pixel beyond the border into the view, without repeating the border itself."""
     pixel = tl.abs(pixel)
     return tl.where(pixel < size, pixel, 2 * size - 2 - pixel)
 
@@ -281,7 +281,7 @@ def blur_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program per view and tile; it has nothing to do where the view is not blurred."""
+    """One program per view and tile; does nothing if the view is not blurred."""
     view, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     colour = colours + view * COLOUR_COLUMNS
     sigma = tl.load(colour + SIGMA)
@@ -314,7 +314,7 @@ def blur_kernel(
             total_down += tl.sum(weight, 1)
             r, g, b = multiply(weight, across_r, r), multiply(weight, across_g, g), multiply(weight, across_b, b)
 
-        # Every output pixel has the same weights around it, so that one sum serves both axes.
+        # Every output pixel has the same weights around it, so one sum normalises both axes.
         unit = 1 / (total_down * total_down)[:, None]
         r, g, b = level(r * unit), level(g * unit), level(b * unit)
         place = out + view * 3 * area + row[:, None] * size + column[None, :]
@@ -329,7 +329,7 @@ def blur_kernel(
 def augment_views(
     pixels: Tensor, images: Tensor, boxes: Tensor, colours: Tensor, size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Views ``[N, 3, size, size]`` in ``dtype``; see ``ops.augment_views``. Pixels take no gradient."""
+    """Return views ``[N, 3, size, size]`` in ``dtype``; see ``ops.augment_views``. Not differentiable."""
     num_views = len(boxes)
     out = pixels.new_empty(num_views, 3, size, size, dtype=dtype)
     if not num_views:

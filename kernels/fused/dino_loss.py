@@ -8,10 +8,11 @@ With m the largest entry of a row and Z the sum of its exponentials after subtra
     loss_p         = -sum_k p_jk log q_ik = log Z_i - sum_k p_jk (x_ik - m_i) / ts
     d loss / d x_i = sum_{p of row i} g_p (q_i - p_j) / ts            (j, i) = (teacher_rows[p], student_rows[p])
 
-so that memory holds two numbers per row besides the logits. A program of the forward sees one block of columns of one
-pair and leaves five numbers, from which a second kernel gets the loss, m and Z. A program of the backward owns one
-block of one student row and adds up the pairs of that row in their given order: no atomics, the same bits in every run.
-Programs of the same columns start together: a row that is in many pairs comes from memory once, then from L2.
+so memory holds two numbers per row in addition to the logits. A program of the forward reads one block of columns of
+one pair and stores five numbers, from which a second kernel computes the loss, m and Z. A program of the backward owns
+one block of one student row and adds up the pairs of that row in their given order: no atomics, every run is
+bit-identical. Programs of the same columns start together, so a row in many pairs is read from memory once, then from
+L2.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..registration import register_dino_loss
 
 BLOCK = 2048
 LOWEST = tl.constexpr(-1.0e30)  # in place of -inf, because -inf - -inf is NaN
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(v) = exp2(v * LOG2_E); of the two, exp2 is one instruction
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(v) = exp2(v * LOG2_E), and exp2 is a single instruction
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def block_sums_kernel(
     center,  # [K]
     teacher_rows,  # [P] int64
     student_rows,  # [P] int64
-    sums,  # [P, 5, blocks] float32: what pair_loss_kernel adds up
+    sums,  # [P, 5, blocks] float32, added up by pair_loss_kernel
     student_stride,
     teacher_stride,
     inverse_student_temp,
@@ -54,10 +55,10 @@ def block_sums_kernel(
         x = tl.load(student + i * student_stride + column, mask=inside, other=0.0).to(tl.float32)
         t = tl.load(teacher + j * teacher_stride + column, mask=inside, other=0.0).to(tl.float32)
         c = tl.load(center + column, mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(inside, x, LOWEST)  # not by the load: float16 would make it -inf
+        x = tl.where(inside, x, LOWEST)  # not as `other` of the load: in float16 it would become -inf
         u = tl.where(inside, t - c, LOWEST)
         student_peak = tl.max(x, 0)
-        teacher_peak = tl.maximum(tl.max(u, 0), LOWEST)  # above -inf, which a whole block of prototypes may be at
+        teacher_peak = tl.maximum(tl.max(u, 0), LOWEST)  # a whole block of prototypes may be -inf
         below = x - student_peak
         target = tl.exp2((u - teacher_peak) * (inverse_teacher_temp * LOG2_E))
         prediction = tl.exp2(below * (inverse_student_temp * LOG2_E))
@@ -83,7 +84,7 @@ def pair_loss_kernel(
     NUM_BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One program per pair. The pairs of a row find the same m and Z for it, bit for bit, and all store them."""
+    """One program per pair. All pairs of a row compute identical bits of its m and Z, and all store them."""
     pair = tl.program_id(0).to(tl.int64)
     i = tl.load(student_rows + pair)
     j = tl.load(teacher_rows + pair)
@@ -122,8 +123,8 @@ def student_gradient_kernel(
     student_stats,  # [Ns, 2]
     teacher_stats,  # [Nt, 2]
     teacher_rows,  # [P] int64
-    pairs,  # [P] int64: the pairs, those of one student row next to each other
-    first_pair,  # [Ns + 1] int64: pairs[first_pair[i] : first_pair[i + 1]] are those of row i
+    pairs,  # [P] int64: the pairs, sorted by student row
+    first_pair,  # [Ns + 1] int64: row i has pairs[first_pair[i] : first_pair[i + 1]]
     loss_gradient,  # [P] float32
     gradient,  # [Ns, K], contiguous
     student_stride,
@@ -133,7 +134,7 @@ def student_gradient_kernel(
     NUM_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per student row and block of columns; rows without a pair get zeros."""
+    """One program per student row and block of columns; the gradient of rows without pairs is zero."""
     i = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < NUM_COLUMNS
@@ -171,7 +172,7 @@ def dino_loss_fwd(
     student_temp: float,
     teacher_temp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss ``[P]``, and m and Z of every row that is in a pair: ``[Ns, 2]``, ``[Nt, 2]``, zeros elsewhere."""
+    """Return the loss ``[P]``, and m and Z of every row in a pair: ``[Ns, 2]``, ``[Nt, 2]``, zeros elsewhere."""
     student, teacher = rows_of(student_logits), rows_of(teacher_logits)
     teacher_rows, student_rows = teacher_rows.contiguous(), student_rows.contiguous()
     num_pairs, num_columns = teacher_rows.shape[0], student.shape[1]
@@ -226,7 +227,7 @@ def dino_loss_bwd(
     student_temp: float,
     teacher_temp: float,
 ) -> Tensor:
-    """The gradient of the student logits ``[Ns, K]``, contiguous, in their dtype."""
+    """Return the gradient of the student logits ``[Ns, K]``, contiguous, in their dtype."""
     student, teacher = rows_of(student_logits), rows_of(teacher_logits)
     num_rows, num_columns = student.shape
     gradient = torch.empty((num_rows, num_columns), dtype=student.dtype, device=student.device)
@@ -262,7 +263,7 @@ register_dino_loss(dino_loss_fwd, dino_loss_bwd)
 
 
 def rows_of(logits: Tensor) -> Tensor:
-    """The logits with neighbouring columns next to each other; rows may lie apart."""
+    """Return the logits with contiguous columns; rows may be strided."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 

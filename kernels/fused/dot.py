@@ -8,9 +8,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, total):
-    """``total + a @ b`` in float32, after ``a`` is rounded to the dtype of ``b``.
+    """Return ``total + a @ b`` in float32, after rounding ``a`` to the dtype of ``b``.
 
-    The interpreter would multiply the bit patterns of bfloat16, and cuts digits off where a GPU rounds.
+    Triton's interpreter would multiply the bit patterns of bfloat16, and truncates where a GPU rounds.
     """
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)

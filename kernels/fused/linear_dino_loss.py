@@ -1,9 +1,9 @@
 """The DINO loss of linear logits as two Triton passes over the prototypes: see logit_free.py for the maths.
 
-Forward: a program of ``attend_kernel`` owns a block of rows and a part of the prototypes, and keeps the running
-maximum, sum and weighted sum of its logits; ``combine_kernel`` joins the parts in a fixed order. Backward: a program
-owns a block of prototypes, goes through the student's rows and then the teacher's, and writes its gradient once. There
-are no atomics: two runs give the same bits.
+Forward: a program of ``attend_kernel`` owns a block of rows and a split of the prototypes, and keeps the running
+maximum, sum and weighted sum of its logits; ``combine_kernel`` merges the splits in a fixed order. Backward: a program
+owns a block of prototypes, loops over the student's rows and then the teacher's, and writes its gradient once. No
+atomics: every run is bit-identical.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ..namespace import NAMESPACE
 from ..registration import LINEAR_DINO_LOSS_BWD, LINEAR_DINO_LOSS_FWD, register_linear_dino_loss
 from .dot import dot
 
-MAX_WIDTH = 256  # of a row: a block of sums of this width fills the registers
-WAVES = 4  # at most so many programs per multiprocessor share the prototypes of one row
-LOWEST = tl.constexpr(-1.0e30)  # stands for -inf: two of those would subtract to NaN
+MAX_WIDTH = 256  # of a row: a block of sums this wide fills the registers
+WAVES = 4  # maximum number of programs per multiprocessor that share the prototypes of one row
+LOWEST = tl.constexpr(-1.0e30)  # in place of -inf, because -inf - -inf is NaN
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """Rows and prototypes that a program takes at a time, and how it runs."""
+    """Rows and prototypes that a program processes at a time, and its launch options."""
 
     rows: int
     prototypes: int
@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
     gradient: Tile
 
 
-# The largest without register spills at a width of 256, by the shared memory of a block that they need.
+# The largest tiles without register spills at a width of 256, keyed by the bytes of shared memory that a block needs.
 TILES_16_BIT = {
     197_120: Tiles(attend=Tile(128, 64), gradient=Tile(64, 128)),  # sm_90
     147_968: Tiles(attend=Tile(64, 64), gradient=Tile(64, 128)),  # sm_80
@@ -55,7 +55,7 @@ TILES_FLOAT32 = Tiles(attend=Tile(32, 16), gradient=Tile(16, 32))
 
 @triton.jit
 def load_rows(matrix, start, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """``matrix[start : start + ROWS]`` as ``[ROWS, LANES]``, zeros where it has no such row or column."""
+    """Load ``matrix[start : start + ROWS]`` as ``[ROWS, LANES]``, with zeros beyond its rows and columns."""
     row = tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     inside = row < num_rows - start
@@ -68,11 +68,11 @@ def load_rows(matrix, start, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, 
 def attend_kernel(
     queries,  # [N, d]
     keys,  # [K, d]
-    values,  # [K, d]; read for the teacher: the student's are its keys
-    center,  # [K] float32; read for the teacher
-    peaks,  # [splits, N] float32: largest logit of a part of the prototypes
-    totals,  # [splits, N] float32: sum of exponentials after subtracting it
-    sums,  # [splits, N, d] float32: that sum with values as weights
+    values,  # [K, d]; read only for the teacher: the student's values are its keys
+    center,  # [K] float32; read only for the teacher
+    peaks,  # [splits, N] float32: largest logit of a split of the prototypes
+    totals,  # [splits, N] float32: sum of exponentials after subtracting the largest
+    sums,  # [splits, N, d] float32: sum of values weighted by those exponentials
     num_rows,
     prototypes_of_a_split,
     inverse_temp,
@@ -123,7 +123,7 @@ def combine_kernel(
     peaks,  # [splits, N]
     totals,  # [splits, N]
     sums,  # [splits, N, d]
-    stats,  # [N, 2] float32: largest logit, sum of exponentials after subtracting it
+    stats,  # [N, 2] float32: largest logit, sum of exponentials after subtracting the largest
     mean,  # [N, d] float32
     num_rows,
     num_splits,
@@ -162,9 +162,9 @@ def combine_kernel(
 def add_side(
     gradient,  # [BLOCK_PROTOTYPES, LANES]
     prototype,  # [BLOCK_PROTOTYPES, LANES]
-    bias,  # [BLOCK_PROTOTYPES]; taken from the teacher's logits
+    bias,  # [BLOCK_PROTOTYPES]; subtracted from the teacher's logits
     rows,  # [N, d]
-    values,  # [N, d]; read for the teacher: the student's are its rows
+    values,  # [N, d]; read only for the teacher: the student's values are its rows
     peaks,  # [N] float32
     coefficients,  # [N] float32
     num_rows,
@@ -178,7 +178,7 @@ def add_side(
     for start in range(0, num_rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         key = load_rows(rows, start, num_rows, WIDTH, BLOCK_ROWS, prototype.shape[1])
-        # A row that does not exist: exp2(-inf) times 0, whatever the bias is.
+        # Rows past the end contribute exp2(-inf) * 0, whatever the bias is.
         peak = tl.load(peaks + row, mask=row < num_rows, other=-LOWEST)
         coefficient = tl.load(coefficients + row, mask=row < num_rows, other=0.0)
         x = dot(prototype, tl.trans(key), tl.zeros([prototype.shape[0], BLOCK_ROWS], tl.float32))
@@ -203,7 +203,7 @@ def prototype_gradient_kernel(
     teacher_coefficients,  # [Nt] float32
     teacher_values,  # [Nt, d]
     center,  # [K] float32
-    unit,  # [1] float32: the sum is to be multiplied by it
+    unit,  # [1] float32: multiplies the sum
     gradient,  # [K, d]
     num_students,
     num_teachers,
@@ -258,10 +258,10 @@ def prototype_gradient_kernel(
 
 
 def linear_dino_loss(arguments: LinearDinoLoss) -> Tensor:
-    """``dino_loss`` of the logits ``z @ W.T``, which are never stored: ``[P]`` float32, not reduced.
+    """Compute ``dino_loss`` of the logits ``z @ W.T``, which are never stored: ``[P]`` float32, not reduced.
 
     The gradient flows to ``student_z`` and ``student_W``. bfloat16 and float16 features are multiplied on tensor cores,
-    float32 ones in full float32, which is far slower. Features wider than 256 are left to ``blocked.linear_dino_loss``.
+    float32 ones in full float32, which is far slower. ``blocked.linear_dino_loss`` handles features wider than 256.
     """
     if arguments.student_z.shape[1] > MAX_WIDTH:
         return blocked.linear_dino_loss(arguments)
@@ -322,8 +322,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None,
 
 
 def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tensor:
-    # Exponentials are at most 1, and are rounded to 16 bits after their coefficient. In float16, weights of 1e-3 and
-    # probabilities of 1e-5 would leave nothing, so that the largest coefficient is made 1 too.
+    # Exponentials are at most 1, and are rounded to 16 bits after multiplying by their coefficient. In float16, weights
+    # of 1e-3 times probabilities of 1e-5 would underflow, so the coefficients are scaled to a maximum of 1 too.
     unit = torch.maximum(student.coefficients.abs().amax(), teacher.coefficients.abs().amax())
     unit = unit.clamp(min=torch.finfo(unit.dtype).tiny)
 
@@ -362,7 +362,7 @@ def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tens
 
 
 def as_operands(*matrices: Tensor) -> list[Tensor]:
-    """Of one dtype and contiguous."""
+    """Return the matrices contiguous and in one dtype."""
     dtype = functools.reduce(torch.promote_types, [matrix.dtype for matrix in matrices])
     return [matrix.to(dtype).contiguous() for matrix in matrices]
 
@@ -372,7 +372,7 @@ def lanes_of(width: int) -> int:
 
 
 def tiles_of(operand: Tensor) -> Tiles:
-    """The largest tiles that fit the device; the interpreter takes the smallest."""
+    """Return the largest tiles that fit the device, or the smallest for the interpreter."""
     if operand.dtype == torch.float32:
         return TILES_FLOAT32
     available = min(TILES_16_BIT)
@@ -387,9 +387,9 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def choose_split(row_blocks: int, num_tiles: int, multiprocessors: int) -> int:
-    """Tiles of prototypes that a program goes through, for the least time if each tile takes the same.
+    """Return how many tiles of prototypes a program loops over, for the least time if all tiles take the same time.
 
-    Few blocks of rows would leave most of a GPU idle: then several programs share the prototypes.
+    Few blocks of rows would leave most of a GPU idle, so several programs share the prototypes then.
     """
     most_splits = min(num_tiles, max(1, WAVES * multiprocessors // row_blocks))
 

@@ -1,14 +1,14 @@
-"""Mean and variance of a 1x1 convolution whose map is never stored: the statistics of a BatchNorm behind it.
+"""Mean and variance of a 1x1 convolution whose output is never stored: the statistics of the BatchNorm after it.
 
 With y_p = W x_p at each of M positions, and a, b the gradients of mean and variance,
 
     mean = 1/M sum_p y_p                    var = 1/M sum_p (y_p - mean)^2
     dy_p = (a + 2 b (y_p - mean)) / M       dx_p = W^T dy_p       dW = sum_p dy_p x_p^T
 
-A program projects a tile of positions on the tensor cores and keeps of it the mean and the squares around that mean;
-tiles are joined in their order by the rule of Chan, Golub and LeVeque (1979), so that a mean far larger than the
-deviation costs no digits. The backward projects again. dx has one writer per entry; dW is summed over long runs of
-tiles in registers, and over the runs in their order: no atomics, the same bits in every run.
+A program projects a tile of positions on the tensor cores and keeps only the mean and the squares around that mean;
+tiles are merged in order by the rule of Chan, Golub and LeVeque (1979), so that a mean far larger than the deviation
+does not cost digits. The backward recomputes the projection. dx has one writer per entry; dW is summed over long runs
+of tiles in registers, and over the runs in order: no atomics, every run is bit-identical.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..namespace import NAMESPACE
 from ..registration import dense, empty_statistics, register_projection_stats
 from .dot import dot
 
-MAX_OUTPUTS = 256  # what registers can hold of a tile of positions
+MAX_OUTPUTS = 256  # the most per tile of positions that fit in registers
 BLOCK_OUTPUTS, BLOCK_COLUMNS = 64, 128
 STATISTICS_RUNS = 1024  # about eight programs per multiprocessor
 WEIGHT_GRADIENT_PROGRAMS = 256  # about two per multiprocessor; each stores 32 KB of partial sums
@@ -33,16 +33,16 @@ WEIGHT_GRADIENT_PROGRAMS = 256  # about two per multiprocessor; each stores 32 K
 
 @triton.jit
 def project(
-    rows,  # [positions of the tile] pointers to the first channel of each
+    rows,  # [positions of the tile]: pointers to their first channels
     inside,  # [positions of the tile]
     weight,  # [outputs, channels], contiguous
-    output,  # [outputs of the tile] their numbers
+    output,  # [outputs of the tile]: their indices
     channel_stride,
     NUM_CHANNELS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """y of one tile, ``[positions, outputs]`` float32; zero outside."""
+    """Return y of one tile, ``[positions, outputs]`` float32; zero outside."""
     y = tl.zeros([rows.shape[0], output.shape[0]], tl.float32)
     for start in range(0, NUM_CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
@@ -59,7 +59,7 @@ def project(
 
 @triton.jit
 def y_gradient(y, output, mean, mean_gradient, var_gradient, NUM_OUTPUTS: tl.constexpr):
-    """M times the gradient of the tile ``y``: 1 / M comes last, lest float16 run out of small numbers."""
+    """Return M times the gradient of the tile ``y``: dividing by M last avoids underflow in float16."""
     known = output < NUM_OUTPUTS
     offset = tl.load(mean_gradient + output, mask=known, other=0.0)
     slope = 2 * tl.load(var_gradient + output, mask=known, other=0.0)
@@ -69,7 +69,7 @@ def y_gradient(y, output, mean, mean_gradient, var_gradient, NUM_OUTPUTS: tl.con
 
 @triton.jit
 def locate(x, tile, num_positions, image_stride, position_stride, BLOCK_POSITIONS: tl.constexpr):
-    """Pointers to the positions of one tile, and which of them are inside the image. A tile never spans two images."""
+    """Return pointers to the positions of a tile, and which are inside the image. A tile never spans two images."""
     tiles_per_image = tl.cdiv(num_positions, BLOCK_POSITIONS)
     image = (tile // tiles_per_image).to(tl.int64)
     position = (tile % tiles_per_image).to(tl.int64) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)
@@ -230,7 +230,7 @@ def weight_gradient_kernel(
         columns_of_x = tl.load(
             rows[:, None] + column[None, :] * channel_stride,
             mask=inside[:, None] & (column < NUM_CHANNELS)[None, :],
-            other=0.0,  # so that positions outside add nothing
+            other=0.0,  # positions outside add nothing
         )
         total = dot(tl.trans(dy), columns_of_x, total)
     tl.store(
@@ -241,7 +241,7 @@ def weight_gradient_kernel(
 
 
 def projection_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``[o]`` of ``weight @ x`` over all images and pixels, float32.
+    """Return mean and biased variance ``[o]`` of ``weight @ x`` over all images and pixels, float32.
 
     Args:
         x: ``[I, c, h, w]`` float32, float16 or bfloat16, with at least one position; NCHW or channels-last.
@@ -290,7 +290,7 @@ def projection_stats_fwd(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def projection_stats_bwd(
     mean_gradient: Tensor, var_gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of ``x``, in its layout, and of ``weight``."""
+    """Return the gradients of ``x``, in its layout, and of ``weight``."""
     x, weight = dense(x), weight.contiguous()
     positions = positions_of(x)
     tile = tile_of(weight)
@@ -336,7 +336,7 @@ register_projection_stats(projection_stats_fwd, projection_stats_bwd)
 
 
 def tile_of(weight: Tensor) -> dict[str, int]:
-    """Constants that all kernels share; float32 has no tensor cores and takes half the tile."""
+    """Return the constants that all kernels share; float32 does not use tensor cores, and halves the tile."""
     return {
         "NUM_CHANNELS": weight.shape[1],
         "NUM_OUTPUTS": weight.shape[0],
@@ -355,6 +355,6 @@ def count_tiles(positions: Tensor, tile: dict[str, int]) -> int:
 
 
 def split(num_tiles: int, at_most: int) -> tuple[int, int]:
-    """Runs of neighbouring tiles, none of them empty: how many, and the tiles in all but the last."""
+    """Split the tiles into non-empty runs: return the number of runs, and of tiles in each run but the last."""
     tiles_per_run = triton.cdiv(num_tiles, at_most)
     return triton.cdiv(num_tiles, tiles_per_run), tiles_per_run

@@ -1,17 +1,17 @@
-"""Rows of the unified map at the nuclei, read straight from the levels that the map would be made of, and the gradient.
+"""Rows of the unified map at the nuclei, read directly from the levels without building the map, and their gradient.
 
 Upsampling and sampling are linear, axis by axis. A point at position u lies between the fine pixels q = floor(u) and
-q + 1, which it weighs 1 - s and s with s = u - q. Upsampling puts fine pixel q at q r among the pixels of a level, with
+q + 1, with weights 1 - s and s, where s = u - q. Upsampling puts fine pixel q at position q r of a level, with
 r = (coarse - 1) / (fine - 1). So pixel j of the level has the weight
 
     (1 - s) hat(q r - j) + s hat((q + 1) r - j),    hat(t) = max(0, 1 - |t|)
 
-along this axis: nonzero for at most four j (three, where the level is the coarser). A pixel's weight is the product of
-its two axes'. q r is computed in integers, u in float64: float32 would blur the weights of a wide map.
+along this axis: nonzero for at most four j (three, if the level is coarser). A pixel's weight is the product of its
+weights along both axes. q r is computed in integers and u in float64: float32 would blur the weights of a wide map.
 
 Forward: a program reads some channels of some points. Backward: a program owns some channels of some pixels of an image
-and multiplies the weights of that image's points, chunk by chunk, with their gradients. Every pixel is written once and
-in the type of the levels: no atomics, no zeroed float32 copy, the same bits in every run.
+and multiplies the weights of that image's points, chunk by chunk, with their gradients. Every pixel is written once, in
+the dtype of the levels: no atomics, no zeroed float32 copy, every run is bit-identical.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from torch import Tensor
 from ..namespace import NAMESPACE
 from ..registration import empty_gradients, empty_rows, register_sample_nuclei
 
-TAPS = tl.constexpr(4)  # pixels of a level that a point weighs along one axis, at most
+TAPS = tl.constexpr(4)  # the most pixels of a level that a point depends on along one axis
 BLOCK_CHANNELS = 32
-BLOCK_POINTS = 8  # of the forward
-BLOCK_PIXELS = 64  # of the backward
-CHUNK = 16  # points that the backward takes at a time, no fewer than a matrix product takes
+BLOCK_POINTS = 8  # in the forward
+BLOCK_PIXELS = 64  # in the backward
+CHUNK = 16  # points per step of the backward; tl.dot needs at least 16
 
 
 @triton.jit
 def position(x, view_size, fine):
-    """Where pixel x of the view lies among the fine pixels along an axis."""
+    """Position of the view's pixel x in fine pixels along an axis."""
     return tl.minimum(tl.maximum(x.to(tl.float64) / view_size * (fine - 1), 0.0), fine - 1.0)
 
 
 @triton.jit
 def place(fine_pixel, fine, coarse):
-    """Where a fine pixel lies in a level: the pixel before it, and how far beyond that one, in 0..1."""
+    """Position of a fine pixel in a level: the pixel before it, and the fraction beyond that one, in 0..1."""
     span = tl.maximum(fine - 1, 1)
     steps = fine_pixel * (coarse - 1)
     return steps // span, (steps % span).to(tl.float32) / span
@@ -49,7 +49,7 @@ def place(fine_pixel, fine, coarse):
 
 @triton.jit
 def support(u, fine, coarse):
-    """What a point at u stands on along an axis: the places of fine pixels q and q + 1, and s."""
+    """Positions in a level of the fine pixels q and q + 1 around a point at u along an axis, and s."""
     q = u.to(tl.int32)
     left, left_share = place(q, fine, coarse)
     right, right_share = place(q + 1, fine, coarse)
@@ -58,14 +58,14 @@ def support(u, fine, coarse):
 
 @triton.jit
 def tap_pixel(of_point, tap):
-    """For tap in 0..TAPS - 1 different pixels, among them all those of nonzero weight."""
+    """Pixel of a tap in 0..TAPS - 1: all different, and including all pixels of nonzero weight."""
     left, _, right, _, _ = of_point
     return tap + tl.where(tap < 2, left, tl.maximum(right - 2, left))
 
 
 @triton.jit
 def weight(of_point, pixel):
-    """The weight of a level's pixel along an axis."""
+    """Weight of a level's pixel along an axis."""
     left, left_share, right, right_share, s = of_point
     of_left = tl.maximum(1 - tl.abs((left - pixel).to(tl.float32) + left_share), 0.0)
     of_right = tl.maximum(1 - tl.abs((right - pixel).to(tl.float32) + right_share), 0.0)
@@ -74,10 +74,10 @@ def weight(of_point, pixel):
 
 @triton.jit
 def sample_kernel(
-    level,  # [I, c, h, w], of any strides
+    level,  # [I, c, h, w], with any strides
     xy,  # [N, 2]
     image_index,  # [N] int64
-    rows,  # [N, c], rows may lie apart
+    rows,  # [N, c], rows may be strided
     num_points,
     view_size,
     fine_height,
@@ -123,10 +123,10 @@ def sample_kernel(
 
 @triton.jit
 def gradient_kernel(
-    rows_gradient,  # [N, c], rows may lie apart
+    rows_gradient,  # [N, c], rows may be strided
     xy,  # [N, 2]
-    points,  # [N] int64: those of one image next to each other, from its top to its bottom
-    first_point,  # [I + 1] int64: points[first_point[i] : first_point[i + 1]] are those of image i
+    points,  # [N] int64: the points, sorted by image and from top to bottom
+    first_point,  # [I + 1] int64: image i has points[first_point[i] : first_point[i + 1]]
     gradient,  # [I, c, h, w], contiguous or channels-last
     view_size,
     fine_height,
@@ -134,7 +134,7 @@ def gradient_kernel(
     channels,
     height,
     width,
-    pixels,  # height * width: given, so that Triton learns what it is divisible by
+    pixels,  # height * width: an argument, so that Triton can specialise on its divisibility
     image_stride,
     channel_stride,
     pixel_stride,
@@ -144,7 +144,7 @@ def gradient_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per image, block of pixels and block of channels. A gradient that is not finite spoils its blocks."""
+    """One program per image, block of pixels and block of channels. A non-finite gradient spoils its whole blocks."""
     blocks = tl.cdiv(pixels, BLOCK_PIXELS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * BLOCK_PIXELS
@@ -187,16 +187,16 @@ def gradient_kernel(
 
 
 def sample_nuclei(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:
-    """``bilinear(cat(upsample(levels)), xy)`` without the map, with a gradient for the levels.
+    """Compute ``bilinear(cat(upsample(levels)), xy)`` without building the map, with a gradient for the levels.
 
     Args:
         levels: ``[I, c_l, h_l, w_l]`` float32, float16 or bfloat16, all of one dtype, with any strides. All are resized
             to level 0 bilinearly with corners aligned.
-        xy: ``[N, 2]``, pixels of the view; (x, y) stands at column ``x / view_size * (W - 1)`` and row
+        xy: ``[N, 2]``, pixels of the view; (x, y) is at column ``x / view_size * (W - 1)`` and row
             ``y / view_size * (H - 1)`` of level 0. Points outside are moved onto the border.
-        image_index: ``[N]`` int64, the image of each point, which must exist (not checked), or negative: a point of
-            padding, whose row is zero and has no gradient.
-        view_size: pixels along a side of the view.
+        image_index: ``[N]`` int64, the image of each point, below I (not checked). A negative value marks padding: its
+            row is zero and has no gradient.
+        view_size: side of the view in pixels.
 
     Returns:
         ``[N, sum(c_l)]`` in the dtype of the levels.
@@ -267,7 +267,7 @@ def sample_nuclei_bwd(
                     BLOCK_CHANNELS=BLOCK_CHANNELS,
                     BLOCK_PIXELS=BLOCK_PIXELS,
                     CHUNK=CHUNK,
-                    # Exact products either way: what has 16 bits loses none as three tf32.
+                    # Either way products are exact: three tf32 hold all digits of a 16-bit value.
                     PRECISION="tf32x3" if gradient.itemsize == 2 else "ieee",
                 )
     return gradients
@@ -277,8 +277,8 @@ register_sample_nuclei(sample_nuclei_fwd, sample_nuclei_bwd)
 
 
 def group_by_image(xy: Tensor, image_index: Tensor, view_size: int, num_images: int) -> tuple[Tensor, Tensor]:
-    """The points by image and from top to bottom, so that a block of pixels meets few chunks of them; and the first of
-    every image in that order, ``[num_images + 1]``. Padding is in no image."""
+    """Sort the points by image and from top to bottom, so that few chunks overlap a block of pixels; also return the
+    position of every image's first point in that order, ``[num_images + 1]``. Padding belongs to no image."""
     height = (xy[:, 1].double() / view_size).clamp(0, 0.999)
     ordered, points = (image_index + height).sort(stable=True)
     images = torch.arange(num_images + 1, dtype=ordered.dtype, device=ordered.device)

@@ -6,8 +6,8 @@ With m the largest entry of a row x and s its log-sum-exp after subtracting m, b
     loss        = -sum_k t_k log q_k  =  s sum_k t_k - sum_k t_k (x_k - m) / tau
     d loss / dx = (q sum_k t_k - t) / tau
 
-The forward reads logits and targets once: whenever a lane meets a larger entry, its sums move over to the new one. The
-backward writes the gradient once. Memory holds three numbers per row besides the inputs.
+The forward reads logits and targets once: whenever a lane meets a larger entry, its sums are rescaled to the new one.
+The backward writes the gradient once. Memory holds three numbers per row in addition to the inputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .dino_loss import LOWEST, block_size, rows_of
 def soft_loss_kernel(
     student,  # [N, K]
     target,  # [N, K]
-    stats,  # [N, 3] float32: largest entry, log-sum-exp after subtracting it, sum of the targets
+    stats,  # [N, 3] float32: largest entry, log-sum-exp after subtracting the largest, sum of the targets
     loss,  # [N] float32
     student_stride,
     target_stride,
@@ -34,7 +34,7 @@ def soft_loss_kernel(
     NUM_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row. Every lane keeps a maximum and sums of its own; they meet at the end."""
+    """One program per row. Every lane keeps its own maximum and sums; they are merged at the end."""
     row = tl.program_id(0).to(tl.int64)
     peak = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)  # of exp((x - peak) / tau)
@@ -44,7 +44,7 @@ def soft_loss_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < NUM_COLUMNS
         x = tl.load(student + row * student_stride + column, mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(inside, x, LOWEST)  # not by the load: float16 would make it -inf
+        x = tl.where(inside, x, LOWEST)  # not as `other` of the load: in float16 it would become -inf
         t = tl.load(target + row * target_stride + column, mask=inside, other=0.0).to(tl.float32)
         new_peak = tl.maximum(peak, x)
         moved = (peak - new_peak) * inverse_temp
@@ -90,11 +90,11 @@ def soft_gradient_kernel(
 
 
 def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float) -> Tensor:
-    """``-sum_k target_k log_softmax(student_logits / temp)_k`` of every row, with a gradient for the logits.
+    """Compute ``-sum_k target_k log_softmax(student_logits / temp)_k`` of every row, with a gradient for the logits.
 
     Args:
         student_logits: ``[..., K]`` float32, float16 or bfloat16.
-        target: ``[..., K]`` float32, float16 or bfloat16; a row may sum to anything.
+        target: ``[..., K]`` float32, float16 or bfloat16; rows need not sum to 1.
         temp: above 0.
 
     Returns:
@@ -107,7 +107,7 @@ def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float) -> T
 
 @torch.library.custom_op(f"{NAMESPACE}::soft_cross_entropy_fwd", mutates_args=())
 def soft_cross_entropy_fwd(student_logits: Tensor, target: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-    """The loss ``[N]``, and of every row its largest entry, log-sum-exp and sum of targets: ``[N, 3]``."""
+    """Return the loss ``[N]``, and the largest entry, log-sum-exp and sum of targets of every row: ``[N, 3]``."""
     student, target = rows_of(student_logits), rows_of(target)
     num_rows, num_columns = student.shape
     loss, stats = empty_loss_and_stats(student, target, temp)
@@ -132,7 +132,7 @@ def soft_cross_entropy_fwd(student_logits: Tensor, target: Tensor, temp: float) 
 def soft_cross_entropy_bwd(
     loss_gradient: Tensor, student_logits: Tensor, target: Tensor, stats: Tensor, temp: float
 ) -> Tensor:
-    """The gradient of the logits ``[N, K]``, contiguous, in their dtype."""
+    """Return the gradient of the logits ``[N, K]``, contiguous, in their dtype."""
     student, target = rows_of(student_logits), rows_of(target)
     num_rows, num_columns = student.shape
     gradient = torch.empty((num_rows, num_columns), dtype=student.dtype, device=student.device)
