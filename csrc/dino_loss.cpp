@@ -8,9 +8,9 @@
 //   loss_p         = -sum_k p_jk log q_ik = log Z_i - sum_k p_jk (x_ik - m_i) / ts
 //   d loss / d x_i = sum_{p of row i} g_p (q_i - p_j) / ts            (j, i) = (teacher_rows[p], student_rows[p])
 //
-// Rows are worked on in blocks of columns that fit the L1 cache, all rows of a block before the next block: a row that
-// is in many pairs comes from memory once, then from a cache. What a block gives depends on no other, and blocks
-// are added up in order: the same bits come out for any number of threads.
+// Rows are processed in blocks of columns that fit in the L1 cache, all rows of a block before the next block: a row in
+// many pairs is read from memory once, then from a cache. The result of a block does not depend on other blocks, and
+// blocks are added up in order: the result is bit-identical for any number of threads.
 #include "vector_math.h"
 
 #include <torch/csrc/stable/library.h>
@@ -36,13 +36,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 2048;              // columns
-constexpr int64_t kColumnsPerThread = 32768;  // of all rows together; fewer are not worth a thread
+constexpr int64_t kColumnsPerThread = 32768;  // over all rows; fewer are not worth a thread
 
 struct Columns {
   int64_t start, size;
 };
 
-// A tensor as contiguous T, which is a float or made of floats.
+// A tensor as contiguous T, a float or a struct of floats.
 template <typename T>
 class Values {
  public:
@@ -56,9 +56,9 @@ class Values {
   const T* data_;
 };
 
-// --- loops that vectorise: each takes what it needs by value, so that nothing can change under it
+// --- loops that vectorise: each captures by value, so that the compiler can rule out aliasing
 
-// sum_k term(k). A float that has grown rounds off much of what is added, so it starts again every so often.
+// sum_k term(k). Adding to a large float rounds off much of each term, so every run of terms starts from 0 again.
 template <typename Term>
 float sum(int64_t size, const Term& term) {
   constexpr int64_t kRun = 256;
@@ -74,7 +74,7 @@ float sum(int64_t size, const Term& term) {
 }
 
 float largest(const float* x, int64_t size) {
-  float peak = std::numeric_limits<float>::lowest();  // above -inf, which a whole block of prototypes may be at
+  float peak = std::numeric_limits<float>::lowest();  // not -inf: a whole block of prototypes may be -inf
 #pragma omp simd reduction(max : peak)
   for (int64_t k = 0; k < size; ++k) peak = x[k] > peak ? x[k] : peak;
   return peak;
@@ -148,7 +148,7 @@ class Logits {
   int64_t row_stride_;
 };
 
-// (teacher_rows[p], student_rows[p]) of every pair p. A negative row makes it padding.
+// (teacher_rows[p], student_rows[p]) of every pair p. A negative row marks padding.
 class Pairs {
  public:
   Pairs(const Tensor& teacher_rows, const Tensor& student_rows, int64_t num_teachers, int64_t num_students)
@@ -202,7 +202,7 @@ class PairsOfRows {
   }
 
  private:
-  std::vector<int64_t> first_, pairs_;  // those of a row are pairs_[first_[row]] to pairs_[first_[row + 1] - 1]
+  std::vector<int64_t> first_, pairs_;  // a row has pairs_[first_[row]] to pairs_[first_[row + 1] - 1]
 };
 
 int64_t count_blocks(int64_t num_columns) { return (num_columns + kBlock - 1) / kBlock; }
@@ -223,7 +223,7 @@ void for_each_block(int64_t num_rows, int64_t num_columns, const Work& work) {
 
 // --- the ops
 
-// What a block of columns gives to a pair; x are its student logits, u its teacher logits less the centre.
+// Sums of a pair over a block of columns; x are the student logits, u the teacher logits minus the centre.
 struct Sums {
   float student_peak, student_total;  // max x, sum exp((x - max x) / ts)
   float teacher_peak, teacher_total;  // max u, sum exp((u - max u) / tt)
@@ -260,7 +260,7 @@ Result add_up(std::span<const Sums> blocks, float inverse_student_temp, float in
           {teacher_peak, static_cast<float>(teacher_total)}};
 }
 
-// -> loss [P], m and Z of every row that is in a pair [Ns, 2], [Nt, 2] and zeros elsewhere; all float32.
+// -> loss [P]; m and Z of every row in a pair [Ns, 2], [Nt, 2], zeros elsewhere; all float32.
 std::tuple<Tensor, Tensor, Tensor> dino_loss_fwd(const Tensor& student_logits, const Tensor& teacher_logits,
                                                  const Tensor& center, const Tensor& teacher_rows,
                                                  const Tensor& student_rows, double student_temp,

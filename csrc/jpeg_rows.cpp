@@ -1,8 +1,8 @@
-// Cuts a band of rows out of a JPEG by its restart markers, without decoding anything. Host code that takes no tensors:
-// the Python module muse_fast._jpeg. muse_fast/images/jpeg_rows.py says the same in Python and explains the method; the
-// results are equal, byte for byte and None for None.
+// Cuts a band of rows out of a JPEG at its restart markers, without decoding. Host code without tensors: the Python
+// module muse_fast._jpeg. muse_fast/images/jpeg_rows.py does the same in Python and explains the method; the results
+// are identical, byte for byte and None for None.
 //
-// The bytes may be anything: every read is checked against their end.
+// The input is untrusted: every read is bounds-checked.
 
 #include <pybind11/pybind11.h>
 
@@ -24,30 +24,30 @@ using Bytes = std::span<const uint8_t>;
 
 constexpr uint8_t SOF0 = 0xC0, SOF1 = 0xC1, DHT = 0xC4, RST0 = 0xD0, SOI = 0xD8, EOI = 0xD9, SOS = 0xDA, DQT = 0xDB,
                   DRI = 0xDD, APP0 = 0xE0, APP15 = 0xEF, COM = 0xFE;
-constexpr size_t BLOCK = 8;  // pixels a side
+constexpr size_t BLOCK = 8;  // side in pixels
 
 struct Header {
-  size_t height_at = 0;  // where the two bytes of the frame's height stand; 0: no frame yet
+  size_t height_at = 0;  // offset of the two bytes of the frame's height; 0: no frame yet
   size_t scan_at = 0;    // first byte of entropy-coded data
   size_t width = 0, height = 0;
   size_t interval = 0;  // MCUs between restart markers
   size_t mcu_width = 0, mcu_height = 0;
   size_t components = 0;
-  bool blends_rows = false;  // chroma is subsampled vertically, so that upsampling looks at the rows beside
+  bool blends_rows = false;  // chroma is subsampled vertically, so upsampling reads neighbouring rows
 };
 
 struct Band {
   Header header;
   size_t begin = 0, end = 0;     // the entropy-coded data of its rows
   size_t first_row = 0, height = 0;
-  std::vector<size_t> restarts;  // places of the restart markers between begin and end
+  std::vector<size_t> restarts;  // offsets of the restart markers between begin and end
 };
 
 size_t two_bytes(Bytes data, size_t at) { return size_t{data[at]} << 8 | data[at + 1]; }
 
 size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// A frame of 8-bit samples; body: what follows the length of SOF0 or SOF1.
+// Reads a frame of 8-bit samples; body: the bytes after the length of SOF0 or SOF1.
 bool read_frame(Bytes body, Header& header) {
   if (body.size() < 6 || body[0] != 8) return false;
   header.height = two_bytes(body, 1);
@@ -63,14 +63,14 @@ bool read_frame(Bytes body, Header& header) {
     down = std::max(down, v);
     least_down = std::min(least_down, v);
   }
-  if (n == 1) across = down = 1;  // the blocks of a lone component are not interleaved
+  if (n == 1) across = down = 1;  // the blocks of a single component are not interleaved
   header.mcu_width = BLOCK * across;
   header.mcu_height = BLOCK * down;
   header.blends_rows = n > 1 && least_down < down;
   return true;
 }
 
-// One scan of all components and all coefficients; body: what follows the length of SOS.
+// Whether a scan has all components and all coefficients; body: the bytes after the length of SOS.
 bool is_whole_scan(Bytes body, const Header& header) {
   const size_t n = header.components;
   if (body.size() != 4 + 2 * n || body[0] != n) return false;
@@ -106,8 +106,8 @@ std::optional<Header> read_header(Bytes data) {
   }
 }
 
-// The place of the next marker at or after `at`, its 0xFF; data.size() where there is none. A 0xFF that is followed by
-// 0 is data, one that is followed by 0xFF fills.
+// The offset of the 0xFF of the next marker at or after `at`, or data.size(). A 0xFF before a 0 is data, a 0xFF before
+// another 0xFF is a fill byte.
 size_t find_marker(Bytes data, size_t at) {
   while (at < data.size()) {
     const void* found = std::memchr(data.data() + at, 0xFF, data.size() - at);
@@ -132,7 +132,7 @@ std::optional<Band> find_band(Bytes data, int64_t top, int64_t bottom) {
   size_t first = top / header.mcu_height, stop = divide_up(bottom, header.mcu_height);
   first -= std::min(first, margin);
   stop = std::min(stop + margin, rows);
-  // Rows and restart intervals begin together every `group_rows` rows.
+  // A row of MCUs and a restart interval begin together every `group_rows` rows.
   const size_t common = std::gcd(header.interval, per_row);
   const size_t group_rows = header.interval / common, group_intervals = per_row / common;
   first -= first % group_rows;
@@ -152,14 +152,14 @@ std::optional<Band> find_band(Bytes data, int64_t top, int64_t bottom) {
     if (i >= begins) band.restarts.push_back(marker);
     at = marker + 2;
   }
-  band.end = band.restarts.back();  // the marker after the band gives way to the end of the image
+  band.end = band.restarts.back();  // EOI replaces the marker after the band
   band.restarts.pop_back();
   band.first_row = first * header.mcu_height;
   band.height = std::min(stop * header.mcu_height, header.height) - band.first_row;
   return band;
 }
 
-// `out` has room for what size_of(band) says.
+// `out` has room for size_of(band) bytes.
 void write_band(Bytes data, const Band& band, uint8_t* out) {
   const Header& header = band.header;
   std::memcpy(out, data.data(), header.scan_at);
@@ -180,7 +180,7 @@ Bytes view(const py::bytes& bytes) {
 }
 
 py::object cut_rows(const py::bytes& jpeg, int64_t top, int64_t bottom) {
-  const Bytes data = view(jpeg);  // bytes do not change, and the caller's reference keeps them
+  const Bytes data = view(jpeg);  // bytes are immutable, and the caller's reference keeps them alive
   std::optional<Band> band;
   {
     py::gil_scoped_release release;
@@ -207,7 +207,7 @@ size_t count_scans(const py::bytes& jpeg) {
 }  // namespace
 
 PYBIND11_MODULE(_jpeg, module) {
-  module.doc() = "The compiled form of muse_fast.images.jpeg_rows.";
+  module.doc() = "Compiled version of muse_fast.images.jpeg_rows.";
   module.def("cut_rows", &cut_rows, py::arg("jpeg"), py::arg("top"), py::arg("bottom"));
   module.def("count_scans", &count_scans, py::arg("jpeg"));
 }

@@ -1,4 +1,4 @@
-// Every schema of the library. Each source registers its own implementation; Python adds the fakes (muse_fast/ops).
+// All schemas of the library. Each source registers its own implementation; Python adds the fakes (muse_fast/ops).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(muse_fast, library) {

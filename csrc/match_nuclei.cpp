@@ -1,5 +1,5 @@
 // Rows of the same nucleus in two views of a ROI: one merge of two sorted lists per (global g, view v != g, ROI b).
-// One thread: the batch of a rank takes a fraction of a millisecond, and a data worker owns one core.
+// Single-threaded: the batch of a rank takes a fraction of a millisecond, and a data worker has one core.
 #include "match_nuclei.h"
 
 #include <torch/csrc/stable/library.h>
@@ -64,9 +64,9 @@ struct Pairs {
   int64_t count;
 };
 
-// Writes the rows of every index that both sorted ranges hold from `pair` on, and returns where they end. Which range
-// has the smaller index next is a coin toss to the processor, so no step branches on it: each writes, and the end moves
-// on if the indices are equal.
+// Writes the rows of every index in both sorted ranges, starting at `pair`, and returns the end. The processor cannot
+// predict which range has the smaller index next, so no step branches on it: each step writes a pair, and the end
+// advances only if the indices are equal.
 Pair* intersect(const int32_t* index, int64_t a, int64_t a_end, int64_t b, int64_t b_end, Pair* pair) {
   while (a < a_end && b < b_end) {
     const int32_t in_a = index[a], in_b = index[b];
@@ -84,7 +84,7 @@ Pairs find_pairs(const Tensor& index, const Tensor& offsets, int64_t num_rois, i
   const int32_t* rows = offsets.const_data_ptr<int32_t>();
   muse_fast::check_rows(ids, index.numel(), rows, num_views * num_rois);
 
-  // To a global, a row is a student at most once; one more for the last write of intersect.
+  // A row is the student of each global at most once; one more for the last write of intersect.
   auto begin = std::make_unique_for_overwrite<Pair[]>(num_globals * index.numel() + 1);
   Pair* end = begin.get();
   for (int64_t g = 0; g < num_globals; ++g) {
@@ -100,7 +100,7 @@ Pairs find_pairs(const Tensor& index, const Tensor& offsets, int64_t num_rois, i
   return {std::move(begin), count};
 }
 
-// One side of the pairs, cut or padded with -1 to `capacity` rows.
+// One side of the pairs, truncated or padded with -1 to `capacity` rows.
 Tensor rows_of(int32_t Pair::* side, const Pairs& pairs, int64_t capacity, const Tensor& like) {
   Tensor tensor = torch::stable::new_empty(like, {capacity}, ScalarType::Long);
   int64_t* rows = tensor.mutable_data_ptr<int64_t>();

@@ -1,7 +1,7 @@
-// The pairs of match_nuclei.cpp on the device, in the same order. A block serves one segment (global g, view v != g,
-// ROI b), a thread one teacher row: it looks its nucleus up in the student's sorted rows. The first pass counts the
-// pairs of every segment, their running sum says where each segment starts, the second pass writes. No atomics, but for
-// the flag of a broken pack.
+// The pairs of match_nuclei.cpp on the device, in the same order. A block handles one segment (global g, view v != g,
+// ROI b), and a thread one teacher row: it looks up the row's nucleus in the student's sorted rows. The first pass
+// counts the pairs of every segment, their running sum is where each segment starts, and the second pass writes. No
+// atomics, except for the flag of an invalid pack.
 #include "match_nuclei.h"
 
 #include "match_nuclei.cuh"
@@ -27,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int kThreads = 128;  // a view shows some 60 to 300 nuclei
+constexpr int kThreads = 128;  // a view shows about 60 to 300 nuclei
 
 Pack make_pack(const Tensor& index, const Tensor& offsets, int64_t num_rois, int64_t num_globals) {
   const int64_t num_views = muse_fast::check_match_nuclei(index, offsets, num_rois, num_globals);
@@ -62,7 +62,7 @@ Tensor to_host(const Tensor& tensor) {
   return torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-// Where the pairs of every segment start, [S + 1]. The last entry is P; all are negative if the pack is broken.
+// Where the pairs of every segment start, [S + 1]. The last entry is P; all are negative if the pack is invalid.
 Tensor count_pairs(const Pack& pack, const Tensor& index) {
   Tensor counts = torch::stable::new_zeros(index, {pack.num_segments() + 1}, ScalarType::Long);
   int64_t* places = counts.mutable_data_ptr<int64_t>();
@@ -79,7 +79,7 @@ void fill_pairs(const Pack& pack, Tensor& starts, Tensor& teacher, Tensor& stude
          teacher.numel());
 }
 
-// index [N] int32, offsets [V * B + 1] int32 -> teacher [P] int64, student [P] int64. The host waits once, for P.
+// index [N] int32, offsets [V * B + 1] int32 -> teacher [P] int64, student [P] int64. Synchronises once, to read P.
 std::tuple<Tensor, Tensor> match_nuclei(const Tensor& index, const Tensor& offsets, int64_t num_rois,
                                         int64_t num_globals) {
   const Pack pack = make_pack(index, offsets, num_rois, num_globals);
@@ -99,7 +99,8 @@ std::tuple<Tensor, Tensor> match_nuclei(const Tensor& index, const Tensor& offse
   return {teacher, student};
 }
 
-// ... -> teacher [capacity] int64, student [capacity] int64, count [] int64, negative if the pack is broken. No wait.
+// ... -> teacher [capacity] int64, student [capacity] int64, count [] int64, negative if the pack is invalid. Does not
+// synchronise.
 std::tuple<Tensor, Tensor, Tensor> match_nuclei_padded(const Tensor& index, const Tensor& offsets, int64_t num_rois,
                                                        int64_t num_globals, int64_t capacity) {
   muse_fast::check_capacity(capacity);

@@ -1,4 +1,4 @@
-// The kernels of match_nuclei.cu. They know nothing of torch: tests/support/cuda_on_cpu.h runs them on the CPU.
+// The kernels of match_nuclei.cu. They do not depend on torch: tests/support/cuda_on_cpu.h runs them on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -30,14 +30,14 @@ struct Pack {
   __host__ __device__ int64_t num_images() const { return num_views * num_rois; }
   __host__ __device__ int64_t num_segments() const { return num_globals * (num_views - 1) * num_rois; }
 
-  // Clamped, because broken offsets are reported only after they were used.
+  // Clamped, because invalid offsets are reported only after they were used.
   __device__ Rows rows(int64_t image) const {
     const int64_t begin = min(max(int64_t{offsets[image]}, int64_t{0}), num_rows);
     return {begin, min(max(int64_t{offsets[image + 1]}, begin), num_rows)};
   }
 };
 
-// The row of `rows`, which are sorted by index, that holds `id`, or kNone.
+// The row of `rows`, sorted by index, whose index is `id`, or kNone.
 __device__ inline int64_t find(const int32_t* index, Rows rows, int32_t id) {
   const int64_t end = rows.end;
   while (rows.begin < rows.end) {
@@ -55,11 +55,11 @@ struct Prefix {
   int before, total;
 };
 
-// The sum of `value` over the threads of the block before this one, and over all. Every thread must call it.
+// The sum of `value` over the threads of the block before this one, and over all of them. Every thread must call it.
 __device__ inline Prefix block_prefix(int value) {
   int(&warp_totals)[32] = block_shared<int[32]>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int sum = value;  // up to and with this lane
+  int sum = value;  // up to and including this lane
   for (int step = 1; step < 32; step *= 2) {
     const int lower = __shfl_up_sync(~0u, sum, step);
     if (lane >= step) sum += lower;
@@ -75,7 +75,8 @@ __device__ inline Prefix block_prefix(int value) {
   return prefix;
 }
 
-// How many faults this thread finds, of those that muse_fast::check_rows throws for. Blocks take an image at a time.
+// The number of faults that this thread finds, with the rules of muse_fast::check_rows. A block reads one image at a
+// time.
 __device__ inline int count_faults(const Pack& pack) {
   int faults = 0;
   for (int64_t image = blockIdx.x; image < pack.num_images(); image += gridDim.x) {
@@ -98,8 +99,8 @@ __global__ void check_kernel(Pack pack, int64_t* broken) {
   if (count_faults(pack) > 0) atomicExch(reinterpret_cast<Word*>(broken), static_cast<Word>(kBroken));
 }
 
-// Counting: places[s + 1] = pairs of segment s. Filling: places[s] = place of its first pair in teacher and student,
-// which end after `capacity` pairs; in a broken pack all places are negative.
+// Counting: places[s + 1] = number of pairs of segment s. Filling: places[s] = position of its first pair in teacher
+// and student, which end after `capacity` pairs; in an invalid pack all positions are negative.
 template <bool kFill>
 __global__ void match_kernel(Pack pack, int64_t* places, int64_t* teacher, int64_t* student, int64_t capacity) {
   for (int64_t segment = blockIdx.x; segment < pack.num_segments(); segment += gridDim.x) {

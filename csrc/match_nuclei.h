@@ -1,4 +1,4 @@
-// What the CPU and the CUDA implementation of match_nuclei ask of their inputs (match_nuclei.cpp).
+// Input checks shared by the CPU and the CUDA implementation of match_nuclei (defined in match_nuclei.cpp).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,11 +7,11 @@
 
 namespace muse_fast {
 
-// Types, shapes and counts: everything that can be checked without reading the rows. Returns the number of views V.
+// Checks types, shapes and counts: everything that does not require reading the rows. Returns the number of views V.
 int64_t check_match_nuclei(const torch::stable::Tensor& index, const torch::stable::Tensor& offsets, int64_t num_rois,
                            int64_t num_globals);
 
-// Offsets that rise from 0 to N, and sorted, unique indices in every image. Both pointers are the host's.
+// Checks that offsets rise from 0 to N, and that indices are sorted and unique in every image. Takes host pointers.
 void check_rows(const int32_t* index, int64_t num_rows, const int32_t* offsets, int64_t num_images);
 
 void check_capacity(int64_t capacity);

@@ -1,12 +1,12 @@
-// Rows of the unified map at the nuclei, read straight from the levels that the map would be made of, and the gradient.
+// Rows of the unified map at the nuclei, read directly from the levels without building the map, and their gradient.
 //
 // Upsampling and sampling are linear, axis by axis. A point at position u lies between the fine pixels q = floor(u) and
-// q + 1, which it weighs 1 - s and s with s = u - q. Upsampling puts fine pixel q at q (coarse - 1) / (fine - 1) of a
-// level, between two of its pixels. So a point weighs at most four pixels of a level along an axis (three, where the
-// level is the coarser), and a tap's weight is the product of its two axes'.
+// q + 1, with weights 1 - s and s, where s = u - q. Upsampling puts fine pixel q at q (coarse - 1) / (fine - 1) of a
+// level, between two of its pixels. So a point depends on at most four pixels of a level along an axis (three, if the
+// level is coarser), and a tap's weight is the product of its weights along both axes.
 //
 // Forward: a thread owns rows. Backward: a thread owns the gradient of whole images and adds up their rows in order. So
-// the same bits come out for any number of threads.
+// the result is bit-identical for any number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,7 +38,7 @@ struct Points {
   const int64_t* images;
   int64_t count, view_size;
 
-  // Where a point lies among `pixels` fine pixels along axis 0 (x) or 1 (y). NaN goes to 0.
+  // Position of a point among `pixels` fine pixels along axis 0 (x) or 1 (y). NaN becomes 0.
   double position(int64_t point, int axis, int64_t pixels) const {
     const double last = static_cast<double>(pixels - 1);
     return std::min(std::max(0.0, places[point * 2 + axis] / static_cast<double>(view_size) * last), last);
@@ -58,7 +58,7 @@ struct Level {
         column_stride(tensor.stride(3)) {}
 };
 
-// The pixels of a level that a point weighs along one axis.
+// The pixels of a level that a point depends on along one axis, and their weights.
 struct Blend {
   int64_t count = 0;
   int64_t pixels[kMostPixels];
@@ -77,7 +77,7 @@ struct Blend {
 
  private:
   void add(int64_t pixel, double weight) {
-    if (weight == 0) return;  // as of all pixels past the border
+    if (weight == 0) return;  // true of all pixels past the border
     const int64_t place = std::find(pixels, pixels + count, pixel) - pixels;
     if (place == count) {
       pixels[count] = pixel;
@@ -87,7 +87,7 @@ struct Blend {
   }
 };
 
-// The pixels of a level that a point weighs, as offsets into an image.
+// The pixels of a level that a point depends on, as offsets into an image, and their weights.
 template <typename Weight>
 struct Taps {
   int64_t count = 0;
@@ -157,7 +157,7 @@ void sample(const std::vector<Tensor>& tensors, const Points& points, Tensor& of
   });
 }
 
-// The points of every image, in their given order; padding is in none.
+// The points of every image, in their given order, without padding.
 struct Groups {
   std::vector<int64_t> points, starts;  // image i has points[starts[i]] to points[starts[i + 1] - 1]
 
@@ -187,7 +187,7 @@ void scatter(const Tensor& of_rows, const Points& points, const std::vector<Tens
   const Groups groups(points, num_images);
 
   torch::stable::parallel_for(0, num_images * num_levels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Sum<T>> wide;  // sums of a narrow type
+    std::vector<Sum<T>> wide;  // sums of a 16-bit type
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / num_levels, l = task % num_levels;
       const Level<T>& level = levels[l];
@@ -226,7 +226,7 @@ void dispatch(ScalarType dtype, const F& f) {
                       THO_DISPATCH_CASE(ScalarType::Half, [&] { f(scalar_t{}); }));
 }
 
-// levels l of [I, c_l, h_l, w_l], xy [N, 2], image_index [N] int64 -> rows [N, sum c_l].
+// levels, each [I, c_l, h_l, w_l], xy [N, 2], image_index [N] int64 -> rows [N, sum c_l].
 Tensor sample_nuclei_fwd(const std::vector<Tensor>& levels, const Tensor& xy, const Tensor& image_index,
                          int64_t view_size) {
   STD_TORCH_CHECK(!levels.empty(), "sample_nuclei: at least one level is needed");
