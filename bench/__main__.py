@@ -16,19 +16,19 @@ COMMANDS = {"ops": ops_command, "step": step_command, "data": data_command, "abl
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints tables, writes the JSON; exit code 1 when a version is wrong."""
+    """Print tables and write the JSON; exit code 1 if a version is wrong."""
     options = parse(argv)
-    return COMMANDS[options.what].main(options)
+    return COMMANDS[options.benchmark].main(options)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Time the ops, the training step and the data path; compare what runs learn.",
+        description="Time the ops, the training step and the data path; compare the features of short runs.",
     )
-    what = parser.add_subparsers(dest="what", required=True)
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     for name, command in COMMANDS.items():
-        arguments = what.add_parser(name, description=command.__doc__)
+        arguments = benchmarks.add_parser(name, description=command.__doc__)
         arguments.add_argument(
             "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
         )

@@ -1,4 +1,4 @@
-"""The machine that the numbers come from: its name and software, and the rates that it reaches."""
+"""The machine that the numbers come from: its name, its software and its peak rates."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 from bench.measure import milliseconds
 
-H100_FLOPS = 790e12  # dense bf16 that its matrix units sustain
+H100_FLOPS = 790e12  # sustained dense bf16
 
 
 class Rates(NamedTuple):
-    """What this machine reaches: bytes per second (read plus written) of a large copy, FLOP per second of a large
-    matrix product."""
+    """Measured rates: bytes per second (read plus written) of a large copy, FLOP per second of a large matrix
+    product."""
 
     copy: float
     matmul: float
@@ -54,7 +54,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The model that Linux names, else what Python knows."""
+    """Return the CPU model from /proc/cpuinfo, else Python's name for it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -62,7 +62,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Of the checkout; ``$COMMIT`` names it where the sources were copied without their history."""
+    """Return the commit of the checkout, or ``$COMMIT`` if the sources were copied without their history."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]

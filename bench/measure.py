@@ -1,4 +1,4 @@
-"""The instruments: the results of a version, their error, its time and its memory."""
+"""Measure the results of a version, their error, its time and its memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 
 REPEATS = 20
 MIN_REPEATS = 3
-SECONDS_PER_VERSION = 1.5  # a version that has used them up, and has its MIN_REPEATS, leaves the rounds
-CACHE_BYTES = 256 * 2**20  # more than the cache of any GPU here
+SECONDS_PER_VERSION = 1.5  # a version stops after this time if it has MIN_REPEATS
+CACHE_BYTES = 256 * 2**20  # more than the cache of any supported GPU
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler takes it for an error that there is no GPU
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs an error if there is no GPU
 
 Call = Callable[..., Any]
 
 
 def evaluate(call: Call, arguments: Sequence[Any]) -> list[Tensor]:
-    """The results, then the gradients of the arguments that require one, for fixed gradients of the results."""
+    """Return the results, then the gradients of all arguments that require one, given fixed output gradients."""
     result = call(*arguments)
     outputs = list(result) if isinstance(result, (tuple, list)) else [result]
     leaves = [tensor for tensor in tensors_of(arguments) if tensor.requires_grad]
@@ -37,12 +37,12 @@ def evaluate(call: Call, arguments: Sequence[Any]) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def output_gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sixty-fourths from 0.5 to 1.5: exact in every dtype. Kept, so that its making is not timed."""
+    """Return multiples of 1/64 from 0.5 to 1.5, exact in every dtype. Cached, so that creating it is not timed."""
     return (torch.arange(math.prod(shape), device=device) % 65 / 64 + 0.5).to(dtype).view(shape)
 
 
 def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative L2 distance; infinite for NaN and where shapes, integers or the number of results differ."""
+    """Return the largest relative L2 distance; infinite for NaN, or if shapes, integers or the result count differ."""
     if [tensor.shape for tensor in got] != [tensor.shape for tensor in expected]:
         return math.inf
     return max((distance(a, b) for a, b in zip(got, expected, strict=True)), default=0.0)
@@ -57,7 +57,7 @@ def distance(got: Tensor, expected: Tensor) -> float:
 
 
 def interleaved(calls: dict[str, Call], arguments: Sequence[Any], device: str) -> dict[str, list[float]]:
-    """Milliseconds of forward and backward, the versions taking turns so that drift of the machine hits all alike."""
+    """Time forward and backward in milliseconds, alternating the versions so that drift affects them equally."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(REPEATS):
         for name, call in calls.items():
@@ -67,7 +67,7 @@ def interleaved(calls: dict[str, Call], arguments: Sequence[Any], device: str) -
 
 
 def milliseconds(run: Callable[[], Any], device: str) -> float:
-    """Of one call. On CUDA by events, with a cold cache, and the launches queued up while that is being flushed."""
+    """Time one call. On CUDA with events and a cold cache, queueing the launches while the cache is flushed."""
     if device == "cpu":
         start = time.perf_counter()
         run()
@@ -82,18 +82,17 @@ def milliseconds(run: Callable[[], Any], device: str) -> float:
 
 
 def quantiles(times: Sequence[float]) -> dict[str, float]:
-    """What a report says of milliseconds."""
+    """Return the report's summary of times in milliseconds."""
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     p20, median, p80 = (deciles[place] for place in (1, 4, 7))
     return {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "repeats": len(times)}
 
 
 def extra_memory(call: Call, arguments: Sequence[Any], device: str) -> int:
-    """Peak of one warm run above what it leaves behind, in bytes: neither inputs nor results and gradients count.
+    """Return the peak of one warm run above what is allocated after it, in bytes, excluding inputs and results.
 
-    What a version has freed before it allocates the gradients may hide beneath them. On the CPU every allocation of
-    torch is seen, also those that C++ ops make through it; not what they or Python take from malloc themselves, and
-    not the workspaces of MKL and oneDNN.
+    Memory that is freed before the gradients are allocated may not show. On the CPU this counts all allocations through
+    torch, including those of C++ ops, but not direct calls of malloc, nor the workspaces of MKL and oneDNN.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -107,14 +106,14 @@ def extra_memory(call: Call, arguments: Sequence[Any], device: str) -> int:
             held += change
             peak = max(peak, held)
         extra = peak - held
-    del results  # alive until here, so that they count among what is left behind
+    del results  # alive until here, so that they count as allocated after the run
     return extra
 
 
 def held_and_peak(prepare: Callable[[], Any], run: Callable[[], Any], device: str) -> tuple[int, int]:
-    """Bytes that ``prepare()`` leaves behind, and the most that is held during ``run()`` after it, those included.
+    """Return the bytes allocated after ``prepare()``, and the peak during ``run()`` after it, including those.
 
-    On the CPU every allocation of torch is seen, as by `extra_memory`.
+    On the CPU this counts all allocations through torch, like `extra_memory`.
     """
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -139,12 +138,12 @@ def held_and_peak(prepare: Callable[[], Any], run: Callable[[], Any], device: st
 
 
 def allocations(profile: torch.autograd.profiler.profile) -> list[tuple[int, int]]:
-    """When, and how many bytes were taken or, negative, given back."""
+    """Return the time and bytes of every allocation; negative bytes are freed."""
     events = profile.kineto_results.events()
     return [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
 
 
 def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
-    """In order, including those in lists."""
+    """Return the tensors among the arguments in order, including those in lists."""
     flat = [argument if isinstance(argument, list) else [argument] for argument in arguments]
     return [item for items in flat for item in items if isinstance(item, Tensor)]

@@ -1,4 +1,4 @@
-"""What the commands print alike."""
+"""Output shared by the commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def print_machine(to: Console, environment: dict[str, Any], rates: Rates) -> Non
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Names to the left, numbers to the right."""
+    """Build a table with left-aligned names and right-aligned numbers."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, column in enumerate(columns):
         out.add_column(column, justify="right" if place else "left", no_wrap=True)
@@ -36,7 +36,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def print_verdicts(to: Console, rows: Sequence[dict[str, Any]], figures: dict[str, str]) -> None:
-    """Why a version has no times, and targets met or missed."""
+    """Print why a version was not timed, and which targets were met or missed."""
     for row in rows:
         for verdict in ("wrong", "skipped"):
             if verdict in row:
@@ -52,5 +52,5 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def number(value: float) -> str:
-    """Three digits; more where they stand before the point, and none of what is beyond reckoning."""
+    """Format with three significant digits, or all digits before the point, up to 99999."""
     return ">99999" if value > 99999 else f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Pretrain shortly with one loss or the other, at one magnification or several, and compare what is learned."""
+"""Run short pretrainings with either or both losses, at one magnification or several, and compare the features."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FIGURES = {"balanced": "balanced accuracy", "accuracy": "accuracy"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rois", type=Path, required=True, help="ROI set with classes and the splits train, val, test")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs; those that are finished are kept")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs; finished runs are kept")
     parser.add_argument("--config", default="ablation", help="YAML file or name of a shipped config (ablation)")
-    again = "; may be given again"
-    parser.add_argument("--seed", type=int, action="append", help=f"of all variants (0 and 1){again}")
-    parser.add_argument("--variant", choices=runs.VARIANTS, action="append", help=f"(all){again}")
+    again = "; may be repeated"
+    parser.add_argument("--seed", type=int, action="append", help=f"seed of all variants (0 and 1){again}")
+    parser.add_argument("--variant", choices=runs.VARIANTS, action="append", help=f"variant to run (all){again}")
     parser.add_argument("--mpp", type=float, action="append", help=f"um/px of the test (0.5 and 0.25){again}")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="skip runs that might end after this time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="skip runs that might not end within this time")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="settings of all runs, such as optim.steps=300"
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints a table for each figure; exit code 1 when nothing was trained."""
+    """Print a table per figure; exit code 1 if nothing was trained."""
     try:
         report = _measure(options, console())
     except UserError as error:
@@ -83,9 +83,9 @@ def _show(out: Console, report: dict[str, Any], mpp: str, figure: str) -> None:
     spread = runs.spread(report["results"], mpp, figure)
     names = list(next(iter(spread.values()), ()))
     rows = [[variant, *(_cell(*found[name]) for name in names)] for variant, found in spread.items()]
-    out.print(f"\n{FIGURES[figure]} at {mpp} um/px on the test split in %, mean (least .. most) over the seeds")
+    out.print(f"\n{FIGURES[figure]} at {mpp} um/px on the test split in %, mean (min .. max) over the seeds")
     out.print(table(("variant", *names), rows))
-    out.print("in the paper the first is better than the second; here, in points, seed by seed:")
+    out.print("In the paper the first variant beats the second. Difference here in points, per seed:")
     for found in report["differences"]:
         if (found["mpp"], found["figure"]) == (mpp, figure):
             points = ", ".join(f"{value:+.1f}" for value in found["points"])

@@ -1,7 +1,7 @@
-"""Short pretrainings that differ in one thing each, and what their features know of nuclei (paper, tables 5 and 6).
+"""Short pretrainings that differ in one setting each, and how well their features classify nuclei (tables 5 and 6).
 
-All variants take the same number of steps over the same ROIs in the same order, from the same weights for each seed.
-The runs are too short to yield a good network; what they show is the order of the variants.
+For each seed, all variants train for the same number of steps on the same ROIs in the same order, from the same
+weights. The runs are too short to yield a good network; they only show the order of the variants.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _fixed(mpp: float) -> tuple[str, ...]:
     return tuple(f"views.{kind}_mpp_{end}={mpp}" for kind in ("global", "local") for end in ("min", "max"))
 
 
-# What each changes in the settings.
+# The settings that each variant changes.
 VARIANTS: dict[str, tuple[str, ...]] = {
     BOTH: (),
     IMAGE: ("loss.lambda_nucleus=0",),
@@ -45,16 +45,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     FIXED_20X: _fixed(0.5),
     FIXED_40X: _fixed(0.25),
 }
-# In the paper the first is better than the second.
+# In the paper the first variant beats the second.
 EXPECTED = ((BOTH, NUCLEUS), (NUCLEUS, IMAGE), (BOTH, FIXED_20X), (BOTH, FIXED_40X), (BOTH, UNTRAINED))
 _FREE = ("data.workers", "data.roiset", "train.device")  # settings in which a finished run may differ from the others
 
 
 def cut(rois: Path, scales: Sequence[float]) -> tuple[Tiles, int]:
-    """The labelled nuclei of a ROI set in tiles of 224 px, and the number of their classes.
+    """Cut tiles of 224 px with labelled nuclei from a ROI set; also return the number of classes.
 
     Raises:
-        UserError: a split has none.
+        UserError: a split has no labelled nuclei.
     """
     source = open_source(f"roiset:{rois}")
     return {mpp: tiles_by_split(source, mpp=mpp) for mpp in scales}, len(source.label_names)
@@ -63,9 +63,9 @@ def cut(rois: Path, scales: Sequence[float]) -> tuple[Tiles, int]:
 def in_turn(
     variants: Sequence[str], seeds: Sequence[int], seconds: float, run: Callable[[str, int], Row]
 ) -> Iterator[tuple[str, int, Row | None]]:
-    """Each variant for the first seed, then for the next; None for a run that would not finish in time.
+    """Run every variant with the first seed, then with the next; yield None for a run that would not finish in time.
 
-    Every run is expected to take as long as the longest before it.
+    Every run is expected to take as long as the longest one so far.
     """
     began, longest = time.monotonic(), 0.0
     for seed, variant in product(seeds, (UNTRAINED, *variants)):
@@ -79,11 +79,10 @@ def in_turn(
 
 
 def trained(out: Path, config: str, settings: Sequence[str]) -> Row:
-    """Pretrain, unless that was done before; figures of the run.
+    """Pretrain unless ``out`` is a finished run, and return the run's figures.
 
     Raises:
-        UserError: it cannot run, or did not end well; what it said is in ``OUT.log``. Or what was done before had other
-            settings.
+        UserError: the run cannot start or fails (``OUT.log`` has its output), or a finished run has other settings.
     """
     log = out.with_name(f"{out.name}.log")
     if (out / "summary.json").exists():
@@ -93,22 +92,22 @@ def trained(out: Path, config: str, settings: Sequence[str]) -> Row:
         with open(log, "w") as file, contextlib.redirect_stdout(file):
             code = pretrain.main(["--config", config, "--out", str(out), *settings])
         if code != 0:
-            raise UserError(f"{out} ended with exit code {code}; {log} says why")
+            raise UserError(f"{out} ended with exit code {code}; see {log}")
     summary = json.loads((out / "summary.json").read_text())
     kept = ("steps", "seconds_of_last_start", "rois_per_second", "data_wait", "loss_image", "loss_nucleus")
     return {key: summary[key] for key in (*kept, "mean_entropy_share_of_ln_k", "retrieval_at_1")}
 
 
 def untrained(config: PretrainConfig) -> Backbone:
-    """The network that the variants of a seed begin with."""
+    """Build the network that the variants of a seed start from."""
     torch.manual_seed(config.seed)
     return build_backbone(config.model.arch, image_size=config.views.global_size).eval()
 
 
 def scores(backbone: Backbone, tiles: Tiles, num_classes: int, device: str, seed: int) -> dict[str, Row]:
-    """Accuracy and balanced accuracy on the test split, by um/px, then by classifier and kind of features.
+    """Return accuracy and balanced accuracy on the test split, by um/px, then by classifier and kind of features.
 
-    Nothing is chosen on the test split: k is the best on val, as is the epoch of the linear probe.
+    Nothing is chosen on the test split: k and the epoch of the linear probe are the best on val.
     """
     backbone = backbone.to(device).eval()
     found: dict[str, Row] = {}
@@ -136,7 +135,7 @@ def measured(
     tiles: Tiles,
     num_classes: int,
 ) -> Row:
-    """One variant with one seed, trained and scored."""
+    """Train and score one variant with one seed."""
     settings = [f"seed={seed}", f"data.roiset={rois}", f"train.device={device}", *settings]
     name = f"{variant.replace(' ', '-').replace('/', '-')}-{seed}"
     row: Row = {"variant": variant, "seed": seed}
@@ -149,7 +148,7 @@ def measured(
 
 
 def spread(rows: Sequence[Row], mpp: str, figure: str) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Of each variant and classifier: mean, least and most over the seeds, in percent."""
+    """Return mean, minimum and maximum over the seeds in percent, by variant and classifier."""
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     for variant in dict.fromkeys(row["variant"] for row in rows):
         of_seeds = [row["scores"][mpp] for row in rows if row["variant"] == variant]
@@ -159,7 +158,7 @@ def spread(rows: Sequence[Row], mpp: str, figure: str) -> dict[str, dict[str, tu
 
 
 def differences(rows: Sequence[Row], mpp: str, figure: str) -> list[Row]:
-    """Of each expected order and classifier: the first variant's points above the second's, seed by seed."""
+    """Return how many points the first variant of each expected pair is above the second, per classifier and seed."""
     of_run = {(row["variant"], row["seed"]): row["scores"][mpp] for row in rows}
     found = []
     for better, worse in EXPECTED:

@@ -1,4 +1,4 @@
-"""Time the data path from the ROI set to batches of views, stage by stage and whole: rates per second and core."""
+"""Time the data path from the ROI set to batches of views, each stage and the whole: rates per second and core."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ COLUMNS = ("stage", "ms per ROI", "p20 .. p80", "ROI/s", "share of the loader's 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=Path, metavar="DIR", help="fields at 0.25 um/px to cut the ROIs from")
-    parser.add_argument("--rois", type=int, default=8, help="how many; a batch holds them all")
-    parser.add_argument("--side", type=int, default=2048, help="of a ROI, pixels")
-    parser.add_argument("--size", type=int, choices=timing.SIZES, help="of a global view (all sizes)")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each stage is timed, in turns")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="images at 0.25 um/px to cut the ROIs from")
+    parser.add_argument("--rois", type=int, default=8, help="number of ROIs, all in one batch")
+    parser.add_argument("--side", type=int, default=2048, help="side of a ROI in pixels")
+    parser.add_argument("--size", type=int, choices=timing.SIZES, help="side of a global view in pixels (all sizes)")
+    parser.add_argument("--rounds", type=int, default=9, help="number of rounds in which every stage is timed once")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints a table per set and size; exit code 1 when pixels are wrong."""
+    """Print a table per set and size; exit code 1 if pixels are wrong."""
     if options.rounds < 2 or options.rois < 1:
         options.parser.error("expected --rounds 2 or more and --rois 1 or more")
     torch.set_num_threads(1)  # rates are per core
     out, folder = console(), options.images or timing.real_images()
     report: dict[str, Any] = {"environment": environment(options.device), "results": []}
     out.print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
-    kind = f"crops of {folder}" if folder.is_dir() else f"procedural, as there is no folder {folder}"
-    out.print(f"{options.rois} ROIs of {options.side} px: {kind}; nuclei are being looked for ...", markup=False)
+    kind = f"crops of {folder}" if folder.is_dir() else f"procedural, because {folder} is not a folder"
+    out.print(f"{options.rois} ROIs of {options.side} px: {kind}; detecting nuclei ...", markup=False)
     report["rois"] = {"side": options.side, "source": folder.name if folder.is_dir() else "synthetic"}
     images = list(timing.images(folder, options.rois, options.side))
     if not images:
-        options.parser.error(f"no image in {folder}")
+        options.parser.error(f"no images in {folder}")
     with tempfile.TemporaryDirectory() as scratch:
         for number_of_set, encoding in enumerate(timing.ENCODINGS):
             roiset = timing.write_set(Path(scratch, str(number_of_set)), images, encoding)

@@ -1,8 +1,8 @@
-"""Times the data path from the ROI set to batches of views, stage by stage and whole.
+"""Time the data path from the ROI set to batches of views, each stage and the whole.
 
-Times are CPU seconds of one thread, so that a rate is one per core, and a machine that others use too disturbs it less.
-Stages take turns, each round with the views of another epoch. Before that, pixels and views made from the rows that
-they need are compared with those made from whole ROIs.
+Times are CPU seconds of one thread, so rates are per core and less sensitive to other load on the machine. Every round
+times all stages once, with the views of another epoch. Before that, pixels and views from partially decoded ROIs are
+compared with those from whole ROIs.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 }
 SIZES = {224: ViewsConfig(), 512: ViewsConfig(global_size=512, local_size=208)}
 ALL, SEEN = "decode all", "decode rows seen"
-TARGETS = {224: 3.0}  # times the rate of decoding all
+TARGETS = {224: 3.0}  # speedup over decoding all
 
-MORE_BATCHES = 4  # by which the long run of a loader exceeds its short one
+MORE_BATCHES = 4  # of the long run of a loader, compared with the short run
 
 
 def loaders(device: str) -> dict[str, Loader]:
-    """Whole loaders by the name of their backend, of those that run here; views stay where they are rendered."""
+    """Return the loaders that run here by the name of their backend; views stay on the device that rendered them."""
     found = {}
     for backend in DATA_BACKENDS:
         place = "cpu" if backend == "cpu" else device
@@ -67,13 +67,13 @@ def loaders(device: str) -> dict[str, Loader]:
 
 
 def real_images() -> Path:
-    """Fields of 2084 px at 0.25 um/px: ``mitos12`` in ``$MUSE_FAST_DATA``, or in ``../shared/data``."""
-    beside = Path(__file__).parents[3] / "shared" / "data"
-    return Path(os.environ.get("MUSE_FAST_DATA", beside)) / "mitos12"
+    """Return a folder of images of 2084 px at 0.25 um/px: ``mitos12`` in ``$MUSE_FAST_DATA`` or ``../shared/data``."""
+    default = Path(__file__).parents[3] / "shared" / "data"
+    return Path(os.environ.get("MUSE_FAST_DATA", default)) / "mitos12"
 
 
 def images(folder: Path, count: int, side: int) -> Iterator[Image]:
-    """Crops of the images in ``folder`` with detected nuclei; procedural ones where there is no such folder."""
+    """Yield crops of the images in ``folder`` with detected nuclei, or procedural images if there is no such folder."""
     if not folder.is_dir():
         for seed in range(count):
             yield synthetic_image(seed, side, MPP)[:2]
@@ -91,7 +91,7 @@ def write_set(out: Path, rois: Sequence[Image], encoding: str) -> RoiSet:
 
 
 def spread(plan: Plan) -> Plan:
-    """The same views, each placed anywhere in the ROI, as a literal reading of the paper has it."""
+    """Place each view of a plan anywhere in the ROI, as in a literal reading of the paper."""
     rng = np.random.default_rng([SEED, plan.epoch, plan.roi.id, 1])
     places = [rng.integers((plan.roi.width - box.side + 1, plan.roi.height - box.side + 1)) for box in plan.boxes]
     boxes = [replace(box, x=int(x), y=int(y)) for box, (x, y) in zip(plan.boxes, places, strict=True)]
@@ -104,7 +104,7 @@ def decode_seen(plan: Plan) -> tuple[NDArray[np.uint8], int]:
 
 
 def describe(plans: Sequence[Plan]) -> dict[str, float]:
-    """Means over ROIs: rows that are decoded and pixels that the views' window holds, as shares; nuclei and pairs."""
+    """Return means over ROIs: fractions of rows decoded and of pixels in the views' window; nuclei and pairs."""
     rows, pixels, nuclei, pairs = [], [], [], []
     for plan in plans:
         _, _, width, height = plan.window()
@@ -121,7 +121,7 @@ def describe(plans: Sequence[Plan]) -> dict[str, float]:
 
 
 def run_case(roiset: RoiSet, config: ViewsConfig, rounds: int, device: str) -> dict[str, Any]:
-    """What the views take of the ROIs, and a row per stage; or why its pixels are wrong."""
+    """Return statistics of the views and a row per stage, or why pixels are wrong."""
     rois = [roiset[i] for i in range(len(roiset))]
     epochs = [[draw_plan(roi, epoch, SEED, config) for roi in rois] for epoch in range(rounds)]
     plans = [plan for epoch in epochs for plan in epoch]
@@ -153,7 +153,7 @@ def run_case(roiset: RoiSet, config: ViewsConfig, rounds: int, device: str) -> d
 
 
 def first_difference(plans: Sequence[Plan], config: ViewsConfig) -> str | None:
-    """Where rows decoded alone, or views made of them, differ from those of the whole ROI; None where nowhere."""
+    """Return where partially decoded rows, or views made from them, differ from those of the whole ROI, or None."""
     for plan in plans:
         _, top, _, height = plan.window()
         pixels, first = decode_seen(plan)
@@ -166,7 +166,7 @@ def first_difference(plans: Sequence[Plan], config: ViewsConfig) -> str | None:
 
 
 def views_of_all(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Global and local views, normalised, from the whole ROI."""
+    """Return normalised global and local views, made from the whole ROI."""
     views = coloured(plan, cropped(plan, plan.roi.decode(), 0))
     return normalise(torch.stack(views[: plan.num_globals])), normalise(torch.stack(views[plan.num_globals :]))
 
@@ -186,7 +186,7 @@ def normalised(plan: Plan, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def load_batches(loader: Loader, dataset: ViewDataset, plans: Sequence[Plan], count: int) -> None:
-    """``count`` batches of the ROIs of the stages: the first with their views, then others."""
+    """Load ``count`` batches of the ROIs in ``plans``: the first with the same views, then with others."""
     epoch, ids = plans[0].epoch, np.array([plan.roi.id for plan in plans])
     sampler = StepSampler(ids, seed=SEED, batch_size=len(ids), start_step=epoch, stop_step=epoch + count)
     for _ in loader(dataset, sampler):
@@ -194,16 +194,16 @@ def load_batches(loader: Loader, dataset: ViewDataset, plans: Sequence[Plan], co
 
 
 def batch_milliseconds(backend: str, run: Callable[[int], None], device: str) -> float:
-    """Time per batch of a loader that ``run`` has make a number of them."""
+    """Return the time per batch of a loader; ``run(count)`` loads that many batches."""
     if backend == "cpu":
         return milliseconds(partial(run, 1), on_gpu=False)
-    # The difference of two runs: what is done once per run, as DALI's building of its pipeline, cancels out.
+    # In the difference of two runs, work done once per run (DALI builds its pipeline) cancels out.
     short, long = (milliseconds(partial(run, count), device == "cuda") for count in (1, 1 + MORE_BATCHES))
     return (long - short) / MORE_BATCHES
 
 
 def stages(roiset: RoiSet, plans: Sequence[Plan], config: ViewsConfig) -> dict[str, Callable[[], object]]:
-    """Each over all ROIs. What a stage needs of the one before is made here, outside its time."""
+    """Return the stages, each over all ROIs. Their inputs are made here, outside their times."""
     rows = [decode_seen(plan) for plan in plans]
     crops = [cropped(plan, *found) for plan, found in zip(plans, rows, strict=True)]
     colours = [coloured(plan, views) for plan, views in zip(plans, crops, strict=True)]
@@ -234,7 +234,7 @@ def stages(roiset: RoiSet, plans: Sequence[Plan], config: ViewsConfig) -> dict[s
 
 
 def gpu_stages(plans: Sequence[Plan]) -> dict[str, Callable[[], object]]:
-    """nvJPEG over a batch, of whole ROIs and of their bands, from bytes in the host's memory."""
+    """Return nvJPEG's stages: a batch of whole ROIs and of their bands, from bytes in host memory."""
     return {
         "nvJPEG all": lambda: nvjpeg([plan.roi.jpeg for plan in plans]),
         "nvJPEG rows seen": lambda: nvjpeg([band(plan) for plan in plans]),
@@ -250,12 +250,12 @@ def nvjpeg(jpegs: Sequence[bytes]) -> list[Tensor]:
 def band(plan: Plan) -> bytes:
     _, top, _, height = plan.window()
     found = jpeg.cutter.cut_rows(plan.roi.jpeg, top, top + height)
-    assert found is not None  # the set is our own
+    assert found is not None  # write_set wrote restart markers
     return found[0]
 
 
 def nvjpeg_difference(plans: Sequence[Plan]) -> float:
-    """Mean distance of pixel values from libjpeg's, which rounds and upsamples otherwise: not 0, but below 1."""
+    """Return the mean distance of pixel values from libjpeg's, which rounds and upsamples differently: in 0..1."""
     found = [image.permute(1, 2, 0).cpu().float() for image in nvjpeg([plan.roi.jpeg for plan in plans])]
     expected = [torch.from_numpy(plan.roi.decode()).float() for plan in plans]
     return float(np.mean([(a - b).abs().mean().item() for a, b in zip(found, expected, strict=True)]))
@@ -265,7 +265,7 @@ def nvjpeg_difference(plans: Sequence[Plan]) -> float:
 
 
 def milliseconds(call: Callable[[], object], on_gpu: bool) -> float:
-    """CPU time of this process; by the clock for what works on a GPU."""
+    """Return the CPU time of this process, or wall time for a call on the GPU."""
     if not on_gpu:
         begin = time.process_time()
         call()

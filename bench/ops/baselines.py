@@ -1,8 +1,8 @@
-"""What the fast backends are measured against.
+"""The baselines of the fast backends.
 
-``LITERAL`` is what public code does: a set intersection in Python, a loop over images that samples the full unified
-map, a stored log-softmax. ``EAGER`` holds the batched PyTorch forms that a careful user would write instead, by name;
-a ratio to eager is one to the fastest of them. A ratio to the literal one alone would flatter us.
+``LITERAL`` does what public code does: a set intersection in Python, a loop over images that samples the full unified
+map, a stored log-softmax. ``EAGER`` has the batched PyTorch forms that a careful user would write instead, by name;
+ratios to eager refer to the fastest of them. Ratios to only the literal version would flatter us.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from muse_fast.views.colours import Colour, apply_colour
 
 
 def literal_match(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> tuple[Tensor, Tensor]:
-    """A dictionary per image, and the intersection of their keys."""
+    """Build a dictionary per image, and intersect their keys."""
     bounds, ids = offsets.tolist(), index.tolist()
     rows = [{ids[row]: row for row in range(start, stop)} for start, stop in pairwise(bounds)]
     teacher, student = [], []
@@ -37,7 +37,7 @@ def literal_match(index: Tensor, offsets: Tensor, num_rois: int, num_globals: in
 
 
 def literal_sample(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:
-    """One grid_sample per image. The backward of the slice fills a gradient of the whole batch for every image."""
+    """Call grid_sample per image. The backward of each slice fills a gradient of the whole batch."""
     unified = unified_map(levels)
     counts = torch.bincount(image_index, minlength=len(unified)).tolist()
     rows = []
@@ -49,7 +49,7 @@ def literal_sample(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, vi
 
 
 def batched_grid_sample(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:
-    """One grid_sample for all images, their points padded to the largest count."""
+    """Call grid_sample once for all images, with their points padded to the largest count."""
     unified = to_single(unified_map(levels))
     place = (image_index, place_in_image(image_index, len(unified)))
     grid = padded(2 * xy / view_size - 1, place, len(unified)).unsqueeze(1).to(unified.dtype)
@@ -58,7 +58,7 @@ def batched_grid_sample(levels: Sequence[Tensor], xy: Tensor, image_index: Tenso
 
 
 def sample_by_matmul(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:
-    """Upsampling and sampling are linear: one matrix ``[points, pixels]`` of weights per image and level does both."""
+    """Upsample and sample with one matrix ``[points, pixels]`` of weights per image and level, as both are linear."""
     images, _, side, _ = levels[0].shape
     place = (image_index, place_in_image(image_index, images))
     points = padded(xy / view_size * (side - 1), place, images)
@@ -79,20 +79,20 @@ def unified_map(levels: Sequence[Tensor]) -> Tensor:
 
 
 def place_in_image(image_index: Tensor, images: int) -> Tensor:
-    """The number of each point among those of its image; points of an image stand together."""
+    """Return the number of each point among those of its image; points are sorted by image."""
     counts = torch.bincount(image_index, minlength=images)
     return torch.arange(len(image_index), device=image_index.device) - (counts.cumsum(0) - counts)[image_index]
 
 
 def padded(points: Tensor, place: tuple[Tensor, Tensor], images: int) -> Tensor:
-    """Packed points ``[N, 2]`` -> ``[images, most, 2]``, zeros where an image has fewer than the most."""
+    """Unpack points ``[N, 2]`` to ``[images, most, 2]``, padded with zeros."""
     out = torch.zeros(images, int(place[1].max()) + 1, 2, dtype=points.dtype, device=points.device)
     out[place] = points
     return out
 
 
 def hat(distance: Tensor) -> Tensor:
-    """The weight of a pixel at this distance under linear interpolation."""
+    """Return the weight of a pixel at this distance under linear interpolation."""
     return (1 - distance.abs()).clamp(min=0)
 
 
@@ -103,7 +103,7 @@ def to_single(tensor: Tensor) -> Tensor:
 def literal_loss(
     student: Tensor, teacher: Tensor, center: Tensor, teacher_rows: Tensor, student_rows: Tensor, ts: float, tt: float
 ) -> Tensor:
-    """A row of logits per pair, and their softmax."""
+    """Gather a row of logits per pair, then take their softmax."""
     log_prediction = F.log_softmax(to_single(student[student_rows]) / ts, dim=-1)
     target = F.softmax((to_single(teacher[teacher_rows]) - center) / tt, dim=-1)
     return torch.sum(-target * log_prediction, dim=-1)
@@ -112,14 +112,14 @@ def literal_loss(
 def all_pairs_loss(
     student: Tensor, teacher: Tensor, center: Tensor, teacher_rows: Tensor, student_rows: Tensor, ts: float, tt: float
 ) -> Tensor:
-    """Every student row against every teacher row in one matrix product, of which the pairs are kept."""
+    """Multiply every student row with every teacher row in one matrix product, and select the pairs."""
     log_prediction = F.log_softmax(to_single(student) / ts, dim=-1)
     target = F.softmax((to_single(teacher) - center) / tt, dim=-1)
     return -(log_prediction @ target.T)[student_rows, teacher_rows]
 
 
 def of_logits(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same loss from features and prototypes."""
+    """Turn a loss of logits into the same loss of features and prototypes."""
 
     def linear_loss(student_z: Tensor, student_W: Tensor, teacher_z: Tensor, teacher_W: Tensor, *rest: Any) -> Tensor:
         return loss(student_z @ student_W.T, teacher_z @ teacher_W.T, *rest)
@@ -128,14 +128,14 @@ def of_logits(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def literal_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The projected map, its mean, then the variance around it."""
+    """Store the projected map, then take its mean and the variance around it."""
     y = to_single(F.conv2d(x, weight[:, :, None, None]))
     mean = y.mean((0, 2, 3))
     return mean, (y - mean[:, None, None]).square().mean((0, 2, 3))
 
 
 def literal_views(pixels: Tensor, images: Tensor, boxes: Tensor, colours: Tensor, size: int) -> Tensor:
-    """One view after the other, each step by torchvision on uint8, as data loaders do."""
+    """Make one view after the other, each step with torchvision on uint8, as data loaders do."""
     views = []
     for box, colour in zip(boxes.tolist(), colours.tolist(), strict=True):
         number, x, y, side, flip, turns = box

@@ -1,4 +1,4 @@
-"""What is timed: the sizes of real runs, the work that no version can avoid, and the targets of the project."""
+"""The timed cases: the sizes of real runs, the minimum work of any version, and the project's targets."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Build = Callable[[torch.Generator, torch.dtype], tuple[Any, ...]]
 
 
 class Work(NamedTuple):
-    """Bytes that must travel from or to memory, and floating-point operations, of one forward and backward."""
+    """Bytes that must be read from or written to memory, and FLOPs, of one forward and backward."""
 
     bytes: int
     flops: int
 
 
 class Target(NamedTuple):
-    """A ratio that the default backend is to reach: ``figure`` names it as the rows of the report do."""
+    """A ratio that the default backend should reach; ``figure`` is its key in the rows of the report."""
 
     device: str
     figure: str
@@ -42,11 +42,11 @@ class Case:
     targets: tuple[Target, ...] = ()
 
 
-# --- inputs: those that training differentiates require a gradient
+# --- inputs: those that receive a gradient in training require one here
 
 
 def match_inputs(rois: int, views: int, nuclei: int) -> Build:
-    """A ROI has twice as many nuclei as a view; each view shows one or does not with equal probability."""
+    """Nuclei of views: a ROI has twice as many as a view on average; a view shows each with probability 1/2."""
 
     def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         visible = torch.rand(views * rois, 2 * nuclei, generator=random) < 0.5
@@ -57,7 +57,7 @@ def match_inputs(rois: int, views: int, nuclei: int) -> Build:
 
 
 def sample_inputs(images: int, size: int, channels: int, nuclei: int) -> Build:
-    """The levels of ``images`` views of ``size`` pixels; as many nuclei in each."""
+    """Levels of ``images`` views of ``size`` pixels, each view with ``nuclei`` nuclei."""
 
     def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         levels = [level.requires_grad_() for level in decoder_levels(images, size, channels, random, dtype)]
@@ -74,7 +74,7 @@ def decoder_levels(images: int, size: int, channels: int, random: torch.Generato
 
 
 def stats_inputs(images: int, channels: int, side: int, outputs: int) -> Build:
-    """A decoder map, as it comes out of its last ReLU, and the 1x1 convolution that projects it."""
+    """A decoder map after its last ReLU, and the weight of the 1x1 convolution that projects it."""
 
     def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         x = torch.randn(images, channels, side, side, generator=random).relu().to(dtype)
@@ -87,7 +87,7 @@ def stats_inputs(images: int, channels: int, side: int, outputs: int) -> Build:
 def view_inputs(rois: int, views: int, roi_side: int, size: int) -> Build:
     """Views anywhere in ROIs of ``roi_side`` pixels, 1 to 2 times as coarse, with about the colours of DINO's globals.
 
-    8 of 10 are jittered, 2 of 10 grey, every other is blurred, 1 of 10 solarised.
+    Of 10 views, 8 are jittered, 2 grey, 5 blurred and 1 solarised on average.
     """
 
     def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -117,10 +117,10 @@ def view_inputs(rois: int, views: int, roi_side: int, size: int) -> Build:
 
 
 def loss_inputs(students: int, teachers: int, prototypes: int, pairs: int, width: int = 0) -> Build:
-    """Logits of unit rows and prototypes, or with a ``width`` those themselves.
+    """Logits, or with a ``width`` unit features and prototypes.
 
-    No row is in two pairs before every row is in one: with 1.5 pairs per student, half of them have two
-    teachers, as nuclei do that both globals show.
+    Pairs are spread evenly over the rows: with 1.5 pairs per student, half of the students have two teachers, like
+    nuclei in both globals.
     """
 
     def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -143,7 +143,7 @@ def loss_inputs(students: int, teachers: int, prototypes: int, pairs: int, width
     return build
 
 
-# --- work, from results and inputs: every input is read once by the forward and once by the backward, every result
+# --- work, from results and inputs: the forward and the backward each read every input once, and every result is
 # written once
 
 
@@ -152,7 +152,7 @@ def match_work(results: list[Tensor], index: Tensor, offsets: Tensor, *_: Any) -
 
 
 def sample_work(_: list[Tensor], levels: list[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Work:
-    """The backward reads no level, and writes all of their gradients. 2 operations per tap, forward and backward."""
+    """The backward does not read the levels, and writes all their gradients. 2 FLOPs per tap, forward and backward."""
     item, rows = levels[0].element_size(), len(xy)
     points, features = (8 + 8) * rows, item * rows * sum(level.shape[1] for level in levels)
     taps = sum(level.shape[1] * min(4 * rows, level[:, 0].numel()) for level in levels)  # or all pixels, if fewer
@@ -163,16 +163,16 @@ def sample_work(_: list[Tensor], levels: list[Tensor], xy: Tensor, image_index: 
 
 def stats_work(_: list[Tensor], x: Tensor, weight: Tensor) -> Work:
     """Three matrix products: the projection and the gradients of its two arguments. A version that does not store the
-    projection computes it once more."""
+    projection computes it twice."""
     item, outputs = x.element_size(), len(weight)
     arguments, statistics = item * (x.numel() + weight.numel()), 2 * 4 * outputs
     return Work(3 * arguments + 2 * statistics, 3 * 2 * x.numel() * outputs)
 
 
 def view_work(results: list[Tensor], pixels: Tensor, images: Tensor, boxes: Tensor, colours: Tensor, _: int) -> Work:
-    """Every box's pixels are read once, or all pixels where boxes overlap more than that; every view is written once.
+    """The pixels of every box are read once, but at most all pixels once; every view is written once.
 
-    No operation is a matrix product that could not be done otherwise, so none are counted.
+    FLOPs are not counted, because no step requires a matrix product.
     """
     cut = min(3 * int(boxes[:, 3].long().square().sum()), pixels.numel())
     numbers = sum(tensor.numel() * tensor.element_size() for tensor in (images, boxes, colours))
@@ -180,8 +180,8 @@ def view_work(results: list[Tensor], pixels: Tensor, images: Tensor, boxes: Tens
 
 
 def loss_work(results: list[Tensor], student: Tensor, teacher: Tensor, *_: Any) -> Work:
-    """Per prototype: of a row 5 operations for the log-sum-exp and 3 for the softmax that the backward computes again,
-    of a student row 2 more for its gradient, of a pair 2 for the dot product and 2 for the sum of its targets."""
+    """FLOPs per prototype: for a row, 5 for the log-sum-exp and 3 for the softmax that the backward recomputes; for a
+    student row, 2 more for its gradient; for a pair, 2 for the dot product and 2 for the sum of its targets."""
     (students, prototypes), teachers, pairs = student.shape, len(teacher), len(results[0])
     item = student.element_size()
     read = item * prototypes * (students + teachers) + 4 * prototypes + (8 + 8 + 4) * pairs  # loss, or its gradient
@@ -189,10 +189,10 @@ def loss_work(results: list[Tensor], student: Tensor, teacher: Tensor, *_: Any) 
 
 
 def linear_loss_work(results: list[Tensor], student_z: Tensor, student_W: Tensor, teacher_z: Tensor, *_: Any) -> Work:
-    """The matrix products alone: logits of both, and two products for the gradients.
+    """Only the matrix products: the logits of both, and two products for the gradients.
 
-    A version that stores no logits computes them again, 8Kd(Ns + Nt) in all: the share of the matmul rate that it
-    shows is below the rate at which it works.
+    A version that does not store logits recomputes them, 8Kd(Ns + Nt) in all, so the reported share of the matmul rate
+    is below the rate that it achieves.
     """
     (students, width), prototypes = student_z.shape, len(student_W)
     teachers, item = len(teacher_z), student_z.element_size()
@@ -210,9 +210,9 @@ WORK: dict[str, Callable[..., Work]] = {
     "linear_dino_loss": linear_loss_work,
 }
 
-# --- cases: 16 ROIs on a rank, 2 globals and 8 locals of each. A level of ViT-S has 96 channels, of ViT-B 192; a global
-# has 224 px and some 60 nuclei, a local 96 px and 12; with a large field of view (LFoV) 512 px and 300. A row is a
-# nucleus in one view. K is 65,536; 4,096 suits smaller sets.
+# --- cases: 16 ROIs per rank, with 2 globals and 8 locals each. ViT-S has levels of 96 channels, ViT-B of 192; a global
+# has 224 px and about 60 nuclei, a local 96 px and 12; with a large field of view (LFoV) 512 px and 300. A row is a
+# nucleus in one view. K is 65,536, or 4,096 for smaller sets.
 
 CUDA = ("cuda",)
 CASES = [

@@ -1,4 +1,4 @@
-"""Time every op: forward, and backward where it has a gradient."""
+"""Time every op: forward, and backward if it has a gradient."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ COLUMNS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", choices=sorted(backends.HOMES), metavar="OP", help="time this op alone")
-    parser.add_argument("--case", default="", metavar="SUBSTRING", help="time the cases with this in their name")
+    parser.add_argument("--only", choices=sorted(backends.HOMES), metavar="OP", help="time only this op")
+    parser.add_argument("--case", default="", metavar="SUBSTRING", help="time only cases with this in their names")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints a table per case; exit code 1 when a version is wrong."""
+    """Print a table per case; exit code 1 if a version is wrong."""
     cases = timing.selected(options.device, options.only, options.case)
     if not cases:
         options.parser.error(
             f"no case of {options.only or 'any op'} on {options.device} has '{options.case}' in its name"
         )
-    torch._logging.set_logs(all=logging.ERROR)  # torch.compile warns of every length that it does not know beforehand
+    torch._logging.set_logs(all=logging.ERROR)  # torch.compile warns about every data-dependent length
     out, machine, rates = console(), environment(options.device), machine_rates(options.device)
     print_machine(out, machine, rates)
     report: dict[str, Any] = {"environment": machine, "rates": rates._asdict(), "results": []}
@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
         print_verdicts(out, rows, FIGURES)
         out.print(f"{time.perf_counter() - started:.0f} s")
         report["results"] += rows
-        if options.json:  # after every case: what is there stays if a later one is cut off
+        if options.json:  # after every case, in case a later one is interrupted
             write_json(options.json, report)
     return 1 if any("wrong" in row for row in report["results"]) else 0
 

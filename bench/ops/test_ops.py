@@ -2,7 +2,7 @@
 
     pytest bench/ --benchmark-only [-k "OP and VERSION"] [--benchmark-autosave] [--benchmark-compare]
 
-A version is checked here too before it is timed. Versions do not take turns: for ratios between them take
+A version is checked here too before it is timed. Versions are not interleaved: for ratios between them use
 ``python -m bench ops``.
 """
 

@@ -1,4 +1,4 @@
-"""Times every op: its versions, the check that they compute the same, and the figures of the report."""
+"""Time every op: its versions, the check that they agree, and the figures of the report."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bench.ops.cases import CASES, WORK, Case, Work
 from muse_fast import ops
 from muse_fast.ops import backends
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative L2 against float64; an error of 1 % is refused
-LEVELS = {"augment_views": 0.02}  # values are whole grey levels: at a tie two versions are one of 256 apart
-LENGTHS_FROM_DATA = ("match_nuclei", "augment_views")  # torch.compile would leave these to eager mode
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative L2 against float64; an error of 1 % fails
+LEVELS = {"augment_views": 0.02}  # values are whole grey levels: at a tie two versions differ by one of 256
+LENGTHS_FROM_DATA = ("match_nuclei", "augment_views")  # torch.compile would run these in eager mode
 BASELINES = ("literal", "eager", "compile")
 
 Row = dict[str, Any]
@@ -33,7 +33,7 @@ class Version(NamedTuple):
 
 
 def selected(device: str, only: str | None = None, name: str = "") -> list[Case]:
-    """The cases of a device, of one op where it is given, with ``name`` somewhere in theirs."""
+    """Return the cases of a device, optionally of one op, whose names contain ``name``."""
     return [
         case
         for case in CASES
@@ -42,16 +42,16 @@ def selected(device: str, only: str | None = None, name: str = "") -> list[Case]
 
 
 def run_case(case: Case, device: str, rates: Rates) -> list[Row]:
-    """One row per version: its figures, or under ``wrong`` or ``skipped`` why it has none."""
-    torch.compiler.reset()  # what was compiled for the sizes of another case would make these dynamic
+    """Return one row per version: its figures, or under ``wrong`` or ``skipped`` the reason why it has none."""
+    torch.compiler.reset()  # a form compiled for the sizes of another case would be recompiled as dynamic
     arguments = arguments_of(case, device)
     truth = expected(case, arguments)
     work = WORK[case.op](truth, *arguments)
     versions = {version.name: version for version in versions_of(case.op, device)}
     rows = {name: check(case.op, version, arguments, truth) for name, version in versions.items()}
-    sound = {name: versions[name].call for name, row in rows.items() if row.keys() == {"relative_error"}}
-    for name, times in interleaved(sound, arguments, device).items():
-        rows[name] |= figures(times, extra_memory(sound[name], arguments, device), work, rates)
+    passed = {name: versions[name].call for name, row in rows.items() if row.keys() == {"relative_error"}}
+    for name, times in interleaved(passed, arguments, device).items():
+        rows[name] |= figures(times, extra_memory(passed[name], arguments, device), work, rates)
 
     about = {"op": case.op, "case": case.name, "inputs": [describe(tensor) for tensor in tensors_of(arguments)]}
     report = [about | {"version": name, "kind": versions[name].kind} | row for name, row in rows.items()]
@@ -61,13 +61,13 @@ def run_case(case: Case, device: str, rates: Rates) -> list[Row]:
 
 
 def arguments_of(case: Case, device: str) -> tuple[Any, ...]:
-    """On the device: float32 for the CPU, bfloat16 for CUDA, where a case lets its inputs have any dtype."""
+    """Build the arguments on the device; where the dtype is free, float32 on the CPU and bfloat16 on CUDA."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return mapped(case.inputs(torch.Generator().manual_seed(0), dtype), lambda tensor: tensor.to(device))
 
 
 def expected(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
-    """The literal version in float64."""
+    """Return the results of the literal version in float64."""
     return evaluate(
         LITERAL[case.op],
         mapped(arguments, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor),
@@ -75,7 +75,7 @@ def expected(case: Case, arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def mapped(arguments: Sequence[Any], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
-    """New leaves, which require a gradient where the arguments do."""
+    """Apply ``change`` to the tensors, and return new leaves that require a gradient if the arguments do."""
 
     def apply(argument: Any) -> Any:
         if isinstance(argument, list):
@@ -88,7 +88,7 @@ def mapped(arguments: Sequence[Any], change: Callable[[Tensor], Tensor]) -> tupl
 
 
 def versions_of(op: str, device: str) -> list[Version]:
-    """The literal version; each eager form, also compiled; every fast backend that runs here."""
+    """Return the literal version, each eager form, plain and compiled, and every fast backend that runs here."""
     eager = [Version(f"eager {form}".strip(), "eager", call) for form, call in EAGER[op].items()]
     compiled = [
         Version(version.name.replace("eager", "compile"), "compile", torch.compile(version.call, dynamic=False))
@@ -104,35 +104,35 @@ def versions_of(op: str, device: str) -> list[Version]:
 
 
 def skipped(op: str, device: str) -> list[Row]:
-    """The versions that `versions_of` does not return, and why."""
+    """Return the versions that `versions_of` does not return, and why."""
     reasons = {backend: backends.why_not(op, backend, device) for backend in backends.HOMES[op]}
     rows = [{"version": backend, "kind": "fast", "skipped": reason} for backend, reason in reasons.items() if reason]
     if op in LENGTHS_FROM_DATA:
-        reason = "lengths in it depend on the data, so that it would run in eager mode"
+        reason = "it has data-dependent lengths, so it would run in eager mode"
         rows.append({"version": "compile", "kind": "compile", "skipped": reason})
     return rows
 
 
 def check(op: str, version: Version, arguments: Sequence[Any], truth: Sequence[Tensor]) -> Row:
-    """The error of the results and gradients of a version, with ``wrong`` where it is too large or there are none.
+    """Return the error of a version's results and gradients, and ``wrong`` if it is too large or the version fails.
 
     A form that torch.compile cannot compile is ``skipped``, not ``wrong``.
     """
     try:
         error = relative_error(evaluate(version.call, arguments), truth)
-    except Exception as exception:  # whatever it is, the report names it
+    except Exception as exception:  # any failure goes into the report
         reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
         return {"skipped" if version.kind == "compile" else "wrong": reason}
     tolerance = LEVELS.get(op, max(TOLERANCE.get(tensor.dtype, 0.0) for tensor in tensors_of(arguments)))
     if version.kind in BASELINES:
-        tolerance *= 2  # PyTorch adds up in bfloat16 here and there
+        tolerance *= 2  # PyTorch accumulates in bfloat16 in some places
     if error <= tolerance:
         return {"relative_error": error}
     return {"relative_error": error, "wrong": f"relative error {error:.0e}, above {tolerance:.0e}"}
 
 
 def figures(times: list[float], extra: int, work: Work, rates: Rates) -> Row:
-    """Quantiles, memory, and the least work there is over the median time: the rate at which it was done."""
+    """Return quantiles, memory, and the rates of the minimum work in the median time."""
     row = quantiles(times)
     bytes_per_second, flops = work.bytes / row["median_ms"] * 1e3, work.flops / row["median_ms"] * 1e3
     return row | {
@@ -147,7 +147,7 @@ def figures(times: list[float], extra: int, work: Work, rates: Rates) -> Row:
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """``speedup_X`` and ``memory_X``: how much less time and extra memory than the fastest version of kind X."""
+    """Add ``speedup_X`` and ``memory_X``: time and extra memory of the fastest version of kind X over the row's own."""
     timed = [row for row in rows if "median_ms" in row]
     for kind in BASELINES:
         of_kind = [row for row in timed if row["kind"] == kind]
@@ -160,7 +160,7 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def add_targets(rows: list[Row], case: Case, device: str) -> None:
-    """To the backend that the op takes by itself: each target, what it reached, and whether that is enough."""
+    """Add to the default backend's row each target, the value it reached, and whether the target was met."""
     for row in rows:
         if row["version"] == backends.choose(case.op, device, None) and "median_ms" in row:
             row["targets"] = [

@@ -1,8 +1,8 @@
-"""Runs every fast backend once, forward and backward, on the smallest inputs: what a sanitizer is to watch.
+"""Run every fast backend once, forward and backward, on the smallest inputs, for use with a sanitizer.
 
     compute-sanitizer --tool memcheck python -m bench.ops.tiny --device cuda
 
-Odd sizes, so that every block of a kernel has an end to overrun.
+Sizes are odd, so that the last block of every kernel is partial and an overrun shows.
 """
 
 from __future__ import annotations

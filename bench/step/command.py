@@ -1,4 +1,4 @@
-"""Time whole training steps of the engine beside two baselines in eager PyTorch, from the same weights on the same
+"""Time whole training steps of the engine and of two baselines in eager PyTorch, from the same weights on the same
 views; or, with --lfov, forward and backward of a backbone on large images."""
 
 from __future__ import annotations
@@ -38,21 +38,23 @@ COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", choices=ARCHS, help="vit_tiny on a CPU, vit_small on CUDA")
-    parser.add_argument("--size", type=int, choices=LOCAL_SIZE, default=224, help="of global views; locals: 96 or 208")
+    parser.add_argument(
+        "--size", type=int, choices=LOCAL_SIZE, default=224, help="side of global views; locals have 96 or 208 px"
+    )
     parser.add_argument("--batch", type=int, metavar="ROIS", help=" or ".join(f"{n} on {d}" for d, n in BATCH.items()))
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on a CPU, bf16 on CUDA")
     parser.add_argument(
-        "--attention", choices=ATTENTION, action="append", help="of the engine; may be given again, for a version each"
+        "--attention", choices=ATTENTION, action="append", help="attention of the engine; repeat to time several"
     )
-    parser.add_argument("--compile", action="store_true", help="the engine with torch.compile too")
-    parser.add_argument("--seconds", type=float, default=20, help="to time each version for; three repeats at least")
-    parser.add_argument("--lfov", type=int, metavar="SIDE", help="forward and backward of images of SIDE pixels")
+    parser.add_argument("--compile", action="store_true", help="also time the engine with torch.compile")
+    parser.add_argument("--seconds", type=float, default=20, help="time per version; at least three repeats")
+    parser.add_argument("--lfov", type=int, metavar="SIDE", help="time forward and backward on images of SIDE pixels")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run, as for pretraining")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints a table; exit code 1 when a version is wrong or the engine did not run."""
+    """Print a table; exit code 1 if a version is wrong or the engine did not run."""
     device = options.device
     options.arch, options.precision = options.arch or ARCH[device], options.precision or PRECISION[device]
     options.batch = options.batch or (lfov.BATCH if options.lfov else BATCH[device])

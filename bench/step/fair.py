@@ -1,8 +1,8 @@
-"""The *fair* training step: the batched eager PyTorch that a careful engineer would write, without kernels of his own.
+"""The *fair* training step: the batched eager PyTorch that a careful engineer would write, without custom kernels.
 
-``F.scaled_dot_product_attention``, all nuclei of a resolution sampled at once (the fastest eager form of `bench ops`),
-matching by binary search on the device, every softmax and log-softmax taken once per row, fused AdamW, clipping and EMA
-over all parameters at once. Logits are stored.
+It uses ``F.scaled_dot_product_attention``, samples all nuclei of a resolution at once (the fastest eager form of `bench
+ops`), matches by binary search on the device, computes every softmax and log-softmax once per row, uses fused AdamW,
+and clips and averages all parameters at once. Logits are stored.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class FairTrainer:
 
 
 def forward(network: Network, groups: Sequence[Tensor], xy: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Image logits ``[images, K]`` and nucleus logits ``[N, K]``; the heads see all resolutions at once."""
+    """Return image logits ``[images, K]`` and nucleus logits ``[N, K]``; the heads run once for all resolutions."""
     cls, rows, first = [], [], 0
     for images in groups:
         features, levels = network.backbone(images)
         inside = (image_index >= first) & (image_index < first + len(images))
         cls.append(features)
-        with torch.autocast(images.device.type, enabled=False):  # positions need more than eight bits
+        with torch.autocast(images.device.type, enabled=False):  # positions need more than bfloat16's 8 bits
             rows.append(sample_by_matmul(levels, xy[inside], image_index[inside] - first, images.shape[-1]))
         first += len(images)
     return network.image_head(torch.cat(cls)), network.nucleus_head(torch.cat(rows))
@@ -87,7 +87,7 @@ def forward(network: Network, groups: Sequence[Tensor], xy: Tensor, image_index:
 def image_loss(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, num_globals: int
 ) -> Tensor:
-    """Equation 3: all teacher views against all student views in one product, without those against themselves."""
+    """Equation 3: all teacher views against all student views in one product, excluding a view against itself."""
     num_rois = len(teacher) // num_globals
     target = F.softmax((teacher.float() - center) / teacher_temp, dim=-1).unflatten(0, (-1, num_rois))
     log_prediction = F.log_softmax(student.float() / student_temp, dim=-1).unflatten(0, (-1, num_rois))
@@ -104,7 +104,7 @@ def nucleus_loss(
     teacher_rows: Tensor,
     student_rows: Tensor,
 ) -> Tensor:
-    """Equations 6 and 7. The targets of a student row are added up first: its log-softmax is then read once."""
+    """Equations 6 and 7. The targets of a student row are summed first, so its log-softmax is read once."""
     if not len(teacher_rows):
         return student.float().sum() * 0
     target = F.softmax((teacher.float() - center) / teacher_temp, dim=-1)

@@ -1,4 +1,4 @@
-"""Forward and backward of a backbone over large images, as fine-tuning on a large field of view runs them."""
+"""Forward and backward of a backbone on large images, as in fine-tuning with a large field of view."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bench.measure import held_and_peak, milliseconds, quantiles
-from bench.step.timing import Row, efficiency, refusals
+from bench.step.timing import Row, efficiency, skip_on_refusal
 from muse_fast.config import RECOMPUTE
 from muse_fast.models.archs import find_arch
 from muse_fast.models.backbone import build_backbone
@@ -18,16 +18,16 @@ REPEATS = {"cpu": 3, "cuda": 20}
 
 
 def run(arch: str, side: int, batch: int, precision: str, device: str, matmul: float, peak: float | None) -> list[Row]:
-    """One row per kind of recomputation: times, images and useful FLOPs per second, memory; or why there are none.
+    """Return a row per kind of recomputation: times, images and useful FLOPs per second, memory; or why it was skipped.
 
     Raises:
-        UserError: no image may have this side.
+        UserError: the network does not support images with this side.
     """
     check_image_size(side)
     rows: list[Row] = []
     for recompute in RECOMPUTE if "model.recompute" in find_arch(arch).supports else ("none",):
         rows.append({"version": f"recompute {recompute}", "kind": "fast"})
-        with refusals(rows[-1]):
+        with skip_on_refusal(rows[-1]):
             rows[-1] |= measure(arch, side, batch, precision, device, recompute)
             rate = batch / rows[-1]["median_ms"] * 1e3
             rows[-1] |= efficiency(rate, 3 * view_flops(arch, side), matmul, peak)
@@ -35,7 +35,7 @@ def run(arch: str, side: int, batch: int, precision: str, device: str, matmul: f
 
 
 def measure(arch: str, side: int, batch: int, precision: str, device: str, recompute: str) -> Row:
-    """The dense map of images and its gradient for all weights. They count from the second run on."""
+    """Measure the dense map of images and the gradient of all weights, after one warm-up run."""
     torch.manual_seed(0)
     networks: list[nn.Module] = []
     images = torch.randn(batch, 3, side, side, device=device)

@@ -1,10 +1,10 @@
-"""The *literal* training step: MUSE as its published descriptions read, in the manner of DINO's public recipe.
+"""The *literal* training step: MUSE as its publications describe it, in the style of DINO's public recipe.
 
 Views go through the network one resolution at a time with outputs that grow by ``torch.cat``, attention stores its
 weights, the unified map is stored, nuclei are sampled image by image and matched by set intersection in Python, logits
-and log-softmaxes are stored for every pair of views, gradients are clipped and the teacher is moved parameter by
-parameter. Written for this benchmark; only what the descriptions leave open follows the engine: the gradient's norm is
-that of all parameters together.
+and log-softmaxes are stored for every pair of views, and gradients are clipped and the teacher is updated parameter by
+parameter. Written for this benchmark; it follows the engine only where the descriptions are silent: the gradient's norm
+is taken over all parameters.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LiteralTrainer:
 
 
 def per_image(views: Views) -> list[tuple[Tensor, Tensor]]:
-    """Positions ``[n, 2]`` and identities ``[n]`` of the nuclei of every image."""
+    """Return positions ``[n, 2]`` and identities ``[n]`` of the nuclei of every image."""
     counts = views.nuclei.offsets.diff().tolist()
     return list(zip(views.nuclei.xy.split(counts), views.nuclei.index.split(counts), strict=True))
 
@@ -83,7 +83,7 @@ def per_image(views: Views) -> list[tuple[Tensor, Tensor]]:
 def multi_crop(
     network: Network, crops: Sequence[list[Tensor]], nuclei: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Image logits ``[images, K]`` and nucleus logits ``[N, K]``: a pass per resolution, the heads over everything."""
+    """Return image logits ``[images, K]`` and nucleus logits ``[N, K]``: a pass per resolution, then the heads once."""
     device = crops[0][0].device
     cls, rows, first = torch.empty(0, device=device), torch.empty(0, device=device), 0
     for of_one_size in crops:
@@ -123,10 +123,10 @@ def nucleus_loss(
     nuclei: Sequence[tuple[Tensor, Tensor]],
     views: Views,
 ) -> Tensor:
-    """Equations 6 and 7: the same over the nuclei that both views of a ROI show."""
+    """Equations 6 and 7: the same over the nuclei in both views of a ROI."""
     student_rows = student.float() / student_temp
     teacher_rows = F.softmax((teacher.float() - center) / teacher_temp, dim=-1).detach()
-    first, row_of = 0, []  # of every image: nucleus -> row
+    first, row_of = 0, []  # nucleus -> row, for every image
     for _, index in nuclei:
         row_of.append({nucleus: first + place for place, nucleus in enumerate(index.tolist())})
         first += len(index)

@@ -1,7 +1,7 @@
 """The networks of MUSE for the two baselines of `bench step`, in plain eager PyTorch.
 
-Nothing here comes from the engine, so that a change of the engine is never one of what it is measured against; only the
-names of the parameters are the engine's, so that one state dict fits all. Shapes as in :mod:`muse_fast.batch`, and
+Nothing here comes from the engine, so that a change of the engine never changes its baselines; only the names of the
+parameters are the engine's, so that one state dict fits all. Shapes as in :mod:`muse_fast.batch`, and
 
     I  images of one resolution    R  their side in pixels    T  patch tokens    C  width of the encoder
 """
@@ -26,7 +26,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def stored_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention with its ``[I, heads, T, T]`` weights in memory."""
+    """Attention that stores its ``[I, heads, T, T]`` weights."""
     return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
 
@@ -89,7 +89,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def position(self, grid: int) -> Tensor:
-        """The position embedding for ``grid x grid`` tokens, resized bicubically where it is of another size."""
+        """Return the position embedding for ``grid x grid`` tokens, resized bicubically if it has another size."""
         stored = math.isqrt(self.pos_embed.shape[1] - 1)
         if stored == grid:
             return self.pos_embed
@@ -98,7 +98,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The tokens ``[I, 1 + T, C]`` after every tapped layer, each through the final norm."""
+        """Return the tokens ``[I, 1 + T, C]`` after every tapped layer, each through the final norm."""
         cls = self.cls_token.expand(len(images), -1, -1)
         x = torch.cat([cls, self.patch_embed(images)], dim=1) + self.position(images.shape[-1] // PATCH)
         taps = []
@@ -221,7 +221,7 @@ class Backbone(nn.Module):
             self.encoder = ResNetEncoder(drop_path)
             self.decoder = Decoder(RESNET_WIDTHS, self.dense_dim // 4)
         elif arch not in VIT_DIM_AND_HEADS:
-            raise UserError(f"there is no baseline of {arch}")
+            raise UserError(f"there is no baseline for {arch}")
         else:
             dim, heads = VIT_DIM_AND_HEADS[arch]
             self.image_dim = self.dense_dim = dim
@@ -247,7 +247,7 @@ class Network(nn.Module):
 def student_and_teacher(
     config: PretrainConfig, state: dict[str, Tensor], device: torch.device, attend: Attend
 ) -> tuple[Network, Network]:
-    """Both with the weights of ``state``; the teacher drops no paths and takes no gradient."""
+    """Build both with the weights of ``state``; the teacher does not drop paths and requires no gradient."""
     with torch.device(device):
         student, teacher = Network(config, config.model.drop_path, attend), Network(config, 0.0, attend)
     for network in (student, teacher):

@@ -1,7 +1,7 @@
-"""Times whole training steps of three versions in one process: *literal*, *fair* and *fast* (the engine).
+"""Time whole training steps of three versions in one process: *literal*, *fair* and *fast* (the engine).
 
-All start from the same weights and see the same views, which already lie on the device. Before anything is timed, their
-losses over several steps must agree.
+All start from the same weights and train on the same views, which are already on the device. Before anything is timed,
+their losses over several steps must agree.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ LOSSES = ("loss_image", "loss_nucleus")
 BASELINES = ("literal", "fair")
 
 ROI_SIDE, ROI_MPP = 2048, 0.25
-NUCLEI_PER_GLOBAL = 60  # in a view of 224 px, on average; as many per area in all others
+NUCLEI_PER_GLOBAL = 60  # on average in a view of 224 px; the same density in all others
 
-# Three steps that each must feel the one before: no warm-up, and a teacher and centres that move.
+# Three steps, each of which depends on the one before: no warm-up, and a teacher and centres that move.
 GATE = {
     "model.drop_path": 0.0,
     "optim.warmup_steps": 0,
@@ -45,11 +45,11 @@ GATE = {
     "optim.ema_start": 0.5,
 }
 GATE_STEPS = 3
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # relative, of every loss of every step; an error of 1 % is refused
-GATE_ROIS = 4  # of the further gate in float32 that a run in bfloat16 passes
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # relative, for every loss of every step; an error of 1 % fails
+GATE_ROIS = 4  # batch size of the additional float32 gate of a bfloat16 run
 
 MIN_REPEATS, MAX_REPEATS = 3, 20
-STEPS_PER_REPEAT = {"cpu": 1, "cuda": 5}  # back to back: no wait for the device between them
+STEPS_PER_REPEAT = {"cpu": 1, "cuda": 5}  # back to back, without synchronisation between them
 WARMUP_STEPS = {"cpu": 1, "cuda": 3}
 TOP = 20
 
@@ -62,13 +62,13 @@ class Version:
 
     name: str
     kind: str
-    settings: tuple[str, ...] = ()  # ``key=value``, on top of those that all versions share
+    settings: tuple[str, ...] = ()  # ``key=value``, in addition to the shared settings
 
     def config(self, shared: Sequence[str]) -> PretrainConfig:
         return load_config(None, [*shared, *self.settings])
 
     def build(self, config: PretrainConfig, weights: dict[str, Tensor], device: torch.device) -> Any:
-        if self.kind == "fast":  # its weights are `weights`: those that it draws for the seed
+        if self.kind == "fast":  # it draws the same weights from the seed
             return Trainer(config, device)
         return {"literal": LiteralTrainer, "fair": FairTrainer}[self.kind](config, weights, device)
 
@@ -77,7 +77,7 @@ class Version:
 
 
 def synthetic_views(config: PretrainConfig, seed: int = 0) -> Views:
-    """A batch of random pixels; boxes drawn as in training, over nuclei that lie evenly in their ROI."""
+    """Make a batch of random pixels, with boxes drawn as in training over uniformly distributed nuclei."""
     rng = np.random.default_rng(seed)
     pixels = torch.Generator().manual_seed(seed)
     size = config.views.global_size
@@ -110,12 +110,12 @@ def roi_views(
 
 
 def rows_per_roi(views: Views) -> tuple[float, float]:
-    """Nuclei of all views, and those of the globals."""
+    """Return the nuclei per ROI in all views, and in the globals."""
     return len(views.nuclei.xy) / views.num_rois, views.num_global_nuclei / views.num_rois
 
 
 def describe(config: PretrainConfig) -> dict[str, float]:
-    """The size of the batch that `run` trains on."""
+    """Return the size of the batch that `run` trains on."""
     views = synthetic_views(config)
     pairs = match_nuclei(views.nuclei.index, views.nuclei.offsets, views.num_rois, views.num_globals)[0]
     rows, teacher_rows = rows_per_roi(views)
@@ -128,7 +128,7 @@ def describe(config: PretrainConfig) -> dict[str, float]:
 
 
 def rms(low: float, high: float) -> float:
-    """Root of the mean square of what is uniform between the two."""
+    """Return the root mean square of a uniform distribution between the two."""
     return math.sqrt((low * low + low * high + high * high) / 3)
 
 
@@ -138,32 +138,32 @@ def rms(low: float, high: float) -> float:
 def run(
     versions: Sequence[Version], shared: Sequence[str], device: str, seconds: float, matmul: float, peak: float | None
 ) -> list[Row]:
-    """One row per version: its figures, or under ``wrong`` or ``skipped`` why it has none.
+    """Return one row per version: its figures, or under ``wrong`` or ``skipped`` the reason why it has none.
 
     Args:
         shared: settings of the run, ``key=value``.
-        seconds: of timed steps per version; every version gets at least MIN_REPEATS.
-        matmul, peak: FLOP per second of a large matrix product here, and of this chip by its data sheet if known.
+        seconds: duration of timed steps per version; every version gets at least MIN_REPEATS.
+        matmul, peak: FLOP per second of a large matrix product here, and in the chip's data sheet if known.
     """
     config = load_config(None, shared)
     rows: dict[str, Row] = {version.name: {"version": version.name, "kind": version.kind} for version in versions}
     views = synthetic_views(config)
     for gate in gates(config):
-        check(sound(versions, rows), [*shared, *gate], device, rows)
-    timed = sound(versions, rows)
+        check(passed(versions, rows), [*shared, *gate], device, rows)
+    timed = passed(versions, rows)
     for name, times in interleaved(timed, shared, views.to(device), device, seconds, rows).items():
         rows[name] |= figures(times, views.num_rois, step_flops(config, rows_per_roi(views)), matmul, peak)
     add_ratios(list(rows.values()))
     return list(rows.values())
 
 
-def sound(versions: Sequence[Version], rows: dict[str, Row]) -> list[Version]:
+def passed(versions: Sequence[Version], rows: dict[str, Row]) -> list[Version]:
     return [v for v in versions if not rows[v.name].keys() & {"wrong", "skipped"}]
 
 
 @contextmanager
-def refusals(row: Row) -> Iterator[None]:
-    """Notes why a version cannot run here: it is refused, or the memory does not suffice."""
+def skip_on_refusal(row: Row) -> Iterator[None]:
+    """Record in ``row["skipped"]`` why a version cannot run here: a UserError, or too little memory."""
     try:
         yield
     except UserError as error:
@@ -184,7 +184,7 @@ def release() -> None:
 
 
 def gates(config: PretrainConfig) -> list[list[str]]:
-    """Settings of each check: the run's own precision and batch; if it is coarser, float32 on few ROIs too."""
+    """Return the settings of each check: the run's own precision and batch, and before a bfloat16 run float32 too."""
     own = [f"{key}={value}" for key, value in GATE.items()]
     if config.train.precision == "fp32":
         return [own]
@@ -193,14 +193,14 @@ def gates(config: PretrainConfig) -> list[list[str]]:
 
 
 def check(versions: Sequence[Version], settings: Sequence[str], device: str, rows: dict[str, Row]) -> None:
-    """The losses of every version against those of the first one that runs, and the memory of the last step."""
+    """Compare the losses of every version with those of the first that runs, and measure memory in the last step."""
     views = synthetic_views(load_config(None, settings)).to(device)
     weights: dict[str, Tensor] = {}
     truth: list[float] = []
     for version in versions:
         row = rows[version.name]
         release()
-        with refusals(row):
+        with skip_on_refusal(row):
             config = version.config(settings)
             weights = weights or initial_weights(config, device)
             losses, memory = trial(version, config, weights, views, device)
@@ -221,14 +221,14 @@ def initial_weights(config: PretrainConfig, device: str) -> dict[str, Tensor]:
 def trial(
     version: Version, config: PretrainConfig, weights: dict[str, Tensor], views: Views, device: str
 ) -> tuple[list[float], Row]:
-    """Losses of the steps of the gate; bytes that a version holds between steps, and at the peak of one."""
+    """Return the losses of the gate's steps, and the bytes that a version holds between steps and at a step's peak."""
     trainers, losses = [], []
 
     def first_steps() -> None:
         trainers.append(version.build(config, weights, torch.device(device)))
         for _ in range(GATE_STEPS - 1):
             last_step()
-        for parameter in trainers[0].student.parameters():  # some drop their gradients only when a step begins
+        for parameter in trainers[0].student.parameters():  # some versions free gradients only when a step begins
             parameter.grad = None
 
     def last_step() -> None:
@@ -240,7 +240,7 @@ def trial(
 
 
 def relative_error(losses: Sequence[float], truth: Sequence[float]) -> float:
-    """The largest; NaN where a loss is none, so that no comparison holds."""
+    """Return the largest relative error; NaN if a loss is not finite, so that every comparison fails."""
     errors = [abs(a - b) / abs(b) for a, b in zip(losses, truth, strict=True)]
     return max(errors) if all(map(math.isfinite, errors)) else math.nan
 
@@ -251,12 +251,12 @@ def relative_error(losses: Sequence[float], truth: Sequence[float]) -> float:
 def interleaved(
     versions: Sequence[Version], shared: Sequence[str], views: Views, device: str, seconds: float, rows: dict[str, Row]
 ) -> dict[str, list[float]]:
-    """Milliseconds per step; the versions take turns, so that drift of the machine hits all alike."""
+    """Time steps in milliseconds, alternating the versions so that drift of the machine affects them equally."""
     trainers: dict[str, Any] = {}
     weights = None
     for version in versions:
-        with refusals(rows[version.name]):
-            config = version.config([*shared, "optim.freeze_prototypes_steps=0"])  # but for its first epoch
+        with skip_on_refusal(rows[version.name]):
+            config = version.config([*shared, "optim.freeze_prototypes_steps=0"])  # as after the first epoch
             weights = weights or initial_weights(config, device)
             trainer = version.build(config, weights, torch.device(device))
             steps_ms(trainer, views, device, WARMUP_STEPS[device])
@@ -266,20 +266,20 @@ def interleaved(
         for name in list(trainers):
             if len(times[name]) >= MIN_REPEATS and sum(times[name]) * STEPS_PER_REPEAT[device] > seconds * 1e3:
                 continue
-            with refusals(rows[name]):
+            with skip_on_refusal(rows[name]):
                 times[name].append(steps_ms(trainers[name], views, device, STEPS_PER_REPEAT[device]))
             if "skipped" in rows[name]:
                 del trainers[name], times[name]
                 release()
     for version in versions:
         if version.kind == "fast" and version.name in trainers:
-            trainers[version.name].check()  # it times nothing to train on numbers that are none
+            trainers[version.name].check()  # training on NaNs would make the times meaningless
             rows[version.name]["profile"] = top(trainers[version.name], views, device)
     return times
 
 
 def steps_ms(trainer: Any, views: Views, device: str, steps: int) -> float:
-    """Mean time of steps that follow one another without a wait for the device."""
+    """Return the mean time of consecutive steps, without synchronisation between them."""
     options = {"measure": False} if isinstance(trainer, Trainer) else {}
     if device == "cuda":
         torch.cuda.synchronize()
@@ -292,7 +292,7 @@ def steps_ms(trainer: Any, views: Views, device: str, steps: int) -> float:
 
 
 def top(trainer: Any, views: Views, device: str) -> list[Row]:
-    """The operations (on CUDA the kernels) that take the most time of one step, themselves without what they call."""
+    """Return the operations (on CUDA the kernels) with the most self time in one step."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         steps_ms(trainer, views, device, 1)
@@ -315,14 +315,13 @@ def figures(times: list[float], rois: int, flops: float, matmul: float, peak: fl
 
 
 def efficiency(rate: float, flops: float, matmul: float, peak: float | None) -> Row:
-    """Images per second, each of so many useful FLOPs, set beside what the machine could do."""
+    """Return images per second, and useful FLOPs per second compared with the machine's rates."""
     row = {"img_per_s": rate, "gflop_per_s": rate * flops / 1e9, "of_matmul": rate * flops / matmul}
     return row if peak is None else row | {"mfu": rate * flops / peak}
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """``speedup_X``, ``memory_X``, ``peak_X``: how much less than X a version takes of time, of memory for a step, and
-    of memory in all."""
+    """Add ``speedup_X``, ``memory_X``, ``peak_X``: X's time, memory for a step and peak memory over the row's own."""
     keys = {"speedup": "median_ms", "memory": "step_bytes", "peak": "peak_bytes"}
     for baseline in (row for row in rows if row["kind"] in BASELINES):
         for row in rows:
@@ -332,7 +331,7 @@ def add_ratios(rows: Sequence[Row]) -> None:
 
 
 def targets(chip: str, config: PretrainConfig) -> dict[str, float]:
-    """Figures that the engine is to reach at least, where the project has set itself any."""
+    """Return the minimum figures that the engine should reach, if the project has set any."""
     arch, size, rois = config.model.arch, config.views.global_size, config.optim.batch_size
     if chip == "cpu":
         return {"speedup_literal": 1.5, "speedup_fair": 1.0, "memory_literal": 2.0}
@@ -348,7 +347,7 @@ def targets(chip: str, config: PretrainConfig) -> dict[str, float]:
 
 
 def add_targets(rows: Sequence[Row], wanted: dict[str, float]) -> None:
-    """To the first fast version: each target, what it reached, and whether that is enough."""
+    """Add to the first fast version's row each target, the value it reached, and whether the target was met."""
     for row in [row for row in rows if row["kind"] == "fast"][:1]:
         row["targets"] = [
             {"figure": figure, "at_least": least, "reached": row[figure], "met": row[figure] >= least}

@@ -1,4 +1,4 @@
-"""``python -m bench ablation``: runs of seconds on procedural ROIs, and what is made of their scores."""
+"""``python -m bench ablation``: short runs on procedural ROIs, and the report of their scores."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def test_report(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "both losses, seed 3: 2 steps" in shown and "balanced accuracy at 0.25 um/px on the test split" in shown
 
-    # The seed reaches the run, and what the variants differ in.
+    # The seed and the settings of the variants reach the runs.
     for name, weight in (("both-losses-3", 1.0), ("image-loss-3", 0.0)):
         folder = checkpoint.folder_of(workplace / "runs" / name, 2)
         config = checkpoint.read_state(folder)["config"]
         assert (config["seed"], config["loss"]["lambda_nucleus"]) == (3, weight)
 
-    # What is finished is not trained again.
+    # A finished run is not trained again.
     before = checkpoint.folder_of(workplace / "runs" / "both-losses-3", 2).stat().st_mtime_ns
     assert main(argv) == 0
     assert checkpoint.folder_of(workplace / "runs" / "both-losses-3", 2).stat().st_mtime_ns == before
@@ -81,8 +81,8 @@ def test_report(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "other settings: optim.steps=3 (was 2); give another --out" in capsys.readouterr().err
 
 
-def test_the_untrained_network_is_where_a_run_begins(workplace: Path, tmp_path: Path) -> None:
-    """A learning rate of 0 leaves the teacher there."""
+def test_a_run_starts_from_the_untrained_network(workplace: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0 the teacher stays there."""
     settings = [f"data.roiset={workplace / 'rois'}", "seed=5", "optim.lr=0", "optim.min_lr=0"]
     runs.trained(tmp_path / "run", workplace / "toy.yaml", [*settings, "train.device=cpu"])
     trained = load_backbone(None, str(tmp_path / "run")).state_dict()
@@ -92,7 +92,7 @@ def test_the_untrained_network_is_where_a_run_begins(workplace: Path, tmp_path: 
             assert torch.equal(trained[name], value), name
 
 
-def test_a_run_that_fails_is_told(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_is_reported(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments(workplace, "optim.step=3"))
     assert "did you mean 'optim.steps'" in capsys.readouterr().err
@@ -106,7 +106,7 @@ def test_settings(variant: str, config: str) -> None:
     assert (settings == plain) == (variant == "both losses")
 
 
-def test_no_run_is_begun_that_might_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_might_not_finish_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
     lasts = {"untrained": 1.0, "both losses": 5.0, "image loss": 3.0}
@@ -116,7 +116,7 @@ def test_no_run_is_begun_that_might_not_end(monkeypatch: pytest.MonkeyPatch) -> 
         return {"variant": variant, "seed": seed}
 
     done = list(runs.in_turn(["both losses", "image loss"], [0, 1], 16.0, run))
-    # 0 .. 1, 1 .. 6, 6 .. 9, 9 .. 10, 10 .. 15; the last would take 5 at worst and end at 20.
+    # 0 .. 1, 1 .. 6, 6 .. 9, 9 .. 10, 10 .. 15; the last could take 5 and end at 20.
     assert [row is not None for _, _, row in done] == [True, True, True, True, True, False]
     assert [(variant, seed) for variant, seed, _ in done[-2:]] == [("both losses", 1), ("image loss", 1)]
 

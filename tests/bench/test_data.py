@@ -1,4 +1,4 @@
-"""``python -m bench data``: what it reports, that wrong pixels stop it, and the placement that it compares with."""
+"""``python -m bench data``: its report, the check of pixels and views, and the placement that it compares with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def roiset(tmp_path_factory: pytest.TempPathFactory) -> RoiSet:
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With images of its own: a row for every stage and both placements, in numbers that hang together."""
+    """With given images: rows for all stages and both placements, with consistent numbers."""
     (tmp_path / "images").mkdir()
     Image.fromarray(synthetic_image(0, 700, timing.MPP)[0]).save(tmp_path / "images" / "0.png")
     arguments = ["--device", "cpu", "--rois", "1", "--side", "640", "--size", "224", "--rounds", "2"]
@@ -50,7 +50,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "pairs per ROI" in shown and "nvJPEG" not in shown
 
 
-def test_a_loader_is_timed_without_what_it_does_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_is_timed_without_its_setup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "milliseconds", lambda call, on_gpu: call())
     assert timing.batch_milliseconds("dali", lambda count: 1000 + 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
     assert timing.batch_milliseconds("cpu", lambda count: 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
@@ -62,20 +62,21 @@ def test_loaders_are_those_that_run_here() -> None:
     assert ("dali" in found) == (why_not("dali", torch.device("cpu")) is None)
 
 
-def test_without_real_images_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_procedural_images_are_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--rois", "1", "--side", "512", "--size", "224", "--rounds", "2"]
     assert main(["data", *arguments, "--images", str(tmp_path / "absent")]) == 0
-    assert "procedural, as there is no folder" in " ".join(capsys.readouterr().out.split())
+    assert "procedural, because" in " ".join(capsys.readouterr().out.split())
 
 
-def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in ((["--rounds", "1"], "--rounds 2 or more"), (["--images", str(tmp_path)], "no image in")):
+def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ((["--rounds", "1"], "--rounds 2 or more"), (["--images", str(tmp_path)], "no images in"))
+    for arguments, message in cases:
         with pytest.raises(SystemExit):
             main(["data", "--device", "cpu", *arguments])
         assert message in capsys.readouterr().err
 
 
-def test_wrong_pixels_get_no_time(roiset: RoiSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_pixels_are_not_timed(roiset: RoiSet, monkeypatch: pytest.MonkeyPatch) -> None:
     decode_rows = Roi.decode_rows
 
     def off_by_one(roi: Roi, top: int, bottom: int) -> tuple[np.ndarray, int]:
@@ -88,14 +89,14 @@ def test_wrong_pixels_get_no_time(roiset: RoiSet, monkeypatch: pytest.MonkeyPatc
     assert row["version"] == timing.SEEN and row["wrong"].startswith("ROI 0, epoch 0: pixels of rows")
 
 
-def test_wrong_views_get_no_time(roiset: RoiSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_views_are_not_timed(roiset: RoiSet, monkeypatch: pytest.MonkeyPatch) -> None:
     render = timing.render
     monkeypatch.setattr(timing, "render", lambda plan, config: render(timing.spread(plan), config))
     plans = [draw_plan(roiset[0], 0, timing.SEED, timing.SIZES[224])]
     assert timing.first_difference(plans, timing.SIZES[224]) == "ROI 0, epoch 0: views differ"
 
 
-def test_a_missed_target_is_said() -> None:
+def test_a_missed_target_is_reported() -> None:
     rows = [{"version": timing.SEEN, "speedup_all": 2.9}]
     data_command.add_target(rows, 224)
     assert rows[0]["targets"][0] | {"met": None} == {
@@ -105,7 +106,7 @@ def test_a_missed_target_is_said() -> None:
 
 
 def test_uniform_views_are_the_same_views_elsewhere(roiset: RoiSet) -> None:
-    """Anywhere in the ROI: over many draws they reach its edges, in which anchored ones seldom lie."""
+    """Anywhere in the ROI: over many draws they reach its edges, where anchored views seldom are."""
     places = []
     for epoch in range(60):
         plan = draw_plan(roiset[0], epoch, timing.SEED, timing.SIZES[224])

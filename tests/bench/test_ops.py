@@ -1,4 +1,4 @@
-"""The benchmark times what is right, refuses what is wrong, and writes what it found."""
+"""``python -m bench ops``: correct versions are timed, wrong ones are rejected, and the report is complete."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ RATES = Rates(1e10, 1e12)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small cases, few repeats, and no compiler: it takes seconds for each."""
+    """Use small cases, few repeats, and no compiler, which takes seconds per case."""
     monkeypatch.setattr(timing, "CASES", TINY)
     monkeypatch.setattr("bench.measure.REPEATS", 4)
     monkeypatch.setattr(timing, "LENGTHS_FROM_DATA", tuple(backends.HOMES))
     monkeypatch.setattr(ops_command, "machine_rates", lambda device: RATES)
 
 
-def test_json_holds_numbers_and_environment(tmp_path: Path) -> None:
+def test_json_has_numbers_and_environment(tmp_path: Path) -> None:
     out = tmp_path / "ops.json"
     assert command.main(["ops", "--device", "cpu", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
@@ -85,7 +85,7 @@ def test_every_op_has_cases_for_both_devices() -> None:
     assert len({(case.op, case.name) for case in CASES}) == len(CASES)
 
 
-def test_what_is_not_timed_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_versions_have_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
     rows = timing.run_case(LOSS, "cpu", RATES)
     skipped = {row["version"]: row["skipped"] for row in rows if "skipped" in row}
     assert skipped.keys() == {"triton", "compile"} | ({"cpp"} if backends.library_error() else set())
@@ -108,13 +108,13 @@ def test_ratios_are_to_the_fastest_of_a_kind() -> None:
     fast = rows[4]
     assert (fast["speedup_literal"], fast["speedup_eager"]) == (6.0, 2.0)
     assert (fast["memory_literal"], fast["memory_eager"]) == (60.0, 50.0)
-    assert rows[5]["memory_eager"] == 500.0  # as if it had taken a byte
+    assert rows[5]["memory_eager"] == 500.0  # as if it used one byte
     assert rows[1]["speedup_eager"] == pytest.approx(2 / 3)
     assert "speedup_compile" not in fast
     assert rows[3] == {"kind": "compile", "skipped": "no compiler"}
 
 
-def test_targets_judge_the_backend_that_runs_by_itself(
+def test_targets_apply_to_the_default_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     versions = [
@@ -143,7 +143,7 @@ def wrong_value(*arguments: Any) -> Tensor:
 
 
 def wrong_gradient(student: Tensor, *rest: Any) -> Tensor:
-    """The right value with a gradient 1 % too large."""
+    """Return the right value with a gradient that is 1 % too large."""
     scaled = student * 1.01
     return reference.dino_loss(scaled + (student - scaled).detach(), *rest)
 
@@ -161,7 +161,7 @@ def broken(*arguments: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("wrong", [wrong_value, wrong_gradient, not_a_number, another_shape, broken])
-def test_a_wrong_version_gets_no_time(
+def test_a_wrong_version_is_not_timed(
     wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(timing.EAGER, "dino_loss", {"": wrong})
@@ -174,7 +174,7 @@ def test_a_wrong_version_gets_no_time(
 
 
 @pytest.mark.parametrize("dtype", timing.TOLERANCE)
-def test_no_tolerance_lets_an_error_of_one_per_cent_through(dtype: torch.dtype) -> None:
+def test_every_tolerance_rejects_an_error_of_one_per_cent(dtype: torch.dtype) -> None:
     exact = torch.randn(1000, dtype=torch.float64)
     assert relative_error([(exact.to(dtype) * 1.01).to(dtype)], [exact]) > timing.TOLERANCE[dtype]
     assert relative_error([exact.to(dtype)], [exact]) < timing.TOLERANCE[dtype]
@@ -188,7 +188,7 @@ def test_one_wrong_integer_is_an_error() -> None:
     assert relative_error([other], [rows]) == float("inf")
 
 
-def test_what_cannot_be_compiled_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forms_that_do_not_compile_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "LENGTHS_FROM_DATA", ())
     monkeypatch.setattr(torch, "compile", lambda call, **_: broken)
     rows = timing.run_case(LOSS, "cpu", RATES)
@@ -204,10 +204,10 @@ def test_compiled_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = {row["version"]: row for row in rows if row["kind"] == "compile"}
     assert compiled.keys() == {"compile gather", "compile all pairs"}
     for row in compiled.values():
-        assert "skipped" in row or row["median_ms"] > 0  # without a C++ compiler there is nothing to time
+        assert "skipped" in row or row["median_ms"] > 0  # without a C++ compiler nothing is timed
 
 
-def test_extra_memory_is_the_peak_above_what_is_left() -> None:
+def test_extra_memory_is_the_peak_above_the_memory_afterwards() -> None:
     x = torch.zeros(1000, requires_grad=True)
 
     def run(x: Tensor) -> Tensor:
@@ -218,13 +218,13 @@ def test_extra_memory_is_the_peak_above_what_is_left() -> None:
         del second, third
         return 2 * x
 
-    evaluate(run, (x,))  # the gradient that is given stays
-    held = 4000 + 4000  # the result, and the gradient of x; neither lives at the peak
+    evaluate(run, (x,))  # caches the output gradient
+    held = 4000 + 4000  # the result, and the gradient of x; neither exists at the peak
     assert extra_memory(run, (x,), "cpu") == 5_000_000 - held
 
 
-def test_extra_memory_sees_what_the_library_allocates() -> None:
-    """Two int64 results of a known length, through torch's allocator."""
+def test_extra_memory_counts_allocations_of_the_library() -> None:
+    """It allocates two int64 results of a known length through torch's allocator."""
     if (reason := backends.library_error()) is not None:
         pytest.skip(reason)
     index, offsets = torch.arange(1000, dtype=torch.int32).repeat(2), torch.tensor([0, 1000, 2000], dtype=torch.int32)
@@ -263,7 +263,7 @@ WORK_BY_HAND = {
         (torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(8)),
         Work(2 * (4 * 8 * 6 + 4 * 8 + 20 * 6) + 4 * 4 * 8, 8 * (5 * 6 + 3 * 6 + 2 * 4 + 4 * 6)),
     ),
-    # the same of width 3
+    # the same with width 3
     "linear_dino_loss": (
         [torch.zeros(6)],
         (torch.zeros(4, 3), torch.zeros(8, 3), torch.zeros(2, 3), torch.zeros(8, 3), torch.zeros(8)),
@@ -273,13 +273,13 @@ WORK_BY_HAND = {
 
 
 @pytest.mark.parametrize("op", WORK_BY_HAND)
-def test_least_work_by_hand(op: str) -> None:
+def test_minimum_work_equals_hand_counts(op: str) -> None:
     results, arguments, expected = WORK_BY_HAND[op]
     assert WORK[op](results, *arguments) == expected
 
 
-def test_pairs_are_those_of_a_batch() -> None:
-    """1.5 pairs for a student row: each has a teacher, half of them a second one."""
+def test_pairs_are_spread_as_in_a_batch() -> None:
+    """With 1.5 pairs per student row, every row has one teacher and half of them a second."""
     *_, teacher_rows, student_rows, _, _ = loss_inputs(100, 50, 8, 150)(torch.Generator(), torch.float32)
     assert torch.bincount(student_rows).unique().tolist() == [1, 2]
     assert torch.bincount(teacher_rows).tolist() == [3] * 50
@@ -289,7 +289,7 @@ def test_pairs_are_those_of_a_batch() -> None:
     ("arguments", "message"),
     [(["--only", "blur"], "invalid choice: 'blur'"), (["--case", "huge"], "no case of any op on cpu has 'huge'")],
 )
-def test_an_unknown_op_or_case_is_refused(
+def test_an_unknown_op_or_case_is_an_error(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -298,14 +298,14 @@ def test_an_unknown_op_or_case_is_refused(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_without_a_device_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["ops", "--device", "cuda"])
     assert "no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stages", [["test", "everything"], ["sanitise"]])
-def test_gpu_script_refuses_an_unknown_stage_before_it_starts(stages: list[str], tmp_path: Path) -> None:
+def test_gpu_script_rejects_an_unknown_stage_before_it_starts(stages: list[str], tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "bench" / "gpu.sh"
     variables = os.environ | {"OUT": str(tmp_path / "out")}
     finished = subprocess.run([script, *stages], env=variables, capture_output=True, text=True)
@@ -314,7 +314,7 @@ def test_gpu_script_refuses_an_unknown_stage_before_it_starts(stages: list[str],
     assert not (tmp_path / "out").exists()
 
 
-def test_gpu_script_begins_no_stage_that_the_budget_does_not_hold(tmp_path: Path) -> None:
+def test_gpu_script_skips_stages_beyond_the_budget(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "bench" / "gpu.sh"
     variables = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable, "BUDGET": "30"}
     finished = subprocess.run([script, "ops", "data"], env=variables, capture_output=True, text=True)
@@ -323,12 +323,12 @@ def test_gpu_script_begins_no_stage_that_the_budget_does_not_hold(tmp_path: Path
     assert [(row["stage"], row["exit_code"]) for row in stages] == [("ops", 1), ("data", 1)]
 
 
-def test_commit_is_named_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_comes_from_the_environment_without_git_history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMIT", "abc")
     assert environment("cpu")["commit"] == "abc"
 
 
-def test_tiny_runs_every_fast_backend_of_this_machine(
+def test_tiny_runs_every_fast_backend_on_this_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["tiny", "--device", "cpu"])

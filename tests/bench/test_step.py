@@ -1,4 +1,4 @@
-"""The step's benchmark: its baselines compute the equations, and what computes something else gets no time."""
+"""``python -m bench step``: its baselines compute the equations, and versions that do not are not timed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_stored_attention_is_attention() -> None:
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_drop_path_leaves_out_images_and_makes_up_for_them(drop_path: float) -> None:
+def test_drop_path_drops_images_and_rescales_the_others(drop_path: float) -> None:
     torch.manual_seed(0)
     block = step_networks.Block(8, 2, drop_path, step_networks.stored_softmax)
     kept = block.dropped(torch.ones(1000, 3, 8))
@@ -102,7 +102,7 @@ def test_drop_path_leaves_out_images_and_makes_up_for_them(drop_path: float) -> 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_versions_train_alike(precision: str) -> None:
-    """Also with several local views, weighted losses and much to clip."""
+    """Also with several local views, weighted losses and strong clipping."""
     settings = [f"train.precision={precision}", "views.num_locals=2", "loss.lambda_nucleus=0.5", "optim.clip_grad=0.3"]
     rows = checked(*versions, settings=[*TINY, *settings])
     assert not any("wrong" in row for row in rows.values()), rows
@@ -111,16 +111,16 @@ def test_all_versions_train_alike(precision: str) -> None:
 
 @pytest.mark.slow
 def test_all_versions_of_a_resnet_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step: at sizes this small a ResNet blows rounding errors up in the next."""
+    """Only one step: at sizes this small a ResNet amplifies rounding errors in the next."""
     monkeypatch.setattr(timing, "GATE_STEPS", 1)
-    # Locals of 32 px would leave BatchNorm two values of each, whose difference may be nothing but rounding.
+    # With locals of 32 px BatchNorm would see two values per channel, whose difference may be pure rounding error.
     settings = ["model.arch=resnet50", "views.local_size=64", "optim.batch_size=4"]
     rows = checked(*versions, settings=[*TINY, *settings])
     assert not any("wrong" in row for row in rows.values()), rows
 
 
 @pytest.mark.parametrize("baseline", [step_literal.LiteralTrainer, step_fair.FairTrainer])
-def test_baselines_freeze_prototypes_and_take_a_batch_without_locals_or_pairs(baseline: Callable[..., Any]) -> None:
+def test_baselines_freeze_prototypes_and_accept_a_batch_without_locals_or_pairs(baseline: Callable[..., Any]) -> None:
     config = load_config(None, [*TINY, "views.num_locals=0", "optim.warmup_steps=0"])
     weights = timing.initial_weights(config, "cpu")
     trainer, views = baseline(config, weights, CPU), timing.synthetic_views(config)
@@ -135,7 +135,7 @@ def test_baselines_freeze_prototypes_and_take_a_batch_without_locals_or_pairs(ba
 # --- the gate
 
 
-def test_the_gate_refuses_a_step_that_differs_slightly() -> None:
+def test_the_gate_rejects_a_step_that_differs_slightly() -> None:
     changes = [
         "optim.lr=2.2e-5",
         "optim.ema_start=0.6",
@@ -156,7 +156,7 @@ def changed_step(change: Callable[[Any], Any]) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize("change", [lambda loss: loss * 1.01, lambda loss: loss * math.nan], ids=["1 %", "nan"])
-def test_the_gate_refuses_an_engine_with_other_losses(
+def test_the_gate_rejects_an_engine_with_other_losses(
     change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "train_step", changed_step(change))
@@ -165,12 +165,12 @@ def test_the_gate_refuses_an_engine_with_other_losses(
 
 
 @pytest.mark.parametrize("tolerance", timing.TOLERANCE.values())
-def test_no_tolerance_lets_an_error_of_one_per_cent_through(tolerance: float) -> None:
+def test_every_tolerance_rejects_an_error_of_one_per_cent(tolerance: float) -> None:
     assert timing.relative_error([11.0, 10.89], [11.0, 11.0]) > tolerance
     assert timing.relative_error([11.0, 11.0001], [11.0, 11.0]) < tolerance
 
 
-def test_a_coarse_precision_passes_a_gate_in_float32_too() -> None:
+def test_bfloat16_runs_are_also_gated_in_float32() -> None:
     config = load_config(None, [*TINY, "train.precision=bf16", "optim.batch_size=64"])
     fine, own = ([*TINY, "train.precision=bf16", "optim.batch_size=64", *gate] for gate in timing.gates(config))
     fine, own = load_config(None, fine), load_config(None, own)
@@ -183,14 +183,14 @@ def test_a_coarse_precision_passes_a_gate_in_float32_too() -> None:
 
 
 def test_inputs_are_those_of_a_real_batch() -> None:
-    """Nuclei per view as performance models have them: 60 in 224 px and 12 in 96 px, most of them in several views."""
+    """Nuclei per view: about 60 in 224 px and 12 in 96 px, most of them in several views."""
     inputs = timing.describe(load_config(None, ["optim.batch_size=16"]))
     assert inputs["teacher_rows"] == pytest.approx(2 * 60, rel=0.1)
     assert inputs["rows"] == pytest.approx(2 * 60 + 8 * 12, rel=0.1)
     assert 1 < inputs["pairs"] / inputs["teacher_rows"] < 3
 
 
-def test_held_and_peak_count_what_is_alive() -> None:
+def test_held_and_peak_count_live_memory() -> None:
     kept = []
 
     def run() -> None:
@@ -239,7 +239,7 @@ def test_targets_of_a_machine(chip: str, settings: list[str], expected: dict[str
     assert timing.targets(chip, load_config(None, settings)) == expected
 
 
-def test_a_version_without_the_memory_or_refused_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_versions_run_after_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(self: Version, *arguments: Any) -> Any:
         if self.kind == "literal":
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -319,7 +319,7 @@ def test_large_images(tmp_path: Path) -> None:
         (["--lfov", "100"], "a multiple of 16"),
     ],
 )
-def test_what_is_not_known_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_arguments_are_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         command.main(["step", "--device", "cpu", *arguments])
     assert exit_.value.code == 2 and message in capsys.readouterr().err
