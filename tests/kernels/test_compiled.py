@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time for A100 and H100, which needs no GPU: what the interpreter cannot show."""
+"""Triton kernels compiled ahead of time for A100 and H100, without a GPU: checks that the interpreter cannot do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED_BYTES_OF_A_BLOCK = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """One row per kernel, dtype and architecture: see compile_kernels.py, which also checks that none is left out."""
+    """Return a row per kernel, dtype and architecture from compile_kernels.py, which checks that none is missing."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     finished = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The functions of kernels/ run Triton or fall back to PyTorch, and the folder stands alone when it is copied out."""
+"""The functions of kernels/ run Triton or fall back to PyTorch, and a copy of the folder works on its own."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def in_single_precision(argument: Any) -> Any:
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_functions_fall_back_to_pytorch(op: str) -> None:
-    """For CPU tensors, also while TRITON_INTERPRET=1, and for float64 anywhere."""
+    """For CPU tensors, even with TRITON_INTERPRET=1, and for float64 on any device."""
     arguments = ARGUMENTS[op](torch.float64)
     truth = getattr(kernels.reference, op)(*arguments)
     assert truth.dtype == torch.float64
@@ -70,7 +70,7 @@ def test_functions_fall_back_to_pytorch(op: str) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_functions_run_triton_when_asked(op: str) -> None:
+def test_functions_run_triton_when_forced(op: str) -> None:
     arguments = on_device(ARGUMENTS[op]())
     truth = getattr(kernels, op)(*arguments, backend="torch")
     torch.testing.assert_close(getattr(kernels, op)(*arguments, backend="triton"), truth, rtol=1e-4, atol=1e-4)
@@ -85,7 +85,7 @@ def test_functions_compile_without_a_graph_break(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_functions_name_why_a_forced_backend_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_say_why_a_forced_backend_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     function = getattr(kernels, op)
     with pytest.raises(ValueError, match=f"{op}: unknown backend 'cpp'; expected torch or triton"):
@@ -130,7 +130,7 @@ assert not loaded, loaded
 """
 WITHOUT_TRITON = f"""
 import sys
-sys.modules["triton"] = None  # any import of it raises ImportError
+sys.modules["triton"] = None  # importing it raises ImportError
 {USE}
 try:
     check(backend="triton")
@@ -142,7 +142,7 @@ else:
 WITH_TRITON = f"""
 import sys
 {USE}
-assert "kernels.fused.dino_loss" not in sys.modules, "Triton's files were loaded before anything asked for them"
+assert "kernels.fused.dino_loss" not in sys.modules, "Triton kernels were imported before they were needed"
 check(backend="triton")
 check()
 """
@@ -155,8 +155,8 @@ check()
         pytest.param(WITH_TRITON, id="with_triton", marks=needs_triton),
     ],
 )
-def test_a_bare_copy_stands_alone(code: str, tmp_path: Path) -> None:
-    """In a folder that holds nothing else, with no way back to the checkout."""
+def test_a_copy_of_the_folder_works_on_its_own(code: str, tmp_path: Path) -> None:
+    """In a folder without anything else, and without the checkout on the path."""
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,4 +1,4 @@
-"""The modules of kernels/ against the losses as DINO and iBOT publish them, in float64."""
+"""The modules of kernels/ against the losses as published for DINO and iBOT, in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cross_entropy(target: Tensor, logits: Tensor, temp: float) -> Tensor:
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], leaf: Tensor) -> tuple[Tensor, Tensor]:
-    """The value, and its gradient."""
+    """Return the value and its gradient."""
     leaf = leaf.detach().clone().requires_grad_()
     value = function(leaf)
     value.backward()
@@ -35,7 +35,7 @@ def gradient_of(function: Callable[[Tensor], Tensor], leaf: Tensor) -> tuple[Ten
 
 
 def published_dino(student: Tensor, teacher: Tensor, center: Tensor, crops: int, temps: tuple[float, float]) -> Tensor:
-    """Caron et al. 2021, equation 3: every global view of the teacher with every other view of the student."""
+    """Caron et al. 2021, equation 3: every global view of the teacher against every other view of the student."""
     targets = probabilities(teacher, center, temps[1]).chunk(2)
     views = student.chunk(crops)
     terms = [
@@ -62,14 +62,14 @@ def test_dino_module_equals_the_published_loss(images: int, crops: int) -> None:
 
 
 def published_ibot(student: Tensor, teacher: Tensor, center: Tensor, masks: Tensor) -> Tensor:
-    """Zhou et al. 2022, of all patches ``[B, N, K]``: the mean over the masked ones of an image, then over images."""
+    """Zhou et al. 2022, for all patches ``[B, N, K]``: the mean over an image's masked patches, then over images."""
     loss = cross_entropy(probabilities(teacher, center, 0.04), student, 0.1)
     return ((loss * masks).sum(dim=1) / masks.sum(dim=1).clamp(min=1)).mean()
 
 
 @pytest.mark.parametrize("weights", ["of_the_masks", "given"])
 def test_ibot_module_equals_the_published_loss(weights: str) -> None:
-    """With an image that has no masked patch."""
+    """Including an image without masked patches."""
     student, teacher = torch.randn(4, 9, 31, device=DEVICE), torch.randn(4, 9, 31, device=DEVICE)
     masks = torch.rand(4, 9, device=DEVICE) < 0.5
     masks[2] = False
@@ -103,7 +103,7 @@ def test_center_is_a_running_mean(name: str) -> None:
     torch.testing.assert_close(module.center.flatten(), center)
 
 
-def test_a_loss_leaves_the_center_alone_and_survives_its_update() -> None:
+def test_a_loss_does_not_change_the_center_and_survives_its_update() -> None:
     module = kernels.DINOLoss(7, 2).to(DEVICE)
     student, teacher = torch.randn(4, 7, device=DEVICE), torch.randn(4, 7, device=DEVICE)
     _, expected = gradient_of(lambda x: module(x, teacher, 0.04), student)
@@ -116,7 +116,7 @@ def test_a_loss_leaves_the_center_alone_and_survives_its_update() -> None:
     assert torch.equal(student.grad, expected)
 
 
-def test_modules_without_images_give_a_zero_with_a_gradient() -> None:
+def test_modules_without_images_return_zero_with_a_gradient() -> None:
     student, teacher = torch.empty(0, 7, requires_grad=True), torch.empty(0, 7)
     masks = torch.zeros(2, 9, dtype=torch.bool)
     losses = [kernels.DINOLoss(7, 5)(student, teacher, 0.04), kernels.IBOTPatchLoss(7)(student, teacher, masks, 0.04)]
@@ -126,7 +126,7 @@ def test_modules_without_images_give_a_zero_with_a_gradient() -> None:
 
 
 @pytest.mark.parametrize(("students", "teachers"), [(9, 4), (10, 3), (10, 12)])
-def test_dino_module_refuses_rows_that_are_no_crops(students: int, teachers: int) -> None:
+def test_dino_module_rejects_wrong_numbers_of_rows(students: int, teachers: int) -> None:
     with pytest.raises(ValueError, match=r"DINOLoss: expected student_logits \[5 \* B, K\]"):
         kernels.DINOLoss(7, 5)(torch.zeros(students, 7), torch.zeros(teachers, 7), 0.04)
 
@@ -148,7 +148,7 @@ def update_on_one_of_two(rank: int, store: str, logits: Tensor, folder: str) -> 
 
 @pytest.mark.slow
 def test_center_is_the_mean_over_all_processes(tmp_path: Path) -> None:
-    """Of rows, not of processes: one has 1 row, the other 4."""
+    """It is the mean over rows, not processes: one has 1 row, the other 4."""
     logits = torch.randn(5, 7)
     arguments = (str(tmp_path / "store"), logits, str(tmp_path))
     torch.multiprocessing.spawn(update_on_one_of_two, arguments, nprocs=2)

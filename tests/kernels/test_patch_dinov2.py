@@ -1,4 +1,4 @@
-"""DINOv2's losses compute the same, values and gradients, whether patch_dinov2 is on or not."""
+"""patch_dinov2 does not change the values and gradients of DINOv2's losses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("deterministic")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# A stand-in for https://github.com/facebookresearch/dinov2, which is not installed here: written from the published
+# A stand-in for https://github.com/facebookresearch/dinov2, which is not installed: written from the published
 # equations, with the names, signatures and signs of dinov2.loss.
 STAND_IN = {
     "dino_clstoken_loss.py": """
@@ -113,7 +113,7 @@ STAND_IN = {
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], leaf: Tensor) -> tuple[Tensor, Tensor]:
-    """The value, and its gradient."""
+    """Return the value and its gradient."""
     leaf = leaf.detach().clone().requires_grad_()
     value = function(leaf)
     value.backward()
@@ -140,7 +140,7 @@ def dinov2_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mod
 
 
 def train_dino(module: nn.Module, centering: str) -> list[Tensor]:
-    """Two steps of DINOv2's image loss: local crops, then both global crops at once; losses, gradients, centre."""
+    """Run two steps of DINOv2's image loss: locals, then both globals at once; return losses, gradients, centre."""
     results = []
     for step in range(2):
         torch.manual_seed(step)
@@ -161,7 +161,7 @@ def train_dino(module: nn.Module, centering: str) -> list[Tensor]:
 
 
 def train_ibot(module: nn.Module, centering: str) -> list[Tensor]:
-    """Two steps of DINOv2's patch loss: all forms of ``forward_masked``, then ``forward``; the same of each."""
+    """Run two steps of DINOv2's patch loss: all forms of ``forward_masked``, then ``forward``; return the same."""
     results = []
     for step in range(2):
         torch.manual_seed(step)
@@ -209,7 +209,7 @@ def test_patched_dinov2_computes_the_same(
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes with which the patch calls ``soft_cross_entropy``."""
+    """Return a list that collects the shapes with which the patch calls ``soft_cross_entropy``."""
     calls: list[torch.Size] = []
 
     def counted(student_logits: Tensor, target: Tensor, temp: float) -> Tensor:
@@ -220,7 +220,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return calls
 
 
-def test_lossfunc_of_ibot_takes_two_and_three_dimensions(dinov2_loss: ModuleType) -> None:
+def test_lossfunc_of_ibot_accepts_two_and_three_dimensions(dinov2_loss: ModuleType) -> None:
     from dinov2.loss import ibot_patch_loss
 
     logits, target = torch.randn(2, 5, 31, device=DEVICE), torch.rand(2, 5, 31, device=DEVICE)
@@ -231,7 +231,7 @@ def test_lossfunc_of_ibot_takes_two_and_three_dimensions(dinov2_loss: ModuleType
     undo()
 
 
-def test_each_loss_of_dinov2_is_patched_by_itself(dinov2_loss: ModuleType) -> None:
+def test_each_loss_of_dinov2_can_be_patched_separately(dinov2_loss: ModuleType) -> None:
     from dinov2.loss import ibot_patch_loss
 
     def members() -> list[Any]:

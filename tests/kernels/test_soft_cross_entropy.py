@@ -1,4 +1,4 @@
-"""soft_cross_entropy against values worked by hand, scipy in float64, and torch's cross-entropy."""
+"""soft_cross_entropy against hand-computed values, scipy in float64, and torch's cross-entropy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.agreement import FLOOR, GRADIENT_CAP, LOSS_CAP, assert_as_exa
 pytestmark = pytest.mark.usefixtures("deterministic")
 
 needs_triton = pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error()))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton kernels run: on the CPU, interpreted
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; on the CPU they are interpreted
 
 BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 
@@ -39,7 +39,7 @@ def make_case(*shape: int, dtype: torch.dtype = torch.float64, device: str = DEV
 
 
 def loss_and_gradient(case: Case, op: Callable[..., Tensor], **options: str) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient of its sum with weights 0.5 to 1.5."""
+    """Return the loss, and the gradient of its sum with weights 0.5 to 1.5."""
     student = case.student_logits.detach().clone().requires_grad_()
     loss = op(student, *case[1:], **options)
     weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device)
@@ -50,8 +50,8 @@ def loss_and_gradient(case: Case, op: Callable[..., Tensor], **options: str) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_worked_by_hand(backend: str) -> None:
-    """Student (1/5, 4/5): target (3/4, 1/4), then twice that, then nothing."""
+def test_equals_hand_computed_values(backend: str) -> None:
+    """Student (1/5, 4/5); targets (3/4, 1/4), twice that, and zero."""
     student = 0.1 * torch.tensor([math.log(1), math.log(4)], device=DEVICE).expand(3, 2)
     target = torch.tensor([[0.75, 0.25], [1.5, 0.5], [0.0, 0.0]], device=DEVICE)
     once = -0.75 * math.log(1 / 5) - 0.25 * math.log(4 / 5)
@@ -90,7 +90,7 @@ def test_triton_is_as_exact_as_eager(size: str, dtype: torch.dtype) -> None:
     case = make_case(*SIZES[size], dtype=dtype)
     exact = Case(case.student_logits.double(), case.target.double())
     truth_loss, truth_gradient = loss_and_gradient(exact, reference.soft_cross_entropy)
-    if dtype == torch.bfloat16 and DEVICE == "cpu":  # Triton's interpreter cuts digits off where a GPU rounds
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # Triton's interpreter truncates where a GPU rounds
         truth_gradient = (truth_gradient.float().view(torch.int32) & -0x10000).view(torch.float32).double()
     assert_as_exact_as_eager(
         loss_and_gradient(case, soft_cross_entropy, backend="triton"),
@@ -103,7 +103,7 @@ def test_triton_is_as_exact_as_eager(size: str, dtype: torch.dtype) -> None:
 
 @needs_triton
 def test_target_may_have_another_dtype() -> None:
-    """As in DINOv2: half-precision students, float32 teachers."""
+    """As in DINOv2: 16-bit students, float32 teachers."""
     student, target, temp = make_case(5, 40, dtype=torch.float32)
     student = student.bfloat16()
     truth = reference.soft_cross_entropy(student.double(), target.double(), temp)
@@ -113,7 +113,7 @@ def test_target_may_have_another_dtype() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rising_logits(backend: str) -> None:
-    """A row that meets a larger entry in every block, and one whose largest comes first."""
+    """A row with a larger entry in every block, and one whose largest entry comes first."""
     rising = torch.linspace(-1, 1, 5000, device=DEVICE)
     student = torch.stack([rising, rising.flip(0)])
     target = (torch.stack([rising.flip(0), rising.flip(0)]) / 0.04).softmax(dim=-1)
@@ -124,7 +124,7 @@ def test_rising_logits(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shift_of_all_logits_changes_nothing(backend: str) -> None:
-    """Shifted by 2^13 = 8192, which float32 holds exactly for logits on a grid of 2^-9."""
+    """Shifted by 2^13 = 8192, which is exact in float32 for logits on a grid of 2^-9."""
     student, target, temp = make_case(4, 100, dtype=torch.float32)
     student = (student * 512).round() / 512
     expected = soft_cross_entropy(student, target, temp, backend=backend)
@@ -132,7 +132,7 @@ def test_a_shift_of_all_logits_changes_nothing(backend: str) -> None:
 
 
 @needs_triton
-def test_triton_twice_is_bit_equal_and_takes_strided_inputs() -> None:
+def test_triton_is_deterministic_and_accepts_strided_inputs() -> None:
     case = make_case(6, 300, dtype=torch.float32)
     first = loss_and_gradient(case, soft_cross_entropy, backend="triton")
     apart = case._replace(
@@ -163,7 +163,7 @@ def test_one_row_without_leading_dimensions(backend: str) -> None:
 
 
 def test_many_rows() -> None:
-    """More than 65,535, the limit of CUDA's second grid dimension."""
+    """More than 65,535, the maximum of CUDA's second grid dimension."""
     case = make_case(65_536, 4, dtype=torch.float32)
     exact = Case(case.student_logits.double(), case.target.double())
     pairs = zip(loss_and_gradient(case, soft_cross_entropy), loss_and_gradient(exact, soft_cross_entropy), strict=True)
@@ -172,7 +172,7 @@ def test_many_rows() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_reaches_the_student_alone(backend: str) -> None:
+def test_gradient_flows_only_to_the_student(backend: str) -> None:
     case = make_case(4, 10, dtype=torch.float32)
     student, target = (tensor.clone().requires_grad_() for tensor in case[:2])
     soft_cross_entropy(student, target, case.temp, backend=backend).sum().backward()

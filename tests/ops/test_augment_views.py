@@ -1,4 +1,4 @@
-"""augment_views against Pillow, SciPy, colorsys, numpy's turns and torchvision, and its backends against each other."""
+"""augment_views against Pillow, SciPy, colorsys, numpy and torchvision, and its backends against each other."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from muse_fast.views.colours import Colour, apply_colour
 pytestmark = pytest.mark.usefixtures("deterministic")
 
 needs_triton = pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error()))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton kernels run: on the CPU, interpreted
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; on the CPU they are interpreted
 BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 
 Box = tuple[int, int, int, int, int, int]  # image, x, y, side, flip, turns
 
 
 def pictures(*shapes: tuple[int, int]) -> list[Tensor]:
-    """Smooth colours with edges, uint8 [3, H, W]."""
+    """Make images with smooth colours and edges, uint8 [3, H, W]."""
     random = torch.Generator().manual_seed(1)
     made = []
     for height, width in shapes:
@@ -67,22 +67,22 @@ def augmented(
 
 
 def levels(views: Tensor) -> Tensor:
-    """The 0..255 that were normalised; not rounded, so that a wrong normalisation shows."""
+    """Undo the normalisation, to 0..255; not rounded, so that a wrong normalisation shows."""
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     return (views.double() * deviation + mean) * 255
 
 
 def assert_levels(got: Tensor, expected: Tensor, *, share_off: float = 0.0) -> None:
-    """All within one level, and no more than a share of them off by more than a hundredth of a level."""
+    """Assert that all are within one level, and at most a fraction is off by more than a hundredth of a level."""
     off = (levels(got) - expected).abs()
     assert off.max() <= 1.01
     assert (off > 0.01).double().mean() <= share_off
 
 
 @BACKENDS
-def test_turns_and_flips_are_numpys(backend: str) -> None:
-    """Pixel for pixel, in the order and direction of ``ViewBox``; the second image begins where the first ends."""
+def test_turns_and_flips_equal_numpy(backend: str) -> None:
+    """Pixel for pixel, in the order and direction of ``ViewBox``, in the second of two images."""
     images, cases = pictures((20, 21), (37, 40)), [(flip, turns) for flip in (0, 1) for turns in range(4)]
     got = augmented(images, [(1, 3, 2, 30, flip, turns) for flip, turns in cases], 30, backend)
     crop = images[1][:, 2:32, 3:33].numpy()
@@ -94,8 +94,8 @@ def test_turns_and_flips_are_numpys(backend: str) -> None:
 
 @BACKENDS
 @pytest.mark.parametrize(("side", "size"), [(80, 40), (47, 48), (20, 48), (1, 5), (100, 4)], ids=lambda n: str(n))
-def test_resize_is_pillows(side: int, size: int, backend: str) -> None:
-    """Pillow resizes single channels in float, antialiased, with a = -1/2. The crop ends where the image goes on."""
+def test_resize_equals_pillow(side: int, size: int, backend: str) -> None:
+    """Pillow resizes single channels in float, antialiased, with a = -1/2. The crop is smaller than the image."""
     (image,) = pictures((110, 120))
     got = augmented([image], [(0, 7, 5, side, 0, 0)], size, backend)[0]
     crop = image[:, 5 : 5 + side, 7 : 7 + side]
@@ -107,7 +107,7 @@ def test_resize_is_pillows(side: int, size: int, backend: str) -> None:
 
 @BACKENDS
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_scipys(sigma: float, backend: str) -> None:
+def test_blur_equals_scipy(sigma: float, backend: str) -> None:
     (image,) = pictures((40, 40))
     got = augmented([image], [(0, 0, 0, 40, 0, 0)], 40, backend, [Colour(blur_sigma=sigma)])[0]
     away = np.arange(-max(1, round(3 * sigma)), max(1, round(3 * sigma)) + 1)
@@ -119,15 +119,15 @@ def test_blur_is_scipys(sigma: float, backend: str) -> None:
 
 
 @BACKENDS
-def test_blur_of_a_small_view_reaches_as_far_as_it_can(backend: str) -> None:
+def test_blur_radius_is_limited_by_a_small_view(backend: str) -> None:
     (image,) = pictures((8, 8))
     got = augmented([image], [(0, 0, 0, 8, 0, 0)], 8, backend, [Colour(blur_sigma=2.0)])
     assert_levels(got[0], apply_colour(image, Colour(blur_sigma=2.0)), share_off=0.02)
 
 
 @BACKENDS
-def test_hue_is_colorsys(backend: str) -> None:
-    """All colours of a coarse cube, greys and ties among them, around the circle both ways."""
+def test_hue_equals_colorsys(backend: str) -> None:
+    """For all colours of a coarse cube, including greys and ties, in both directions."""
     grid = torch.tensor([0, 51, 102, 153, 204, 255], dtype=torch.uint8)
     colours = torch.cartesian_prod(grid, grid, grid)[:196].T.reshape(3, 14, 14)
     for shift in (0.1, -0.23, 0.5):
@@ -139,10 +139,10 @@ def test_hue_is_colorsys(backend: str) -> None:
 
 
 @BACKENDS
-def test_jitter_in_every_order_is_torchvisions(backend: str) -> None:
+def test_jitter_in_every_order_equals_torchvision(backend: str) -> None:
     (image,) = pictures((16, 16))
     colours = [
-        # factors that seldom give whole levels, where float32 may fall to either side
+        # factors that seldom yield whole levels, which float32 may truncate either way
         Colour(brightness=1.3517, contrast=0.6523, saturation=1.2137, hue=0.0713, order=order, grey=number % 5 == 0)
         for number, order in enumerate(permutations(range(4)))
     ]
@@ -168,7 +168,7 @@ def test_solarise_and_grey(backend: str) -> None:
 
 @needs_triton
 def test_triton_and_reference_agree_on_tissue(shared_data: Path) -> None:
-    """Everything at once, over borders of tiles: a level of rounding apart, and hardly ever."""
+    """All steps together, across tiles: they rarely differ, and then by the rounding of a level."""
     image = torch.from_numpy(np.array(Image.open(shared_data / "mitos12" / "A00_01.jpg"))).permute(2, 0, 1)
     image = image[:, 300:400, 700:790].contiguous()
     boxes: list[Box] = [(0, 3, 30, 64, 1, 1), (0, 40, 20, 41, 0, 3)]
@@ -181,7 +181,7 @@ def test_triton_and_reference_agree_on_tissue(shared_data: Path) -> None:
     assert off.max() <= 2.01 and off.mean() <= 0.005
     rounded = augmented([image], boxes[1:], 36, "triton", colours[1:], torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded[0].float(), got[1], rtol=2.0**-7, atol=0)  # the interpreter cuts digits off
+    torch.testing.assert_close(rounded[0].float(), got[1], rtol=2.0**-7, atol=0)  # the interpreter truncates
 
 
 @BACKENDS
@@ -212,7 +212,7 @@ def test_opcheck() -> None:
 @BACKENDS
 def test_compiles_without_a_graph_break(backend: str) -> None:
     if backend == "reference":
-        pytest.skip("it reads boxes on the host, view by view")
+        pytest.skip("the reference reads boxes on the host, view by view")
     compiled = torch.compile(ops.augment_views, fullgraph=True, backend="aot_eager")
     expected = ops.augment_views(**arguments(), backend=backend)
     assert torch.equal(compiled(**arguments(), backend=backend), expected)
@@ -230,16 +230,16 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16"),
         ({"images": torch.tensor([[0, 20, 25]])}, r"\[\[0, 20, 25\]\] do not fit in 1440 bytes"),
         ({"boxes": torch.tensor([[0, 0, 0, 9, 0, 0], [1, 0, 0, 9, 0, 0]]).int()}, "not one of the 1"),
-        ({"boxes": torch.tensor([[0, 0, 0, 9, 0, 0], [0, 7, 0, 18, 0, 0]]).int()}, "box 1 .* outside of its image"),
+        ({"boxes": torch.tensor([[0, 0, 0, 9, 0, 0], [0, 7, 0, 18, 0, 0]]).int()}, "box 1 .* outside its image"),
         ({"backend": "cpp"}, "no cpp implementation"),
     ],
 )
 def test_errors(change: dict[str, Any], message: str) -> None:
-    sound = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments().items()}
+    valid = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments().items()}
     with pytest.raises(ValueError, match=f"augment_views: .*{message}"):
-        ops.augment_views(**(sound | change))
+        ops.augment_views(**(valid | change))
 
 
-def test_normalise_is_that_of_the_cpu_path() -> None:
+def test_normalisation_equals_the_cpu_path() -> None:
     (image,) = pictures((16, 16))
     assert torch.equal(augmented([image], [(0, 0, 0, 16, 0, 0)], 16, "reference")[0], normalise(image))

@@ -1,4 +1,4 @@
-"""The choice of a backend: forced by argument or environment, with the reason named when it cannot run."""
+"""The choice of a backend: automatic, or forced by argument or environment, with a reason if it cannot run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_falls_back_to_the_reference_and_logs_why(
     ]
 
 
-def test_takes_the_fast_backend_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chooses_the_fast_backend_if_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "library_error", lambda: None)
     monkeypatch.setattr(backends, "cuda_error", lambda op: None)
     assert backends.choose("match_nuclei", "cpu", None) == "cpp"
@@ -37,7 +37,7 @@ def test_takes_the_fast_backend_where_it_runs(monkeypatch: pytest.MonkeyPatch) -
     assert backends.choose("match_nuclei", "cuda", None) == "reference"
 
 
-def test_forced_backend_that_cannot_run_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "library_error", lambda: "it was not built")
     with pytest.raises(ValueError, match="forced backend 'cpp' cannot run on cpu tensors: it was not built"):
         backends.choose("match_nuclei", "cpu", "cpp")
@@ -52,12 +52,12 @@ def test_forced_backend_that_cannot_run_names_the_reason(monkeypatch: pytest.Mon
         backends.choose("match_nuclei", "cuda", "cuda")
 
 
-def test_triton_needs_cuda_and_less_than_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_needs_cuda_and_rejects_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "triton_error", lambda: None)
     assert backends.choose("dino_loss", "cuda", None, torch.bfloat16) == "triton"
     assert backends.choose("dino_loss", "cuda", None, torch.float64) == "reference"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backends.choose("projection_stats", "cpu", None) == "blocked"  # the interpreter is for those who ask for it
+    assert backends.choose("projection_stats", "cpu", None) == "blocked"  # the interpreter runs only when forced
     assert backends.choose("dino_loss", "cpu", "triton") == "triton"
     with pytest.raises(ValueError, match="it computes in float32"):
         backends.choose("dino_loss", "cpu", "triton", torch.float64)
@@ -66,7 +66,7 @@ def test_triton_needs_cuda_and_less_than_float64(monkeypatch: pytest.MonkeyPatch
         backends.choose("dino_loss", "cpu", "triton")
 
 
-def test_dino_loss_in_float64_stays_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dino_loss_in_float64_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "library_error", lambda: None)
     assert backends.choose("dino_loss", "cpu", None, torch.float32) == "cpp"
     assert backends.choose("dino_loss", "cpu", None, torch.float64) == "reference"
@@ -78,7 +78,7 @@ def test_environment_forces_all_ops_or_one(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(backends, "library_error", lambda: None)
     monkeypatch.setenv(backends.ENVIRONMENT, "reference")
     assert backends.choose("match_nuclei", "cpu", None) == "reference"
-    assert backends.choose("match_nuclei", "cpu", "cpp") == "cpp"  # the argument is nearer
+    assert backends.choose("match_nuclei", "cpu", "cpp") == "cpp"  # the argument takes precedence
     monkeypatch.setenv(backends.ENVIRONMENT, "dino_loss=triton, match_nuclei=reference")
     assert backends.choose("match_nuclei", "cpu", None) == "reference"
     assert backends.choose("sample_nuclei", "cpu", None) == "cpp"
@@ -95,7 +95,7 @@ def test_table_has_every_op_on_every_device(monkeypatch: pytest.MonkeyPatch) -> 
     assert (row.backend, row.reason) == ("reference", "not cpp: it was not built; not cuda: it takes CUDA tensors")
 
 
-def test_table_gives_no_reason_against_what_would_come_after_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_has_no_reasons_against_slower_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "library_error", lambda: None)
     row = next(row for row in backends.table() if (row.op, row.device) == ("match_nuclei", "cpu"))
     assert (row.backend, row.reason) == ("cpp", "")
@@ -126,7 +126,7 @@ def test_broken_library_says_to_rebuild(monkeypatch: pytest.MonkeyPatch, tmp_pat
     [
         (False, [(9, 0)], "built without CUDA, because nvcc"),
         (True, [], "torch finds no CUDA device"),
-        (True, [(9, 0), (7, 5)], "needs compute capability 8.0, a device here has 7.5"),
+        (True, [(9, 0), (7, 5)], "needs compute capability 8.0, but a device here has 7.5"),
         (True, [(8, 0), (9, 0)], None),
     ],
 )

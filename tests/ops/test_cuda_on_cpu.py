@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
 class Case(NamedTuple):
-    """One pack, and the grid that works on it."""
+    """A pack and a launch grid."""
 
     images: list[list[int]]
     num_rois: int
@@ -47,7 +47,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=["address,undefined", pytest.param("thread", marks=pytest.mark.slow)])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tests/support/cuda_on_cpu.cpp, built with a sanitizer."""
+    """Build tests/support/cuda_on_cpu.cpp with a sanitizer."""
     built = tmp_path_factory.mktemp("cuda_on_cpu") / "program"
     flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-pthread", f"-fsanitize={request.param}"]
     sources = [f"-I{ROOT / 'csrc'}", ROOT / "tests" / "support" / "cuda_on_cpu.cpp", "-o", built]
@@ -66,7 +66,7 @@ def run(
     blocks: int = 1,
     threads: int = 32,
 ) -> list[Tensor]:
-    """What the kernels make of a pack: teacher and student rows, and their count."""
+    """Run the kernels on a pack; return teacher rows, student rows and their count."""
     settings = torch.tensor([num_rois, num_globals, blocks, threads, capacity])
     for name, tensor in (("settings", settings), ("index", index), ("offsets", offsets)):
         (folder / name).write_bytes(tensor.numpy().tobytes())
@@ -96,8 +96,8 @@ def test_kernels_equal_the_reference(name: str, program: Path, tmp_path: Path) -
         ([1, 2, 3, 4], [0, -5, 4]),
     ],
 )
-def test_broken_packs_are_reported(index: list[int], offsets: list[int], program: Path, tmp_path: Path) -> None:
-    """By a negative count, and without a step beyond any array."""
+def test_invalid_packs_are_reported(index: list[int], offsets: list[int], program: Path, tmp_path: Path) -> None:
+    """By a negative count, without reading or writing outside any array."""
     teacher, student, count = run(program, tmp_path, torch.tensor(index).int(), torch.tensor(offsets).int(), 1, 2, 8)
     assert count < 0
     assert (teacher == -1).all()

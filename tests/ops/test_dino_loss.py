@@ -1,4 +1,4 @@
-"""dino_loss against values worked by hand, torch's soft-target cross-entropy in float64, and DINO's published loss."""
+"""dino_loss against hand-computed values, torch's soft-target cross-entropy in float64, and DINO's published loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAST = [pytest.param("cpp", marks=needs_library), pytest.param("triton", marks=n
 every_backend = pytest.mark.parametrize("backend", ["reference", *FAST])
 fast_backends = pytest.mark.parametrize("backend", FAST)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INTERPRETED = not torch.cuda.is_available()  # how the Triton kernels run
+INTERPRETED = not torch.cuda.is_available()  # whether Triton's interpreter runs the kernels
 
 
 class Case(NamedTuple):
@@ -56,7 +56,7 @@ def device_of(backend: str) -> str:
 
 
 def loss_and_gradient(case: Case, backend: str, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient of its sum with pair weights 0.5 to 1.5."""
+    """Return the loss, and the gradient of its sum with pair weights 0.5 to 1.5."""
     student = case.student_logits.detach().requires_grad_()
     loss = ops.dino_loss(student, *case[1:], backend=backend)
     if weights is None:
@@ -68,17 +68,17 @@ def loss_and_gradient(case: Case, backend: str, weights: Tensor | None = None) -
 
 
 def assert_exact(case: Case, backend: str) -> None:
-    """As exact as eager PyTorch on the same inputs, with float64 as the truth."""
+    """Assert that a backend is as exact as eager PyTorch on the same inputs, with float64 as the truth."""
     dtype = case.student_logits.dtype
     truth = loss_and_gradient(Case(*(tensor.double() for tensor in case[:3]), *case[3:]), "reference")
-    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:  # it cuts digits off where a GPU rounds
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:  # it truncates where a GPU rounds
         truth = truth[0], (truth[1].float().view(torch.int32) & -0x10000).view(torch.float32)
     got, eager = loss_and_gradient(case, backend), loss_and_gradient(case, "reference")
     assert_as_exact_as_eager(got, eager, truth, (LOSS_CAP[dtype], GRADIENT_CAP[dtype]), FLOOR[dtype])
 
 
 def by_cross_entropy(case: Case) -> Tensor:
-    """Float64, pair by pair, through torch's cross-entropy with probabilities as targets."""
+    """Compute the loss in float64, pair by pair, with torch's cross-entropy for probabilities as targets."""
     student, teacher, center = (tensor.double() for tensor in case[:3])
     losses = [
         F.cross_entropy(student[i] / case.student_temp, ((teacher[j] - center) / case.teacher_temp).softmax(0))
@@ -88,7 +88,7 @@ def by_cross_entropy(case: Case) -> Tensor:
 
 
 @every_backend
-def test_worked_by_hand(backend: str) -> None:
+def test_equals_hand_computed_values(backend: str) -> None:
     """Teacher (3/4, 1/4) after centring and sharpening, student (1/5, 4/5): -3/4 ln 1/5 - 1/4 ln 4/5."""
     student = 0.1 * torch.tensor([[0.0, 0.0], [math.log(1), math.log(4)]])
     center = torch.tensor([7.0, -2.0])
@@ -129,7 +129,7 @@ def test_equals_the_published_loss() -> None:
 
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_precision_is_that_of_float32_on_the_rounded_logits(dtype: str, backend: str) -> None:
+def test_computes_in_float32_on_rounded_logits(dtype: str, backend: str) -> None:
     case = make_case(20, 10, 1000, 30, DTYPES[dtype], device_of(backend))
     loss = ops.dino_loss(*case, backend=backend)
     truth = by_cross_entropy(case)
@@ -160,7 +160,7 @@ def test_is_as_exact_as_eager(size: str, dtype: str, backend: str) -> None:
 def test_many_rows(backend: str) -> None:
     """65,536 rows for each of four views."""
     if backend == "triton" and INTERPRETED:
-        pytest.skip("Triton's interpreter takes a millisecond for a pair")
+        pytest.skip("Triton's interpreter needs a millisecond per pair")
     rows = 4 * 65536
     assert_exact(make_case(rows, rows, 3, rows, torch.float32, device_of(backend)), backend)
 
@@ -182,7 +182,7 @@ def test_extreme_teachers(teacher: str, backend: str) -> None:
 @fast_backends
 @pytest.mark.parametrize("span", [30, 1e4])
 def test_wide_logits(span: float, backend: str) -> None:
-    """Differences that e^x takes to zero and beyond what float32 can hold."""
+    """Differences whose exponentials underflow to zero and overflow float32."""
     case = make_case(5, 3, 3000, 9, torch.float32, device_of(backend))
     assert_exact(case._replace(student_logits=case.student_logits * span), backend)
     assert_exact(case._replace(teacher_logits=case.teacher_logits * span, center=case.center * 0), backend)
@@ -190,7 +190,7 @@ def test_wide_logits(span: float, backend: str) -> None:
 
 @every_backend
 def test_a_shift_of_all_logits_changes_nothing(backend: str) -> None:
-    """Shifted by 10,000, which float32 holds exactly for logits on a grid of 2^-9."""
+    """Shifted by 10,000, which is exact in float32 for logits on a grid of 2^-9."""
     case = make_case(8, 6, 100, 20, torch.float32, device_of(backend))
     student, teacher, center = ((tensor * 512).round() / 512 for tensor in case[:3])
     expected = ops.dino_loss(student, teacher, center, *case[3:], backend=backend)
@@ -199,8 +199,8 @@ def test_a_shift_of_all_logits_changes_nothing(backend: str) -> None:
 
 
 @every_backend
-def test_padding_gives_zeros(backend: str) -> None:
-    """Pairs that lack either row change nothing for the others, whatever gradient is given for them."""
+def test_padding_yields_zeros(backend: str) -> None:
+    """Pairs without a teacher or student row do not affect the others, whatever their output gradients are."""
     case = make_case(6, 4, 50, 9, torch.float32, device_of(backend))
     case.teacher_rows[[0, 4]] = -1
     case.student_rows[[4, 8]] = -3
@@ -218,9 +218,7 @@ def test_padding_gives_zeros(backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize(("students", "teachers"), [(5, 5), (5, 0), (0, 5), (0, 0)])
 @pytest.mark.parametrize("pairs", [0, 3])
-def test_nothing_but_padding_is_a_finite_zero_with_a_gradient(
-    pairs: int, students: int, teachers: int, backend: str
-) -> None:
+def test_only_padding_is_a_finite_zero_with_a_gradient(pairs: int, students: int, teachers: int, backend: str) -> None:
     rows = torch.full((pairs,), -1, device=device_of(backend))
     student, teacher = (torch.randn(count, 7, device=rows.device) for count in (students, teachers))
     case = Case(student, teacher, torch.zeros(7, device=rows.device), rows, rows)
@@ -231,7 +229,7 @@ def test_nothing_but_padding_is_a_finite_zero_with_a_gradient(
 
 
 @every_backend
-def test_gradient_reaches_the_student_alone(backend: str) -> None:
+def test_gradient_flows_only_to_the_student(backend: str) -> None:
     case = make_case(4, 3, 10, 6, torch.float32, device_of(backend))
     student, teacher, center = (tensor.clone().requires_grad_() for tensor in case[:3])
     ops.dino_loss(student, teacher, center, *case[3:], backend=backend).sum().backward()
@@ -243,7 +241,7 @@ def test_gradient_reaches_the_student_alone(backend: str) -> None:
 
 @fast_backends
 def test_dtypes_may_differ(backend: str) -> None:
-    """Widening is exact, so only the gradient is rounded."""
+    """Converting to float32 is exact, so only the gradient is rounded."""
     case = make_case(5, 3, 300, 9, torch.float32, device_of(backend))
     student, center = case.student_logits.half(), case.center.bfloat16()
     mixed = loss_and_gradient(case._replace(student_logits=student, center=center), backend)
@@ -253,7 +251,7 @@ def test_dtypes_may_differ(backend: str) -> None:
 
 
 @fast_backends
-def test_twice_is_bit_equal_and_takes_strided_inputs(backend: str) -> None:
+def test_is_deterministic_and_accepts_strided_inputs(backend: str) -> None:
     case = make_case(6, 4, 300, 20, torch.float32, device_of(backend))
     case = case._replace(teacher_logits=case.teacher_logits[:1].expand(4, -1))
     weights = torch.ones(20, device=case.center.device)
@@ -281,13 +279,13 @@ def threads(count: int) -> Iterator[None]:
 
 @needs_library
 @pytest.mark.parametrize("size", [(24, 20, 5000, 70), (3000, 1, 31, 3000), (1, 3, 65536, 5)])
-def test_cpp_gives_the_same_bits_on_one_thread_and_on_two(size: tuple[int, int, int, int]) -> None:
+def test_cpp_is_bit_identical_with_one_thread_and_two(size: tuple[int, int, int, int]) -> None:
     case = make_case(*size, torch.float32)
-    alone = loss_and_gradient(case, "cpp")
+    one = loss_and_gradient(case, "cpp")
     with threads(2):
-        together = loss_and_gradient(case, "cpp")
-    assert torch.equal(together[0], alone[0])
-    assert torch.equal(together[1], alone[1])
+        two = loss_and_gradient(case, "cpp")
+    assert torch.equal(two[0], one[0])
+    assert torch.equal(two[1], one[1])
 
 
 @needs_library
@@ -304,7 +302,7 @@ def test_cpp_stores_no_softmax_and_copies_no_rows() -> None:
 @needs_library
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("rows", ["teacher_rows", "student_rows"])
-def test_rows_that_do_not_exist_are_refused(rows: str, backend: str) -> None:
+def test_rows_out_of_range_are_errors(rows: str, backend: str) -> None:
     case = make_case(3, 2, 5, 4, torch.float32)
     getattr(case, rows)[2] = 3
     message = f"dino_loss: {rows} must be below" if backend == "cpp" else None
@@ -339,7 +337,7 @@ def test_compiles_without_a_graph_break(dynamic: bool, backend: str) -> None:
     def step(*arguments: Any) -> Tensor:
         return ops.dino_loss(*arguments, backend=backend).mean()
 
-    torch.compiler.reset()  # it compiles a function only so many times
+    torch.compiler.reset()  # the number of recompilations is limited
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for pairs in (5, 12):
         case = make_case(6, 4, 33, pairs, torch.float32, device_of(backend))

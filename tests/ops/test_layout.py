@@ -1,4 +1,4 @@
-"""One stem per op in every tree: reference, op, test, benchmark; and the folders that stand alone do."""
+"""Every op has the same name in all folders and lists, and the references share no code with the fast backends."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ LISTS = [
 
 @pytest.mark.parametrize(("place", "names"), LISTS)
 def test_every_list_has_every_op(place: str, names: Iterable[str]) -> None:
-    """And CONTRIBUTING.md tells to add a new op there."""
+    """And CONTRIBUTING.md says to add a new op there."""
     assert set(names) == {path.stem for path in (ROOT / "muse_fast" / "ops").glob("*.py")} - PLUMBING
     recipe = (ROOT / "CONTRIBUTING.md").read_text().partition("## Adding an operator")[2].partition("\n## ")[0]
     assert f"`{place}`" in recipe
 
 
 @pytest.mark.parametrize("stem", ops.__all__)
-def test_one_stem_in_every_tree(stem: str) -> None:
+def test_every_op_has_one_name_in_all_folders(stem: str) -> None:
     op = getattr(ops, stem)
     assert op.__module__ == f"muse_fast.ops.{stem}"
     assert (ROOT / "tests" / "ops" / f"test_{stem}.py").is_file()

@@ -26,7 +26,7 @@ fast_backends = pytest.mark.parametrize("backend", FAST)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # On a GPU, Triton rounds probabilities to 16 bits before they weigh prototypes or rows, as flash attention does.
 TENSOR_CORE_CAP = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
-INTERPRETED = not torch.cuda.is_available()  # how the Triton kernels run
+INTERPRETED = not torch.cuda.is_available()  # whether Triton's interpreter runs the kernels
 
 
 class Case(NamedTuple):
@@ -66,7 +66,7 @@ def make_case(
 
 
 def on_grid(case: Case) -> Case:
-    """With features that are multiples of 1/64: float32 holds their products and the sums of these exactly."""
+    """Round features to multiples of 1/64, so that their products and sums are exact in float32."""
     return Case(*((tensor * 64).round() / 64 for tensor in case[:4]), *case[4:])
 
 
@@ -80,7 +80,7 @@ def module_of(backend: str) -> Any:
 
 
 def loss_and_gradients(case: Case, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and the gradients of z and W of its sum with pair weights 0.5 to 1.5."""
+    """Return the loss, and the gradients for z and W of its sum with pair weights 0.5 to 1.5."""
     z, weight = (tensor.detach().requires_grad_() for tensor in case[:2])
     loss = ops.linear_dino_loss(z, weight, *case[2:], backend=backend)
     loss.backward(torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=loss.device))
@@ -90,16 +90,14 @@ def loss_and_gradients(case: Case, backend: str) -> tuple[Tensor, Tensor, Tensor
 
 
 def assert_exact(case: Case, backend: str) -> None:
-    """As exact as eager PyTorch on the same inputs, with float64 as the truth."""
+    """Assert that a backend is as exact as eager PyTorch on the same inputs, with float64 as the truth."""
     dtype = case.student_z.dtype
     interpreted = backend == "triton" and INTERPRETED
     if interpreted and dtype == torch.float32:
-        case = on_grid(case)  # numpy adds the products of a transposed matrix in another order, a GPU does not
+        case = on_grid(case)  # numpy, unlike a GPU, sums the products of a transposed matrix in another order
     truth = loss_and_gradients(Case(*(tensor.double() for tensor in case[:5]), *case[5:]), "reference")
     got, eager = loss_and_gradients(case, backend), loss_and_gradients(case, "reference")
-    if (
-        interpreted and dtype == torch.bfloat16
-    ):  # it cuts digits off where a GPU rounds: take the middle of what is left
+    if interpreted and dtype == torch.bfloat16:  # it truncates where a GPU rounds: take the middle of the interval
         middle = (got[2].float().view(torch.int32) | 0x8000).view(torch.float32)
         got, eager = (*got[:2], middle), (*eager[:2], eager[2].float())
     caps = (LOSS_CAP[dtype], GRADIENT_CAP[dtype], GRADIENT_CAP[dtype])
@@ -137,7 +135,7 @@ def test_equals_dino_loss_of_the_stored_logits(backend: str) -> None:
 
 
 def test_bfloat16_keeps_the_softmax_of_the_reference_in_float32() -> None:
-    """Only the logits are rounded to bfloat16: 2^-9 of 1 at a temperature of 0.04 moves no loss by a hundredth."""
+    """Only the logits are rounded to bfloat16: 2^-9 of 1 at a temperature of 0.04 changes no loss by a hundredth."""
     case = make_case(40, 20, 64, 512, 60, torch.bfloat16)
     loss = ops.linear_dino_loss(*case, backend="reference")
     truth = torch.from_numpy(by_scipy(case))
@@ -164,15 +162,14 @@ def test_as_exact_as_eager(size: str, dtype: str, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_blocks_are_as_exact_as_eager(dtype: str) -> None:
-    """More rows and prototypes than a tile of the blocked backend holds, neither a multiple of it."""
+    """More rows and prototypes than in a tile of the blocked backend, and not multiples of its size."""
     assert_exact(make_case(1100, 530, 16, 2500, 1300, DTYPES[dtype]), "blocked")
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_splits_are_as_exact_as_eager(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prototypes of a row are shared by so many programs that the last has fewer, and a sum over them needs two
-    steps."""
+    """Many programs share the prototypes of a row, so the last has fewer, and summing over them needs two steps."""
     monkeypatch.setattr(module_of("triton"), "num_multiprocessors", lambda device: 11)
     assert_exact(make_case(6, 5, 16, 690 if dtype == "bf16" else 170, 9, DTYPES[dtype], device_of("triton")), "triton")
 
@@ -191,7 +188,7 @@ def test_splits_fill_the_device() -> None:
 
 @fast_backends
 def test_rows_and_prototypes_of_any_length(backend: str) -> None:
-    """Logits of hundreds, the largest in the last block: the running maximum moves."""
+    """Logits are in the hundreds, the largest in the last block, so the running maximum changes."""
     prototypes = 2100 if backend == "blocked" else 150
     case = make_case(5, 4, 16, prototypes, 9, torch.float32, device_of(backend))
     lengths = torch.linspace(0.1, 20, prototypes, device=device_of(backend)).unsqueeze(1)
@@ -203,7 +200,7 @@ def test_rows_and_prototypes_of_any_length(backend: str) -> None:
 
 @fast_backends
 def test_a_shift_of_the_centre_changes_nothing(backend: str) -> None:
-    """By 2^9 = 512, which float32 holds exactly for logits that are multiples of 2^-12."""
+    """Shifted by 2^9 = 512, which is exact in float32 for logits that are multiples of 2^-12."""
     case = on_grid(make_case(8, 6, 16, 100, 20, torch.float32, device_of(backend)))
     case = case._replace(center=(case.center * 64).round() / 64)
     expected = loss_and_gradients(case, backend)
@@ -212,19 +209,19 @@ def test_a_shift_of_the_centre_changes_nothing(backend: str) -> None:
 
 
 @fast_backends
-def test_one_prototype_leaves_nothing_to_learn(backend: str) -> None:
+def test_one_prototype_has_zero_loss_and_gradient(backend: str) -> None:
     loss, z_gradient, weight_gradient = loss_and_gradients(
         make_case(3, 2, 8, 1, 5, torch.float32, device_of(backend)), backend
     )
     for tensor in (loss, z_gradient, weight_gradient):
-        assert tensor.abs().max() <= 1e-5  # of terms as large as 1.5 / 0.1
+        assert tensor.abs().max() <= 1e-5  # sums of terms as large as 1.5 / 0.1
 
 
 # --- pairs
 
 
 @every_backend
-def test_gradient_reaches_the_student_alone(backend: str) -> None:
+def test_gradient_flows_only_to_the_student(backend: str) -> None:
     case = make_case(4, 3, 8, 10, 6, torch.float32, device_of(backend))
     leaves = [tensor.clone().requires_grad_() for tensor in case[:5]]
     ops.linear_dino_loss(*leaves, *case[5:], backend=backend).sum().backward()
@@ -234,9 +231,7 @@ def test_gradient_reaches_the_student_alone(backend: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize(("students", "teachers", "pairs"), [(4, 3, 0), (0, 0, 0), (0, 3, 2), (4, 0, 2), (4, 3, 2)])
-def test_nothing_but_padding_is_a_finite_zero_with_a_gradient(
-    students: int, teachers: int, pairs: int, backend: str
-) -> None:
+def test_only_padding_is_a_finite_zero_with_a_gradient(students: int, teachers: int, pairs: int, backend: str) -> None:
     case = make_case(max(1, students), max(1, teachers), 8, 10, pairs, torch.float32, device_of(backend))
     padding = torch.full_like(case.student_rows, -1)
     case = case._replace(
@@ -276,7 +271,7 @@ def temps(case: Case) -> dict[str, float]:
 
 
 @fast_backends
-def test_twice_is_bit_equal_and_takes_strided_inputs(backend: str) -> None:
+def test_is_deterministic_and_accepts_strided_inputs(backend: str) -> None:
     case = make_case(6, 4, 24, 100, 20, torch.float32, device_of(backend))
     first = loss_and_gradients(case, backend)
     assert all(map(torch.equal, first, loss_and_gradients(case, backend)))
@@ -292,9 +287,9 @@ def test_twice_is_bit_equal_and_takes_strided_inputs(backend: str) -> None:
 
 
 def test_blocked_stores_no_logits() -> None:
-    """600 x 6000 logits are 14 MB. It may hold two tiles of 512 x 1024, the gradient of W and a few rows."""
+    """600 x 6000 logits need 14 MB; two tiles of 512 x 1024, the gradient of W and a few rows are allowed."""
     case = make_case(600, 500, 32, 6000, 700, torch.float32)
-    loss_and_gradients(case, "blocked")  # what is allocated once
+    loss_and_gradients(case, "blocked")  # one-time allocations
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         loss_and_gradients(case, "blocked")
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -305,9 +300,9 @@ def test_blocked_stores_no_logits() -> None:
     assert held.max() <= 2.5 * tile + weight_gradient
 
 
-def test_blocked_takes_65536_rows_of_four_views() -> None:
+def test_blocked_with_65536_rows_in_each_of_four_views() -> None:
     case = make_case(4 * 65_536, 2 * 65_536, 4, 12, 6 * 65_536, torch.float32)
-    student_z = F.normalize(case.student_z + 0.5 * case.student_W[0], dim=1)  # so that gradients add up to something
+    student_z = F.normalize(case.student_z + 0.5 * case.student_W[0], dim=1)  # so that gradients do not cancel
     assert_exact(case._replace(student_z=student_z), "blocked")
 
 
@@ -336,7 +331,7 @@ def test_compiles_without_a_graph_break(dynamic: bool, backend: str) -> None:
     def step(*arguments: Any) -> Tensor:
         return ops.linear_dino_loss(*arguments, backend=backend).sum()
 
-    torch.compiler.reset()  # of what the other parameters left
+    torch.compiler.reset()  # forget the functions compiled for other parameters
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for students, pairs in ((6, 5), (7, 12)):
         case = make_case(students, 4, 8, 33, pairs, torch.float32, device_of(backend))
@@ -360,7 +355,7 @@ def test_autocast_casts_features_and_not_the_centre(backend: str) -> None:
     z, weight = (tensor.requires_grad_() for tensor in case[:2])
     with torch.autocast(device, torch.bfloat16):
         loss = ops.linear_dino_loss(z, weight, *case[2:], backend=backend)
-        gradients = torch.autograd.grad(loss.sum(), (z, weight))  # autocast must not reach into the backward either
+        gradients = torch.autograd.grad(loss.sum(), (z, weight))  # autocast must not apply in the backward either
     rounded = [tensor.detach().bfloat16() for tensor in case[:4]]
     leaves = [tensor.requires_grad_() for tensor in rounded[:2]]
     expected = ops.linear_dino_loss(*rounded, *case[4:], backend=backend)
@@ -391,7 +386,7 @@ def test_float64_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
-def test_triton_leaves_wide_features_to_blocked() -> None:
+def test_triton_passes_wide_features_to_blocked() -> None:
     case = make_case(3, 2, 257, 20, 4, torch.float32, device_of("triton"))
     wide = loss_and_gradients(case, "triton")
     assert all(map(torch.equal, wide, loss_and_gradients(case, "blocked")))
@@ -399,7 +394,7 @@ def test_triton_leaves_wide_features_to_blocked() -> None:
 
 @every_backend
 @pytest.mark.parametrize("who", ["teacher_rows", "student_rows"])
-def test_rows_beyond_the_last_raise_on_the_cpu(who: str, backend: str) -> None:
+def test_rows_out_of_range_raise_on_the_cpu(who: str, backend: str) -> None:
     if device_of(backend) == "cuda":
         pytest.skip("not checked on CUDA")
     case = make_case(4, 3, 8, 10, 6, torch.float32)

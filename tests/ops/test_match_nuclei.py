@@ -28,7 +28,7 @@ every_device = pytest.mark.parametrize(
 
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test of the CUDA backend."""
+    """Mark a test of the CUDA backend."""
     for mark in GPU:
         test = mark(test)
     return test
@@ -39,14 +39,14 @@ def device_of(backend: str) -> str:
 
 
 def packed(images: list[list[int]], device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """index and offsets of the images, given as lists of nucleus indices."""
+    """Return index and offsets of images, given as lists of nucleus indices."""
     index = torch.tensor([nucleus for image in images for nucleus in image], dtype=torch.int32)
     offsets = torch.tensor([0, *(len(image) for image in images)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return index.to(device), offsets.to(device)
 
 
 def brute_force(images: list[list[int]], num_rois: int, num_globals: int) -> list[tuple[int, int]]:
-    """The definition, read aloud."""
+    """Find pairs literally as defined."""
     row_of, row = [], 0
     for image in images:
         row_of.append({nucleus: row + position for position, nucleus in enumerate(image)})
@@ -92,7 +92,7 @@ def test_equals_set_intersection(case: str, backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize("case", CASES)
 def test_with_a_capacity(case: str, backend: str) -> None:
-    """Too short, just right, and the length that is always enough: the same pairs, cut or padded with -1."""
+    """Too short, exact, and the length that is always enough: the same pairs, truncated or padded with -1."""
     images, num_rois, num_globals = CASES[case]
     index, offsets = packed(images, device_of(backend))
     expected = torch.tensor(brute_force(images, num_rois, num_globals), dtype=torch.int64).view(-1, 2)
@@ -111,7 +111,7 @@ def test_with_a_capacity(case: str, backend: str) -> None:
 
 @every_backend
 def test_huge(backend: str) -> None:
-    """65,536 nuclei in each of four views: evens, multiples of three, and two copies."""
+    """65,536 nuclei in each of four views: even numbers, multiples of three, and a copy of each."""
     n = 65536
     views = [torch.arange(n) * 2, torch.arange(n) * 3, torch.arange(n) * 2, torch.arange(n) * 3]
     index = torch.cat(views).int()
@@ -126,7 +126,7 @@ def test_huge(backend: str) -> None:
 
 
 @every_backend
-def test_takes_strided_inputs(backend: str) -> None:
+def test_accepts_strided_inputs(backend: str) -> None:
     images, num_rois, num_globals = CASES["random"]
     index, offsets = packed(images, device_of(backend))
     apart = torch.stack([index, index], dim=1)[:, 0]
@@ -149,11 +149,11 @@ def test_takes_strided_inputs(backend: str) -> None:
         ([1, 2, 3, 4], [0, -5, 4], "offsets must rise from 0 to N = 4"),
     ],
 )
-def test_refuses_broken_packs(backend: str, index: list[int], offsets: list[int], message: str) -> None:
+def test_rejects_invalid_packs(backend: str, index: list[int], offsets: list[int], message: str) -> None:
     pack = [torch.tensor(rows, dtype=torch.int32, device=device_of(backend)) for rows in (index, offsets)]
     with pytest.raises((ValueError, RuntimeError), match=message):
         ops.match_nuclei(*pack, 1, 2, backend=backend)
-    if backend == "cuda":  # the op tells by a count; with the assertion of ops.match_nuclei the device would be lost
+    if backend == "cuda":  # the op reports it by the count; the assertion in ops.match_nuclei would lose the device
         assert torch.ops.muse_fast.match_nuclei_padded(*pack, 1, 2, 8)[2] < 0
         return
     with pytest.raises((ValueError, RuntimeError), match=message):
@@ -161,8 +161,8 @@ def test_refuses_broken_packs(backend: str, index: list[int], offsets: list[int]
 
 
 @gpu
-def test_cuda_asserts_that_a_pack_is_sound() -> None:
-    """In a process of its own: an assertion of the device ends it."""
+def test_cuda_asserts_that_a_pack_is_valid() -> None:
+    """In a separate process, because a device-side assertion ends it."""
     code = """
 import torch
 from muse_fast import ops
@@ -180,8 +180,8 @@ torch.cuda.synchronize()
     [
         ({"index": torch.zeros(3, dtype=torch.int64)}, "index must be 1-D int32"),
         ({"offsets": torch.zeros(2, 2, dtype=torch.int32)}, "offsets must be 1-D int32"),
-        ({"num_rois": 3}, "V \\* 3 ROIs"),
-        ({"num_rois": 0}, "ROIs"),
+        ({"num_rois": 3}, r"V \* 3 \+ 1 entries"),
+        ({"num_rois": 0}, r"V \* 0 \+ 1 entries"),
         ({"num_globals": 3}, "1..2"),
         ({"num_globals": 0}, "1..2"),
         ({"capacity": -1}, "capacity must not be negative, got -1"),
@@ -199,7 +199,7 @@ def test_errors(change: dict[str, object], message: str) -> None:
 @gpu
 @pytest.mark.parametrize("most", [1, 60, 300, 1500])
 def test_cuda_equals_cpp(most: int) -> None:
-    """Bit for bit: views of one nucleus, and of more than a block has threads; twice, for chance must not decide."""
+    """Views of one nucleus, and of more nuclei than a block has threads; twice, to check for nondeterminism."""
     pack, num_rois, num_globals = packed(random_images(10 * 16, most, 2 * most)), 16, 2
     on_device = [tensor.cuda() for tensor in pack]
     expected = ops.match_nuclei(*pack, num_rois, num_globals, backend="cpp")
@@ -213,7 +213,7 @@ def test_cuda_equals_cpp(most: int) -> None:
 
 @gpu
 def test_cuda_more_pairs_than_rows() -> None:
-    """Every view shows every nucleus: 20 views, 10 of them global, 190 segments of 20,000 pairs."""
+    """Every view has every nucleus: 20 views, 10 of them global, 190 segments of 20,000 pairs."""
     n = 20000
     index = torch.arange(n, dtype=torch.int32, device="cuda").repeat(20)
     offsets = torch.arange(0, 20 * n + 1, n, dtype=torch.int32, device="cuda")
@@ -225,8 +225,8 @@ def test_cuda_more_pairs_than_rows() -> None:
 
 
 @gpu
-def test_cuda_runs_on_the_current_stream_and_waits_once(capfd: pytest.CaptureFixture[str]) -> None:
-    """Behind 50 ms of work that the inputs come out of; any other stream would read them too early."""
+def test_cuda_runs_on_the_current_stream_and_synchronises_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """After 50 ms of work that produces the inputs; any other stream would read them too early."""
     index, offsets = (tensor.pin_memory() for tensor in packed(CASES["random"][0]))
     expected = ops.match_nuclei(index, offsets, *CASES["random"][1:])
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -235,7 +235,7 @@ def test_cuda_runs_on_the_current_stream_and_waits_once(capfd: pytest.CaptureFix
         torch.cuda._sleep(100_000_000)
         for target, source in zip(on_device, (index, offsets), strict=True):
             target.copy_(source, non_blocking=True)
-        torch.cuda.set_sync_debug_mode("warn")  # on stderr: ops called from Python have no handler of warnings
+        torch.cuda.set_sync_debug_mode("warn")  # warnings of ops called from Python go to stderr
         try:
             got = ops.match_nuclei(*on_device, *CASES["random"][1:], backend="cuda")
         finally:
@@ -246,7 +246,7 @@ def test_cuda_runs_on_the_current_stream_and_waits_once(capfd: pytest.CaptureFix
 
 
 @gpu
-def test_cuda_does_not_wait_with_a_capacity() -> None:
+def test_cuda_does_not_synchronise_with_a_capacity() -> None:
     index, offsets = packed(CASES["random"][0], "cuda")
     expected = ops.match_nuclei(index, offsets, *CASES["random"][1:])[0]
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""projection_stats against the moments of a stored map in float64, worked values, and the statistics of BatchNorm2d."""
+"""projection_stats against moments of a stored map in float64, hand-computed values, and statistics of BatchNorm2d."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.agreement import FLOOR, GRADIENT_CAP, LOSS_CAP, assert_as_exa
 pytestmark = pytest.mark.usefixtures("deterministic")
 
 needs_triton = pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error()))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton kernels run: on the CPU, interpreted
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; on the CPU they are interpreted
 triton = pytest.param("triton", marks=needs_triton)
 ALL = ["reference", "blocked", triton]
 FAST = ["blocked", triton]
@@ -38,14 +38,14 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 def make_case(
     images: int, channels: int, height: int, width: int, outputs: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """A map that is not centred, like those behind a ReLU, and a weight."""
+    """Make a map with a nonzero mean, as after a ReLU, and a weight."""
     x = torch.randn(images, channels, height, width, dtype=torch.float64) + 0.5
     weight = torch.randn(outputs, channels, dtype=torch.float64) / channels**0.5
     return x.to(DEVICE, dtype), weight.to(DEVICE, dtype)
 
 
 def learn(op: Callable[..., tuple[Tensor, Tensor]], x: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
-    """Mean, variance, and the gradients of x and weight for mixed weights of both."""
+    """Return mean, variance, and the gradients for x and weight of a weighted sum of both."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     mean, var = op(x, weight, **options)
     pull = torch.linspace(0.5, 1.5, len(mean), dtype=mean.dtype, device=mean.device)
@@ -56,7 +56,7 @@ def learn(op: Callable[..., tuple[Tensor, Tensor]], x: Tensor, weight: Tensor, *
 
 
 def by_moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64: store y, take its mean, then the mean square of what is left."""
+    """Store y in float64, take its mean, then the mean square of the residual."""
     y = torch.einsum("ichw,oc->oihw", x.double(), weight.double()).flatten(1)
     mean = y.mean(1)
     return mean, (y - mean.unsqueeze(1)).square().mean(1)
@@ -64,7 +64,7 @@ def by_moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", ALL)
 @layouts
-def test_worked_by_hand(layout: torch.memory_format, backend: str) -> None:
+def test_equals_hand_computed_values(layout: torch.memory_format, backend: str) -> None:
     """y = x0 + 2 x1 = 1, 3, 5, 7: mean 4, variance 5; dy = (1 + 2 (y - 4)) / 4 with gradients 1 and 1."""
     x = torch.tensor([[[[1.0, 1.0, 5.0, 1.0]], [[0.0, 1.0, 0.0, 3.0]]]], device=DEVICE).to(memory_format=layout)
     x, weight = x.requires_grad_(), torch.tensor([[1.0, 2.0]], device=DEVICE, requires_grad=True)
@@ -88,7 +88,7 @@ def test_float64_equals_the_moments_of_the_stored_map(layout: torch.memory_forma
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_equals_what_batch_norm_remembers(backend: str) -> None:
+def test_equals_the_running_statistics_of_batch_norm(backend: str) -> None:
     x, weight = make_case(3, 5, 7, 11, 6, dtype=torch.float32)
     norm = nn.BatchNorm2d(6, momentum=1.0, device=DEVICE, dtype=torch.float64)
     norm(nn.functional.conv2d(x.double(), weight.double()[:, :, None, None]))
@@ -101,7 +101,7 @@ def test_equals_what_batch_norm_remembers(backend: str) -> None:
 
 
 def rounded_like(gradient: Tensor, backend: str) -> Tensor:
-    """What is true of a stored bfloat16: Triton's interpreter cuts digits off where a GPU rounds."""
+    """Truncate to bfloat16 if Triton's interpreter runs, which truncates where a GPU rounds."""
     if backend != "triton" or DEVICE == "cuda":
         return gradient
     return (gradient.float().view(torch.int32) & -0x10000).view(torch.float32).double()
@@ -125,7 +125,7 @@ def test_is_as_exact_as_eager(layout: torch.memory_format, size: str, dtype: tor
 @pytest.mark.parametrize("backend", FAST)
 @layouts
 def test_a_mean_far_above_the_deviation_costs_no_digits(layout: torch.memory_format, backend: str) -> None:
-    """Mean 1000 times the deviation, on a grid that float32 multiplies exactly: sums of squares would lose 6 digits."""
+    """The mean is 1000 deviations, on a grid with exact float32 products: sums of squares would lose 6 digits."""
     x, _ = make_case(3, 4, 9, 31, 1)
     x = ((x * 64).round() / 64 + 1000).float()
     weight = torch.eye(4, device=DEVICE)
@@ -140,7 +140,7 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(layout: torch.memory_for
 
 @pytest.mark.parametrize("backend", FAST)
 def test_strided_inputs_and_two_runs(backend: str) -> None:
-    """A slice of channels, swapped sides, a transposed weight: the bits of the packed copy, and the same every time."""
+    """A channel slice, swapped sides and a transposed weight: bit-identical to contiguous copies, and repeatable."""
     x, weight = make_case(3, 12, 9, 10, 6, dtype=torch.float32)
     packed = learn(ops.projection_stats, x[:, 4:9].contiguous(), weight[:, :5].contiguous(), backend=backend)
     strided = learn(ops.projection_stats, x[:, 4:9], weight.T.contiguous().T[:, :5], backend=backend)
@@ -172,7 +172,7 @@ def test_65536_images_of_4_positions(layout: torch.memory_format, backend: str) 
     assert_as_exact_as_eager(got, eager, truth, caps, FLOOR[torch.float32])
 
 
-def test_blocks_cut_images_and_join_them() -> None:
+def test_blocks_split_and_join_images() -> None:
     x = torch.zeros(5, 2, 3, 4)
     assert [tuple(block.shape) for block in blocked.blocks(blocked.positions_of(x))] == [(5, 12, 2)]
     large = torch.zeros(2, 2, 1, 5000)
@@ -186,7 +186,7 @@ def test_gradcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_autocast_rounds_the_inputs_alone(backend: str) -> None:
+def test_autocast_rounds_only_the_inputs(backend: str) -> None:
     x, weight = make_case(2, 5, 4, 6, 3, dtype=torch.float32)
     expected = ops.projection_stats(x.bfloat16(), weight.bfloat16(), backend=backend)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -232,7 +232,7 @@ def test_compiles_without_a_graph_break(dynamic: bool, backend: str) -> None:
     [
         ({"x": torch.zeros(3, 4, 4)}, r"expected x \[I, c, h, w\]"),
         ({"weight": torch.zeros(2, 4)}, r"\(1, 3, 4, 4\) and \(2, 4\)"),
-        ({"weight": torch.zeros(2, 3).double()}, "one floating point dtype, got torch.float32 and torch.float64"),
+        ({"weight": torch.zeros(2, 3).double()}, "the same floating point dtype, got torch.float32 and torch.float64"),
         ({"x": torch.zeros(1, 3, 4, 4).long(), "weight": torch.zeros(2, 3).long()}, "got torch.int64"),
         ({"weight": torch.zeros(2, 3, device="meta")}, "x is on cpu, weight on meta"),
         ({"x": torch.zeros(0, 3, 4, 4)}, r"must not be empty, got \(0, 3, 4, 4\)"),
@@ -247,7 +247,7 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 
 
 @needs_triton
-def test_triton_refuses_more_outputs_than_registers_hold() -> None:
+def test_triton_rejects_too_many_outputs() -> None:
     x, weight = make_case(1, 3, 2, 2, 257, dtype=torch.float32)
     with pytest.raises(ValueError, match="projection_stats: triton takes at most 256 outputs, got 257"):
         ops.projection_stats(x, weight, backend="triton")

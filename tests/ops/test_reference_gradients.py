@@ -1,7 +1,7 @@
-"""The references themselves: values and gradients against other formulas, by checks that are proven to reject an error.
+"""The references' values and gradients against independent formulas, with checks that are themselves tested.
 
-Each ``check_*`` takes the op to judge. It must pass for the reference and fail for every mutant: a gradient off by 1 %,
-a lost pair, swapped coordinates, a forgotten centre.
+Each ``check_*`` must pass for the reference and fail for every mutant: a gradient off by 1 %, a lost pair, swapped
+coordinates, a forgotten centre.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 
 
 class ScaledGradient(torch.autograd.Function):
-    """The identity, with a gradient 1 % too large."""
+    """The identity, with a gradient that is 1 % too large."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def scaled_gradient(op: Op) -> Op:
 
 
 def central_differences(function: Callable[[Tensor], Tensor], point: Tensor, step: float = 1e-5) -> Tensor:
-    """The gradient of a scalar function, entry by entry."""
+    """Return the gradient of a scalar function, entry by entry."""
     gradient = torch.empty_like(point)
     for entry in range(point.numel()):
         shift = torch.zeros_like(point).view(-1)
@@ -50,7 +50,7 @@ def central_differences(function: Callable[[Tensor], Tensor], point: Tensor, ste
 
 
 def check_match_nuclei(op: Op) -> None:
-    """Worked by hand; view by view, two ROIs each: {1, 2, 5} {3}, {2, 5} {3, 4}, {5} {4}; two views are global."""
+    """Pairs found by hand. Views of two ROIs: {1, 2, 5} {3}, {2, 5} {3, 4}, {5} {4}; the first two are global."""
     index = torch.tensor([1, 2, 5, 3, 2, 5, 3, 4, 5, 4], dtype=torch.int32)
     offsets = torch.tensor([0, 3, 4, 6, 8, 9, 10], dtype=torch.int32)
     teacher, student = op(index, offsets, 2, 2)
@@ -68,11 +68,11 @@ def check_sample_nuclei(op: Op) -> None:
     weights = torch.randn(6, 8, dtype=torch.float64)
 
     def hat(position: Tensor, count: int) -> Tensor:
-        """[N, count]: the share of every pixel in a point between pixels."""
+        """[N, count]: the weight of every pixel at a point between pixels."""
         return (1 - (position.unsqueeze(1) - torch.arange(count)).abs()).clamp(min=0)
 
     def resize(count: int, fine: int) -> Tensor:
-        """[fine, count]: the share of every coarse pixel in every fine one, corners aligned."""
+        """[fine, count]: the weight of every coarse pixel in every fine one, corners aligned."""
         return hat(torch.arange(fine, dtype=torch.float64) * (count - 1) / (fine - 1), count)
 
     across, down = hat(xy[:, 0].double() / 32 * 6, 7), hat(xy[:, 1].double() / 32 * 4, 5)
@@ -97,7 +97,7 @@ def check_sample_nuclei(op: Op) -> None:
 
 
 def loss_inputs() -> tuple[Tensor, ...]:
-    """Student and teacher features, prototypes, centre, pairs (a row in none, a row in several), weights of pairs."""
+    """Return student and teacher features, prototypes, centre, pairs (a row in none, a row in two), pair weights."""
     torch.manual_seed(0)
     z, teacher_z = (torch.nn.functional.normalize(torch.randn(n, 5, dtype=torch.float64), dim=1) for n in (4, 3))
     weight, teacher_weight = (torch.randn(11, 5, dtype=torch.float64) / 5**0.5 for _ in range(2))

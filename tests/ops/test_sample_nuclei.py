@@ -1,4 +1,4 @@
-"""sample_nuclei against torch's grid_sample, image by image as the authors' code does, and against hand-worked maps."""
+"""sample_nuclei against torch's grid_sample, point by point, and against hand-computed maps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.agreement import FLOOR, GRADIENT_CAP, assert_as_exact_as_eage
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
-INTERPRETED = not torch.cuda.is_available()  # Triton's kernels then run on the CPU
+INTERPRETED = not torch.cuda.is_available()  # whether Triton's interpreter runs the kernels
 needs_library = pytest.mark.skipif(backends.library_error() is not None, reason=str(backends.library_error()))
 needs_triton = pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error()))
 CPP, TRITON = pytest.param("cpp", marks=needs_library), pytest.param("triton", marks=needs_triton)
@@ -54,7 +54,7 @@ def make_case(
     images: int = 2,
     channels: Sequence[int] = CHANNELS,
 ) -> Case:
-    """Random points in random images: the corners and the centre, points outside, and padding among them."""
+    """Make random points in random images, including corners, the centre, points outside, and padding."""
     device = device_of(backend)
     dtype = dtype or precision_of(backend)
     shapes = [(images, c, *size) for c, size in zip(channels, SIZES[sizes], strict=False)]
@@ -72,7 +72,7 @@ def device_of(backend: str) -> str:
 
 
 def precision_of(backend: str) -> torch.dtype:
-    """The most exact dtype that a backend takes."""
+    """Return the most precise dtype that a backend accepts."""
     return torch.float32 if backend == "triton" else torch.float64
 
 
@@ -93,7 +93,7 @@ def by_grid_sample(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, vi
 
 
 def rows_and_gradients(op: Callable[..., Tensor], case: Case, gradient: Tensor | None = None) -> list[Tensor]:
-    """The rows, and the gradients of the levels for a gradient of the rows: by default a fixed random one."""
+    """Return the rows, and the gradients of the levels for a gradient of the rows, by default a fixed random one."""
     levels = [level.detach().requires_grad_() for level in case.levels]
     rows = op(levels, *case[1:])
     if gradient is None:
@@ -103,12 +103,12 @@ def rows_and_gradients(op: Callable[..., Tensor], case: Case, gradient: Tensor |
 
 
 def assert_exact(case: Case, backend: str) -> None:
-    """As exact as eager PyTorch on the same inputs, with float64 as the truth."""
+    """Assert that a backend is as exact as eager PyTorch on the same inputs, with float64 as the truth."""
     dtype = case.levels[0].dtype
     gradient = torch.randn(len(case.xy), sum(level.shape[1] for level in case.levels)).to(dtype)
     exact = Case([level.double().cpu() for level in case.levels], case.xy.cpu(), case.image_index.cpu(), case.view_size)
     truth = rows_and_gradients(by_grid_sample, exact, gradient)
-    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:  # it cuts digits off where a GPU rounds
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:  # it truncates where a GPU rounds
         truth = [(tensor.float().view(torch.int32) & -0x10000).view(torch.float32) for tensor in truth]
     got, eager = (rows_and_gradients(op, case, gradient) for op in (op_of(backend), reference.sample_nuclei))
     assert_as_exact_as_eager(got, eager, truth, [GRADIENT_CAP[dtype]] * len(got), FLOOR[dtype])
@@ -129,21 +129,21 @@ def test_equals_grid_sample(backend: str, dtype: str, sizes: str) -> None:
 
 @pytest.mark.parametrize("channels", [(1,), (96, 192), (130, 1)], ids=str)
 @every_backend
-def test_takes_any_number_of_channels(backend: str, channels: tuple[int, ...]) -> None:
+def test_any_number_of_channels(backend: str, channels: tuple[int, ...]) -> None:
     assert_exact(make_case("not_square", backend, count=7, channels=channels), backend)
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])
 @every_backend
-def test_takes_any_number_of_points(backend: str, count: int) -> None:
-    """All of one image."""
+def test_any_number_of_points(backend: str, count: int) -> None:
+    """All in one image."""
     case = make_case("one_level", backend, count=count, images=1)
     assert_exact(case, backend)
 
 
 @every_backend
-def test_a_lone_point_reaches_all_its_pixels(backend: str) -> None:
-    """Images of one point each, halfway between every two fine rows: three rows of the 4-row level below."""
+def test_a_single_point_reaches_all_its_pixels(backend: str) -> None:
+    """Images with one point each, halfway between two fine rows, which depends on three rows of the 4-row level."""
     xy = torch.tensor([[40.0, 12.0], [40.0, 36.0], [40.0, 60.0], [40.0, 84.0]], device=device_of(backend))
     case = make_case("wide", backend, count=4, images=4)
     assert_exact(case._replace(xy=xy, image_index=torch.arange(4, device=xy.device)), backend)
@@ -151,7 +151,7 @@ def test_a_lone_point_reaches_all_its_pixels(backend: str) -> None:
 
 @every_backend
 def test_reads_the_coordinates_of_a_ramp_exactly(backend: str) -> None:
-    """Level 0 holds its own column and row numbers: u = x / R * (W - 1), v = y / R * (H - 1), in powers of two."""
+    """Level 0 contains its own column and row numbers: u = x / R * (W - 1), v = y / R * (H - 1), in powers of two."""
     columns, rows = torch.arange(17.0).expand(9, 17), torch.arange(9.0).unsqueeze(1).expand(9, 17)
     level = torch.stack([columns, rows]).unsqueeze(0)
     xy = torch.tensor([[0.0, 0.0], [4.0, 8.0], [6.5, 31.0], [0.25, 16.0]])
@@ -162,7 +162,7 @@ def test_reads_the_coordinates_of_a_ramp_exactly(backend: str) -> None:
 
 @every_backend
 def test_coarse_level_is_resized_with_corners_aligned(backend: str) -> None:
-    """A 2-column level under a 5-column one: its ramp 0..4 arrives unchanged at every fine column."""
+    """A 2-column level under a 5-column one: its ramp 0..4 is exact at every fine column."""
     fine = torch.zeros(1, 1, 1, 5)
     coarse = torch.tensor([0.0, 4.0]).view(1, 1, 1, 2)
     xy = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 0.0], [6.5, 0.0]])
@@ -175,7 +175,7 @@ def test_coarse_level_is_resized_with_corners_aligned(backend: str) -> None:
 
 @every_backend
 def test_upsamples_before_it_samples(backend: str) -> None:
-    """A 3-column level 0, 1, 0 under a 4-column one is 0, 2/3, 2/3, 0 there: halfway that gives 2/3, and not 1."""
+    """A 3-column level 0, 1, 0 under a 4-column one is upsampled to 0, 2/3, 2/3, 0: halfway it is 2/3, not 1."""
     fine = torch.zeros(1, 1, 1, 4)
     coarse = torch.tensor([0.0, 1.0, 0.0]).view(1, 1, 1, 3)
     fine, coarse, xy, images = (
@@ -195,7 +195,7 @@ def test_points_outside_take_the_border(backend: str) -> None:
 
 
 def dyadic_case(count: int, backend: str) -> tuple[Case, Tensor]:
-    """Sizes, points, values and gradients in halves and quarters: no sum is ever rounded."""
+    """Make sizes, points, values and gradients in halves and quarters, so that sums are never rounded."""
     sizes = [(9, 17), (5, 9), (3, 3)]
     levels = [torch.randint(-4, 5, (2, c, *size)).float() for c, size in zip((2, 1, 1), sizes, strict=True)]
     xy = torch.randint(0, 65, (count, 2)) / 2
@@ -206,7 +206,7 @@ def dyadic_case(count: int, backend: str) -> tuple[Case, Tensor]:
 
 
 @every_backend
-def test_rounds_nothing_that_needs_no_rounding(backend: str) -> None:
+def test_is_exact_for_dyadic_numbers(backend: str) -> None:
     case, gradient = dyadic_case(30, backend)
     exact = case._replace(levels=[level.double() for level in case.levels])
     truth = rows_and_gradients(reference.sample_nuclei, exact, gradient)
@@ -215,7 +215,7 @@ def test_rounds_nothing_that_needs_no_rounding(backend: str) -> None:
 
 
 @needs_library
-def test_takes_more_points_than_16_bits_can_count() -> None:
+def test_more_points_than_16_bits_can_count() -> None:
     case, gradient = dyadic_case(4 * 65_536, "cpp")
     truth = rows_and_gradients(
         reference.sample_nuclei, case._replace(levels=[x.double() for x in case.levels]), gradient
@@ -225,7 +225,7 @@ def test_takes_more_points_than_16_bits_can_count() -> None:
 
 
 def test_real_tissue_equals_scipy(shared_data: Path) -> None:
-    """Red, green and blue of an H&E image as the channels of level 0."""
+    """The red, green and blue of an H&E image are the channels of level 0."""
     path = sorted((shared_data / "brcam2c" / "images").glob("*.png"))[0]
     image = np.asarray(Image.open(path).convert("RGB"))[:224, :200].astype(np.float64)
     xy = torch.rand(200, 2) * 224
@@ -250,7 +250,7 @@ def test_gradient_stays_in_the_image_of_the_point(backend: str) -> None:
 
 
 @every_backend
-def test_padding_changes_nothing_but_its_own_rows(backend: str) -> None:
+def test_padding_changes_only_its_own_rows(backend: str) -> None:
     case = make_case("not_square", backend)
     kept = case.image_index >= 0
     assert 0 < kept.sum() < len(kept)
@@ -265,7 +265,7 @@ def test_padding_changes_nothing_but_its_own_rows(backend: str) -> None:
 
 @pytest.mark.parametrize("points", ["none", "padding"])
 @every_backend
-def test_without_nuclei_all_is_zero(backend: str, points: str) -> None:
+def test_without_nuclei_everything_is_zero(backend: str, points: str) -> None:
     case = make_case("nested", backend, count=0 if points == "none" else 3)
     case = case._replace(image_index=torch.full_like(case.image_index, -1))
     rows, *gradients = rows_and_gradients(op_of(backend), case)
@@ -275,7 +275,7 @@ def test_without_nuclei_all_is_zero(backend: str, points: str) -> None:
 
 
 @every_backend
-def test_two_runs_are_bit_equal(backend: str) -> None:
+def test_two_runs_are_bit_identical(backend: str) -> None:
     case = make_case("nested", backend, torch.float32, count=40)
     first, second = (rows_and_gradients(op_of(backend), case) for _ in range(2))
     assert all(map(torch.equal, first, second))
@@ -295,7 +295,7 @@ def test_threads_do_not_change_the_bits(dtype: torch.dtype) -> None:
 
 
 @every_backend
-def test_order_of_points_is_free(backend: str) -> None:
+def test_points_may_be_in_any_order(backend: str) -> None:
     case = make_case("not_square", backend)
     order = torch.randperm(len(case.xy), device=case.xy.device)
     gradient = torch.randn(len(order), sum(CHANNELS))
@@ -327,7 +327,7 @@ def test_reads_levels_of_any_strides(backend: str) -> None:
 
 
 @every_backend
-def test_takes_points_and_gradients_that_lie_apart(backend: str) -> None:
+def test_accepts_strided_points_and_gradients(backend: str) -> None:
     case = make_case("not_square", backend)
     columns = sum(CHANNELS)
     gradient = torch.randn(columns, len(case.xy)).T
@@ -417,7 +417,7 @@ def test_is_chosen_on_the_cpu() -> None:
 
 @needs_library
 @pytest.mark.parametrize("image", [2, 2**40])
-def test_cpp_refuses_images_beyond_the_last(image: int) -> None:
+def test_cpp_rejects_images_out_of_range(image: int) -> None:
     case = make_case("not_square", "cpp")
     case.image_index[7] = image
     with pytest.raises(RuntimeError, match=f"image_index must be below 2, the number of images, got {image}"):

@@ -1,4 +1,4 @@
-"""The tests of the ops, tested: each bug below goes into a copy of the checkout, where its op's tests must fail."""
+"""Test the tests of the ops: each bug below is planted in a copy of the checkout, where its op's tests must fail."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ pytestmark = [
 
 
 class Bug(NamedTuple):
-    """``correct`` stands once in ``file``; with ``wrong`` in its place, one of the tests must fail."""
+    """``correct`` appears once in ``file``; with ``wrong`` in its place, one of the tests must fail."""
 
     file: str
     correct: str
     wrong: str
     tests: str  # a file
-    named: str  # and what the names of its tests hold
+    named: str  # selects tests in it by name, like pytest -k
 
 
 EXACT = ("test_dino_loss.py", "exact_as_eager or padding")
 SAMPLED = ("test_sample_nuclei.py", "equals_grid_sample and not reference")
 CHECKED = ("test_sample_nuclei.py", "opcheck and cpp")
 MATCHED = ("test_match_nuclei.py", "set_intersection and cpp")
-RESIZED = ("test_augment_views.py", "pillows and triton or torchvisions and triton")
+RESIZED = ("test_augment_views.py", "equals_pillow and triton or equals_torchvision and triton")
 LINEAR = ("test_linear_dino_loss.py", "exact_as_eager or padding")
 
 BUGS = {
@@ -93,7 +93,7 @@ BUGS = {
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the tests of the ops need, with the C++ library built."""
+    """Copy the files that the tests of the ops need, and build the C++ library."""
     copy = tmp_path_factory.mktemp("checkout")
     skipped = shutil.ignore_patterns("__pycache__", "*.so")
     for folder in ("csrc", "kernels", "muse_fast", "tests"):
@@ -124,7 +124,7 @@ def run(*command: str, cwd: Path) -> None:
 
 
 def failed_tests(checkout: Path, tests: str, named: str) -> list[str]:
-    """The first test that fails in the copy, if any; an error outside of a test is one of this test."""
+    """Return the first test that fails in the copy, if any; errors outside a test fail this test."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     environment |= {"MUSE_FAST_LIBRARY": str(checkout / LIBRARY), "PYTHONPATH": str(checkout)}
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", named, f"tests/ops/{tests}"]
@@ -137,13 +137,13 @@ def failed_tests(checkout: Path, tests: str, named: str) -> list[str]:
 
 @pytest.fixture
 def planted(request: pytest.FixtureRequest, checkout: Path) -> Iterator[Bug]:
-    """The copy with one bug in it; afterwards the bug is out again."""
+    """Plant one bug in the copy, and remove it afterwards."""
     bug = BUGS[request.param]
     if bug.file.startswith("csrc") and backends.library_error() is not None:
         pytest.skip(str(backends.library_error()))
     source = checkout / bug.file
     healthy = source.read_text()
-    assert healthy.count(bug.correct) == 1, f"{bug.file} was changed: bring this bug up to date"
+    assert healthy.count(bug.correct) == 1, f"{bug.file} has changed: update this bug"
     source.write_text(healthy.replace(bug.correct, bug.wrong))
     try:
         if bug.file.startswith("csrc"):

@@ -1,4 +1,4 @@
-"""How close a fast backend must come to float64: as close as eager PyTorch, and never so far that 1 % could hide."""
+"""Tolerances of the fast backends: as close to float64 as eager PyTorch, and never so loose that 1 % could hide."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Distance from float64 relative to its norm, beyond which even an equally wrong eager PyTorch is no excuse.
+# Maximum distance from float64 relative to its norm, even if eager PyTorch is less exact.
 LOSS_CAP = {torch.float32: 2e-6, torch.bfloat16: 2e-5, torch.float16: 2e-5, torch.float64: 1e-12}
 GRADIENT_CAP = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float64: 1e-12}
 FLOOR = {torch.float32: 5e-7, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-13}
@@ -18,11 +18,11 @@ NORMS: tuple[Callable[[Tensor], Tensor], ...] = (torch.linalg.vector_norm, lambd
 def assert_as_exact_as_eager(
     got: Sequence[Tensor], eager: Sequence[Tensor], truth: Sequence[Tensor], caps: Sequence[float], floor: float
 ) -> None:
-    """Tensor by tensor, in L2 and in maximum: ``|got - truth| <= 1.5 |eager - truth| + floor |truth|``, and the cap.
+    """Assert, per tensor, in L2 and maximum norm: ``|got - truth| <= 1.5 |eager - truth| + floor |truth|``, and caps.
 
     Args:
-        got, eager: what the fast backend and eager PyTorch give on the same inputs.
-        truth: what eager PyTorch gives on these inputs in float64.
+        got, eager: results of the fast backend and of eager PyTorch for the same inputs.
+        truth: results of eager PyTorch for these inputs in float64.
         caps: per tensor, see LOSS_CAP and GRADIENT_CAP.
         floor: see FLOOR.
     """

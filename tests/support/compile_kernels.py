@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel ahead of time, without a GPU, and prints what came out as JSON lines.
+"""Compile every Triton kernel ahead of time, without a GPU, and print its resources as JSON lines.
 
-Run by test_kernels.py in a process of its own: there Triton must not interpret. ``LAUNCHES`` holds every kernel of
-kernels/ in the shapes of real runs: a kernel is a ``@triton.jit`` function whose name ends in ``_kernel``.
+test_compiled.py runs this in a separate process, because Triton must not interpret here. ``LAUNCHES`` lists every
+kernel of kernels/ in the shapes of real runs; a kernel is a ``@triton.jit`` function whose name ends in ``_kernel``.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TENSOR_CORE_INSTRUCTIONS = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async
 
 
 class Launch(NamedTuple):
-    """One kernel as it is launched."""
+    """A kernel and its launch arguments."""
 
     kernel: Any
-    # Triton's name of a type -> the arguments of that type. ``*T`` points to what ``dtypes`` goes through, pointers are
-    # aligned to 16 bytes, and ``i32:16`` is an integer that is divisible by 16.
+    # Triton's name of a type -> the arguments of that type. ``*T`` points to each of ``dtypes``, pointers are aligned
+    # to 16 bytes, and ``i32:16`` is an integer divisible by 16.
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     num_warps: int = 4
@@ -254,7 +254,7 @@ LAUNCHES = [
 
 
 def kernels_in_the_folder() -> set[str]:
-    """``module.name`` of every kernel."""
+    """Return ``module.name`` of every kernel."""
     modules = [
         importlib.import_module(f"{fused.__name__}.{info.name}") for info in pkgutil.iter_modules(fused.__path__)
     ]
@@ -283,7 +283,7 @@ def compile_launch(launch: Launch, dtype: str, arch: int) -> CompiledKernel:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers per thread, and bytes of stack, where spilled registers lie."""
+    """Return the registers per thread, and the bytes of stack, which holds spilled registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

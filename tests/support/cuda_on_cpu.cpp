@@ -1,4 +1,4 @@
-// Runs the kernels of match_nuclei.cu on the arrays that a folder holds (test_cuda_on_cpu.py).
+// Runs the kernels of match_nuclei.cu on arrays in files of a folder (test_cuda_on_cpu.py).
 #include "cuda_on_cpu.h"
 
 #include "match_nuclei.cuh"

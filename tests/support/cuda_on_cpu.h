@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU, a std::thread for each of CUDA's, so that g++ and its sanitizers see them: what a block
-// shares, barriers of warp and block, and races are real. Only what the kernels of csrc use is here.
+// Runs CUDA kernels on the CPU, with a std::thread for each CUDA thread, so that g++ and its sanitizers check them:
+// shared memory, barriers of warps and blocks, and races are real. Only implements what the kernels of csrc use.
 #pragma once
 
 #include <pthread.h>
@@ -26,7 +26,7 @@ struct Index {
   unsigned x;
 };
 
-// std::barrier would order threads that do not share it, through counters of its library, and so hide races.
+// std::barrier would order threads of other barriers too, through counters in its library, and so hide races.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
@@ -76,7 +76,7 @@ T& block_shared() {
 
 namespace cuda_on_cpu {
 
-// kernel<<<blocks, threads>>>(args...), and a wait for its end. Blocks of whole warps, and all at once.
+// Runs kernel<<<blocks, threads>>>(args...) and waits for it. Blocks consist of whole warps and all run concurrently.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, const Arguments&... args) {
   std::deque<Block> running;
