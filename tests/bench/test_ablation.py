@@ -84,7 +84,7 @@ def test_report(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_run_starts_from_the_untrained_network(workplace: Path, tmp_path: Path) -> None:
     """With a learning rate of 0 the teacher stays there."""
     settings = [f"data.roiset={workplace / 'rois'}", "seed=5", "optim.lr=0", "optim.min_lr=0"]
-    runs.trained(tmp_path / "run", workplace / "toy.yaml", [*settings, "train.device=cpu"])
+    runs.trained(tmp_path / "run", str(workplace / "toy.yaml"), [*settings, "train.device=cpu"])
     trained = load_backbone(None, str(tmp_path / "run")).state_dict()
     fresh = runs.untrained(load_config(workplace / "toy.yaml", settings)).state_dict()
     for name, value in fresh.items():
