@@ -77,8 +77,8 @@ class KnnResult:
 
     test: dict[int, Scores]
     val: dict[int, Scores]
-    k_best_on_test: int  # the published protocol; gives an optimistic number
-    k_chosen_on_val: int  # gives an unbiased number
+    k_best_on_test: int  # the published protocol, which is optimistic
+    k_chosen_on_val: int  # unbiased
     skipped: tuple[int, ...]  # values of k above the number of train nuclei
 
 

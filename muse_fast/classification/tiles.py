@@ -44,7 +44,7 @@ def cut_tiles(source: SourceImage, *, size: int = 224, mpp: float = 0.5, truncat
     """
     if source.label is None:
         raise UserError(
-            f"{source.name}: the image has nuclei but no classes, so there is nothing to evaluate against; "
+            f"{source.name}: the image has nuclei but no classes, so predictions cannot be scored; "
             "use a labelled source such as brcam2c:DIR"
         )
     image, xy = resample(source, mpp)

@@ -1,4 +1,4 @@
-"""Settings of a fine-tuning run; the defaults are the paper's for BRCA-M2C (appendix B) where it states them."""
+"""Settings of a fine-tuning run; the defaults are the paper's for BRCA-M2C (appendix B), as far as it states them."""
 
 from __future__ import annotations
 

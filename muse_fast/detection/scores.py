@@ -30,7 +30,7 @@ class Score:
 
     tp: int
     fp: int  # hovernet: a prediction paired with a nucleus of another class counts twice
-    fn: int  # hovernet: likewise
+    fn: int  # hovernet: a nucleus paired with a prediction of another class counts twice
     precision: float
     recall: float
     f1: float

@@ -64,4 +64,4 @@ class DINOHead(nn.Module):
     def prototypes(self) -> Tensor:
         """``[K, d]``, rows of length 1."""
         v = self.prototypes_v
-        return torch._weight_norm(v, v.new_ones(len(v), 1), 0)  # F.normalize takes four times as long over this matrix
+        return torch._weight_norm(v, v.new_ones(len(v), 1), 0)  # F.normalize is four times slower on this matrix

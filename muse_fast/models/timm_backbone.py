@@ -49,7 +49,7 @@ class TimmBackbone(nn.Module):
     size), images are enlarged bicubically to the next multiple; positions scale with them.
 
     Args:
-        network: takes square images of ``side``.
+        network: accepts square images of ``side``.
         arch: its name in reports.
         side: R, rounded up to a multiple of the stride.
         statistics: mean and standard deviation per channel that the network was trained with.
