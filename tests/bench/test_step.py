@@ -179,7 +179,7 @@ def test_bfloat16_runs_are_also_gated_in_float32() -> None:
     assert len(timing.gates(load_config(None, TINY))) == 1
 
 
-# --- what is measured
+# --- measurements
 
 
 def test_inputs_are_those_of_a_real_batch() -> None:

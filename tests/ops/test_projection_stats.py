@@ -101,7 +101,7 @@ def test_equals_the_running_statistics_of_batch_norm(backend: str) -> None:
 
 
 def rounded_like(gradient: Tensor, backend: str) -> Tensor:
-    """Truncate to bfloat16 if Triton's interpreter runs, which truncates where a GPU rounds."""
+    """Truncate to bfloat16 on Triton's interpreter, as it does where a GPU rounds."""
     if backend != "triton" or DEVICE == "cuda":
         return gradient
     return (gradient.float().view(torch.int32) & -0x10000).view(torch.float32).double()
