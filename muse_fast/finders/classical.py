@@ -1,7 +1,7 @@
-"""A classical nucleus detector: dark blobs in red light, which hematoxylin absorbs and eosin hardly does.
+"""A classical nucleus detector. It finds dark blobs in red light, which hematoxylin absorbs and eosin hardly does.
 
-It needs no weights and no GPU. It finds most nuclei and confuses crowded ones; pretraining, which only needs the same
-nucleus in two views, forgives that. Nuclei from a trained detector come in through the source ``points:``.
+It needs neither weights nor a GPU. It finds most nuclei but confuses crowded ones, which pretraining tolerates, as it
+only needs the same nucleus in two views. To use nuclei from any other detector, choose the source ``points:``.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from numpy.typing import NDArray
 
 from muse_fast.images.image_files import resampled
 
-WORKING_MPP = 0.5  # finer images are reduced to this
+WORKING_MPP = 0.5  # finer images are shrunk to this
 RADII_UM = (3.5, 5.0, 6.5)
 MIN_DISTANCE_UM = 1.5
-# Radii and threshold give the best F1 at 3 um on 20 training images of BRCA-M2C.
+# These radii and this threshold have the best F1 at 3 um on 20 training images of BRCA-M2C.
 THRESHOLD = 0.035
-# Beyond this distance a pixel has no influence on a detection (4 sigma of the widest filter).
+# Pixels further away than this do not influence a detection (4 sigma of the widest filter).
 REACH_UM = 4 * RADII_UM[-1] / math.sqrt(2)
 
 
 def detect_nuclei(
     image: NDArray[np.uint8], mpp: float, *, threshold: float = THRESHOLD
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Find nuclei as local maxima of the mean Laplacian-of-Gaussian response of the optical density in red.
+    """Find nuclei at local maxima of the mean Laplacian-of-Gaussian response of the optical density in red.
 
     A disc of radius r responds most strongly at sigma = r / sqrt(2). The mean over radii, unlike the maximum, does not
-    break large nuclei with coarse chromatin into several.
+    split large nuclei with coarse chromatin.
 
     Args:
         image: ``[H, W, 3]`` uint8 RGB.
@@ -44,8 +44,8 @@ def detect_nuclei(
     height, width, _ = image.shape
     scale = min(1.0, mpp / WORKING_MPP)
     small = resampled(image, scale)
-    # Red light alone, and no unmixing by fixed stain vectors: those put half the hematoxylin of a reddish slide into
-    # eosin, and gain 0.005 F1 where they fit.
+    # Only red light, without unmixing by fixed stain vectors: these assign half the hematoxylin of a reddish slide to
+    # eosin, and gain only 0.005 F1 where they fit.
     density = -np.log10(np.maximum(small[..., 0], 1, dtype=np.float32) / 255)
 
     um_per_pixel = mpp / scale

@@ -1,10 +1,10 @@
-"""Finders of nuclei of any class, which all look alike: a classical one, and a network that learned from annotations.
+"""Finders of nuclei, whatever their class, with one interface: a classical one, and a network trained on annotations.
 
-The setting ``detector=`` of `muse_fast.prepare` names one of them; `muse_fast.detection.detector` also classifies.
+The setting ``detector=`` of `muse_fast.prepare` selects one of them; `muse_fast.detection.detector` also classifies.
 
 ``load_finder("default")`` returns the better of the two on the test split of BRCA-M2C; weights/README.md has the
-scores. A network is one ``.safetensors`` file: weights, and as text what goes with them (um/px, threshold, distance
-between nuclei, training data, scores).
+scores. A network is one ``.safetensors`` file with its weights and, as metadata, um/px, threshold, minimum distance
+between nuclei, training data and scores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from muse_fast.images.image_files import resampled
 from muse_fast.images.points import Points, non_maximum_suppression
 from muse_fast.runtime import atomic
 
-if TYPE_CHECKING:  # torch takes seconds to import, and the classical finder needs none
+if TYPE_CHECKING:  # torch takes seconds to import, and the classical finder does not need it
     from torch import Tensor
 
     from muse_fast.finders.network import NucleusNet
@@ -35,7 +35,7 @@ SHIPPED = {"resnet18": WEIGHTS / "nuclei_resnet18.safetensors"}
 DEFAULT = "resnet18"
 KIND = "muse_fast nucleus detector"
 
-_TILE = 1536  # pixels: side of what is computed at a time, without the margin; a ROI of 512 um and its own fit
+_TILE = 1536  # pixels: side of a block, without its margin; a ROI of 512 um fits with the ROI's own margin
 _SETTINGS = ("mpp", "threshold", "min_distance_um")
 
 
@@ -43,15 +43,15 @@ class NucleusFinder(Protocol):
     """Finds nuclei.
 
     Attributes:
-        reach_um: a pixel further away than this has no influence on a detection: the margin to read around a ROI.
-        threshold: the lowest score of a nucleus, unless the caller gives another.
+        reach_um: pixels further away than this do not influence a detection: the margin to read around a ROI.
+        threshold: default for the lowest score of a nucleus.
     """
 
     reach_um: float
     threshold: float
 
     def __call__(self, image: NDArray[np.uint8], mpp: float, *, threshold: float | None = None) -> Points:
-        """Nuclei of ``image`` ``[H, W, 3]`` uint8 RGB at ``mpp`` um per pixel.
+        """Find the nuclei in ``image``, ``[H, W, 3]`` uint8 RGB at ``mpp`` um per pixel.
 
         Returns:
             xy float32 in pixels of ``image``, and scores float32, highest first; no labels.
@@ -60,7 +60,7 @@ class NucleusFinder(Protocol):
 
 
 class ClassicalFinder:
-    """:func:`muse_fast.finders.classical.detect_nuclei` in the common form."""
+    """:func:`muse_fast.finders.classical.detect_nuclei` as a `NucleusFinder`."""
 
     reach_um = classical.REACH_UM
 
@@ -75,13 +75,13 @@ class ClassicalFinder:
 class LearnedFinder:
     """A :class:`NucleusNet` and the settings that turn its heatmap into points.
 
-    Images of up to twice its um/px are enlarged; coarser ones are refused, as nuclei cannot be told apart in them.
+    Images of up to twice its um/px are enlarged; coarser ones are refused, as nuclei are indistinguishable in them.
 
     Args:
         network: in evaluation mode.
-        mpp: um per pixel that it was trained at; images are resampled to it.
+        mpp: um per pixel of its training; images are resampled to it.
         threshold: lowest score of a nucleus, 0 to 1.
-        min_distance_um: of two places nearer than this the one with the higher score is kept.
+        min_distance_um: of two peaks nearer than this only the one with the higher score is kept.
     """
 
     def __init__(self, network: NucleusNet, mpp: float, threshold: float, min_distance_um: float) -> None:
@@ -92,22 +92,22 @@ class LearnedFinder:
 
     def __call__(self, image: NDArray[np.uint8], mpp: float, *, threshold: float | None = None) -> Points:
         if mpp > 2 * self.mpp:
-            raise UserError(f"{mpp:g} um/px is too coarse for this nucleus detector, expected {2 * self.mpp:g} at most")
+            raise UserError(f"{mpp:g} um/px is too coarse for this nucleus detector, expected at most {2 * self.mpp:g}")
         small = resampled(image, mpp / self.mpp)
         xy, score = heatmap_peaks(
             self.heatmap(small), self.min_distance_um / self.mpp, self.threshold if threshold is None else threshold
         )
         (height, width), (small_height, small_width) = image.shape[:2], small.shape[:2]
         xy *= np.array([width / small_width, height / small_height], np.float32)
-        # The summit in the last cell may lie on the border, which is outside.
+        # A peak in the last cell may lie on the border, which is outside.
         inside = np.nextafter(np.array([width, height], np.float32), np.float32(0))
         return Points(np.clip(xy, 0, inside), score=score)
 
     def heatmap(self, image: NDArray[np.uint8], tile: int = _TILE) -> NDArray[np.float32]:
         """Logits ``[ceil(H / 2), ceil(W / 2)]`` of an image at the finder's um/px.
 
-        They do not depend on ``tile`` (a multiple of 16): every tile is computed with all that its cells see. Nor on
-        the cores: one thread does the sums in one order, and slides are what is shared out among processes.
+        They do not depend on ``tile`` (a multiple of 16), as every tile is computed with the surroundings that affect
+        its cells, nor on the number of cores: one thread sums in a fixed order, and slides are processed in parallel.
         """
         import torch
 
@@ -127,7 +127,7 @@ class LearnedFinder:
         return heat
 
     def _logits(self, block: Tensor) -> NDArray[np.float32]:
-        """Of ``[3, h, w]`` uint8; padded with glass to the sides that the network accepts."""
+        """Logits of ``[3, h, w]`` uint8, padded with glass to sides that the network accepts."""
         import torch.nn.functional as F
 
         from muse_fast.finders.network import MULTIPLE, optical_density
@@ -157,12 +157,12 @@ def heatmap_peaks(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Local maxima of logits, to a fraction of a cell, in pixels of the image (cells of 2 x 2).
 
-    A cell counts where none of its eight neighbours is higher; the place is the top of the parabola through it and
-    its neighbours, per axis, which is exact for a Gaussian in the logarithm.
+    A cell is a maximum if none of its eight neighbours is higher. Its position is the vertex of the parabola through it
+    and its neighbours along each axis, which is exact for the logarithm of a Gaussian.
 
     Args:
         heat: ``[h, w]`` logits.
-        min_distance: pixels; of two peaks nearer than this the lower is dropped, from the highest down.
+        min_distance: pixels; of two peaks nearer than this the lower is dropped, starting from the highest.
         threshold: lowest probability.
 
     Returns:
@@ -178,17 +178,17 @@ def heatmap_peaks(
     order = np.lexsort((columns, rows, -heat[rows, columns]))
     rows, columns = rows[order], columns[order]
     padded = np.pad(heat, 1, mode="edge")
-    x = columns + _summit(padded[rows + 1, columns], heat[rows, columns], padded[rows + 1, columns + 2])
-    y = rows + _summit(padded[rows, columns + 1], heat[rows, columns], padded[rows + 2, columns + 1])
+    x = columns + _vertex(padded[rows + 1, columns], heat[rows, columns], padded[rows + 1, columns + 2])
+    y = rows + _vertex(padded[rows, columns + 1], heat[rows, columns], padded[rows + 2, columns + 1])
     xy = ((np.stack([x, y], axis=1) + 0.5) * STRIDE).astype(np.float32)
     kept = non_maximum_suppression(xy, min_distance)
     return xy[kept], score[rows, columns][kept]
 
 
-def _summit(before: NDArray[np.float32], at: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Where the parabola through three neighbours is highest, -0.5 to 0.5 from the middle one."""
-    bend = 2 * at - before - after
-    return np.clip((after - before) / np.maximum(2 * bend, 1e-6), -0.5, 0.5)
+def _vertex(before: NDArray[np.float32], at: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Offset of the vertex of the parabola through three neighbours from the middle one, -0.5 to 0.5."""
+    curvature = 2 * at - before - after
+    return np.clip((after - before) / np.maximum(2 * curvature, 1e-6), -0.5, 0.5)
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -198,13 +198,11 @@ def _summit(before: NDArray[np.float32], at: NDArray[np.float32], after: NDArray
 def load_finder(name: str = "default") -> NucleusFinder:
     """A finder by name, or from a file that ``train_detector`` wrote.
 
-    In a data worker (a child process) torch is set to one thread: there are as many workers as cores.
-
     Args:
         name: ``default``, ``classical``, ``resnet18`` or a path that ends in ``.safetensors``.
 
     Raises:
-        UserError: not a known detector or file, or the file is damaged or something else.
+        UserError: the name is unknown, or the file is missing, damaged or not a detector.
     """
     name = DEFAULT if name == "default" else name
     if name == "classical":
@@ -221,7 +219,7 @@ def read_finder(path: Path) -> LearnedFinder:
     """The finder in a file.
 
     Raises:
-        UserError: no such file, damaged, or of another kind; names the file.
+        UserError: the file is missing, damaged or not a detector; names the file.
     """
     from muse_fast.finders.network import NucleusNet
     from muse_fast.runtime.tensors import load_strictly
@@ -232,14 +230,14 @@ def read_finder(path: Path) -> LearnedFinder:
         try:
             settings[key] = float(metadata[key])
         except (KeyError, ValueError):
-            raise UserError(f"{path}: the metadata has no number {key!r}; expected a file of train_detector") from None
+            raise UserError(f"{path}: no number {key!r} in its metadata; expected a file from train_detector") from None
     network = NucleusNet()
     load_strictly(network, {name: tensor.float() for name, tensor in tensors.items()}, str(path))
     return LearnedFinder(network.eval(), **settings)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of the right kind."""
+    """Tensors and metadata of the file of a detector."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -247,7 +245,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable .safetensors file ({error}); copy or make it again") from error
     if metadata.get("kind") != KIND:

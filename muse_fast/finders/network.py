@@ -1,7 +1,7 @@
-"""The network of the learned nucleus detector: the first three stages of ResNet-18 and a light way back up.
+"""The network of the learned nucleus detector: the first three stages of ResNet-18 and a light decoder.
 
-It gives one logit per cell of 2 x 2 pixels. It takes optical density, which is linear in the amount of stain and 0 for
-glass: the zeros that convolutions put around an image are glass too.
+It returns one logit per cell of 2 x 2 pixels. Its input is optical density, which is linear in the amount of stain and
+0 for glass, so the zero padding of convolutions looks like glass.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDE = 2  # pixels per cell of the heatmap
-MULTIPLE = 16  # sides of the input are multiples of this; shifts by it move the heatmap alike
-REACH = 144  # pixels; what is further away than this has no influence on a cell (the test measures it)
+MULTIPLE = 16  # of the sides of the input; a shift by it shifts the heatmap equally
+REACH = 144  # pixels further away than this do not influence a cell (a test measures it)
 
-_PRIOR = 0.02  # share of cells that are a nucleus' centre, about
+_PRIOR = 0.02  # approximate share of cells with the centre of a nucleus
 
 
 def optical_density(image: Tensor) -> Tensor:
@@ -28,14 +28,14 @@ def optical_density(image: Tensor) -> Tensor:
 
 
 class NucleusNet(nn.Module):
-    """Optical density ``[B, 3, H, W]`` -> logits ``[B, H / 2, W / 2]`` of "a nucleus has its centre here".
+    """Optical density ``[B, 3, H, W]`` -> logits ``[B, H / 2, W / 2]`` of "the centre of a nucleus is here".
 
-    The maps of stem and stages (strides 2, 4, 8, 16) are joined from coarse to fine, as in a feature pyramid network
+    The maps of stem and stages (strides 2, 4, 8, 16) are merged from coarse to fine, as in a feature pyramid network
     (Lin et al., 2017): project, double, add, 3x3 convolution.
     """
 
     arch = "resnet18"
-    WIDTHS = (32, 64, 64, 128)  # of the joined maps, finest first
+    WIDTHS = (32, 64, 64, 128)  # channels of the merged maps, finest first
 
     def __init__(self) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ def test_synthetic_nuclei_are_found(mpp: float) -> None:
 
 
 def test_brcam2c(shared_data: Path) -> None:
-    """The validation images, none of which the threshold was chosen on. Measured: 0.782."""
+    """On the validation images, which were not used to choose the threshold. Measured: 0.782."""
 
     def score(item: SourceImage) -> tuple[np.ndarray, np.ndarray, float]:
         return detect_nuclei(item.image, item.mpp)[0], item.xy, item.mpp
@@ -51,7 +51,7 @@ def test_brcam2c(shared_data: Path) -> None:
 
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 1.0])
 def test_one_disc_is_found_at_its_centre(mpp: float) -> None:
-    """In pixels of the image, whose first pixel covers 0 to 1: half a working pixel of error at most."""
+    """In pixels of the image, whose first pixel covers 0 to 1; at most half a working pixel off."""
     size = 81
     for x, y in ((40.5, 40.5), (30.0, 47.25)):
         v, u = np.mgrid[:size, :size] + 0.5
@@ -63,7 +63,7 @@ def test_one_disc_is_found_at_its_centre(mpp: float) -> None:
         np.testing.assert_allclose(xy, [[x, y]], atol=0.5 * max(1, 0.5 / mpp) + 0.1)
 
 
-def test_shift_moves_detections_alike() -> None:
+def test_detections_shift_with_the_image() -> None:
     image, _, _ = synthetic_image(0, 256, 0.5)
     xy, score = detect_nuclei(image, 0.5)
     moved, moved_score = detect_nuclei(image[40:, 24:], 0.5)
@@ -76,13 +76,13 @@ def test_shift_moves_detections_alike() -> None:
 
 @pytest.mark.parametrize("shape", [(100, 130), (1, 1), (1, 50)])
 @pytest.mark.parametrize("grey", [255, 0, 128])
-def test_nothing_in_empty_images(shape: tuple[int, int], grey: int) -> None:
+def test_no_nuclei_in_empty_images(shape: tuple[int, int], grey: int) -> None:
     xy, score = detect_nuclei(np.full((*shape, 3), grey, np.uint8), 0.25)
     assert xy.shape == (0, 2)
     assert score.shape == (0,)
 
 
-def test_threshold_orders_detections() -> None:
+def test_threshold_and_order() -> None:
     image, _, _ = synthetic_image(0)
     xy, score = detect_nuclei(image, 0.25, threshold=0.01)
     assert (np.diff(score) <= 0).all()

@@ -1,4 +1,4 @@
-"""Detectors in the common form: peaks, tiling, files, the shipped weights on real images."""
+"""Finders: peaks, tiling, files, and the shipped weights on real images."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_peaks_to_a_fraction_of_a_cell() -> None:
     heights = np.array([2.0, 1.0, 3.0])
     found, score = heatmap_peaks(bumps(xy, heights), 4.0, 0.5)
     np.testing.assert_allclose(found, xy[[2, 0, 1]], atol=0.02)
-    # The score is that of the cell, at most sqrt(2) px off the top.
+    # The score is that of the cell, at most sqrt(2) px from the peak.
     np.testing.assert_allclose(score, 1 / (1 + np.exp(-heights[[2, 0, 1]])), atol=0.06)
     assert (found.dtype, score.dtype) == (np.float32, np.float32)
 
 
-def test_peaks_nearer_than_the_least_distance() -> None:
-    """Three in a row, 8 px apart: the middle one is the lowest; the ends stay. A lower one that lost spares others."""
+def test_peaks_nearer_than_the_minimum_distance() -> None:
+    """Peaks 8 px apart: a higher one removes its neighbours, and a removed one does not remove others."""
     xy = np.array([[20.0, 20.0], [28.0, 20.0], [36.0, 20.0], [44.0, 20.0]])
     heat = bumps(xy, np.array([3.0, 2.5, 2.0, 2.2]))
     for distance, left in ((7.9, [0, 1, 3, 2]), (8.2, [0, 3]), (20.0, [0, 3]), (30.0, [0])):
@@ -72,8 +72,8 @@ def test_peaks_of_tiny_heatmaps(shape: tuple[int, int]) -> None:
     assert len(score) == 1 and (np.abs(xy[0] - 2 * np.array(shape[::-1]) + 1) <= 1).all()
 
 
-def test_threshold_and_cut_of_the_scores_agree(shipped: LearnedFinder) -> None:
-    """What the choice of a threshold on val relies on."""
+def test_a_higher_threshold_equals_filtering_by_score(shipped: LearnedFinder) -> None:
+    """The choice of a threshold on val relies on this."""
     image, _, _ = synthetic_image(0)
     found, higher = (shipped(image, 0.25, threshold=threshold) for threshold in (0.05, 0.5))
     assert found.score is not None and 0 < len(higher) < len(found)
@@ -89,11 +89,11 @@ def test_heatmap_does_not_depend_on_tiles(shipped: LearnedFinder, tile: int) -> 
     image = synthetic_image(1, 341, 0.5)[0][:, :225]
     whole = shipped.heatmap(image, tile=1024)
     assert whole.shape == (171, 113)
-    np.testing.assert_allclose(shipped.heatmap(image, tile), whole, atol=1e-3)  # logits; sums in another order
+    np.testing.assert_allclose(shipped.heatmap(image, tile), whole, atol=1e-3)  # logits; the order of sums differs
 
 
 def test_heatmap_does_not_depend_on_threads(shipped: LearnedFinder) -> None:
-    """The same slides give the same set, bit for bit, on any number of cores."""
+    """The same slides yield the same set, bit for bit, on any number of cores."""
     image = synthetic_image(1, 341, 0.5)[0]
     before = torch.get_num_threads()
     try:
@@ -108,7 +108,7 @@ def test_heatmap_does_not_depend_on_threads(shipped: LearnedFinder) -> None:
 
 
 def test_a_roi_read_with_the_margin_has_the_nuclei_of_the_whole(shipped: LearnedFinder) -> None:
-    """What callers rely on. Only a border on the network's grid of 16 px gives the same numbers exactly."""
+    """Callers rely on this. The numbers are exactly equal only if the border is on the network's grid of 16 px."""
     image, _, _ = synthetic_image(2, 448, 0.5)
     margin = round(shipped.reach_um / 0.5)
     corner, side = margin + 16, 112
@@ -125,7 +125,7 @@ def test_a_roi_read_with_the_margin_has_the_nuclei_of_the_whole(shipped: Learned
 def test_points_at_the_borders_lie_inside(
     shipped: LearnedFinder, monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int], mpp: float
 ) -> None:
-    """A heatmap that rises towards the last column and row has its summit on the border, or beyond."""
+    """A heatmap that rises towards the last column and row peaks on the border or beyond."""
 
     def rising(image: np.ndarray) -> np.ndarray:
         rows, columns = (-(-side // 2) for side in image.shape[:2])
@@ -142,7 +142,7 @@ def test_points_at_the_borders_lie_inside(
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (37, 211), (97, 16)])
 @pytest.mark.parametrize("grey", [255, 230])
 @pytest.mark.parametrize("name", ["classical", "resnet18"])
-def test_nothing_in_empty_images(shape: tuple[int, int], grey: int, name: str) -> None:
+def test_no_nuclei_in_empty_images(shape: tuple[int, int], grey: int, name: str) -> None:
     found = load_finder(name)(np.full((*shape, 3), grey, np.uint8), 0.25)
     assert found.score is not None and found.xy.shape == (0, 2) and found.score.shape == (0,)
     assert (found.xy.dtype, found.score.dtype) == (np.float32, np.float32)
@@ -156,7 +156,7 @@ def test_synthetic_nuclei_are_found_at_any_mpp(shipped: LearnedFinder, mpp: floa
 
 
 def test_too_coarse_is_refused(shipped: LearnedFinder) -> None:
-    with pytest.raises(UserError, match="5 um/px is too coarse for this nucleus detector, expected 1 at most"):
+    with pytest.raises(UserError, match="5 um/px is too coarse for this nucleus detector, expected at most 1"):
         shipped(np.zeros((10, 10, 3), np.uint8), 5.0)
 
 
@@ -169,7 +169,7 @@ def test_resampled() -> None:
     assert resampled(image, 2.0).shape == (8, 12, 3)
 
 
-def test_the_classical_one_is_itself() -> None:
+def test_the_classical_finder_returns_what_detect_nuclei_does() -> None:
     image, _, _ = synthetic_image(0, 200, 0.5)
     for threshold in (None, 0.1):
         found = load_finder("classical")(image, 0.5, threshold=threshold)
@@ -181,7 +181,7 @@ def test_the_classical_one_is_itself() -> None:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def test_written_and_read_alike(tmp_path: Path) -> None:
+def test_write_and_read(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = NucleusNet().half().float().eval()
     path = tmp_path / "detector.safetensors"
@@ -205,8 +205,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "no such file" in message()
-    sound = SHIPPED["resnet18"].read_bytes()
-    for damaged in (b"", b"version https://git-lfs", sound[:-1000], b"\xff" * 64 + sound[64:]):
+    intact = SHIPPED["resnet18"].read_bytes()
+    for damaged in (b"", b"version https://git-lfs", intact[:-1000], b"\xff" * 64 + intact[64:]):
         bad.write_bytes(damaged)
         assert "not a readable .safetensors file" in message()
     tensors = load_file(SHIPPED["resnet18"])
@@ -229,7 +229,7 @@ def test_unknown_detectors() -> None:
 
 
 def _in_worker(name: str) -> tuple[int, set[int]]:
-    """Nuclei found, and with how many threads."""
+    """Number of nuclei, and of threads that the network ran with."""
     image, _, _ = synthetic_image(0, 256, 0.5)
     finder, threads = load_finder(name), set()
     assert isinstance(finder, LearnedFinder)
@@ -247,7 +247,7 @@ def test_a_spawned_worker_finds_the_same_with_one_thread() -> None:
 
 
 def test_shipped_weights_on_test_images(shipped: LearnedFinder, shared_data: Path) -> None:
-    """Six test images, every fifth: as measured when the weights were made."""
+    """Every fifth of the test images, six in all: the F1 measured when the weights were trained."""
     source = open_source(f"brcam2c:{shared_data / 'brcam2c'}")
     test = [item for item in source if item.split == "test"]
     images = [Labelled(item.image, item.mpp, item.xy) for item in itertools.islice(test, 0, None, 5)]

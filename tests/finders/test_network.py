@@ -1,4 +1,4 @@
-"""The network of the learned detector: what it sees, and that it moves with its input."""
+"""The network of the learned detector: its receptive field, and how it shifts with its input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def network() -> NucleusNet:
     torch.manual_seed(0)
     net = NucleusNet().eval()
     for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # timm starts the last of every block at 0
+        if isinstance(module, torch.nn.BatchNorm2d):  # timm initialises the last of every block to 0
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     return net
 
@@ -37,7 +37,7 @@ def test_one_logit_per_cell(network: NucleusNet, sides: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("cell", [128, 131, 135])
 def test_reach(network: NucleusNet, cell: int) -> None:
-    """By the gradient of a cell: nothing further than REACH has influence, and REACH is not much too long."""
+    """By the gradient of a cell: no pixel further away than REACH influences it, and REACH is not much too large."""
     network = copy.deepcopy(network)
     for parameter in network.parameters():
         parameter.data.abs_()  # no ReLU stops the gradient
@@ -51,7 +51,7 @@ def test_reach(network: NucleusNet, cell: int) -> None:
     assert last - first > 1.75 * REACH
 
 
-def test_shifts_by_the_multiple_move_the_heatmap(network: NucleusNet) -> None:
+def test_shifts_by_the_multiple_shift_the_heatmap(network: NucleusNet) -> None:
     image = torch.rand(1, 3, 352, 352)
     moved = network(image[..., 2 * MULTIPLE :])
     inside = slice(REACH // STRIDE, -REACH // STRIDE)
