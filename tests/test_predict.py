@@ -203,7 +203,7 @@ def test_bad_slides_are_named_and_the_others_predicted(tmp_path: Path, capsys: p
     assert list(refused) == ["a.tif", "broken.svs", "damaged.tif", "scaleless.tif"]
     assert "has the same name" in refused["a.tif"]
     assert "OpenSlide cannot read it" in refused["broken.svs"]
-    assert "2 tiles of it cannot be read" in refused["damaged.tif"] or "unreadable at" in refused["damaged.tif"]
+    assert "2 tiles cannot be read" in refused["damaged.tif"] or "unreadable at" in refused["damaged.tif"]
     assert "header does not give um per pixel" in refused["scaleless.tif"]
     assert {path.name for path in out.iterdir()} == {"a", "z", "summary.json", "predict.json"}
     assert all(len(positions(out / path.stem)) for path in good)
@@ -251,7 +251,7 @@ def test_non_finite_detections_are_refused(
         (["tile=64"], "tile=64: expected 112 or more, for 40 px"),
         (["batches=2"], "no setting 'batches'; did you mean 'batch'?"),
         (["mpp=40"], "mpp=40.0: expected 0.05 to 5.0 um per pixel"),
-        (["mpp=1.5"], "1.5 um/px is too coarse for a detector that works at 0.5, expected 1 at most"),
+        (["mpp=1.5"], "1.5 um/px is too coarse for a detector that works at 0.5, expected at most 1"),
         (["absent.svs"], "absent.svs: no such file or folder"),
     ],
 )
@@ -273,7 +273,7 @@ def test_finished_slides_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert classical("--out", out, first) == 0
     stamp = (out / "a" / "cells.csv").stat().st_mtime_ns
     assert classical("--out", out, first) == 2
-    assert "holds all of it already" in capsys.readouterr().err
+    assert "already contains all predictions" in capsys.readouterr().err
     assert classical("--out", out, first, second, "tissue=false") == 2
     assert "made with settings" in capsys.readouterr().err
     assert classical("--out", out, first, second, "batch=1") == 0  # does not change the nuclei
@@ -283,7 +283,7 @@ def test_finished_slides_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "other").mkdir()
     other = write_slide(tmp_path / "other" / "a.tif", page_with_tissue()[:400, :500])
     assert classical("--out", out, other) == 2
-    assert "exists already and is not of this file" in capsys.readouterr().err
+    assert "already exists and belongs to another file" in capsys.readouterr().err
 
 
 def in_a_child(pause: float, *words: object, then: str = "") -> list[str]:

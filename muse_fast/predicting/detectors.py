@@ -1,4 +1,4 @@
-"""Finders of nuclei in tiles: the detector that ships with the package, or a fine-tuned network."""
+"""Detectors of nuclei in tiles: a nucleus finder, or a fine-tuned network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from muse_fast.finders.learned import LearnedFinder, load_finder
 from muse_fast.images.points import Points
 
 NUCLEI = "nuclei"
-_AT_A_TIME = 2  # tiles: one is computed while nuclei are picked out of the other
+_TILES_AT_A_TIME = 2  # the network runs on one while peaks are found in the other
 
 
 class TileDetector(Protocol):
@@ -26,12 +26,12 @@ class TileDetector(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the labels 0, 1, ..."""
+        """Names of the labels 0, 1, ..."""
         ...
 
     @property
     def tile_size(self) -> int:
-        """Side in pixels of the tiles that suit it; smaller ones work too."""
+        """Suitable side of the tiles in pixels; smaller ones work too."""
         ...
 
     @property
@@ -41,16 +41,16 @@ class TileDetector(Protocol):
 
     @property
     def min_distance_um(self) -> float:
-        """No two nuclei of a tile are nearer to each other than this."""
+        """Two nuclei of a tile are never nearer to each other than this."""
         ...
 
     def detect(self, images: Tensor) -> list[Points]:
-        """Nuclei of tiles ``[B, 3, H, W]`` uint8 RGB, in pixels of each, with scores."""
+        """The nuclei of each of the tiles ``[B, 3, H, W]`` uint8 RGB, in its pixels, with scores."""
         ...
 
 
 class NucleusDetector:
-    """A `NucleusFinder`, as `prepare` uses it: all nuclei are of one class."""
+    """A `NucleusFinder`, the same as for `prepare`; all nuclei are of one class."""
 
     class_names = ("nucleus",)
 
@@ -62,10 +62,10 @@ class NucleusDetector:
             self.mpp, self.min_distance_um, self.tile_size = self._finder.mpp, self._finder.min_distance_um, 1536
         else:
             self.mpp, self.min_distance_um, self.tile_size = classical.WORKING_MPP, classical.MIN_DISTANCE_UM, 1024
-        self._threads = ThreadPoolExecutor(_AT_A_TIME)
+        self._threads = ThreadPoolExecutor(_TILES_AT_A_TIME)
 
     def detect(self, images: Tensor) -> list[Points]:
-        """As `TileDetector`."""
+        """See `TileDetector.detect`."""
         return list(self._threads.map(lambda image: self._finder(image, self.mpp), images.permute(0, 2, 3, 1).numpy()))
 
 
@@ -81,7 +81,7 @@ class FineTunedDetector:
         self.min_distance_um = self._network.spec.nms_um
 
     def detect(self, images: Tensor) -> list[Points]:
-        """As `TileDetector`."""
+        """See `TileDetector.detect`."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             return self._network.detect(images)
 
@@ -90,8 +90,8 @@ def open_detector(weights: str, device: torch.device) -> TileDetector:
     """The detector that ``weights`` names.
 
     Args:
-        weights: ``nuclei``: the project's own nucleus detector; ``classical``, or the ``.safetensors`` of
-            ``train_detector``: another one; else a fine-tuned run.
+        weights: ``nuclei`` for the default nucleus detector, ``classical`` or the ``.safetensors`` file of
+            ``train_detector`` for another one; otherwise a fine-tuned run.
 
     Raises:
         UserError: the weights cannot be used.

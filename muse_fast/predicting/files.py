@@ -1,4 +1,4 @@
-"""The files of a prediction: GeoJSON for QuPath, a table, and a picture, all written as the nuclei arrive."""
+"""The files of a prediction: GeoJSON for QuPath, a table and a picture, all written as nuclei are found."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from muse_fast.images.drawing import PALETTE, overlay
 from muse_fast.images.slide import Slide
 from muse_fast.predicting.pages import OVERLAY
 
-OVERLAY_SIDE = 2048  # pixels, the longer one at most
-_DOT_UM = 3.0  # radius of a dot, where that can be seen
-_LINE = 24  # height of the line below the picture
+OVERLAY_SIDE = 2048  # pixels: longer side of the picture, at most
+_DOT_UM = 3.0  # radius of a dot, within 1 to 5 pixels
+_LINE = 24  # pixels: height of a line of the legend
 
 
 class CellFiles:
     """``cells.geojson`` (or ``.geojson.gz``), ``cells.csv`` and ``overlay.png`` of one page, in a folder.
 
     Args:
-        name: of the page; the ids of its nuclei derive from it.
+        name: of the page; the ids of its nuclei are derived from it.
         compress: gzip the GeoJSON.
 
     Attributes:
@@ -53,8 +53,8 @@ class CellFiles:
         self._shrink = um / page.mpp
         self._radius = min(max(_DOT_UM / um, 1.0), 5.0)
         with ExitStack() as opened:
-            self._geojson = opened.enter_context(_text(folder / f"cells.geojson{'.gz' if compress else ''}"))
-            self._csv = opened.enter_context(_text(folder / "cells.csv"))
+            self._geojson = opened.enter_context(_open_text(folder / f"cells.geojson{'.gz' if compress else ''}"))
+            self._csv = opened.enter_context(_open_text(folder / "cells.csv"))
             self._opened = opened.pop_all()
         self._geojson.write('{"type":"FeatureCollection","features":[')
         self._csv.write("x,y,label,class,score\n")
@@ -82,7 +82,7 @@ class CellFiles:
         )
 
     def finish(self) -> None:
-        """Write the ends, and the picture."""
+        """Complete the GeoJSON and the table, and write the picture."""
         self._geojson.write("\n]}\n")
         self.close()
         _with_legend(self._picture, self._names, self.counts.tolist()).save(self._folder / OVERLAY)
@@ -92,13 +92,13 @@ class CellFiles:
 
 
 def colour(label: int) -> tuple[int, int, int]:
-    """Of a class, in QuPath and in the picture."""
+    """The colour of a class, in QuPath and in the picture."""
     return PALETTE[label % len(PALETTE)]
 
 
 @contextmanager
-def _text(path: Path) -> Iterator[IO[str]]:
-    """A text file to write; its bytes depend on the text alone, gzipped ones too."""
+def _open_text(path: Path) -> Iterator[IO[str]]:
+    """Open a text file to write; its bytes depend only on the text, even if it is gzipped."""
     with open(path, "wb") as file:
         if path.suffix != ".gz":
             with io.TextIOWrapper(file, "utf-8", newline="") as text:
@@ -115,11 +115,11 @@ def _csv_cell(value: str) -> str:
 
 
 def _with_legend(picture: NDArray[np.uint8], names: Sequence[str], counts: Sequence[int]) -> Image.Image:
-    """The picture, and below it a line with the colour, name and number of every class."""
+    """The picture above a legend with the colour, name and count of every class."""
     font = ImageFont.load_default(14)
     texts = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)]
     height, width, _ = picture.shape
-    lines: list[list[tuple[float, int]]] = [[]]  # where each text begins
+    lines: list[list[tuple[float, int]]] = [[]]  # per line: left edge and label of each text
     x = 8.0
     for label, text in enumerate(texts):
         length = 34 + font.getlength(text)

@@ -1,4 +1,4 @@
-"""Pages, which are slides or plain images, read piece by piece at the um per pixel that a detector wants.
+"""Pages, which are slides or plain images, read in pieces at the um per pixel that a detector expects.
 
 Positions are in level-0 pixels, in pixels of a level, or in pixels of the page scaled to other um per pixel. All have
 the same origin, so they differ only by factors.
@@ -19,16 +19,16 @@ from muse_fast.errors import UserError
 from muse_fast.images.mpp import read_mpp_file
 from muse_fast.images.slide import Level, Slide, find_slides, open_slide
 
-SAME_SCALE = 0.02  # um per pixel that differ by less count as equal, and pixels are not resampled
-OVERLAY = "overlay.png"  # what predict writes beside slides is not a slide
-MOST_ENLARGED = 2.0  # in coarser slides a detector would see only blur
+SAME_SCALE = 0.02  # relative difference in um per pixel below which pixels are not resampled
+OVERLAY = "overlay.png"  # predict may write it next to slides; it is not one
+MAX_ENLARGEMENT = 2.0  # in coarser slides a detector would see only blur
 
 
 class PageFile(NamedTuple):
     """A page that has not been opened yet."""
 
     path: Path
-    mpp: float | None  # None: what the header says
+    mpp: float | None  # None: from the header
 
     @property
     def name(self) -> str:
@@ -40,13 +40,13 @@ class PageFile(NamedTuple):
 
 
 def find_pages(inputs: Sequence[Path], mpp: float | None) -> list[PageFile]:
-    """The slides and images that ``inputs`` name, and those in the folders they name and in the folders within.
+    """The slides and images among ``inputs``, and those in folders among them, including subfolders.
 
-    The um per pixel comes from ``mpp.csv`` beside a file or in the folder that was given, then from ``mpp``, then from
-    the header.
+    um per pixel comes from ``mpp.csv`` in the given folder or next to the given file, else from ``mpp``, else from the
+    header.
 
     Raises:
-        UserError: nothing is there, or a table cannot be used.
+        UserError: an input does not exist or contains no slides or images, or a table is invalid.
     """
     pages: dict[Path, PageFile] = {}
     for given in inputs:
@@ -61,22 +61,22 @@ def find_pages(inputs: Sequence[Path], mpp: float | None) -> list[PageFile]:
 class Scale:
     """A page at the um per pixel that a detector expects.
 
-    It is read from the coarsest level that is fine enough. A level within ``SAME_SCALE`` is taken as it is.
+    It is read from the coarsest level that is fine enough. A level within ``SAME_SCALE`` is used as it is.
 
     Attributes:
-        mpp: um per pixel, that of a level if one is near enough.
+        mpp: um per pixel, that of a level if one is close enough.
         step: level-0 pixels per pixel, along x and y.
-        width, height: of the page, in whole pixels of this scale; a remainder at the far sides is dropped.
+        width, height: of the page, in whole pixels of this scale; a remainder at the right and bottom is dropped.
 
     Raises:
         UserError: the slide is too coarse.
     """
 
     def __init__(self, page: Slide, mpp: float) -> None:
-        if page.mpp > MOST_ENLARGED * mpp * (1 + SAME_SCALE):
+        if page.mpp > MAX_ENLARGEMENT * mpp * (1 + SAME_SCALE):
             raise UserError(
                 f"{page.path}: {page.mpp:g} um/px is too coarse for a detector that works at {mpp:g}, "
-                f"expected {MOST_ENLARGED * mpp:g} at most"
+                f"expected at most {MAX_ENLARGEMENT * mpp:g}"
             )
         wanted = mpp / page.mpp
         ratios = [_ratios(page, level) for level in page.levels]
@@ -93,7 +93,7 @@ class Scale:
     def read(self, page: Slide, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """``[height, width, 3]`` RGB with the corner at ``x``, ``y``, in pixels of this scale, all of it on the page.
 
-        The same pixel is the same whatever piece it is read with.
+        A pixel does not depend on the piece in which it is read.
         """
         left, first_x, columns = self._span(x, width, self._shrink[0], self._level.width)
         top, first_y, rows = self._span(y, height, self._shrink[1], self._level.height)
@@ -104,13 +104,13 @@ class Scale:
         return np.asarray(Image.fromarray(block).resize((width, height), Image.Resampling.BICUBIC, box))
 
     def _span(self, start: int, length: int, shrink: float, side: int) -> tuple[float, int, int]:
-        """What to read along one axis: start of the piece in the block, first level-0 pixel and length of the block."""
+        """The block to read along one axis: start of the piece in it, its first level-0 pixel, and its length."""
         downsample = self._level.downsample
         exact = shrink == 1 and downsample == round(downsample)
-        beside = 0 if exact else math.ceil(2 * max(1.0, shrink)) + 1  # pixels that the filter needs
-        first = max(0, math.floor(start * shrink) - beside)
-        last = min(side, math.ceil((start + length) * shrink) + beside)
-        # Positions are given in whole level-0 pixels, which may lie between two pixels of the level.
+        margin = 0 if exact else math.ceil(2 * max(1.0, shrink)) + 1  # pixels that the filter needs
+        first = max(0, math.floor(start * shrink) - margin)
+        last = min(side, math.ceil((start + length) * shrink) + margin)
+        # `Slide.read` takes whole level-0 pixels, which may lie between two pixels of the level.
         location = math.ceil(first * downsample - 1e-6)
         return start * shrink - location / downsample, location, last - first
 
@@ -118,8 +118,8 @@ class Scale:
 def _ratios(page: Slide, level: Level) -> tuple[float, float]:
     """Level-0 pixels per pixel of a level, along x and y.
 
-    Sides of levels are rounded to whole pixels, so their quotient is a little off. Where a whole number explains
-    them, that number is meant: over half a million level-0 pixels, 4.0001 instead of 4 is off by 12.
+    Sides of levels are rounded to whole pixels, so their quotient is slightly off. A whole number that explains
+    them is used instead: over half a million level-0 pixels, 4.0001 instead of 4 is off by 12.
     """
     return _ratio(page.width, level.width), _ratio(page.height, level.height)
 

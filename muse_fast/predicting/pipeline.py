@@ -1,7 +1,7 @@
-"""One page from its pixels to its nuclei, with reading, detection and writing side by side.
+"""From the pixels of a page to its nuclei, with reading, detection and writing in parallel.
 
-Threads read tiles a little ahead, the calling thread detects, one more thread settles seams and writes. Each waits for
-the others instead of piling up work, so memory does not grow with the page.
+Threads read tiles slightly ahead, the calling thread detects, and one more thread resolves seams and writes. Each waits
+for the others instead of piling up work, so memory does not grow with the page.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from muse_fast.predicting.pages import PageFile, Scale
 from muse_fast.predicting.seams import Found, Seams
 from muse_fast.predicting.tiles import Grid, Tile, Tissue
 
-_WAITING = 2  # batches that wait to be written
+_MAX_UNWRITTEN = 2  # batches that wait to be written
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -37,7 +37,7 @@ _Pixels = NDArray[np.uint8]
 
 @dataclass(slots=True)
 class Tally:
-    """Statistics of a page, apart from the nuclei."""
+    """Statistics of a page, other than its nuclei."""
 
     tiles: int = 0
     unreadable: int = 0
@@ -49,15 +49,18 @@ class Prediction:
     """The nuclei of one page, found tile by tile.
 
     Args:
-        file: the page; every reading thread opens it for itself.
-        tile: side in pixels of the tiles; None: what suits the detector.
-        max_unreadable_tiles: tiles that may be damaged.
+        file: the page; every reading thread opens its own.
+        everywhere: look for nuclei outside tissue too.
+        tile: side of a tile in pixels; None: the default of the detector.
+        max_unreadable_tiles: number of tiles that may be damaged.
 
     Attributes:
-        page: for the calling thread.
-        tissue: where nuclei are looked for.
+        page: open, for the calling thread.
+        step: level-0 pixels per pixel of the tiles, along x and y.
+        radius: pixels within which two points of different tiles are one nucleus.
+        tissue: where to look for nuclei.
         tiles: those with tissue.
-        max_unreadable_px: of level 0, as many as there are in ``max_unreadable_tiles`` tiles.
+        max_unreadable_px: level-0 pixels in ``max_unreadable_tiles`` tiles.
 
     Raises:
         UserError: the page cannot be used, or the tiles are too small.
@@ -75,36 +78,37 @@ class Prediction:
         self._file, self._detector = file, detector
         self.page = page = file.open()
         self._scale = Scale(page, detector.mpp)
-        self._radius = detector.min_distance_um / self._scale.mpp
-        margin = math.ceil(detector.reach_um / self._scale.mpp + self._radius)
+        self.step = self._scale.step
+        self.radius = detector.min_distance_um / self._scale.mpp
+        margin = math.ceil(detector.reach_um / self._scale.mpp + self.radius)
         side = tile or detector.tile_size
         grid = Grid(self._scale, side, margin)
         self._max_unreadable_tiles = max_unreadable_tiles
-        self.max_unreadable_px = max_unreadable_tiles * side**2 * math.prod(self._scale.step)
+        self.max_unreadable_px = max_unreadable_tiles * side**2 * math.prod(self.step)
         self.tissue = Tissue(page, everywhere, self.max_unreadable_px)
-        self.tiles = [tile for tile in grid.tiles() if self._wanted(tile)]
+        self.tiles = [tile for tile in grid.tiles() if self._has_tissue(tile)]
         self._local, self._pages, self._lock = threading.local(), [page], threading.Lock()
 
-    def _wanted(self, tile: Tile) -> bool:
-        step_x, step_y = self._scale.step
-        return self.tissue.meets(tile.x.core * step_x, tile.y.core * step_y, tile.x.end * step_x, tile.y.end * step_y)
+    def _has_tissue(self, tile: Tile) -> bool:
+        (step_x, step_y), x, y = self.step, tile.x, tile.y
+        return self.tissue.overlaps(x.core * step_x, y.core * step_y, x.end * step_x, y.end * step_y)
 
     def run(self, files: CellFiles, *, batch: int, readers: int, done: Callable[[int], None]) -> Tally:
-        """Find the nuclei and write them to ``files``; ``done`` gets the number of tiles after every batch.
+        """Find the nuclei and write them to ``files``; ``done`` is called with the number of tiles in every batch.
 
         Raises:
-            UserError: too many tiles cannot be read, or the detector gives NaNs.
+            UserError: too many tiles are unreadable, or the detector returns NaNs.
         """
         tally, started = Tally(), time.perf_counter()
-        settled = _Settled(self, files)
+        writer = _Writer(self, files)
         with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
-            read = _ahead(reading, self._read, self.tiles, batch + readers)
+            read = _map_ahead(reading, self._read, self.tiles, batch + readers)
             try:
-                results = self._detected(_batches(self._sound(read, tally), batch), tally)
-                for count in _ahead(writing, settled.add, results, _WAITING):
+                results = self._detect(_batches(self._readable(read, tally), batch), tally)
+                for count in _map_ahead(writing, writer.add, results, _MAX_UNWRITTEN):
                     tally.tiles += count
                     done(count)
-                settled.finish()
+                writer.finish()
             finally:
                 for pool in (reading, writing):
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -112,14 +116,15 @@ class Prediction:
         return tally
 
     def _read(self, tile: Tile) -> tuple[Tile, _Pixels | UserError]:
-        """Pixels ``[H, W, 3]`` of a tile; the error where they are damaged."""
+        """Pixels ``[H, W, 3]`` of a tile, or the error if they are damaged."""
+        x, y = tile.x, tile.y
         try:
-            return tile, self._scale.read(self._own_page(), tile.x.start, tile.y.start, tile.x.length, tile.y.length)
+            return tile, self._scale.read(self._page_of_thread(), x.start, y.start, x.length, y.length)
         except UserError as error:
             return tile, error
 
-    def _own_page(self) -> Slide:
-        """The page for this thread: an error closes a slide's handle for everyone who shares it."""
+    def _page_of_thread(self) -> Slide:
+        """The page as opened by this thread: an error would close a shared handle for the other threads too."""
         if self.page.in_memory:
             return self.page
         if not hasattr(self._local, "page"):
@@ -130,17 +135,19 @@ class Prediction:
         own: Slide = self._local.page
         return own
 
-    def _sound(self, read: Iterable[tuple[Tile, _Pixels | UserError]], tally: Tally) -> Iterator[tuple[Tile, _Pixels]]:
-        """The tiles that are not damaged; raises beyond the limit."""
+    def _readable(
+        self, read: Iterable[tuple[Tile, _Pixels | UserError]], tally: Tally
+    ) -> Iterator[tuple[Tile, _Pixels]]:
+        """The tiles that are not damaged; raises an error if too many are."""
         for tile, pixels in read:
             if isinstance(pixels, UserError):
                 tally.unreadable += 1
                 if tally.unreadable > self._max_unreadable_tiles:
-                    raise UserError(f"{pixels}; {tally.unreadable} tiles of it cannot be read; copy the slide again")
+                    raise UserError(f"{pixels}; {tally.unreadable} tiles cannot be read; copy the slide again")
                 continue
             yield tile, pixels
 
-    def _detected(
+    def _detect(
         self, batches: Iterable[list[tuple[Tile, _Pixels]]], tally: Tally
     ) -> Iterator[list[tuple[Tile, Points]]]:
         for batch in batches:
@@ -150,7 +157,7 @@ class Prediction:
             tally.detecting += time.perf_counter() - before
             yield [(tile, points) for (tile, _), points in zip(batch, found, strict=True)]
 
-    def owned(self, tile: Tile, points: Points) -> Found:
+    def found_in(self, tile: Tile, points: Points) -> Found:
         """The points of a tile's core and of the seams around it, in pixels of the scale.
 
         Raises:
@@ -159,21 +166,14 @@ class Prediction:
         xy, score = points.xy.astype(np.float64), points.confidence().astype(np.float64)
         if not (np.isfinite(xy).all() and np.isfinite(score).all()):
             raise UserError(
-                f"{self._file.path}: the detector gave positions or scores that are not finite in the tile at "
+                f"{self._file.path}: the detector returned positions or scores that are not finite in the tile at "
                 f"{tile.x.start}, {tile.y.start}; its weights may be damaged"
             )
         xy += np.array([tile.x.start, tile.y.start])
         core, end = np.array([tile.x.core, tile.y.core]), np.array([tile.x.end, tile.y.end])
-        near = _within(xy, core - self._radius, end + self._radius)
+        near = _within(xy, core - self.radius, end + self.radius)
         number = np.full(len(xy), tile.number)
         return Found(xy, points.classes().astype(np.int64), score, number, _within(xy, core, end)).take(near)
-
-    def on_page(self, xy: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Level-0 pixels for pixels of the scale."""
-        return xy * self._scale.step
-
-    def seams(self) -> Seams:
-        return Seams(self._radius)
 
     def __enter__(self) -> Prediction:
         return self
@@ -183,22 +183,22 @@ class Prediction:
             page.close()
 
 
-class _Settled:
-    """Collects what the tiles yield, row by row, and writes what no later row can change."""
+class _Writer:
+    """Collects the points of tiles row by row, and writes those that later rows cannot change."""
 
     def __init__(self, prediction: Prediction, files: CellFiles) -> None:
         self._prediction, self._files = prediction, files
-        self._seams = prediction.seams()
+        self._seams = Seams(prediction.radius)
         self._row: list[Found] = []
         self._number = -1
 
     def add(self, results: list[tuple[Tile, Points]]) -> int:
-        """Add tiles, which come in order; returns how many."""
+        """Add tiles, in order; returns how many."""
         for tile, points in results:
             if tile.row != self._number and self._row:
                 self._write(tile.y.core)
             self._number = tile.row
-            self._row.append(self._prediction.owned(tile, points))
+            self._row.append(self._prediction.found_in(tile, points))
         return len(results)
 
     def finish(self) -> None:
@@ -206,8 +206,8 @@ class _Settled:
 
     def _write(self, bottom: float) -> None:
         found, self._row = self._seams.settle(self._row, bottom), []
-        xy = self._prediction.on_page(found.xy)
-        keep = self._prediction.tissue.holds(xy)
+        xy = found.xy * self._prediction.step
+        keep = self._prediction.tissue.contains(xy)
         self._files.write(xy[keep], found.label[keep], found.score[keep])
 
 
@@ -215,10 +215,10 @@ def _within(xy: NDArray[np.float64], low: NDArray[Any], high: NDArray[Any]) -> N
     return np.all((xy >= low) & (xy < high), axis=1)
 
 
-def _ahead(
+def _map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], most: int
 ) -> Iterator[_Result]:
-    """Results in the order of the items, of which at most ``most`` wait or are in work."""
+    """Results in the order of the items, of which at most ``most`` are waiting or in progress."""
     waiting: deque[Future[_Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -229,7 +229,7 @@ def _ahead(
 
 
 def _batches(items: Iterable[tuple[Tile, _Pixels]], size: int) -> Iterator[list[tuple[Tile, _Pixels]]]:
-    """At most ``size`` tiles, all of one shape, in their order."""
+    """Batches of at most ``size`` tiles, all of one shape, in order."""
     batch: list[tuple[Tile, _Pixels]] = []
     for item in items:
         if batch and (len(batch) == size or item[1].shape != batch[0][1].shape):

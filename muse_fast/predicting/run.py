@@ -1,4 +1,4 @@
-"""The nuclei of slides and images, a folder for each."""
+"""Write the nuclei of slides and images, one folder for each."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from muse_fast.sources.wsi import listed, reason_of, usable_cpus
 from muse_fast.version import __version__
 
 _SUMMARY = "summary.json"
-_RECORD = "predict.json"  # what all folders of DIR were made with
+_RECORD = "predict.json"  # the settings of all folders in DIR
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictConfig(Config):
-    """What may be set as ``key=value``."""
+    """Settings, given as ``key=value``."""
 
     mpp: float | None = setting(None, ge=MPP_RANGE[0], le=MPP_RANGE[1], unit="um per pixel")
-    """um per pixel of what mpp.csv does not list; None: by its header."""
+    """um per pixel of files that mpp.csv does not list; None: from the header."""
     tissue: bool = True
     """Look for nuclei only where there is tissue."""
     tile: int | None = setting(None, ge=64, le=8192)
-    """Side of a tile in pixels; None: what suits the detector."""
+    """Side of a tile in pixels; None: the default of the detector."""
     batch: int = setting(4, ge=1, le=1024, may_change=True)
-    """Tiles that the detector sees at a time."""
+    """Tiles that the detector processes at a time."""
     readers: int | None = setting(None, ge=1, le=256, may_change=True)
-    """Threads that read tiles; None: as many as there are cores, 8 at most."""
+    """Threads that read tiles; None: one per core, at most 8."""
     device: str = setting("auto", may_change=True)
     gzip: bool = False
     """Write cells.geojson.gz."""
     max_unreadable_tiles: int = setting(20, ge=0)
-    """Tiles of a slide that may be damaged; with more the slide is given up."""
+    """Damaged tiles of a slide that are skipped; with more, the slide is given up."""
 
 
 def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictConfig) -> None:
-    """Write the nuclei of ``inputs`` to folders in ``out``, and a summary of them all.
+    """Write the nuclei of ``inputs`` to folders in ``out``, and a summary of all.
 
     Raises:
-        UserError: the inputs, weights or settings cannot be used, or ``out`` holds other predictions. Also where some
-            of the inputs could not be used; the others are done then.
+        UserError: the inputs, weights or settings cannot be used, or ``out`` contains other predictions. Also, after
+            all others are done, if some inputs could not be used.
     """
     started = time.monotonic()
     pages = [page for page in find_pages(inputs, settings.mpp) if out not in page.path.parents]
@@ -79,7 +79,7 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
             refused[page.path] = reason_of(error, page.path)
             print(f"{number}/{len(left)} {page.path.name}: {refused[page.path]}", flush=True)
             continue
-        print(f"{number}/{len(left)} {page.path.name}: {_in_words(summary)}", flush=True)
+        print(f"{number}/{len(left)} {page.path.name}: {_describe(summary)}", flush=True)
     done = [json.loads((out / page.name / _SUMMARY).read_text()) for page in pages if page.path not in refused]
     total = _total(done) | {"refused": {path.name: reason for path, reason in refused.items()}}
     atomic.write_json(out / _SUMMARY, total | made_with)
@@ -91,37 +91,37 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
 def _left_to_do(
     out: Path, pages: Sequence[PageFile], made_with: dict[str, Any]
 ) -> tuple[list[PageFile], dict[Path, str]]:
-    """The pages that are not done yet, and those that cannot be used for their names.
+    """The pages that are not done yet, and those that are refused because of their names.
 
     Raises:
-        UserError: all are done, or ``out`` was made with something else.
+        UserError: all are done, or ``out`` was made with other weights or settings.
     """
     record = out / _RECORD
     before = json.loads(record.read_text()) if record.is_file() else made_with
     if before != made_with and any(out.glob(f"*/{_SUMMARY}")):
         changed = next(key for key in made_with if before.get(key) != made_with[key])
         raise UserError(
-            f"{out} holds predictions made with {changed} {before.get(changed)}, not {made_with[changed]}; "
+            f"{out} contains predictions made with {changed} {before.get(changed)}, not {made_with[changed]}; "
             "choose another --out"
         )
     left, refused, names = [], {}, dict[str, Path]()
     for page in pages:
         if (first := names.setdefault(page.name, page.path)) != page.path:
-            refused[page.path] = f"{first} has the same name; inputs need names of their own"
+            refused[page.path] = f"{first} has the same name; the names of inputs must differ"
         elif not (out / page.name).exists():
             left.append(page)
-        elif not _is_of(out / page.name, page):
+        elif not _belongs_to(out / page.name, page):
             refused[page.path] = (
-                f"{out / page.name} exists already and is not of this file; remove it or choose another --out"
+                f"{out / page.name} already exists and belongs to another file; remove it or choose another --out"
             )
     if not left and not refused:
-        raise UserError(f"{out} holds all of it already; remove it or choose another --out")
+        raise UserError(f"{out} already contains all predictions; remove it or choose another --out")
     atomic.write_json(record, made_with)
     return left, refused
 
 
-def _is_of(folder: Path, page: PageFile) -> bool:
-    """Whether a finished folder is of this page."""
+def _belongs_to(folder: Path, page: PageFile) -> bool:
+    """Whether a folder is the finished one of this page."""
     if not (folder / _SUMMARY).is_file():
         return False
     summary = json.loads((folder / _SUMMARY).read_text())
@@ -130,7 +130,7 @@ def _is_of(folder: Path, page: PageFile) -> bool:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """What tells a file from others without reading all of it."""
+    """Identifies a file without reading all of it."""
     with open(path, "rb") as file:
         head = hashlib.sha256(file.read(1 << 20)).hexdigest()
     return {"file": path.name, "bytes": path.stat().st_size, "sha256_of_first_mib": head}
@@ -144,7 +144,7 @@ def _predict_page(
     device: torch.device,
     made_with: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write the folder of one page; returns its summary."""
+    """Write the folder of one page; return its summary."""
     started = time.perf_counter()
     found = Prediction(
         file,
@@ -191,7 +191,7 @@ def _predict_page(
 
 
 def _fingerprint(weights: str) -> str:
-    """Tells weights apart; "" where they are none of the user's."""
+    """Hash of the user's weights; "" for a built-in detector."""
     path = Path(weights)
     if path.is_file():
         return atomic.file_sha256(path)
@@ -202,7 +202,7 @@ def _fingerprint(weights: str) -> str:
 
 
 def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers of all pages together."""
+    """Totals over all pages."""
     nuclei, area, seconds = (sum(one[key] for one in summaries) for key in ("nuclei", "area_mm2", "seconds"))
     names = summaries[0]["class_names"] if summaries else []
     return {
@@ -216,9 +216,9 @@ def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _in_words(summary: dict[str, Any]) -> str:
+def _describe(summary: dict[str, Any]) -> str:
     return (
-        f"{summary['nuclei']:,} nuclei, {summary['nuclei_per_mm2']:,.0f} a mm2 of {summary['area_mm2']:.2f}, "
+        f"{summary['nuclei']:,} nuclei, {summary['nuclei_per_mm2']:,.0f} per mm2 on {summary['area_mm2']:.2f} mm2, "
         f"{summary['seconds']:.1f} s, {summary['nuclei_per_second']:,.0f} nuclei/s, "
         f"detector busy {100 * summary['detector_busy']:.0f} %"
     )

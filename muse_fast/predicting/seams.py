@@ -1,10 +1,10 @@
-"""One nucleus for one nucleus where tiles meet.
+"""Every nucleus exactly once where tiles meet.
 
-A nucleus belongs to the tile whose core holds it. Two tiles may place the same nucleus a little apart, though, on
-different sides of the seam, and then both would claim it or neither. So every tile also gives what it sees within
-``radius`` beyond its core, as witness. Of points of different tiles within ``radius`` of each other one is kept: one
-that lies in its tile's core before a witness, then the one with the higher score. A witness that is kept counts where
-a second one confirms it, for then each of two tiles has placed a nucleus in the other's core.
+A nucleus belongs to the tile whose core contains it. But two tiles may place the same nucleus slightly differently, on
+opposite sides of the seam, and then both would claim it or neither. So every tile also reports the points that it finds
+within ``radius`` outside its core, as witnesses. Among points of different tiles within ``radius`` of each other one is
+kept: one in the core of its tile rather than a witness, then the one with the higher score. A witness that is kept
+counts only if a second one confirms it: then each of two tiles has placed the nucleus in the other's core.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Points that tiles have found."""
+    """Points found in tiles."""
 
     xy: NDArray[np.float64]  # [n, 2] pixels of the page
     label: NDArray[np.int64]  # [n]
@@ -37,12 +37,12 @@ class Found:
         return Found(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Found)))
 
     @staticmethod
-    def nothing() -> Found:
+    def empty() -> Found:
         return Found(np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, bool))
 
 
 class Seams:
-    """Settles the points of a page row by row of tiles; holds no more than a row and what touches the next.
+    """Resolves the points of a page, one row of tiles after the other; keeps only what the next row can change.
 
     Args:
         radius: pixels within which two points of different tiles are one nucleus.
@@ -50,21 +50,21 @@ class Seams:
 
     def __init__(self, radius: float) -> None:
         self._radius = radius
-        self._open = Found.nothing()
+        self._open = Found.empty()
 
     def settle(self, row: list[Found], bottom: float) -> Found:
         """Add a row of tiles; returns the points that later rows cannot change.
 
         Args:
             row: the points of each tile of the row.
-            bottom: y from which on the cores of later rows begin; infinite for the last row.
+            bottom: y at which the cores of the next row begin; infinite for the last row.
         """
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
         found = Found.concatenate([self._open, *row])
         pairs = self._pairs(found)
-        # A point may yet meet one of the next row, and what it meets now depends on how that ends.
+        # These may still pair with points of the next row, which decides about their own pairs too.
         undecided = found.xy[:, 1] >= bottom - 2 * self._radius
         links = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(len(found), len(found)))
         group = connected_components(links, directed=False)[1]
@@ -83,7 +83,7 @@ class Seams:
 
 
 def _kept(found: Found, pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which points stay: from the highest rank down, each removes its partners."""
+    """Which points are kept: from the highest rank down, each removes the points paired with it."""
     rank = np.empty(len(found), np.int64)
     rank[np.lexsort((found.tile, -found.score, ~found.owned))] = np.arange(len(found))
     pairs = np.where((rank[pairs[:, 0]] < rank[pairs[:, 1]])[:, None], pairs, pairs[:, ::-1])

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("weights", "name"), [("nuclei", "default"), ("classical", "classical")])
-def test_tiles_of_a_batch_are_looked_at_one_by_one(weights: str, name: str) -> None:
+def test_a_batch_is_detected_tile_by_tile(weights: str, name: str) -> None:
     detector = open_detector(weights, CPU)
     images = np.stack([synthetic_image(seed, 160, 0.5)[0] for seed in range(3)])
     found = detector.detect(torch.from_numpy(images).permute(0, 3, 1, 2))
@@ -31,7 +31,7 @@ def test_tiles_of_a_batch_are_looked_at_one_by_one(weights: str, name: str) -> N
         assert points.classes().tolist() == [0] * len(points)
 
 
-def test_weights_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing.safetensors: no such file"):
         open_detector(str(tmp_path / "nothing.safetensors"), CPU)
     pytest.importorskip("muse_fast.detection.detector")

@@ -1,4 +1,4 @@
-"""GeoJSON that QuPath and GIS tools take, its table and its picture."""
+"""GeoJSON that QuPath and GIS tools accept, the table and the picture."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(folder: Path, parts: list[tuple[np.ndarray, ...]], compress: bool = Fa
 
 def strict(text: str) -> dict:
     def refuse(constant: str) -> float:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 
@@ -75,7 +75,7 @@ def test_a_thousand_cells(tmp_path: Path) -> None:
     assert len(shapely.from_geojson(json.dumps(content)).geoms) == 1000
 
 
-def test_the_table_says_the_same(tmp_path: Path) -> None:
+def test_the_table_agrees(tmp_path: Path) -> None:
     xy, label, score = cells(200)
     folder = write(tmp_path / "out", [(xy, label, score)])
     with open(folder / "cells.csv", newline="", encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def test_the_table_says_the_same(tmp_path: Path) -> None:
     np.testing.assert_allclose([float(row["score"]) for row in rows], score, atol=5.1e-5)
 
 
-def test_bytes_depend_on_the_cells_and_the_name_alone(tmp_path: Path) -> None:
+def test_bytes_depend_only_on_the_cells_and_the_name(tmp_path: Path) -> None:
     one, again = (write(tmp_path / name, [cells(50)], compress=True) for name in ("one", "again"))
     plain, other = write(tmp_path / "plain", [cells(50)]), write(tmp_path / "other", [cells(50)], name="slide2")
     zipped = (one / "cells.geojson.gz").read_bytes()
@@ -98,7 +98,7 @@ def test_bytes_depend_on_the_cells_and_the_name_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_none_and_one(tmp_path: Path, count: int) -> None:
+def test_no_cells_and_one(tmp_path: Path, count: int) -> None:
     folder = write(tmp_path / "out", [cells(count)])
     assert len(strict((folder / "cells.geojson").read_text("utf-8"))["features"]) == count
     assert len((folder / "cells.csv").read_text("utf-8").splitlines()) == 1 + count

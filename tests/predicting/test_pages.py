@@ -1,4 +1,4 @@
-"""Pages at other um per pixel: every pixel where it belongs, from whichever level and piece it is read."""
+"""Pages at other um per pixel: every pixel is in its place, whichever level and piece it is read from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from muse_fast.images.slide import ImageSlide
 from muse_fast.predicting.pages import PageFile, Scale, find_pages
 from tests.support.planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 
-WIDTH, HEIGHT = 2003, 1507  # no multiple of a factor: 4 x 500 px are 3 px short
+WIDTH, HEIGHT = 2003, 1507  # not multiples of a factor: 4 x 500 px are 3 px short
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +47,17 @@ def test_the_level_is_fine_enough(slide: Path) -> None:
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.37, 1.0, 1.3])
-def test_a_piece_is_a_piece_of_the_whole(slide: Path, mpp: float) -> None:
+def test_pieces_agree_with_the_whole(slide: Path, mpp: float) -> None:
     page = PageFile(slide, None).open()
     scale = Scale(page, mpp)
     whole = scale.read(page, 0, 0, scale.width, scale.height).astype(int)
     for x, y, side in ((0, 0, 100), (37, 91, 64), (scale.width - 90, scale.height - 90, 90), (50, scale.height - 1, 1)):
         piece = scale.read(page, x, y, side, side)
-        # Rounding within the filter. In a level, OpenSlide counts in whole level-0 pixels, and blurs what lies between.
+        # Rounding in the filter. In a coarser level OpenSlide places pixels at whole level-0 pixels, and blurs between.
         assert np.abs(piece - whole[y : y + side, x : x + side]).max() <= (1 if scale._number == 0 else 16)
 
 
-def test_an_image_reads_as_a_slide(slide: Path, tmp_path: Path) -> None:
+def test_an_image_is_read_like_a_slide(slide: Path, tmp_path: Path) -> None:
     opened = PageFile(slide, None).open()
     pixels = opened.read(0, 0, WIDTH, HEIGHT)
     Image.fromarray(pixels).save(tmp_path / "dots.png")
@@ -68,18 +68,18 @@ def test_an_image_reads_as_a_slide(slide: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(image.read(*place), opened.read(*place))
     difference = image.thumbnail(8.0).astype(int) - opened.thumbnail(8.0)
     assert difference.shape == (48, 63, 3)
-    assert np.abs(difference).mean() < 4  # a slide's comes from its coarsest level, which is 3 px short
+    assert np.abs(difference).mean() < 4  # a slide's is from its coarsest level, which is 3 px short
 
 
-def test_files_are_told_apart(tmp_path: Path, slide: Path) -> None:
+def test_kinds_of_files(tmp_path: Path, slide: Path) -> None:
     Image.new("RGB", (64, 64), "white").save(tmp_path / "plain.tif")  # in strips, which OpenSlide does not read
     assert isinstance(PageFile(tmp_path / "plain.tif", 0.5).open(), ImageSlide)
     with pytest.raises(UserError, match=r"plain.tif: the header does not give um per pixel; give mpp=NUMBER or list"):
         PageFile(tmp_path / "plain.tif", None).open()
-    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    (tmp_path / "broken.svs").write_bytes(b"not a slide")
     with pytest.raises(UserError, match=r"broken.svs: OpenSlide cannot read it"):
         PageFile(tmp_path / "broken.svs", None).open()
-    with pytest.raises(UserError, match=r"dots.tif: 0.25 um/px is too coarse .* works at 0.12, expected 0.24 at most"):
+    with pytest.raises(UserError, match=r"dots.tif: 0.25 um/px is too coarse .* works at 0.12, expected at most 0.24"):
         Scale(PageFile(slide, None).open(), 0.12)
 
 
@@ -94,5 +94,5 @@ def test_um_per_pixel_come_from_the_table_then_the_option(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"absent: no such file or folder"):
         find_pages([tmp_path / "absent"], None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty contains no slide or image"):
+    with pytest.raises(UserError, match=r"empty contains no slides or images"):
         find_pages([tmp_path / "empty"], None)

@@ -1,4 +1,4 @@
-"""One point for one nucleus at seams, whichever way two tiles disagree."""
+"""Every nucleus once at seams, whichever way two tiles disagree."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ def settled(*points: tuple[float, float, float, int, bool], radius: float = 3.0)
     return [tuple(xy) for xy in Seams(radius).settle([found(*points)], math.inf).xy.tolist()]
 
 
-def test_the_owner_is_believed() -> None:
+def test_the_owner_wins() -> None:
     assert settled((99, 5, 0.5, 0, True), (99.4, 5, 0.9, 1, False)) == [(99, 5)]
 
 
-def test_claimed_by_both_the_higher_score_stays() -> None:
+def test_claimed_by_both_the_higher_score_is_kept() -> None:
     assert settled((99.8, 5, 0.5, 0, True), (100.2, 5, 0.9, 1, True)) == [(100.2, 5)]
 
 
-def test_claimed_by_neither_it_is_not_lost() -> None:
+def test_claimed_by_neither_one_is_kept() -> None:
     assert settled((100.2, 5, 0.5, 0, False), (99.8, 5, 0.4, 1, False)) == [(100.2, 5)]
 
 
-def test_a_witness_alone_is_not_believed() -> None:
+def test_a_single_witness_is_dropped() -> None:
     assert settled((101, 5, 0.9, 0, False)) == []
 
 
-def test_neighbours_within_a_tile_are_two() -> None:
+def test_neighbours_within_a_tile_are_both_kept() -> None:
     assert settled((50, 5, 0.5, 0, True), (51, 5, 0.9, 0, True)) == [(50, 5), (51, 5)]
 
 
-def test_a_point_removed_removes_none() -> None:
+def test_a_removed_point_removes_no_others() -> None:
     chain = (98, 5, 0.5, 0, True), (100, 5, 0.7, 1, True), (102, 5, 0.9, 2, True)
     assert settled(*chain) == [(98, 5), (102, 5)]
 
 
-def test_a_witness_of_what_the_owner_has_is_no_second_nucleus() -> None:
+def test_a_witness_of_an_owned_nucleus_does_not_count_twice() -> None:
     points = (99, 5, 0.5, 0, True), (101, 5, 0.9, 0, False), (99.5, 5, 0.4, 1, False)
     assert settled(*points) == [(99, 5)]
 
 
 @pytest.mark.parametrize("radius", [0.0, 2.0])
-def test_nothing(radius: float) -> None:
+def test_no_points(radius: float) -> None:
     assert len(Seams(radius).settle([], math.inf)) == 0
     assert settled((1, 2, 0.5, 0, True), radius=radius) == [(1, 2)]
 
 
-def test_row_by_row_as_all_at_once() -> None:
-    """Whatever the rows are, the points are those of one settlement of the page."""
+def test_row_by_row_equals_all_at_once() -> None:
+    """The points are the same whether the page is settled in rows or at once."""
     rng = np.random.default_rng(0)
     rows, height = 12, 20.0
     parts = []

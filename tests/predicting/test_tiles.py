@@ -1,4 +1,4 @@
-"""Tiles: every pixel in one core, every core with its margin; tissue."""
+"""Tiles, with every pixel in exactly one core and a margin around every core; tissue."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_cores_cover_the_page_once(width: int, height: int) -> None:
     assert (owners == 1).all()
 
 
-def test_a_tile_without_a_core_is_refused() -> None:
-    with pytest.raises(UserError, match=r"tile=64: expected 96 or more, for 32 px around a nucleus matter"):
+def test_tiles_too_small_for_a_core_are_refused() -> None:
+    with pytest.raises(UserError, match=r"tile=64: expected at least 96, as 32 px around a nucleus affect it"):
         Grid(SimpleNamespace(width=100, height=100), 64, 32)
 
 
@@ -38,9 +38,9 @@ def test_tissue() -> None:
     tissue = Tissue(page, everywhere=False, max_unreadable_px=0)
     assert tissue.area_mm2 == pytest.approx(20 * 30 * 64e-6)
     xy = np.array([[320, 160], [799.9, 479.9], [288, 200], [287.9, 200], [500, 511.9], [500, 512], [959.9, 799.9]])
-    assert tissue.holds(xy).tolist() == [True, True, True, False, True, False, False]  # a rim of 2 mask pixels
-    assert tissue.meets(0, 0, 289, 200)
-    assert not tissue.meets(0, 0, 288, 800)
+    assert tissue.contains(xy).tolist() == [True, True, True, False, True, False, False]  # a rim of 2 mask pixels
+    assert tissue.overlaps(0, 0, 289, 200)
+    assert not tissue.overlaps(0, 0, 288, 800)
     everywhere = Tissue(page, everywhere=True, max_unreadable_px=0)
     assert everywhere.area_mm2 == pytest.approx(0.48 * 0.4)
-    assert everywhere.holds(xy).all() and everywhere.meets(0, 0, 1, 1)
+    assert everywhere.contains(xy).all() and everywhere.overlaps(0, 0, 1, 1)
