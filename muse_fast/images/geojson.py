@@ -1,8 +1,7 @@
 """GeoJSON as QuPath, CellViT and TIAToolbox write it: points and outlines in pixels, x right, y down.
 
-The type of an object is ``objectType`` or, in older files, ``object_type``, in ``properties`` or beside them. Its class
-is ``properties.classification``: a mapping with ``name``, or with ``names`` (QuPath's classes of several parts), or a
-text.
+The type of an object is ``objectType`` or, in older files, ``object_type``, inside ``properties`` or next to them. Its
+class is ``properties.classification``: a string, or a mapping with ``name`` or ``names`` (QuPath's composite classes).
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ SUFFIXES = (".geojson", ".geojson.gz")
 Polygon = list[NDArray[np.float64]]
 
 _KINDS = ("Point", "MultiPoint", "Polygon", "MultiPolygon")
-MAX_AREA_UM2 = 2000.0  # a disc of 50 um; no nucleus is that large, outlines of tissue are
-_MAX_PARTS = 20  # of a MultiPolygon that is one nucleus
+MAX_AREA_UM2 = 2000.0  # a disc 50 um across; larger outlines are tissue, not nuclei
+_MAX_PARTS = 20  # of a MultiPolygon that may be one nucleus
 _NO_NUCLEI = {"tile": "tile", "tmaCore": "TMA core", "root": "root object"}
 
 
@@ -42,9 +41,9 @@ class Shape:
 
     Attributes:
         points: ``[n, 2]`` float64.
-        label: name of the feature's class, "" where it has none.
-        kind: QuPath's type of object, "detection" or "annotation" for example, "" where the file gives none.
-        where: the feature's place in the file, for messages.
+        label: name of the class, "" if it has none.
+        kind: QuPath's object type, such as "detection" or "annotation", "" if the file does not give it.
+        where: the feature's position in the file, for messages.
     """
 
     points: NDArray[np.float64]
@@ -60,15 +59,15 @@ class GeoPoints:
 
     path: Path
     xy: NDArray[np.float64]  # [n, 2] pixels: the point, or the centroid of the outline
-    label: list[str]  # [n] name of the class, "" where there is none
-    where: list[str]  # [n] the feature, for messages
-    left_out: Counter[str]  # objects that are not nuclei, by reason
+    label: list[str]  # [n] name of the class, "" if it has none
+    where: list[str]  # [n] position in the file, for messages
+    left_out: Counter[str]  # number of objects that are not nuclei, by reason
 
     def labels(self, label_names: Sequence[str]) -> NDArray[np.int16]:
-        """Positions ``[n]`` of the classes in ``label_names``, -1 where there is none.
+        """Indices ``[n]`` of the classes in ``label_names``, -1 without a class.
 
         Raises:
-            UserError: a class is not among them; names file and feature.
+            UserError: a class is not in ``label_names``; names file and feature.
         """
         position = {name: i for i, name in enumerate(label_names)} | {"": -1}
         for name, where in zip(self.label, self.where, strict=True):
@@ -79,25 +78,26 @@ class GeoPoints:
 
 
 def read_geojson_points(path: Path, multi: str = "one", max_area: float = math.inf) -> GeoPoints:
-    """The nuclei of a file: its detections and cells; where it has none, its annotations.
+    """The nuclei in a file: its detections and cells or, if it has none, its annotations.
 
-    A cell counts by the outline of its nucleus, where it has one. Objects of a class that QuPath ignores, whose name
-    ends with an asterisk (``Ignore*``), do not count.
+    A cell is placed by the outline of its nucleus if it has one. Objects of a class that QuPath ignores, whose name
+    ends with an asterisk (``Ignore*``), are not nuclei.
 
     Args:
         multi: ``one``: a MultiPolygon is one nucleus in parts; ``each``: each part is a nucleus. A MultiPoint is always
-            many nuclei.
-        max_area: square pixels; larger outlines are not nuclei.
+            several nuclei.
+        max_area: in square pixels; larger outlines are not nuclei.
 
     Raises:
-        UserError: as in :func:`read_shapes`, or a MultiPolygon can hardly be one nucleus; names file and feature.
+        UserError: as in :func:`read_shapes`, or a MultiPolygon has too many parts to be one nucleus; names file and
+            feature.
     """
     shapes = list(read_shapes(path, nuclei=True))
     detected = any(shape.kind in ("detection", "cell") for shape in shapes)
     left_out: Counter[str] = Counter()
     xy, label, where = [], [], []
     for shape in shapes:
-        if reason := _why_not(shape, detected):
+        if reason := _reason_to_skip(shape, detected):
             left_out[reason] += 1
             continue
         if multi == "one" and len(shape.polygons) > _MAX_PARTS:
@@ -116,7 +116,7 @@ def read_geojson_points(path: Path, multi: str = "one", max_area: float = math.i
     return GeoPoints(path, np.array(xy, np.float64).reshape(-1, 2), label, where, left_out)
 
 
-def _why_not(shape: Shape, detected: bool) -> str:
+def _reason_to_skip(shape: Shape, detected: bool) -> str:
     """Why a feature is not a nucleus, "" if it is one."""
     if shape.kind in _NO_NUCLEI:
         return _NO_NUCLEI[shape.kind]
@@ -126,15 +126,15 @@ def _why_not(shape: Shape, detected: bool) -> str:
 
 
 def read_shapes(path: Path, *, nuclei: bool = False) -> Iterator[Shape]:
-    """The features of a file, plain or gzipped, with points or polygons; others, such as lines, are skipped.
+    """The features with points or polygons in a file, plain or gzipped; others, such as lines, are skipped.
 
-    The file may hold a ``FeatureCollection``, a list of features, one feature or a bare geometry.
+    The file may contain a ``FeatureCollection``, a list of features, one feature or a bare geometry.
 
     Args:
-        nuclei: for QuPath's cells, take the outline of the nucleus, not that of the cell.
+        nuclei: use the outline of the nucleus, not of the cell, in QuPath's cells.
 
     Raises:
-        UserError: no such file, or it is not GeoJSON; names file and feature.
+        UserError: the file does not exist or is not GeoJSON; names file and feature.
     """
     for number, feature in enumerate(_features(path), start=1):
         where = f"{path}, feature {number}"
@@ -154,9 +154,9 @@ def read_shapes(path: Path, *, nuclei: bool = False) -> Iterator[Shape]:
 
 
 def centroid_and_area(polygons: Sequence[Polygon]) -> tuple[NDArray[np.float64], float]:
-    """Centre of area ``[2]`` and area of polygons taken as one shape, excluding holes.
+    """Centroid ``[2]`` and area of polygons as one shape, excluding holes.
 
-    An outline that crosses itself is repaired first, and one without area has the centre of its line.
+    An outline that crosses itself is repaired first; one without area has the centroid of its line.
     """
     shape = shapely.MultiPolygon([(outline, holes) for outline, *holes in polygons])
     if not shape.is_valid:
@@ -222,7 +222,7 @@ def _parse(kind: str, coordinates: Any, where: str) -> tuple[NDArray[np.float64]
 def _ring(coordinates: Any, where: str) -> NDArray[np.float64]:
     ring = _positions(coordinates, where)
     if len(ring) < 3:
-        raise UserError(f"{where}: a polygon of {len(ring)} positions, expected 3 at least")
+        raise UserError(f"{where}: a polygon of {len(ring)} positions, expected at least 3")
     return ring
 
 

@@ -1,4 +1,4 @@
-"""Image files: their pixels and size; and images at another scale."""
+"""Pixels and size of image files, and images at another scale."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 def read_image(path: Path, data: bytes | None = None) -> NDArray[np.uint8]:
-    """``[H, W, 3]`` uint8 RGB of an image file.
+    """The pixels of an image file, ``[H, W, 3]`` uint8 RGB.
 
-    JPEGs are decoded strictly: damaged pixels raise, where Pillow would return them grey.
+    JPEGs are decoded strictly: damaged pixels raise an error, where Pillow would return grey.
 
     Args:
-        data: the bytes of the image, if it is a part of the file.
+        data: the bytes of the image, if it is only a part of the file.
 
     Raises:
-        UserError: not an RGB image of at most ``MAX_SIDE`` a side, or damaged; names the file.
+        UserError: not an RGB image, larger than ``MAX_SIDE`` a side, or damaged; names the file.
     """
-    with opened(path, data) as image:
+    with open_image(path, data) as image:
         if image.mode not in ("RGB", "RGBA") or max(image.size) > MAX_SIDE:
             found = f"{image.mode}, {image.width} x {image.height} px"
             raise UserError(f"{path}: {found}; expected 8-bit RGB, at most {MAX_SIDE} a side")
@@ -39,21 +39,21 @@ def read_image(path: Path, data: bytes | None = None) -> NDArray[np.uint8]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height by the header of an image file.
+    """Width and height from the header of an image file.
 
     Raises:
         UserError: not an image; names the file.
     """
-    with opened(path) as image:
+    with open_image(path) as image:
         return image.size
 
 
 def resampled(
     image: NDArray[np.uint8], scale: float, *, shrink: Image.Resampling = Image.Resampling.BOX
 ) -> NDArray[np.uint8]:
-    """``image`` ``[H, W, 3]`` with sides ``scale`` times as long, at least 1: bicubic where it grows, else ``shrink``.
+    """``image`` ``[H, W, 3]`` with sides ``scale`` times as long, at least 1; bicubic if enlarged, else by ``shrink``.
 
-    Both filters widen as an image shrinks, so nothing aliases.
+    Both filters widen as an image shrinks, to prevent aliasing.
     """
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
     if size == image.shape[1::-1]:
@@ -63,13 +63,13 @@ def resampled(
 
 
 @contextmanager
-def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
-    """The image in a file, or in ``data`` from it; errors raised in the block name the file."""
+def open_image(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
+    """The image in a file, or in ``data`` from it; errors in the block are raised as UserErrors that name the file."""
     try:
         with Image.open(path if data is None else io.BytesIO(data)) as image:
             yield image
     except UserError:
         raise
-    # SyntaxError: a broken PNG. ZeroDivisionError: a TIFF's fraction.
+    # Pillow raises SyntaxError for a broken PNG, ZeroDivisionError for a fraction in a TIFF.
     except (OSError, ValueError, SyntaxError, ZeroDivisionError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error})") from error

@@ -1,4 +1,4 @@
-"""ImageNet's mean and standard deviation, with which every encoder here normalises its images."""
+"""ImageNet's mean and standard deviation, by which images are normalised for every encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalise(views: Tensor) -> Tensor:
-    """uint8 ``[..., 3, R, R]`` to float32 with ImageNet's mean and standard deviation."""
+    """uint8 ``[..., 3, R, R]`` -> float32, normalised with ImageNet's mean and standard deviation."""
     mean = torch.tensor(IMAGENET_MEAN, device=views.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=views.device).view(3, 1, 1)
     return (views.float() / 255 - mean) / std

@@ -1,4 +1,4 @@
-"""Instance maps, in which every nucleus has a number of its own, turned into centroids and classes."""
+"""Centroids and classes from instance maps, in which every nucleus has its own number."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from muse_fast.errors import UserError
 
 
 def instance_centroids(instances: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Numbers ``[n]``, ascending, and centroids ``[n, 2]`` (x, y) of the instances of a map ``[H, W]``; 0 is none.
+    """Ascending numbers ``[n]`` and centroids ``[n, 2]`` (x, y) of the instances of a map ``[H, W]``; 0 is background.
 
-    A pixel's centre lies at half a pixel: an instance of the first pixel alone is at 0.5, 0.5.
+    Pixel centres are at half pixels: an instance that is only the first pixel is at 0.5, 0.5.
     """
     rows, columns = np.nonzero(instances)
-    numbers, of = np.unique(instances[rows, columns], return_inverse=True)
-    sums = [np.bincount(of, axis, len(numbers)) for axis in (columns, rows)]
-    return numbers.astype(np.int64), np.stack(sums, axis=1) / np.bincount(of, minlength=len(numbers))[:, None] + 0.5
+    numbers, index = np.unique(instances[rows, columns], return_inverse=True)
+    sums = [np.bincount(index, axis, len(numbers)) for axis in (columns, rows)]
+    return numbers.astype(np.int64), np.stack(sums, axis=1) / np.bincount(index, minlength=len(numbers))[:, None] + 0.5
 
 
 def instance_types(
     instances: NDArray[np.integer], types: NDArray[np.integer], numbers: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The commonest type ``[n]`` within each instance, by a map of types ``[H, W]``; 0 where it has none but 0."""
+    """The most common type ``[n]`` in each instance of a map of types ``[H, W]``; 0 if there is no other."""
     inside = instances > 0
-    of = np.searchsorted(numbers, instances[inside])
+    index = np.searchsorted(numbers, instances[inside])
     width = int(types.max(initial=0)) + 1
-    votes = np.bincount(of * width + types[inside], minlength=len(numbers) * width).reshape(-1, width)
+    votes = np.bincount(index * width + types[inside], minlength=len(numbers) * width).reshape(-1, width)
     votes[:, 0] = 0  # background cut into the instance
     return votes.argmax(axis=1)
 
@@ -40,7 +40,7 @@ def integer_map(values: NDArray[Any], shape: tuple[int, ...], highest: int, wher
     """``values`` as integers from 0 to ``highest``; public datasets store them as floats.
 
     Raises:
-        UserError: another shape, or a value that is not such an integer; begins with ``where``.
+        UserError: another shape, or a value that is not such an integer; the message begins with ``where``.
     """
     if values.shape != shape:
         raise UserError(f"{where} has the shape {list(values.shape)}, expected {list(shape)}")
@@ -48,7 +48,7 @@ def integer_map(values: NDArray[Any], shape: tuple[int, ...], highest: int, wher
         values.dtype.kind not in "fiub"
         or not ((values >= 0) & (values <= highest) & (values == np.floor(values))).all()
     ):
-        raise UserError(f"{where} holds {_extremes(values)}, expected whole numbers from 0 to {highest}")
+        raise UserError(f"{where} contains {_extremes(values)}, expected whole numbers from 0 to {highest}")
     return values.astype(np.int64)
 
 
@@ -59,10 +59,10 @@ def _extremes(values: NDArray[Any]) -> str:
 
 
 def read_mat(path: Path, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
-    """Arrays of a MATLAB file by name. Nothing in such a file is run.
+    """The arrays of a MATLAB file by name. No code in the file is run.
 
     Raises:
-        UserError: damaged, of another kind, or an array is missing; names the file.
+        UserError: damaged, not a MATLAB file, or an array is missing; names the file.
     """
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError

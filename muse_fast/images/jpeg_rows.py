@@ -1,12 +1,12 @@
-"""Cuts a band of rows out of a JPEG by its restart markers, without decoding anything.
+"""Cut a band of rows out of a JPEG at its restart markers, without decoding anything.
 
-At a restart marker the entropy coder starts afresh: what follows needs nothing of what came before. So where such
-markers stand at the ends of rows of MCUs (as ``encode_jpeg`` writes them), the rows of a band, behind the file's own
-header with another height in it and with their markers counted from 0 again, are a JPEG of the band.
+A restart marker resets the entropy coder, so the data after it does not depend on the data before it. If rows of MCUs
+end in restart markers (as ``encode_jpeg`` writes them), the file's header with another height, followed by the rows of
+a band with their markers counted from 0 again, is a JPEG of the band.
 
-A byte 0xff of entropy-coded data is always followed by 0, hence markers are found by looking at bytes alone.
+In entropy-coded data a byte 0xff is always followed by 0, so markers can be found without decoding.
 
-``muse_fast._jpeg`` is the same in C++. Both are chosen from in ``muse_fast.images.jpeg``.
+``muse_fast._jpeg`` is the same in C++; ``muse_fast.images.jpeg`` chooses between the two.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _BLOCK = 8  # pixels a side
 def cut_rows(jpeg: bytes, top: int, bottom: int) -> tuple[bytes, int] | None:
     """A JPEG of a band of ``jpeg`` in which at least the rows ``top:bottom`` decode to the same pixels.
 
-    Where chroma is subsampled vertically, upsampling blends the rows beside: the band then has one more row of MCUs
+    If chroma is subsampled vertically, upsampling blends neighbouring rows: the band then has one more row of MCUs
     above and below, whose outermost pixels may differ.
 
     Returns:
-        The JPEG and the row of the image that is its first, or None where ``jpeg`` cannot be cut: it is not baseline
-        with 8 bits and a single scan, has no restart markers, is damaged before the end of the band, or has no such
-        rows. What the markers do not show is left for the decoder to find.
+        The JPEG and the row of the image that it starts at, or None if ``jpeg`` cannot be cut: it is not baseline with
+        8 bits and a single scan, has no restart markers, is damaged before the end of the band, or lacks these rows.
+        Damage that the markers do not show is left for the decoder to find.
     """
     header = _read_header(jpeg)
     if header is None or not header.interval or not 0 <= top < bottom <= header.height:
@@ -42,7 +42,7 @@ def cut_rows(jpeg: bytes, top: int, bottom: int) -> tuple[bytes, int] | None:
     rows, per_row = -(-header.height // header.mcu_height), -(-header.width // header.mcu_width)
     first = max(0, top // header.mcu_height - header.blends_rows)
     stop = min(rows, -(-bottom // header.mcu_height) + header.blends_rows)
-    # Rows and restart intervals begin together every `group_rows` rows.
+    # A row and a restart interval begin together every `group_rows` rows.
     common = math.gcd(header.interval, per_row)
     group_rows, group_intervals = header.interval // common, per_row // common
     first -= first % group_rows
@@ -69,15 +69,15 @@ def cut_rows(jpeg: bytes, top: int, bottom: int) -> tuple[bytes, int] | None:
 
 
 def count_scans(jpeg: bytes) -> int:
-    """How many scans ``jpeg`` has at the most: its SOS markers, and what looks like one in an APPn or COM segment."""
+    """The maximum number of scans in ``jpeg``: its SOS markers, and what looks like one in an APPn or COM segment."""
     data = np.frombuffer(jpeg, np.uint8)
     return int((data[_find_markers(data) + 1] == _SOS).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    height_at: int  # where the two bytes of the frame's height stand
-    scan_at: int  # first byte of entropy-coded data
+    height_at: int  # offset of the frame's height, two bytes
+    scan_at: int  # offset of the entropy-coded data
     width: int
     height: int
     interval: int  # MCUs between restart markers
@@ -87,7 +87,7 @@ class _Header:
 
 
 def _read_header(jpeg: bytes) -> _Header | None:
-    """Everything up to the entropy-coded data; None for what is not baseline with 8 bits and one scan of all."""
+    """Everything up to the entropy-coded data; None unless baseline with 8 bits and one scan of all components."""
     if jpeg[:2] != bytes([0xFF, _SOI]):
         return None
     frame, height_at, interval, at = b"", 0, 0, 2
@@ -114,7 +114,7 @@ def _read_header(jpeg: bytes) -> _Header | None:
         elif marker == _SOS:
             if not frame or not _is_whole_scan(body, frame[5]):
                 return None
-            factors = [(1, 1)] if frame[5] == 1 else _factors(frame)  # blocks of a lone component are not interleaved
+            factors = [(1, 1)] if frame[5] == 1 else _factors(frame)  # a single component is not interleaved
             across, down = (max(sides) for sides in zip(*factors, strict=True))
             return _Header(
                 height_at=height_at,
@@ -132,7 +132,7 @@ def _read_header(jpeg: bytes) -> _Header | None:
 
 
 def _is_frame(body: bytes) -> bool:
-    """8 bits, a size, and one to four components with sampling factors of 1 to 4."""
+    """Whether it has 8 bits, a size, and one to four components with sampling factors of 1 to 4."""
     if len(body) < 6 or body[0] != 8 or body[1:3] == b"\0\0" or body[3:5] == b"\0\0":
         return False
     if not 1 <= body[5] <= 4 or len(body) != 6 + 3 * body[5]:
@@ -141,17 +141,17 @@ def _is_frame(body: bytes) -> bool:
 
 
 def _factors(frame: bytes) -> list[tuple[int, int]]:
-    """Sampling factors of every component, across and down."""
+    """Sampling factors of every component, horizontal and vertical."""
     return [(byte >> 4, byte & 15) for byte in frame[7::3]]
 
 
 def _is_whole_scan(body: bytes, components: int) -> bool:
-    """All components and all coefficients."""
+    """Whether it has all components and all coefficients."""
     return len(body) == 4 + 2 * components and body[0] == components and body[-3:] == b"\x00\x3f\x00"
 
 
 def _find_markers(data: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Where markers stand, their 0xff. One that is followed by 0 is data, one that is followed by 0xff fills."""
+    """Offsets of the markers, of their 0xff. A 0xff before a 0 is data, one before another 0xff is a fill byte."""
     places = np.flatnonzero(data[:-1] == 0xFF)
     following = data[places + 1]
     return places[(following != 0) & (following != 0xFF)]

@@ -1,4 +1,4 @@
-"""Nuclei of a whole slide that the user brings: CSV, GeoJSON of QuPath, or HDF5, all in level-0 pixels."""
+"""The user's files of the nuclei of a whole slide: CSV, GeoJSON from QuPath, or HDF5, all in level-0 pixels."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ HDF5_KEY = "prediction"  # what the authors' sample builder reads: [n, 2 or more
 def read_nuclei(
     path: Path, width: int, height: int, mpp: float, label_names: tuple[str, ...] = (), multi: str = "one"
 ) -> tuple[Points, Counter[str]]:
-    """Nuclei of a slide, and the objects of the file that are not nuclei, by reason.
+    """The nuclei of a slide, and the number of objects in the file that are not nuclei, by reason.
 
     Args:
         path: a CSV with the header ``x,y[,label][,score]``, GeoJSON, or HDF5.
         width, height: of the slide, level-0 pixels.
         mpp: um per pixel of level 0.
-        label_names: where given, the names of the classes in a GeoJSON.
-        multi: see `read_geojson_points`, whose rules say which objects are nuclei.
+        label_names: names of the classes in a GeoJSON; empty: classes are not read.
+        multi: see `read_geojson_points`, which decides which objects are nuclei.
 
     Raises:
-        UserError: the file cannot be read, or has a nucleus outside the slide or of an unknown class; names it.
+        UserError: the file cannot be read, or a nucleus is outside the slide or of an unknown class; names the file.
     """
     suffix = path.suffix.lower()
     if suffix == ".csv":

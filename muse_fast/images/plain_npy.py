@@ -1,9 +1,8 @@
-"""Reads ``.npy`` files without running anything in them.
+"""Read ``.npy`` files without running code from them.
 
 numpy stores arrays of numbers as bytes and anything else as a pickle, which is a program. Arrays are mapped with
-pickles forbidden. The one pickle that datasets use, a mapping of names to arrays of numbers, is taken apart by the
-standard library's disassembler: its instructions are followed as far as they build just that, and nothing is imported
-or called.
+pickles disabled. The one pickle that datasets use, a mapping of names to arrays of numbers, is read with the standard
+library's disassembler: only the instructions that build such a mapping are followed, and nothing is imported or called.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def read_npy_mapping(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[An
     """The arrays ``names`` of a file that ``np.save(path, {name: array, ...})`` wrote.
 
     Raises:
-        UserError: damaged, or holds anything but such a mapping; names the file.
+        UserError: damaged, or contains anything but such a mapping; names the file.
     """
     try:
         with open(path, "rb") as file:
@@ -57,7 +56,7 @@ def read_npy_mapping(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[An
 
 @dataclass(slots=True)
 class _Call:
-    """A call that a pickle asks for; it is never made."""
+    """A call in a pickle; it is never made."""
 
     function: str
     arguments: Any
@@ -74,7 +73,7 @@ _MARK = object()
 
 
 def _build(file: BinaryIO) -> Any:
-    """What a pickle describes, with every call that it asks for as a ``_Call``."""
+    """The object that a pickle describes, with a ``_Call`` in place of every call."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
@@ -138,7 +137,7 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
 
 
 def _array(call: Any) -> Any:
-    """The array that a call would rebuild; for an array that holds one object, that object."""
+    """The array that a call would rebuild; for an array of one object, that object."""
     if not isinstance(call, _Call) or not re.fullmatch(r"numpy\.(_?core\.)?multiarray\._reconstruct", call.function):
         raise ValueError(f"a pickle of {_named(call)}")
     _, shape, kind, fortran, data = call.state

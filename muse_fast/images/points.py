@@ -1,4 +1,4 @@
-"""The nuclei of one image as points, and which of them stay where they crowd."""
+"""The nuclei of one image as points, and non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """The nuclei of one image, tile or slide, found or annotated; positions are float32, except where scores need more.
+    """The nuclei of one image, tile or slide, found or annotated; positions are float32 unless scoring needs more.
 
     Attributes:
         xy: ``[n, 2]`` float, pixels.
-        label: ``[n]`` int, the class, from 0, -1 unknown; None: no classes.
-        score: ``[n]`` float, confidence; None: all alike.
+        label: ``[n]`` int, the class from 0, or -1 for unknown; None: no classes.
+        score: ``[n]`` float, confidence; None: no scores.
     """
 
     xy: NDArray[Any]
@@ -27,26 +27,26 @@ class Points:
         return len(self.xy)
 
     def classes(self) -> NDArray[Any]:
-        """``label``, or zeros where there is none: all are of one class."""
+        """``label``, or zeros without labels: all are of one class."""
         return np.zeros(len(self.xy), np.int64) if self.label is None else self.label
 
     def confidence(self) -> NDArray[Any]:
-        """``score``, or zeros where there is none, so that the order of the points decides."""
+        """``score``, or zeros without scores, so that the order of the points decides."""
         return np.zeros(len(self.xy)) if self.score is None else self.score
 
     def take(self, which: NDArray[Any]) -> Points:
-        """The points at some rows, or where a mask is true."""
+        """The points at the rows ``which``, or where that mask is true."""
         label = None if self.label is None else self.label[which]
         return Points(self.xy[which], label, None if self.score is None else self.score[which])
 
     def within(self, x: int, y: int, side: int) -> Points:
-        """Those inside a square, in pixels of that square; its right and lower borders are outside."""
+        """The points inside a square, in pixels of that square; its right and lower borders are outside."""
         xy = self.xy - np.array([x, y], np.float32)
         return Points(xy, self.label, self.score).take(np.all((xy >= 0) & (xy < side), axis=1))
 
 
 def non_maximum_suppression(xy: NDArray[Any], radius: float) -> NDArray[np.bool_]:
-    """Which points ``[n, 2]``, the most confident first, stay: each removes those within ``radius`` that come after it.
+    """Which points ``[n, 2]``, most confident first, to keep: each one kept removes later ones within ``radius``.
 
     Returns:
         ``[n]`` bool.
@@ -55,8 +55,8 @@ def non_maximum_suppression(xy: NDArray[Any], radius: float) -> NDArray[np.bool_
 
     keep = np.ones(len(xy), bool)
     if len(xy) and radius > 0:
-        pairs = KDTree(xy).query_pairs(radius, output_type="ndarray")  # the first row is below the second
+        pairs = KDTree(xy).query_pairs(radius, output_type="ndarray")  # in a pair the first index is the lower
         for better, worse in pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].tolist():
-            if keep[better]:  # final: all pairs in which it is the worse one came before
+            if keep[better]:  # final, as all pairs in which it is the worse one came before
                 keep[worse] = False
     return keep

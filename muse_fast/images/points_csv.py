@@ -16,19 +16,20 @@ from muse_fast.runtime.atomic import replacing
 
 
 def read_points(path: Path, width: float, height: float, num_labels: int) -> Points:
-    """Points of one image from a CSV with the header ``x,y[,label][,score]``; a byte-order mark and blank lines pass.
+    """Points of one image from a CSV with the header ``x,y[,label][,score]``.
 
-    A column ``class`` beside ``label``, as `muse_fast.predict` writes, is left to `read_class_names`.
+    A byte-order mark and blank lines are allowed. A column ``class`` next to ``label``, as `muse_fast.predict` writes,
+    is ignored here; see `read_class_names`.
 
     Args:
-        width, height: of the image, pixels; infinite where they are not known.
-        num_labels: labels are 0 to ``num_labels - 1``, or -1 for unknown; 0: any whole number from -1.
+        width, height: of the image, pixels; infinite if unknown.
+        num_labels: labels are 0 to ``num_labels - 1``, or -1 for unknown; 0: any whole number from -1 on.
 
     Returns:
-        xy float32, label int16 and score float32, None where there is no such column.
+        xy float32, label int16 and score float32; label and score are None without such a column.
 
     Raises:
-        UserError: a column is missing or unknown, or a value cannot be used; names file and row.
+        UserError: a column is missing or unknown, or a value is invalid; names file and row.
     """
     columns = _point_columns(path)
     highest = num_labels - 1 if num_labels else np.iinfo(np.int16).max
@@ -39,7 +40,7 @@ def read_points(path: Path, width: float, height: float, num_labels: int) -> Poi
 
 
 def read_class_names(path: Path) -> dict[int, str]:
-    """What the column ``class`` of a CSV for `read_points` calls the labels in it; empty where it has none.
+    """The class names by label, from the column ``class`` of a CSV for `read_points`; empty without such a column.
 
     Raises:
         UserError: a label has two names; names file and row.
@@ -57,21 +58,21 @@ def read_class_names(path: Path) -> dict[int, str]:
 def _point_columns(path: Path) -> list[str]:
     columns = column_names(path, ("x", "y"), ("label", "score", "class"))
     if "class" in columns and "label" not in columns:
-        raise UserError(f"{path}, row 1: the header is {','.join(columns)!r}; class needs its number in a column label")
+        raise UserError(f"{path}, row 1: the header is {','.join(columns)!r}; class needs a column label")
     return columns
 
 
 def read_bare_points(path: Path, width: float, height: float, labels: range) -> Points:
-    """Points of one image from a CSV with rows ``x,y,label`` and no header (one that says just that passes).
+    """Points of one image from a CSV with rows ``x,y,label`` and no header (one with exactly these names is skipped).
 
     Args:
-        labels: those that the file may hold; they come out counted from 0.
+        labels: allowed in the file; they are returned counted from 0.
 
     Returns:
         xy float32 and label int16; an empty file is an image without nuclei.
 
     Raises:
-        UserError: a value cannot be used; names file and row.
+        UserError: a value is invalid; names file and row.
     """
     columns = ["x", "y", "label"]
     bare = rows(path, columns, header=False)
@@ -112,13 +113,13 @@ def _point_table(
 
 
 def _points_inside(table: dict[str, NDArray[np.float64]], width: float, height: float) -> NDArray[np.float32]:
-    """``[n, 2]`` float32; rounding may push a point onto the border, where it would be outside."""
+    """``[n, 2]`` float32; rounding may move a point onto the border, which is outside, so it is clipped."""
     edge = np.nextafter(np.array([width, height], np.float32), np.float32(0))
     return np.minimum(np.stack([table["x"], table["y"]], axis=1).astype(np.float32), edge)
 
 
 def write_points(path: Path, xy: NDArray[np.floating], label: NDArray[np.integer], score: NDArray[np.floating]) -> None:
-    """A CSV of the points of one image that `read_points` takes, ``x,y,label,score``; whole or absent."""
+    """Write the points of one image as a CSV ``x,y,label,score`` for `read_points`, atomically."""
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["x", "y", "label", "score"])

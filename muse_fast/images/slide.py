@@ -1,6 +1,6 @@
-"""`open_slide` opens any slide or plain image; a reader, a subclass of `Slide`, adds a file format.
+"""`open_slide` opens any slide or plain image; a reader, which is a subclass of `Slide`, adds a file format.
 
-A slide is never held in memory as a whole: bands are read for the overview, squares for the rest.
+A slide is never loaded whole: the overview is read in bands, everything else in squares.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class Level(NamedTuple):
 
     width: int
     height: int
-    downsample: float  # level-0 pixels per pixel, by which positions in it are asked for
+    downsample: float  # level-0 pixels per pixel, to convert positions
 
 
 class Slide(ABC):
-    """An open slide; `open_slide` makes one.
+    """An open slide; `open_slide` returns one.
 
     A subclass is the reader of a file format: it sets ``path`` and ``levels`` and defines ``suffixes``, `header_mpp`,
-    `read` and `close`. The rest follows from these.
+    `read` and `close`. Everything else builds on these.
 
     Attributes:
-        suffixes: of the files it opens, in lower case.
-        in_memory: the file is a plain image, held as a whole. Threads may share it, and a folder of slides is searched
+        suffixes: of the files that it opens, in lower case.
+        in_memory: the file is a plain image, loaded whole. Threads may share it, and a folder of slides is searched
             for such files only on request.
         path: the file.
-        levels: level 0 first, each coarser than the one before.
+        levels: from level 0, each coarser than the one before.
         mpp: um per pixel of level 0; `open_slide` sets it.
     """
 
@@ -61,12 +61,12 @@ class Slide(ABC):
 
     @classmethod
     def opens(cls, path: Path) -> bool:
-        """Whether this reader is the right one for a file of one of its suffixes."""
+        """Whether this reader is the right one for a file with one of its suffixes."""
         return True
 
     @abstractmethod
     def header_mpp(self) -> float | None:
-        """um per pixel of level 0 from the header; None where it does not say.
+        """um per pixel of level 0 from the header; None if it does not say.
 
         The magnification is not enough: slides of the same magnification differ by a factor of two.
 
@@ -79,7 +79,7 @@ class Slide(ABC):
         """``[height, width, 3]`` RGB of one level, ``x`` and ``y`` in level-0 pixels; white where nothing was scanned.
 
         Raises:
-            UserError: the pixels are damaged; names file and place. Other places can still be read afterwards.
+            UserError: the pixels are damaged; names file and position. Other pixels can still be read afterwards.
         """
 
     @abstractmethod
@@ -95,9 +95,9 @@ class Slide(ABC):
         return self.levels[0].height
 
     def resized(self, field: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
-        """A part of the slide, left, top, right and bottom in level-0 pixels, as ``[h, w, 3]`` RGB of ``size`` (w, h).
+        """A part of the slide (left, top, right, bottom in level-0 pixels) as ``[h, w, 3]`` RGB of ``size`` (w, h).
 
-        It is read from the coarsest level that is finer than that, and shrunk with a filter that prevents aliasing.
+        It is read from the coarsest level that is fine enough, and shrunk with an antialiasing filter.
 
         Raises:
             UserError: the pixels are damaged.
@@ -129,17 +129,17 @@ class Slide(ABC):
         for top in range(0, rows, rows_per_band):
             count = min(rows_per_band, rows - top)
             height = max(1, round(count * step / downsample))
-            band = self._read_sound(0, round(top * step), width, height, level, damage)
+            band = self._read_or_white(0, round(top * step), width, height, level, damage)
             bands.append(np.asarray(Image.fromarray(band).resize((columns, count), Image.Resampling.BOX)))
         return np.concatenate(bands)
 
     def _coarsest(self, downsample: float) -> int:
-        """The coarsest level that is at least as fine as ``downsample``; level 0 where none is."""
+        """The coarsest level that is at least as fine as ``downsample``; else level 0."""
         fine = (number for number, level in enumerate(self.levels) if level.downsample <= downsample)
         return max(fine, default=0)
 
-    def _read_sound(self, x: int, y: int, width: int, height: int, level: int, damage: _Damage) -> NDArray[np.uint8]:
-        """Like ``read``, with the parts that cannot be read left white: halved until they are small."""
+    def _read_or_white(self, x: int, y: int, width: int, height: int, level: int, damage: _Damage) -> NDArray[np.uint8]:
+        """Like ``read``, but leaves unreadable parts white, which are halved until they are small."""
         downsample = self.levels[level].downsample
         try:
             return self.read(x, y, width, height, level)
@@ -151,12 +151,12 @@ class Slide(ABC):
         sizes = [(half, height), (width - half, height)] if axis else [(width, half), (width, height - half)]
         shift = round(half * downsample)
         places = [(x, y), (x + shift, y) if axis else (x, y + shift)]
-        halves = (self._read_sound(*place, *size, level, damage) for place, size in zip(places, sizes, strict=True))
+        halves = (self._read_or_white(*place, *size, level, damage) for place, size in zip(places, sizes, strict=True))
         return np.concatenate(list(halves), axis=axis)
 
 
 class OpenSlideSlide(Slide):
-    """What OpenSlide reads."""
+    """A slide that OpenSlide reads."""
 
     suffixes = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm", ".czi")
 
@@ -186,7 +186,7 @@ class OpenSlideSlide(Slide):
             return None
         x, y = (check_mpp(str(value), f"{self.path}: openslide.mpp in the header") for value in values)
         if abs(x - y) > 0.02 * x:
-            raise UserError(f"{self.path}: pixels are {x} x {y} um, expected squares; give mpp=NUMBER to go on anyway")
+            raise UserError(f"{self.path}: pixels are {x} x {y} um, expected squares; give mpp=NUMBER to use it anyway")
         return (x + y) / 2
 
     def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
@@ -196,7 +196,7 @@ class OpenSlideSlide(Slide):
             region = self._handle.read_region((x, y), level, (width, height))
         except openslide.OpenSlideError as error:
             self._handle.close()
-            self._open()  # after an error the library refuses every further read from a handle
+            self._open()  # after an error OpenSlide refuses all further reads from the handle
             raise UserError(f"{self.path}: unreadable at {x}, {y}, level {level} ({error})") from error
         page = Image.new("RGB", region.size, (255, 255, 255))
         page.paste(region, mask=region.getchannel("A"))
@@ -207,7 +207,7 @@ class OpenSlideSlide(Slide):
 
 
 class ImageSlide(Slide):
-    """A plain image, held as a whole: at most 16,384 px a side."""
+    """A plain image of at most 16,384 px a side, loaded whole."""
 
     suffixes = IMAGE_SUFFIXES
     in_memory = True
@@ -230,21 +230,21 @@ class ImageSlide(Slide):
         return np.asarray(Image.fromarray(self._pixels).resize(size, Image.Resampling.BOX, covered))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """There is nothing to close."""
 
 
 READERS: list[type[Slide]] = [OpenSlideSlide, ImageSlide]
-"""All readers; where several know a suffix, the first that opens the file takes it, or the last if none does."""
+"""All readers. If several have the suffix of a file, the first that opens it reads it, or the last if none does."""
 
 
 def open_slide(path: Path, mpp: float | None = None) -> Slide:
     """Open a slide or an image.
 
     Args:
-        mpp: um per pixel of level 0; None: what the header says.
+        mpp: um per pixel of level 0; None: from the header.
 
     Raises:
-        UserError: no reader can read it, or um per pixel are not known; names the file.
+        UserError: no reader can read it, or um per pixel is unknown; names the file.
     """
     known = [reader for reader in READERS if path.suffix.lower() in reader.suffixes] or [OpenSlideSlide]
     slide = next((reader for reader in known[:-1] if reader.opens(path)), known[-1])(path)
@@ -263,20 +263,20 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
 
 
 def slide_suffixes(*, images: bool = False) -> tuple[str, ...]:
-    """Suffixes of the files that are slides, or plain images too."""
+    """Suffixes of slides and, with ``images``, of plain images."""
     readers = (reader for reader in READERS if images or not reader.in_memory)
     return tuple(dict.fromkeys(suffix for reader in readers for suffix in reader.suffixes))
 
 
 def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Path]:
-    """The slide at ``path``, or all slides in that folder and the folders within, sorted.
+    """The slide at ``path``, or all slides in that folder and its subfolders, sorted.
 
     Args:
-        images: plain images count as well.
-        skip: name of files that do not count.
+        images: include plain images.
+        skip: name of files to ignore.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     if path.is_file():
         return [path]
@@ -289,7 +289,7 @@ def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Pat
         if file.suffix.lower() in suffixes and file.name[0] != "." and file.name != skip and file.is_file()
     )
     if not files:
-        raise UserError(f"{path} contains no slide{' or image' if images else ''} ({', '.join(suffixes)})")
+        raise UserError(f"{path} contains no slides{' or images' if images else ''} ({', '.join(suffixes)})")
     return files
 
 
@@ -303,7 +303,7 @@ def cut_block(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int
 
 
 class _Damage:
-    """Pixels of one slide that cannot be read, up to a limit."""
+    """Counts the unreadable pixels of a slide, up to a limit."""
 
     def __init__(self, limit: float) -> None:
         self._left = limit

@@ -1,4 +1,4 @@
-"""Squares cut from an image; where they reach beyond it they show mirrored tissue, or glass."""
+"""Squares cut from an image; outside the image they show mirrored tissue or glass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GLASS = 255
 def cut_square(image: Tensor, left: int, top: int, size: int, surroundings: str) -> Tensor:
     """``[..., H, W]`` uint8 -> the square ``[..., size, size]`` whose top-left corner is pixel (left, top).
 
-    Beyond the image it shows the image mirrored at its border, repeatedly if needed (``reflect``), or white (``mask``).
+    Outside, it shows the image mirrored at its border, repeatedly if needed (``reflect``), or white (``mask``).
     """
     y = torch.arange(top, top + size, device=image.device)
     x = torch.arange(left, left + size, device=image.device)

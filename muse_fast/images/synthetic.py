@@ -1,9 +1,9 @@
-"""Procedural H&E: images that need no download, with nuclei whose places and types are known.
+"""Procedural H&E: images that need no download, with nuclei of known positions and types.
 
 Light is absorbed, so stains add in optical density: ``OD = h * H + e * E`` with the hematoxylin and eosin vectors of
-Macenko et al. (2009), and the pixel is ``255 * 10 ** -OD``. Eosin carries a fibrous texture; each nucleus is an
-ellipse of hematoxylin. The images serve tests and demos. They look like H&E at a glance, and teach nothing about
-tissue.
+Macenko et al. (2009), and the pixel is ``255 * 10 ** -OD``. Eosin has a fibrous texture; each nucleus is an
+ellipse of hematoxylin. The images are for tests and demos: they look like H&E at a glance, but a model learns nothing
+about tissue from them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Type:
     radius: tuple[float, float]  # mean radius, lowest and highest
     elongation: tuple[float, float]  # long axis / short axis
     stain: tuple[float, float]  # optical density of hematoxylin
-    chromatin: float  # share of the stain that its texture moves
+    chromatin: float  # amplitude of its texture, as a share of the stain
     rim: float  # extra stain at the nuclear membrane
 
 
@@ -47,12 +47,12 @@ def synthetic_image(
     """One image; the same arguments give the same bytes in every process.
 
     Args:
-        seed: one number or several, that choose the image.
+        seed: one or more numbers that select the image.
         size: side in pixels.
         mpp: um per pixel.
 
     Returns:
-        image ``[size, size, 3]`` uint8 RGB, xy ``[n, 2]`` float32 centres in pixels, label ``[n]`` int16, position in
+        image ``[size, size, 3]`` uint8 RGB, xy ``[n, 2]`` float32 centres in pixels, label ``[n]`` int16, index in
         ``LABEL_NAMES``.
     """
     rng = np.random.default_rng(seed)
@@ -67,7 +67,7 @@ def synthetic_image(
 
 
 def _place(rng: np.random.Generator, side: float) -> tuple[NDArray[np.float64], NDArray[np.int16]]:
-    """Centres in um, no two nuclei overlapping, and their types. Tumour grows in nests, the rest around them."""
+    """Centres in um of nuclei that do not overlap, and their types. Tumour grows in nests, the rest around them."""
     nests = rng.uniform(0, side, (max(1, round(side / 45)), 2))
     wanted = round(side * side * rng.uniform(3.5e-3, 5.5e-3))  # nuclei per um^2 of real tissue
     xy, label, room = np.empty((wanted, 2)), np.empty(wanted, np.int16), np.empty(wanted)
@@ -86,7 +86,7 @@ def _place(rng: np.random.Generator, side: float) -> tuple[NDArray[np.float64], 
 def _draw_nuclei(
     rng: np.random.Generator, xy: NDArray[np.float64], label: NDArray[np.int16], size: int, mpp: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Density of hematoxylin and the share of each pixel that a nucleus covers, both ``[size, size]``."""
+    """Density of hematoxylin and the share of each pixel that nuclei cover, both ``[size, size]``."""
     chromatin = _noise(rng, size, 1.1 / mpp)
     haze = 0.05 + 0.05 * _noise(rng, size, 20 / mpp)
     density = np.maximum(haze, 0).astype(np.float32)
@@ -107,7 +107,7 @@ def _draw_nuclei(
         distance = np.hypot(along, across) / outline  # 1 at the membrane
         inside = 1 / (1 + np.exp(np.clip((distance - 1) * axes[1] * mpp / 0.15, -30, 30)))
         texture = 1 + look.chromatin * chromatin[rows, columns] + look.rim * np.exp(-(((distance - 0.9) / 0.12) ** 2))
-        if kind == 1:  # a nucleolus, off the centre
+        if kind == 1:  # a nucleolus, off-centre
             place = np.hypot(along - 0.3 * math.cos(phase[0]), across - 0.3 * math.sin(phase[0])) * radius
             texture += 0.8 * np.exp(-((place / 0.8) ** 2))
         nucleus = inside * stain * texture

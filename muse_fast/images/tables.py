@@ -1,4 +1,4 @@
-"""Tables in CSV files, read the same way wherever a user brings one; errors name file and row."""
+"""The user's tables in CSV files; errors name file and row."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from muse_fast.errors import UserError
 def read_rows(
     path: Path, needed: Sequence[str], optional: Sequence[str] = (), *, others: bool = False
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number in the file (the header is row 1) and values by column, of a CSV with a header.
+    """Line number (the header is row 1) and values by column of the rows of a CSV with a header.
 
     Args:
-        needed: columns that must be there and have a value in every row.
-        optional: columns that may be there.
-        others: more columns may be there.
+        needed: required columns, with a value in every row.
+        optional: further columns that are allowed.
+        others: allow any further columns.
 
     Raises:
-        UserError: a column is missing or not known, or a row lacks a value; names file and row.
+        UserError: a column is missing or unknown, or a row lacks a value; names file and row.
     """
     for number, row in rows(path, column_names(path, needed, optional, others=others)):
         if not all(row[name] for name in needed):
@@ -30,7 +30,7 @@ def read_rows(
 
 
 def column_names(path: Path, needed: Sequence[str], optional: Sequence[str] = (), *, others: bool = False) -> list[str]:
-    """The header of a CSV, checked; arguments and errors as in :func:`read_rows`."""
+    """The checked header of a CSV; arguments and errors as in :func:`read_rows`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
@@ -46,10 +46,10 @@ def rows(path: Path, columns: Sequence[str], *, header: bool = True) -> Iterator
     """Line number and values by column of every row that is not blank.
 
     Args:
-        header: the first row is a header; otherwise it is skipped only if it says just ``columns``.
+        header: the first row is a header; otherwise it is skipped only if it equals ``columns``.
 
     Raises:
-        UserError: a row has more or fewer values than there are columns, or the file is not a CSV.
+        UserError: a row has more or fewer values than there are columns, or the file is not a CSV; names file and row.
     """
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.reader(file)
@@ -68,10 +68,10 @@ def rows(path: Path, columns: Sequence[str], *, header: bool = True) -> Iterator
 
 
 def read_groups(path: Path) -> dict[str, str]:
-    """A table ``slide,group`` by the name of the slide.
+    """The group of every slide in a table ``slide,group``.
 
     Raises:
-        UserError: as :func:`read_rows`, or a slide is in two groups; names file and row.
+        UserError: as in :func:`read_rows`, or a slide is in two groups; names file and row.
     """
     groups: dict[str, str] = {}
     for number, row in read_rows(path, ("slide", "group")):
@@ -81,7 +81,7 @@ def read_groups(path: Path) -> dict[str, str]:
 
 
 def parse_number(text: str) -> float:
-    """NaN for text that is not a number. ``1_0``, which Python reads as ten, is not one."""
+    """The number in a text, NaN if there is none. ``1_0``, which Python reads as ten, is not a number."""
     try:
         return math.nan if "_" in text else float(text)
     except ValueError:

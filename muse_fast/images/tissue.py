@@ -1,7 +1,7 @@
-"""Where there is tissue on a slide: found by colour, or given as a mask or as outlines drawn in QuPath.
+"""Tissue on a slide: found by colour, or read from a mask or from outlines drawn in QuPath.
 
-A tissue mask has square pixels of ``MASK_UM``. Outlines are in level-0 pixels; writing a mask as outlines and reading
-them gives the same mask.
+A tissue mask has square pixels with sides of ``MASK_UM``. Outlines are in level-0 pixels; a mask that is written as
+outlines is the same when read back.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from PIL import Image
 
 from muse_fast.errors import UserError
 from muse_fast.images.geojson import Polygon, read_shapes, write_outlines
+from muse_fast.images.image_files import open_image
 
 MASK_UM = 8.0  # side of a mask pixel
 SUFFIXES = (".geojson", ".json", ".png")
 COLOUR = (0, 190, 230)  # of the outlines
 
-_SHAPE_TOLERANCE = 0.02  # of the sides' ratio between a given mask and its slide
+_SHAPE_TOLERANCE = 0.02  # relative, of the aspect ratio of a mask and its slide
 
 
 def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
-    """Where there is tissue: colour saturation above Otsu's threshold, gaps closed, specks removed.
+    """The tissue mask of a thumbnail: colour saturation above Otsu's threshold, gaps closed, specks removed.
 
     Args:
         thumbnail: ``[h, w, 3]`` uint8 RGB.
@@ -38,7 +39,7 @@ def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
     high = thumbnail.max(axis=2).astype(np.float32)
     saturation = (high - thumbnail.min(axis=2)) / np.maximum(high, 1)
     saturation[high < 40] = 0  # pen and holes in the scan are black
-    # On a slide that is all glass or all tissue Otsu would split noise; glass stays below 0.03, most tissue above 0.1.
+    # If a slide is all glass or all tissue, Otsu splits noise; glass stays below 0.03, most tissue above 0.1.
     mask = saturation > np.clip(threshold_otsu(saturation), 0.03, 0.1)
     reach = max(1, round(20 / um))
     mask = binary_closing(np.pad(mask, reach), iterations=reach)[reach:-reach, reach:-reach]
@@ -49,48 +50,43 @@ def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
 
 
 def read_tissue(path: Path, shape: tuple[int, int], step: float) -> NDArray[np.bool_]:
-    """A tissue mask from a PNG of the whole slide, of any scale, 0 outside tissue, or from outlines in GeoJSON.
+    """The tissue mask from a PNG of the whole slide at any scale, 0 outside tissue, or from outlines in GeoJSON.
 
     Args:
         shape: height and width of the mask.
         step: level-0 pixels per pixel of the mask.
 
     Raises:
-        UserError: the file cannot be read, the PNG has another shape than the slide, or the GeoJSON has no polygon.
+        UserError: the file cannot be read, the PNG does not have the shape of the slide, or the GeoJSON no polygons.
     """
     if path.suffix.lower() == ".png":
         return _read_png(path, shape)
     polygons = [polygon for feature in read_shapes(path) for polygon in feature.polygons]
     if not polygons:
-        raise UserError(f"{path}: it has no polygon, expected outlines of tissue in level-0 pixels")
+        raise UserError(f"{path}: no polygons, expected outlines of tissue in level-0 pixels")
     return fill([[ring / step for ring in polygon] for polygon in polygons], shape)
 
 
 def _read_png(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
     height, width = shape
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("1", "L", "P", "I;16", "I", "RGB"):
-                raise UserError(f"{path}: {image.mode}, expected a grey or indexed mask, 0 where there is no tissue")
-            if abs(image.width / image.height * height / width - 1) > _SHAPE_TOLERANCE + 1 / min(height, width):
-                raise UserError(f"{path}: {image.width} x {image.height} px, expected the shape of the whole slide")
-            given = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a readable mask ({error})") from error
+    with open_image(path) as image:
+        if image.mode not in ("1", "L", "P", "I;16", "I", "RGB"):
+            raise UserError(f"{path}: {image.mode}, expected a grey or indexed mask, 0 where there is no tissue")
+        if abs(image.width / image.height * height / width - 1) > _SHAPE_TOLERANCE + 1 / min(height, width):
+            raise UserError(f"{path}: {image.width} x {image.height} px, expected the shape of the whole slide")
+        given = np.asarray(image)
     tissue = (given.any(axis=2) if given.ndim == 3 else given != 0).astype(np.uint8) * 255
     return np.asarray(Image.fromarray(tissue).resize((width, height), Image.Resampling.BOX)) >= 128
 
 
 def write_tissue(path: Path, mask: NDArray[np.bool_], step: float) -> None:
-    """Write a tissue mask as outlines that QuPath loads, an annotation for each piece of tissue."""
+    """Write a tissue mask as outlines that QuPath loads, one annotation for each piece of tissue."""
     polygons = [[ring * step for ring in polygon] for polygon in trace(mask)]
     write_outlines(path, polygons, "Tissue", COLOUR)
 
 
 def trace(mask: NDArray[np.bool_]) -> list[Polygon]:
-    """The outline and holes of every piece of connected pixels; ``fill`` makes the mask of them again.
+    """The outline and holes of every connected piece of a mask; ``fill`` turns them back into the mask.
 
     Pixels are connected by their sides. Positions are in pixels of the mask, the first with its centre at 0.5, 0.5.
     """
@@ -101,15 +97,15 @@ def trace(mask: NDArray[np.bool_]) -> list[Polygon]:
     polygons = []
     for number, (rows, columns) in enumerate(find_objects(pieces), start=1):
         piece = np.pad(pieces[rows, columns] == number, 1).astype(np.float32)
-        rings = [_straightened(ring[:-1, ::-1]) for ring in find_contours(piece, 0.5, fully_connected="low")]
+        rings = [_without_collinear(ring[:-1, ::-1]) for ring in find_contours(piece, 0.5, fully_connected="low")]
         rings.sort(key=lambda ring: np.ptp(ring, axis=0).prod(), reverse=True)  # the outline encloses the holes
-        corner = np.array([columns.start, rows.start]) - 0.5  # the padding is one pixel, a centre half a one
+        corner = np.array([columns.start, rows.start]) - 0.5  # -1 for the padding, +0.5 to a pixel's centre
         polygons.append([ring + corner for ring in rings])
     return polygons
 
 
-def _straightened(ring: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Without the positions on a straight line between their neighbours."""
+def _without_collinear(ring: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The ring without the positions on a straight line between their neighbours."""
     (x0, y0), (x1, y1) = (ring - np.roll(ring, 1, axis=0)).T, (np.roll(ring, -1, axis=0) - ring).T
     return ring[x0 * y1 != x1 * y0]
 
@@ -121,11 +117,11 @@ def fill(polygons: list[Polygon], shape: tuple[int, int]) -> NDArray[np.bool_]:
         corners = np.concatenate(polygon)
         left, top = np.clip(np.floor(corners.min(axis=0)), 0, shape[::-1]).astype(int)
         right, bottom = np.clip(np.ceil(corners.max(axis=0)), 0, shape[::-1]).astype(int)
-        # Walking along a row, every edge that is met changes inside to outside or back.
-        met = np.zeros((bottom - top, right - left + 1), np.int32)
+        # Along a row, every edge that is crossed switches between inside and outside.
+        crossings = np.zeros((bottom - top, right - left + 1), np.int32)
         for ring in polygon:
-            np.add.at(met, _edges(ring - (left, top), bottom - top, right - left), 1)
-        mask[top:bottom, left:right] |= met.cumsum(axis=1)[:, :-1] % 2 == 1
+            np.add.at(crossings, _edges(ring - (left, top), bottom - top, right - left), 1)
+        mask[top:bottom, left:right] |= crossings.cumsum(axis=1)[:, :-1] % 2 == 1
     return mask
 
 

@@ -1,4 +1,4 @@
-"""GeoJSON: every form that QuPath and others write, and what is refused."""
+"""GeoJSON in every form that QuPath and other programs write, and invalid files."""
 
 from __future__ import annotations
 
@@ -52,28 +52,31 @@ def test_classes_and_cells(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("no json", r"a.geojson: not valid JSON"),
+        ("not json", r"a.geojson: not valid JSON"),
         ('{"type": "Topology"}', r"a.geojson: expected GeoJSON"),
         ("[3]", r"a.geojson, feature 1: expected a GeoJSON feature, found int"),
         ([feature(POINT), feature({"type": "Point", "coordinates": [1]})], r"feature 2: expected positions \[x, y\]"),
         ([feature({"type": "Point", "coordinates": None})], r"feature 1: expected positions"),
         ('[{"type": "Feature", "geometry": {"type": "Point", "coordinates": [NaN, 1]}}]', r"finite numbers"),
-        ([feature({"type": "Polygon", "coordinates": [[[0, 0], [1, 1]]]})], r"polygon of 2 positions, expected 3"),
+        (
+            [feature({"type": "Polygon", "coordinates": [[[0, 0], [1, 1]]]})],
+            r"2 positions, expected at least 3",
+        ),
         ([feature({"type": "MultiPolygon", "coordinates": [3]})], r"expected the rings of a MultiPolygon"),
         ([feature({"type": "Polygon", "coordinates": []})], r"expected the rings of a Polygon"),
     ],
 )
-def test_refused(tmp_path: Path, content: object, message: str) -> None:
+def test_invalid_content_is_refused(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(read_shapes(written(tmp_path / "a.geojson", content)))
 
 
-def test_an_absent_file(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.geojson: No such file"):
         list(read_shapes(tmp_path / "a.geojson"))
 
 
-def test_centroids_are_those_of_the_pixels() -> None:
+def test_centroid_is_the_mean_of_the_pixels() -> None:
     """Against the mean of a fine grid of points inside, far from the origin, where sums of products lose digits."""
     rng = np.random.default_rng(0)
     shift = np.array([150_000.0, 90_000.0])
@@ -85,7 +88,7 @@ def test_centroids_are_those_of_the_pixels() -> None:
     expected = grid[inside].mean(axis=0) + shift
     for rings in ([outline, hole], [outline[::-1], hole], [outline, hole[::-1]]):
         np.testing.assert_allclose(centroid_and_area([[ring + shift for ring in rings]])[0], expected, atol=0.01)
-    assert np.abs(outline.mean(axis=0) + shift - expected).max() > 0.2  # the mean of the corners is another point
+    assert np.abs(outline.mean(axis=0) + shift - expected).max() > 0.2  # the mean of the corners is a different point
     line = np.array([[0.0, 0], [2, 2], [4, 4]])
     assert centroid_and_area([[line]])[0].tolist() == [2, 2]
 

@@ -1,4 +1,4 @@
-"""GeoJSON read as points: centroids in closed form, every way in which programs write it, and what is refused."""
+"""GeoJSON read as points: centroids in closed form, every form that programs write, and invalid files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_centroid_of_an_l() -> None:
         np.testing.assert_allclose(centre, expected, rtol=1e-12)
 
 
-def test_holes_count_less_and_parts_add() -> None:
+def test_holes_are_subtracted_and_parts_added() -> None:
     outer = ring((0, 0), (10, 0), (10, 10), (0, 10))
     hole = ring((6, 4), (8, 4), (8, 6), (6, 6))
     for one in (hole, hole[::-1]):
@@ -56,7 +56,7 @@ def test_holes_count_less_and_parts_add() -> None:
 
 
 def test_centroid_far_from_the_origin() -> None:
-    """Slides have coordinates of 10^5 and nuclei sides of 10: products would lose what is asked for."""
+    """Coordinates on a slide reach 10^5 while nuclei measure 10: products would lose the digits that matter."""
     far = np.array([2.0**27, 2.0**27 + 2])
     centre, area = centroid_and_area([[ring((0, 0), (8, 0), (8, 4), (0, 4)) + far]])
     assert area == 32
@@ -64,7 +64,7 @@ def test_centroid_far_from_the_origin() -> None:
 
 
 def test_outlines_without_area() -> None:
-    """One place; and a line."""
+    """A single point, and a line."""
     for outline, expected in (
         (ring((3, 4), (3, 4), (3, 4)), (3, 4)),
         (ring((0, 0), (4, 2), (8, 4), (0, 0)), (4, 2)),
@@ -75,7 +75,7 @@ def test_outlines_without_area() -> None:
 
 
 def test_an_outline_that_crosses_itself() -> None:
-    """A bow tie is its two triangles, which meet where y = x crosses y = 4.001 - 1.00025 x."""
+    """A bow tie is two triangles, which meet where y = x crosses y = 4.001 - 1.00025 x."""
     meet = 4.001 / 2.00025
     triangles = [((0, 0), (0, 4.001), (meet, meet)), ((4, 4), (4, 0), (meet, meet))]
     areas = np.array([4.001 * meet / 2, 4 * (4 - meet) / 2])
@@ -97,7 +97,7 @@ def test_agrees_with_a_raster() -> None:
     assert area == pytest.approx(len(rows), rel=0.005)
 
 
-# ----------------------------------------------------------------------------------------------------------- spellings
+# --------------------------------------------------------------------------------------------------------------- forms
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_agrees_with_a_raster() -> None:
         "feature",
         "geometry",
         "geometries",
-        "line and nothing",
+        "line and no geometry",
         "byte-order mark",
-        "height",
+        "third coordinate",
         "MultiPoint",
         "Polygon",
     ],
@@ -146,15 +146,15 @@ def test_ways_to_write_one_nucleus(tmp_path: Path, content: Any) -> None:
         (None, ""),
     ],
 )
-def test_spellings_of_a_class(tmp_path: Path, properties: Any, label: str) -> None:
+def test_forms_of_a_class(tmp_path: Path, properties: Any, label: str) -> None:
     points = read_geojson_points(written(tmp_path, [item(properties=properties)]))
     assert points.label == [label]
     assert points.where == ["feature 1"]
 
 
 @pytest.mark.parametrize("key", ["objectType", "object_type"])
-@pytest.mark.parametrize("inside", [True, False], ids=["in properties", "beside them"])
-def test_spellings_of_the_type(tmp_path: Path, key: str, inside: bool) -> None:
+@pytest.mark.parametrize("inside", [True, False], ids=["in properties", "next to properties"])
+def test_forms_of_the_object_type(tmp_path: Path, key: str, inside: bool) -> None:
     kind = {key: "detection"}
     detection = item(properties=kind) if inside else item(**kind)
     note = item(coordinates=(9, 9), properties={key: "annotation"})
@@ -164,7 +164,7 @@ def test_spellings_of_the_type(tmp_path: Path, key: str, inside: bool) -> None:
     assert points.where == ["feature 2"]
 
 
-def test_a_cell_counts_by_its_nucleus(tmp_path: Path) -> None:
+def test_a_cell_is_placed_by_its_nucleus(tmp_path: Path) -> None:
     cell = item("Polygon", [SQUARE], nucleusGeometry={"type": "Point", "coordinates": [3, 3]})
     path = written(tmp_path, [cell])
     np.testing.assert_array_equal(read_geojson_points(path).xy, [[3, 3]])
@@ -173,7 +173,7 @@ def test_a_cell_counts_by_its_nucleus(tmp_path: Path) -> None:
 
 
 def test_multipolygons(tmp_path: Path) -> None:
-    """One nucleus in two parts; or, as CellViT writes them, all nuclei of a class."""
+    """One nucleus in two parts or, as CellViT writes them, all nuclei of a class."""
     shifted = [[x + 10, y] for x, y in SQUARE]
     path = written(tmp_path, [item("MultiPolygon", [[SQUARE], [shifted]])])
     np.testing.assert_allclose(read_geojson_points(path).xy, [[9, 5]])
@@ -210,7 +210,7 @@ def test_what_is_not_a_nucleus(tmp_path: Path) -> None:
     assert len(read_geojson_points(path, max_area=2501).xy) == 2
 
 
-def test_none_and_many(tmp_path: Path) -> None:
+def test_no_nuclei_and_many(tmp_path: Path) -> None:
     points = read_geojson_points(written(tmp_path, []))
     assert points.xy.shape == (0, 2)
     coordinates = np.random.default_rng(0).uniform(0, 1e5, (20_000, 2)).tolist()
@@ -232,16 +232,16 @@ def test_none_and_many(tmp_path: Path) -> None:
         ([item(coordinates=None)], r"feature 1: expected positions"),
         ("[" + json.dumps(item()).replace("1.5", "NaN") + "]", r"feature 1: expected positions .* finite"),
         ([item("Polygon", [])], r"feature 1: expected the rings of a Polygon"),
-        ([item("Polygon", [[[0, 0], [1, 1]]])], r"feature 1: a polygon of 2 positions, expected 3"),
+        ([item("Polygon", [[[0, 0], [1, 1]]])], r"feature 1: a polygon of 2 positions, expected at least 3"),
         ([item("MultiPolygon", [SQUARE])], r"feature 1: expected positions|feature 1: expected the rings"),
     ],
 )
-def test_what_is_no_geojson(tmp_path: Path, content: Any, message: str) -> None:
+def test_what_is_not_geojson(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_geojson_points(written(tmp_path, content))
 
 
-def test_damaged_gzip_and_no_file(tmp_path: Path) -> None:
+def test_damaged_gzip_and_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "a.geojson.gz"
     whole = gzip.compress(json.dumps([item()] * 99).encode())
     for data in (whole[: len(whole) // 2], b"[]", b"", whole[:20] + b"\x00\xff" + whole[22:]):

@@ -1,4 +1,4 @@
-"""Instance maps to centroids and classes, against scipy and closed forms."""
+"""Centroids and classes from instance maps, against scipy and closed forms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_against_scipy() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
-def test_one_pixel_one_row_none(dtype: type) -> None:
+def test_one_pixel_one_row_and_empty(dtype: type) -> None:
     instances = np.zeros((3, 5), dtype)
     assert [part.shape for part in instance_centroids(instances)] == [(0,), (0, 2)]
     instances[0, 0], instances[2, 1:5] = 9, 200
@@ -33,24 +33,24 @@ def test_types_by_majority() -> None:
     instances = np.array([[5, 5, 5, 0], [5, 8, 8, 8], [0, 8, 9, 9]])
     types = np.array([[2, 2, 1, 4], [1, 3, 0, 0], [4, 0, 0, 0]])
     numbers, _ = instance_centroids(instances)
-    # 5: a draw of 1 and 2; 8: background but for one pixel; 9: background alone; type 4 lies in no instance.
+    # 5: a tie of 1 and 2; 8: background except for one pixel; 9: only background; type 4 is outside all instances.
     assert instance_types(instances, types, numbers).tolist() == [1, 3, 0]
-    none = np.zeros((2, 2), int)
-    assert instance_types(none, none, np.zeros(0, np.int64)).tolist() == []
+    empty = np.zeros((2, 2), int)
+    assert instance_types(empty, empty, np.zeros(0, np.int64)).tolist() == []
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         (np.zeros((2, 3)), r"here has the shape \[2, 3\], expected \[2, 2\]"),
-        (np.full((2, 2), 0.5), r"here holds float64 from 0.5 to 0.5, expected whole numbers from 0 to 9"),
-        (np.full((2, 2), 10), r"here holds int64 from 10 to 10"),
-        (np.full((2, 2), -1), r"here holds int64 from -1"),
-        (np.full((2, 2), np.inf), r"here holds float64 from inf"),
-        (np.full((2, 2), "a"), r"here holds <U1"),
+        (np.full((2, 2), 0.5), r"here contains float64 from 0.5 to 0.5, expected whole numbers from 0 to 9"),
+        (np.full((2, 2), 10), r"here contains int64 from 10 to 10"),
+        (np.full((2, 2), -1), r"here contains int64 from -1"),
+        (np.full((2, 2), np.inf), r"here contains float64 from inf"),
+        (np.full((2, 2), "a"), r"here contains <U1"),
     ],
 )
-def test_maps_that_are_none(values: np.ndarray, message: str) -> None:
+def test_invalid_maps_are_refused(values: np.ndarray, message: str) -> None:
     with pytest.raises(UserError, match=message):
         integer_map(values, (2, 2), 9, "here")
 

@@ -1,4 +1,4 @@
-"""Reading JPEGs: bands of rows equal the whole, bad files are refused by name and cheaply, whatever cuts the rows."""
+"""Reading JPEGs: bands equal the rows of the whole, and bad files are refused cheaply, in Python and in C++."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_cpp = pytest.mark.skipif(not COMPILED, reason="muse_fast/_jpeg was not bui
 
 @pytest.fixture(params=CUTTERS)
 def cutter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """What cuts the rows, put in place."""
+    """The module that cuts the rows, put in use."""
     if "cpp" in request.node.name and not COMPILED:
         pytest.skip("muse_fast/_jpeg was not built")
     monkeypatch.setattr(jpeg, "cutter", request.param)
@@ -39,7 +39,7 @@ def cutter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
 
 
 @pytest.mark.skipif(not COMPILED and "MUSE_FAST_LIBRARY" not in os.environ, reason="muse_fast/_jpeg was not built")
-def test_cpp_comes_from_beside_the_library() -> None:
+def test_cpp_is_loaded_from_the_folder_of_the_library() -> None:
     """So that a build with sanitizers is the one under test."""
     library = Path(os.environ.get("MUSE_FAST_LIBRARY", Path(jpeg.__file__).parents[1] / "_C.so"))
     assert Path(jpeg.cutter.__file__ or "").parent.resolve() == library.parent.resolve()
@@ -63,7 +63,7 @@ def test_every_band_equals_the_whole(name: str, cutter: ModuleType) -> None:
 
 
 def test_a_band_is_no_larger_than_it_must_be(cutter: ModuleType) -> None:
-    """4:4:4 needs no rows beside; where chroma is subsampled vertically, one row of MCUs above and below."""
+    """4:4:4 needs no extra rows; vertically subsampled chroma needs one row of MCUs above and below."""
     for name, top, bottom, first, rows in (
         ("cut 4:4:4", 64, 72, 64, 8),
         ("cut 4:4:4", 63, 73, 56, 24),
@@ -83,7 +83,7 @@ def test_a_band_is_no_larger_than_it_must_be(cutter: ModuleType) -> None:
         assert len(cut) < len(roi.jpeg) * (rows + 40) / corpus.HEIGHT
 
 
-def test_rows_that_are_not_there(cutter: ModuleType) -> None:
+def test_rows_outside_the_image(cutter: ModuleType) -> None:
     data = VALID["cut 4:4:4"]
     for top, bottom in ((-1, 8), (8, 8), (9, 8), (0, corpus.HEIGHT + 1), (2**40, 2**41)):
         assert cutter.cut_rows(data, top, bottom) is None
@@ -135,7 +135,7 @@ PIECES = [*MARKERS, *FRAMES, *INTERVALS, SCAN, b"\0", b"\xff", b"data", b"\xff\0
 @needs_cpp
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=9), max_size=30), st.integers(0, 41), st.integers(0, 41))
 def test_cpp_cuts_anything_like_python(pieces: list[bytes], top: int, bottom: int) -> None:
-    """Under ``make sanitize`` bytes come from malloc, so that reads far beyond their end are seen."""
+    """Under ``make sanitize`` bytes come from malloc, so that reads beyond their end are detected."""
     for data in (b"".join(pieces), b"".join([b"\xff\xd8", FRAMES[2], INTERVALS[2], SCAN, *pieces])):
         assert jpeg.cutter.cut_rows(data, top, bottom) == jpeg_rows.cut_rows(data, top, bottom)
         assert jpeg.cutter.count_scans(data) == jpeg_rows.count_scans(data)
@@ -171,7 +171,7 @@ def test_bad_files_are_refused_by_name(name: str, cutter: ModuleType) -> None:
         roi.decode()
     with pytest.raises(UserError, match=NAMED):
         roi.decode_rows(0, corpus.HEIGHT)
-    for top in range(0, corpus.HEIGHT - 24, 24):  # a band away from the damage may well be sound
+    for top in range(0, corpus.HEIGHT - 24, 24):  # a band away from the damage may be intact
         attempt(roi.decode_rows, top, top + 24)
 
 
@@ -186,12 +186,12 @@ def test_mutants_decode_or_are_refused_by_name(cutter: ModuleType) -> None:
         refused += whole is None
         assert whole is None or whole.shape == (roi.height, roi.width, 3)
         assert band is None or (band[0].shape[1:] == (roi.width, 3) and band[1] + len(band[0]) == roi.height)
-    assert 250 < refused < 500  # most are damaged, and not all
+    assert 250 < refused < 500  # most are damaged, but not all
 
 
 def test_damage_in_the_scan(tmp_path: Path) -> None:
-    """Eight bytes overwritten: the set's hash finds them all. Strict decoding alone finds fewer than in files without
-    restart markers, behind which the decoder is in step again."""
+    """Eight bytes are overwritten: the set's hash finds all such damage. Strict decoding finds less of it than in files
+    without restart markers, because the decoder resynchronises after each marker."""
     outcome = damaged_pixels(Scale(True, tmp_path))
     assert outcome.survived == outcome.injected >= 200
     by_decoding = re.search(r"finds (\d+) % of 8 bytes", outcome.notes)
@@ -201,7 +201,7 @@ def test_damage_in_the_scan(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- bombs
 
 
-def test_header_bombs_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+def test_header_bombs_are_refused_before_allocating(tmp_path: Path) -> None:
     with Child(header_bombs, tmp_path / "report.json", log=tmp_path / "log") as child:
         assert child.wait() == 0, child.output()
     found = json.loads((tmp_path / "report.json").read_text())
@@ -215,7 +215,7 @@ def test_header_bombs_are_refused_before_memory_is_taken(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["500 scans, progressive", "500 scans, baseline"])
-def test_scan_bombs_are_refused_at_once(name: str, cutter: ModuleType) -> None:
+def test_scan_bombs_are_refused_before_decoding(name: str, cutter: ModuleType) -> None:
     roi = roi_of(BAD[name])
     for read in (roi.decode, lambda: roi.decode_rows(0, corpus.HEIGHT)):
         with (
@@ -225,7 +225,7 @@ def test_scan_bombs_are_refused_at_once(name: str, cutter: ModuleType) -> None:
             read()
 
 
-def test_another_size_is_refused_by_bands_too(cutter: ModuleType) -> None:
+def test_bands_of_another_size_are_refused(cutter: ModuleType) -> None:
     roi = dataclasses.replace(roi_of(VALID["cut 4:4:4"]), height=corpus.HEIGHT + 1)
     with pytest.raises(UserError, match=r"the header says 200 x 152, the index 200 x 153"):
         roi.decode_rows(0, 8)

@@ -1,4 +1,4 @@
-"""Nuclei that the user brings: three forms, one result, and what is refused."""
+"""The user's files of nuclei: the same result from three formats, and invalid files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def point(x: float, y: float) -> dict:
     return {"type": "Point", "coordinates": [x, y]}
 
 
-def test_all_forms_give_the_same(tmp_path: Path) -> None:
+def test_all_formats_are_read_alike(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y,label,score\n" + "".join(f"{x},{y},1,0.5\n" for x, y in XY))
     write_h5(tmp_path / "a.h5", np.concatenate([XY, np.ones((3, 2))], axis=1))
     several = {"type": "MultiPoint", "coordinates": XY[1:].tolist()}
@@ -64,7 +64,7 @@ def test_all_forms_give_the_same(tmp_path: Path) -> None:
     assert named.label is not None and named.label.tolist() == [1, 0, 0]
 
 
-def test_what_predict_wrote_is_read_too(tmp_path: Path) -> None:
+def test_files_from_predict_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('x,y,label,class,score\n3.25,4.50,1,"odd, first",0.5\n7,8,0,even,1\n')
     (tmp_path / "b.csv").write_text("x,y,label,score\n3.25,4.50,1,0.5\n7,8,0,1\n")
     with_names, without = (read_nuclei(tmp_path / f"{name}.csv", 100, 60) for name in "ab")
@@ -72,7 +72,7 @@ def test_what_predict_wrote_is_read_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(with_names, column), getattr(without, column))
 
 
-def test_geojson_follows_the_rules_of_the_source_qupath(tmp_path: Path) -> None:
+def test_geojson_is_read_as_by_the_source_qupath(tmp_path: Path) -> None:
     """A MultiPolygon is one nucleus unless multi=each; TMA cores, annotations and tissue are not; gzip is read."""
     both = {"type": "MultiPolygon", "coordinates": [square(*xy)["coordinates"] for xy in ((10, 10), (30, 20))]}
     path = geojson(tmp_path / "a.geojson", (both, ""))
@@ -97,7 +97,7 @@ def test_geojson_follows_the_rules_of_the_source_qupath(tmp_path: Path) -> None:
     assert ".geojson.gz" in SUFFIXES
 
 
-def test_none(tmp_path: Path) -> None:
+def test_files_without_nuclei(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y\n")
     write_h5(tmp_path / "a.h5", np.zeros((0, 2)))
     geojson(tmp_path / "a.geojson")
@@ -122,13 +122,13 @@ def test_within() -> None:
         ([[b"a", b"b"]], "prediction", r"a.h5: not a readable HDF5 file of numbers"),
     ],
 )
-def test_hdf5_that_is_refused(tmp_path: Path, rows: object, key: str, message: str) -> None:
+def test_invalid_hdf5_is_refused(tmp_path: Path, rows: object, key: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_nuclei(write_h5(tmp_path / "a.h5", rows, key), 100, 60)
 
 
-def test_others_that_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.h5").write_text("no hdf5")
+def test_other_invalid_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.h5").write_text("not hdf5")
     with pytest.raises(UserError, match=r"a.h5: not a readable HDF5"):
         read_nuclei(tmp_path / "a.h5", 100, 60)
     geojson(tmp_path / "a.geojson", (point(100, 3), "Tumour"))

@@ -1,4 +1,4 @@
-"""``.npy`` mappings read without unpickling, as every version of numpy's pickles writes them."""
+"""``.npy`` mappings are read without unpickling, whichever version of numpy and pickle wrote them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from muse_fast.images.plain_npy import map_npy, read_npy_mapping
 
 
 def save(path: Path, content: Any, protocol: int) -> None:
-    """As ``np.save`` does, at a given protocol of pickle."""
+    """Like ``np.save``, with a given pickle protocol."""
     array = np.array(content, dtype=object)
     with open(path, "wb") as file:
         npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
@@ -40,7 +40,7 @@ def test_arrays_come_back(tmp_path: Path, protocol: int, dtype: str) -> None:
 
 
 def test_numpy_agrees(tmp_path: Path) -> None:
-    """What ``np.save`` itself writes, with an array that the mapping holds twice."""
+    """A file from ``np.save`` itself, with the same array under two names."""
     array = np.arange(300_000, dtype=np.int32).reshape(500, 600)
     np.save(tmp_path / "a.npy", {"a": array, "b": array, "text": "more"})  # type: ignore[arg-type]
     found = read_npy_mapping(tmp_path / "a.npy", ("a", "b"))
@@ -48,8 +48,8 @@ def test_numpy_agrees(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["b"], array)
 
 
-def test_pickles_of_any_damage_are_refused_and_never_run(tmp_path: Path) -> None:
-    """Every byte of a file changed in turn: a mapping of arrays, or a UserError, and nothing else."""
+def test_damaged_pickles_are_refused_and_never_run(tmp_path: Path) -> None:
+    """Change every byte of a file in turn: the result is always a mapping of arrays or a UserError."""
     path = tmp_path / "a.npy"
     np.save(path, {"a": np.arange(3, dtype=np.uint8)})  # type: ignore[arg-type]
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""One slide: um per pixel of its header, its overview, and damage."""
+"""A slide: um per pixel from its header, its overview, and damage."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_real_slides(shared_data: Path) -> None:
 
 @pytest.mark.parametrize("scale", [0.8, 1.0, 3.1, 9.0])
 def test_a_part_of_a_real_slide_of_two_levels_at_any_scale(shared_data: Path, scale: float) -> None:
-    """Against level 0 as a whole, shrunk by Pillow: the other level was shrunk and compressed by somebody else."""
+    """Against level 0 as a whole, shrunk by Pillow: the other level was shrunk and compressed by other software."""
     slide = open_slide(shared_data / "wsi" / "tcga-cr-7395-01a-01-ts1.svs", mpp=0.5)
     field, size = (800.5, 600.25, 2600.5, 1500.25), (round(1800 / scale), round(900 / scale))
     found = slide.resized(field, size)
@@ -58,11 +58,11 @@ def test_a_part_of_a_real_slide_of_two_levels_at_any_scale(shared_data: Path, sc
     assert found.shape == (size[1], size[0], 3) and expected.std() > 20
     assert error.mean() < (0.5 if scale < 2 else 6)
     shifted = np.abs(found[:, 1:].astype(int) - expected[:, :-1]).mean()
-    assert error.mean() < shifted / 2  # a pixel off would be seen
+    assert error.mean() < shifted / 2  # an error of one pixel would show
 
 
-def test_a_file_that_is_no_slide(tmp_path: Path) -> None:
-    (tmp_path / "broken.svs").write_bytes(b"no slide")
+def test_a_file_that_is_not_a_slide(tmp_path: Path) -> None:
+    (tmp_path / "broken.svs").write_bytes(b"not a slide")
     with pytest.raises(UserError, match=r"broken.svs: OpenSlide cannot read it"):
         open_slide(tmp_path / "broken.svs")
 
@@ -75,8 +75,8 @@ def test_a_thumbnail_in_bands_is_the_thumbnail(slide: Path, page: np.ndarray, mo
     np.testing.assert_allclose(whole[1, 20], mean, atol=1)
 
 
-def test_damage_costs_its_own_place_alone(tmp_path: Path, page: np.ndarray) -> None:
-    """OpenSlide bars a handle after an error; the slide is opened anew and the rest is read."""
+def test_pixels_away_from_damage_can_be_read(tmp_path: Path, page: np.ndarray) -> None:
+    """OpenSlide blocks a handle after an error; the slide is opened again and the rest can be read."""
     path = write_slide(tmp_path / "slide.tif", page, compression="zlib")
     damage(path, 9)  # of 6 columns: x 768 to 1023, y 256 to 511
     slide = open_slide(path)
@@ -91,11 +91,11 @@ def test_damage_costs_its_own_place_alone(tmp_path: Path, page: np.ndarray) -> N
     assert (found[20, 52] == 255).all()
     assert x.min() > 768 - 256 and x.max() < 1024 + 256 and y.min() >= 256 - 256 and y.max() < 512 + 256
     white = (found == 255).all(axis=2, keepdims=True)
-    sound = open_slide(write_slide(tmp_path / "sound.tif", page)).thumbnail(MASK_UM)
-    assert np.abs(np.where(white, 0, found.astype(int) - sound)).mean() < 0.5  # the rims of white parts are mixed
+    intact = open_slide(write_slide(tmp_path / "intact.tif", page)).thumbnail(MASK_UM)
+    assert np.abs(np.where(white, 0, found.astype(int) - intact)).mean() < 0.5  # white parts have mixed rims
 
 
-def test_slides_are_found_in_folders_within(tmp_path: Path) -> None:
+def test_slides_are_found_in_subfolders(tmp_path: Path) -> None:
     for name in ("b.svs", "deep/er/a.NDPI", ".hidden.svs", "notes.txt", "c.tiff"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -108,5 +108,5 @@ def test_slides_are_found_in_folders_within(tmp_path: Path) -> None:
     assert find_slides(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]  # OpenSlide decides on a named file
     with pytest.raises(UserError, match="no such file or folder"):
         find_slides(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"folder.svs contains no slide"):
+    with pytest.raises(UserError, match=r"folder.svs contains no slides"):
         find_slides(tmp_path / "folder.svs")

@@ -1,4 +1,4 @@
-"""A new slide format needs one reader: the same pixels in it and in a TIFF give the same ROIs and nuclei."""
+"""A new slide format needs only a reader: ROIs and nuclei are the same as from a TIFF with the same pixels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NpySlide(Slide):
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """The same slide in two formats, each in a folder of its own."""
+    """The same slide in two formats, each in its own folder."""
     monkeypatch.setattr(slides, "READERS", [*slides.READERS, NpySlide])
     page = page_with_tissue(side=600, height=700, width=800)
     for suffix in ("tif", "npy"):
@@ -68,7 +68,7 @@ def test_predict_reads_it(folders: dict[str, Path], tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_it_is_found_and_its_damage_is_left_white(folders: dict[str, Path]) -> None:
+def test_it_is_found_and_its_damaged_parts_are_white(folders: dict[str, Path]) -> None:
     assert find_slides(folders["npy"]) == [folders["npy"] / "a.npy"]
     pixels = np.load(folders["npy"] / "a.npy")
     pixels[0, 0] = (1, 2, 3)

@@ -1,4 +1,4 @@
-"""Procedural images: repeatable, labelled truthfully, and coloured like H&E."""
+"""Procedural images are repeatable, correctly labelled, and coloured like H&E."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skimage.color import rgb2hed
 from muse_fast.images.synthetic import LABEL_NAMES, synthetic_image
 
 
-def test_another_process_makes_the_same_bytes() -> None:
+def test_another_process_generates_the_same_bytes() -> None:
     script = (
         "import hashlib; from muse_fast.images.synthetic import synthetic_image as f; a, b, c = f((5, 7), 96, 0.5);"
         "print(hashlib.sha256(a.tobytes() + b.tobytes() + c.tobytes()).hexdigest())"
@@ -33,11 +33,11 @@ def test_shapes_and_places(size: int, mpp: float) -> None:
     assert xy.shape == (len(label), 2)
     assert ((xy >= 0) & (xy < size)).all()
     if len(xy) > 1:
-        assert pdist(xy).min() * mpp > 4  # um: no two nuclei in one place
+        assert pdist(xy).min() * mpp > 4  # um: nuclei do not coincide
 
 
 def test_scale_is_physical() -> None:
-    """The density of nuclei is per um^2: four times the area holds about four times as many."""
+    """The density of nuclei is per um^2: four times the area has about four times as many."""
     small = sum(len(synthetic_image(i, 256, 0.5)[1]) for i in range(8))
     large = sum(len(synthetic_image(i, 512, 0.5)[1]) for i in range(8))
     assert 3 < large / small < 5

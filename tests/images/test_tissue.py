@@ -1,4 +1,4 @@
-"""Tissue: found by colour, given as PNG or GeoJSON, and the way to QuPath and back."""
+"""Tissue found by colour, read from PNG or GeoJSON, and written for QuPath."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_tissue_mask_finds_the_tissue(tmp_path: Path) -> None:
     assert (mask != true).mean() < 0.06  # the rim of one mask pixel is 4 %
 
 
-def test_tissue_mask_at_the_extremes() -> None:
+def test_tissue_mask_of_extreme_slides() -> None:
     noise = np.random.default_rng(0).integers(-2, 3, (60, 60, 3))
     assert not tissue_mask((243 + noise).astype(np.uint8), 8.0).any()  # all glass
     assert not tissue_mask(np.full((60, 60, 3), 255, np.uint8), 8.0).any()
@@ -40,7 +40,7 @@ def test_tissue_mask_at_the_extremes() -> None:
     assert not tissue_mask(speck, 8.0).any()
 
 
-# -------------------------------------------------------------------------------------------------- outlines and back
+# ------------------------------------------------------------------------------------------------------- outlines
 
 
 masks = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1), st.floats(0, 1)).map(
@@ -49,7 +49,7 @@ masks = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 -
 
 
 @given(masks)
-def test_tracing_and_filling_gives_the_mask(mask: np.ndarray) -> None:
+def test_fill_inverts_trace(mask: np.ndarray) -> None:
     np.testing.assert_array_equal(fill(trace(mask), mask.shape), mask)
 
 
@@ -61,7 +61,7 @@ def test_a_written_mask_is_read_back(tmp_path_factory: pytest.TempPathFactory, m
     np.testing.assert_array_equal(read_tissue(path, mask.shape, step), mask)
 
 
-def test_the_file_is_what_qupath_loads(tmp_path: Path) -> None:
+def test_qupath_can_load_the_file(tmp_path: Path) -> None:
     mask = np.zeros((30, 40), bool)
     mask[2:20, 3:30] = True
     mask[8:12, 10:20] = False  # a hole
@@ -84,8 +84,8 @@ def test_the_file_is_what_qupath_loads(tmp_path: Path) -> None:
     assert (tmp_path / "a.geojson").read_bytes() == (tmp_path / "b" / "a.geojson").read_bytes()
 
 
-def test_edited_outlines_are_taken(tmp_path: Path) -> None:
-    """By hand: a triangle, whichever way round, and two polygons that overlap."""
+def test_edited_outlines_are_read(tmp_path: Path) -> None:
+    """A triangle in either orientation, two overlapping polygons, and one larger than the slide."""
     path = tmp_path / "a.geojson"
     triangle = [[0, 0], [80, 0], [0, 80], [0, 0]]
     for ring in (triangle, triangle[::-1]):
@@ -114,13 +114,13 @@ def test_png_masks(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((20, 30, 4), np.uint8)).save(path)
     with pytest.raises(UserError, match=r"a.png: RGBA, expected a grey or indexed mask"):
         read_tissue(path, mask.shape, 16.0)
-    path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"a.png: not a readable mask"):
+    path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"a.png: not a readable image"):
         read_tissue(path, mask.shape, 16.0)
 
 
-def test_outlines_without_a_polygon_are_refused(tmp_path: Path) -> None:
+def test_outlines_without_polygons_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.geojson"
     path.write_text('{"type": "FeatureCollection", "features": []}')
-    with pytest.raises(UserError, match=r"a.geojson: it has no polygon"):
+    with pytest.raises(UserError, match=r"a.geojson: no polygons"):
         read_tissue(path, (9, 10), 10.0)

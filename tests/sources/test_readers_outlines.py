@@ -129,14 +129,14 @@ def test_consep_merged_classes(tmp_path: Path) -> None:
         (lambda maps: maps.pop("type_map"), r"train_2.mat: type_map missing, expected inst_map, type_map"),
         (
             lambda maps: maps["type_map"].__setitem__((0, 0), 8),
-            r"type_map holds .* to 8, expected whole numbers from 0 to 7",
+            r"type_map contains .* to 8, expected whole numbers from 0 to 7",
         ),
         (
             lambda maps: maps["inst_map"].__setitem__((0, 0), 0.5),
-            r"train_2.mat: inst_map holds .*, expected whole numbers",
+            r"train_2.mat: inst_map contains .*, expected whole numbers",
         ),
-        (lambda maps: maps["inst_map"].__setitem__((0, 0), np.nan), r"train_2.mat: inst_map holds"),
-        (lambda maps: maps["inst_map"].__setitem__((0, 0), -1), r"inst_map holds float64 from -1 to 9"),
+        (lambda maps: maps["inst_map"].__setitem__((0, 0), np.nan), r"train_2.mat: inst_map contains"),
+        (lambda maps: maps["inst_map"].__setitem__((0, 0), -1), r"inst_map contains float64 from -1 to 9"),
         (
             lambda maps: maps.update(inst_map=maps["inst_map"].T),
             r"inst_map has the shape \[67, 51\], expected \[51",
@@ -204,7 +204,7 @@ def test_pannuke_arrays_are_mapped_and_never_unpickled(tmp_path: Path) -> None:
         (
             "images.npy",
             lambda array: array / 255,
-            r"images.npy, image 0 holds .*, expected whole .* 0 to 255",
+            r"images.npy, image 0 contains .*, expected whole .* 0 to 255",
         ),
         (
             "images.npy",
@@ -216,7 +216,7 @@ def test_pannuke_arrays_are_mapped_and_never_unpickled(tmp_path: Path) -> None:
             lambda array: array[..., :5],
             r"masks.npy has the shape \[1, 48, 48, 5\], expected \[1",
         ),
-        ("masks.npy", lambda array: array - 1, r"masks.npy, image 0, channel 0 holds float64 from -1"),
+        ("masks.npy", lambda array: array - 1, r"masks.npy, image 0, channel 0 contains float64 from -1"),
         ("masks.npy", lambda array: np.concatenate([array, array]), r"masks.npy has the shape \[2, 48"),
     ],
 )
