@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from muse_fast.runtime.atomic import replacing
 
-# Bright on the pinks and purples of H&E; drawn with a dark rim to show on white tissue gaps too.
+# Bright on the pinks and purples of H&E; a dark rim makes them visible on white gaps too.
 PALETTE = (
     (255, 235, 60), (0, 229, 255), (255, 70, 50), (118, 255, 3), (255, 145, 0),
     (255, 255, 255), (90, 130, 255), (255, 90, 255), (0, 200, 150), (215, 180, 120),
@@ -25,9 +25,9 @@ _BORDER = 4
 def overlay(
     image: NDArray[np.uint8], xy: NDArray[np.float32], label: NDArray[np.integer] | None = None, radius: float = 4.0
 ) -> Image.Image:
-    """``image`` ``[H, W, 3]`` with a dot on every nucleus, coloured by class where ``label`` ``[n]`` is given.
+    """``image`` ``[H, W, 3]`` with a dot on every nucleus, coloured by class if ``label`` ``[n]`` is given.
 
-    A nucleus of unknown class (-1) is drawn grey. Dots too small for a black rim have none.
+    Nuclei of unknown class (-1) are grey. Small dots have no dark rim.
     """
     picture = Image.fromarray(image).convert("RGB")
     draw = ImageDraw.Draw(picture)
@@ -39,7 +39,7 @@ def overlay(
 
 
 class Sheet:
-    """A white canvas that framed pictures and lines of text are put on."""
+    """A white canvas for framed pictures and lines of text."""
 
     def __init__(self, width: int, height: int) -> None:
         self.canvas = Image.new("RGB", (width, height), PAPER)
@@ -57,6 +57,6 @@ class Sheet:
         self.text(x + 2, y + picture.height + 2, caption)
 
     def save(self, path: str | Path) -> None:
-        """Write a PNG that is either whole or absent."""
+        """Write a PNG atomically."""
         with replacing(Path(path)) as temporary:
             self.canvas.save(temporary, format="PNG")

@@ -47,7 +47,7 @@ def read_npy_mapping(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[An
                 raise ValueError(f"an array of {dtype} {list(shape)}")
             content = _array(_build(file))
         if not isinstance(content, dict):
-            raise ValueError(f"a pickle of {_named(content)}")
+            raise ValueError(f"a pickle of {_name_of(content)}")
         return {name: _array(content[name]) for name in names}
     except (OSError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -139,7 +139,7 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
 def _array(call: Any) -> Any:
     """The array that a call would rebuild; for an array of one object, that object."""
     if not isinstance(call, _Call) or not re.fullmatch(r"numpy\.(_?core\.)?multiarray\._reconstruct", call.function):
-        raise ValueError(f"a pickle of {_named(call)}")
+        raise ValueError(f"a pickle of {_name_of(call)}")
     _, shape, kind, fortran, data = call.state
     name = kind.arguments[0]
     if kind.function != "numpy.dtype" or not re.fullmatch(r"[biuf][1248]|O8?", name):
@@ -151,5 +151,5 @@ def _array(call: Any) -> Any:
     return np.frombuffer(data, np.dtype(order + name)).reshape(shape, order="F" if fortran else "C")
 
 
-def _named(value: Any) -> str:
+def _name_of(value: Any) -> str:
     return value.function if isinstance(value, _Call) else type(value).__name__

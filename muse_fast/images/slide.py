@@ -139,7 +139,7 @@ class Slide(ABC):
         return max(fine, default=0)
 
     def _read_or_white(self, x: int, y: int, width: int, height: int, level: int, damage: _Damage) -> NDArray[np.uint8]:
-        """Like ``read``, but leaves unreadable parts white, which are halved until they are small."""
+        """Like ``read``, but unreadable parts are white; halving narrows them down."""
         downsample = self.levels[level].downsample
         try:
             return self.read(x, y, width, height, level)
@@ -276,7 +276,7 @@ def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Pat
         skip: name of files to ignore.
 
     Raises:
-        UserError: there are none.
+        UserError: the path does not exist, or the folder contains no slides.
     """
     if path.is_file():
         return [path]
@@ -303,7 +303,7 @@ def cut_block(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int
 
 
 class _Damage:
-    """Counts the unreadable pixels of a slide, up to a limit."""
+    """Counter of the unreadable pixels of a slide, with a limit."""
 
     def __init__(self, limit: float) -> None:
         self._left = limit

@@ -81,7 +81,7 @@ def read_groups(path: Path) -> dict[str, str]:
 
 
 def parse_number(text: str) -> float:
-    """The number in a text, NaN if there is none. ``1_0``, which Python reads as ten, is not a number."""
+    """The number in a text, or NaN. ``1_0``, which Python reads as ten, is not a number."""
     try:
         return math.nan if "_" in text else float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Dots on nuclei, and sheets that are written whole or not at all."""
+"""Dots on nuclei, and sheets that are written atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from muse_fast.images.drawing import PALETTE, Sheet, overlay
 
 
-def test_overlay_puts_a_dot_of_its_class_on_every_nucleus() -> None:
+def test_overlay_draws_a_dot_of_its_class_on_every_nucleus() -> None:
     image = np.full((40, 60, 3), 120, np.uint8)
     xy = np.array([[10.5, 20.5], [40.5, 5.5], [50.5, 30.5]], np.float32)
     picture = np.asarray(overlay(image, xy, np.array([0, 2, -1])))
@@ -23,7 +23,7 @@ def test_overlay_puts_a_dot_of_its_class_on_every_nucleus() -> None:
     assert (image == 120).all()
 
 
-def test_a_failed_save_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_no_partial_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save_half(self: Image.Image, target: Path, format: str) -> None:
         Path(target).write_bytes(b"half")
         raise OSError("no space left on device")
