@@ -187,7 +187,7 @@ def test_refusals(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture
     expect_error(capsys, arguments(workplace, tmp_path / "a", "views.global_size=512"), "too small")
     expect_error(capsys, ["--config", str(workplace / "toy.yaml"), "--out", str(tmp_path / "a")], "data.roiset")
     expect_error(capsys, arguments(workplace, tmp_path / "a", f"data.roiset={tmp_path / 'none'}"), "none")
-    said = "data.backend=cuda: it runs on CUDA GPUs alone, and the run is on cpu"
+    said = "data.backend=cuda: it runs only on CUDA GPUs, and the run is on cpu"
     expect_error(capsys, arguments(workplace, tmp_path / "a", "data.backend=cuda", "train.device=cpu"), said)
     assert not (tmp_path / "a").exists()
 

@@ -1,11 +1,11 @@
-"""Centring: what keeps the teacher from answering always the same.
+"""Centring, which keeps the teacher from collapsing to one answer.
 
-Both kinds come down to a vector ``c`` with targets ``softmax((t - c) / temp)``, so the loss has one form:
+Both kinds are a vector ``c`` with targets ``softmax((t - c) / temp)``, so the loss has one form:
 
 - ``ema``: a running mean of the teacher's logits (DINO, equation 4 there).
-- ``sinkhorn``: of the batch at hand. Sinkhorn-Knopp scales rows and columns of ``exp(t / temp)`` in turn; with rows
-  scaled last, the result is a softmax over ``t / temp + log v`` whose column scale ``v`` is all that the batch adds:
-  ``c = -temp * log v`` (SwAV, DINOv2).
+- ``sinkhorn``: from the current batch. Sinkhorn-Knopp alternately scales the columns and rows of ``exp(t / temp)``.
+  Rows are scaled last, so the result is a softmax over ``t / temp + log v``, where only the column scale ``v`` depends
+  on the batch: ``c = -temp * log v`` (SwAV, DINOv2).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ SINKHORN_ITERATIONS = 3
 
 @torch.no_grad()
 def sinkhorn_center(logits: Tensor, temp: float, iterations: int = SINKHORN_ITERATIONS) -> Tensor:
-    """The centre ``[K]`` under which the rows of ``logits`` ``[N, K]`` of all ranks use all prototypes evenly.
+    """Return the centre ``[K]`` with which the rows of ``logits`` ``[N, K]`` of all ranks use all prototypes evenly.
 
-    In the log domain throughout, hence free of overflow at any temperature. N may differ between ranks; no rows at
-    all give a centre of zeros. float32 (float64 for float64); the same on every rank. Columns are summed over ranks
-    by gathering the logarithms of their sums, where an all-reduce would first need their maximum.
+    Everything is in the log domain, so nothing overflows at any temperature. N may differ between ranks; without any
+    rows the centre is zero. The result is float32 (float64 for float64) and the same on every rank. Columns are summed
+    over ranks by gathering the logarithms of their sums, because an all-reduce would first need their maximum.
     """
     prototypes = logits.shape[1]
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temp
     rows = sum_over_ranks(scores.new_full((), logits.shape[0]))
-    log_share = torch.log(rows / prototypes)  # what each column sums to when the use is even
+    log_share = torch.log(rows / prototypes)  # the sum of each column when all are used evenly
     row_scale = scores.new_zeros(logits.shape[0], 1)
     column_scale = scores.new_zeros(prototypes)
     for _ in range(iterations):
@@ -45,14 +45,14 @@ def update_center(
 ) -> None:
     """Move ``center`` ``[K]`` towards the mean teacher logit, in place.
 
-    The mean logit is the mean feature times the prototypes, one matrix-vector product; so ranks need to add up the
-    features alone.
+    The mean logit is the mean feature times the prototypes, one matrix-vector product, so ranks only need to sum
+    features.
 
     Args:
         feature_sum: ``[d]``, sum of the teacher's bottleneck rows over all ranks.
         count: 0-dim, the number of rows; 0 leaves the centre as it is.
         prototypes: ``[K, d]``.
-        go: 0-dim; 0 leaves the centre as it is too.
+        go: 0-dim; 0 also leaves the centre as it is.
     """
     target = prototypes @ (feature_sum / count.clamp(min=1)).to(prototypes.dtype)
     center.copy_(torch.where((count > 0) & (go > 0), center.lerp(target, 1 - momentum), center))

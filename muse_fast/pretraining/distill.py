@@ -15,9 +15,9 @@ from muse_fast.models.heads import DINOHead, HeadOutput
 
 
 class Outputs(NamedTuple):
-    """What losses read of a network, by head: ``image`` has a row per view, ``nucleus`` a row per nucleus."""
+    """The outputs that losses read, by head: ``image`` has a row per view, ``nucleus`` a row per nucleus."""
 
-    features: dict[str, Tensor]  # what each head was fed: CLS features [images, C] and nucleus features [N, D]
+    features: dict[str, Tensor]  # inputs of the heads: CLS features [images, C] and nucleus features [N, D]
     heads: dict[str, HeadOutput]
 
 
@@ -27,8 +27,8 @@ class Network(nn.Module):
     def __init__(self, config: PretrainConfig, drop_path: float) -> None:
         super().__init__()
         model, head = config.model, config.head
-        # The backbone is built first: its initial weights then depend on the seed and the architecture alone, and
-        # an untrained twin of a run is `torch.manual_seed(seed); build_backbone(arch)`.
+        # The backbone is built first, so that its initial weights depend only on seed and architecture: the untrained
+        # backbone of a run is `torch.manual_seed(seed); build_backbone(arch)`.
         self.backbone = build_backbone(
             model.arch,
             drop_path=drop_path,
@@ -50,9 +50,9 @@ class Network(nn.Module):
         """Encode views and the nuclei in them.
 
         Args:
-            groups: views of one resolution each, ``[images_i, 3, R_i, R_i]``. BatchNorm takes its statistics per
-                group, as multi-crop training does.
-            nuclei: in the views of each group.
+            groups: views of one resolution each, ``[images_i, 3, R_i, R_i]``. BatchNorm computes its statistics per
+                group, as usual in multi-crop training.
+            nuclei: those in the views of each group.
             scales: of the encoder's residual branches, ``[branches, images]``, or None to drop none.
         """
         cls, rows = encode(self.backbone, groups, nuclei, scales)
@@ -63,14 +63,14 @@ class Network(nn.Module):
 def encode(
     backbone: Backbone, groups: Sequence[Tensor], nuclei: Sequence[PackedNuclei], scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """CLS features ``[images, C]`` and nucleus features ``[N, D]`` of groups of views, group after group."""
+    """Return the CLS features ``[images, C]`` and nucleus features ``[N, D]`` of groups of views, group after group."""
     cls, encoded = backbone.encoder(groups, scales)
     points = [(part.xy, part.image_index()) for part in nuclei]
     return cls, backbone.decoder.nucleus_rows(encoded, points, [images.shape[-1] for images in groups])
 
 
 def build_student_and_teacher(config: PretrainConfig) -> tuple[Network, Network]:
-    """A student and a teacher that starts as its copy. The teacher drops no paths and takes no gradient."""
+    """Build a student and a teacher that starts as its copy, without drop path and without gradients."""
     torch.manual_seed(config.seed)
     student = Network(config, config.model.drop_path)
     teacher = Network(config, 0.0)
@@ -80,12 +80,12 @@ def build_student_and_teacher(config: PretrainConfig) -> tuple[Network, Network]
 
 @torch.no_grad()
 def update_teacher(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, go: Tensor) -> None:
-    """``teacher = momentum * teacher + (1 - momentum) * student``, in place, over parameters alone.
+    """``teacher = momentum * teacher + (1 - momentum) * student``, in place, for parameters only.
 
-    The teacher's BatchNorm keeps running statistics of its own, from its own forward passes.
+    The teacher's BatchNorm keeps its own running statistics, from its own forward passes.
 
     Args:
-        go: 0-dim tensor on their device: 1 to update, 0 to leave the teacher as it is, which the host need not know.
+        go: 0-dim tensor on their device, so that the host does not wait: 1 updates the teacher, 0 leaves it as it is.
     """
     weight = (1 - momentum) * go.to(teacher[0].dtype)
     torch._foreach_lerp_(list(teacher), list(student), [weight] * len(teacher))

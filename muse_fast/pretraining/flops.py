@@ -1,7 +1,6 @@
-"""Useful FLOPs of a training step in closed form, two per multiply-add: what MFU is measured by.
+"""Useful FLOPs of a training step in closed form, two per multiply-add, for MFU.
 
-Convolutions, linear layers, prototypes and attention count. What a backend computes twice, activations or logits,
-counts once.
+Convolutions, linear layers, prototypes and attention count. Recomputed activations and logits count once.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from muse_fast.models.encoder import conv_flops
 
 
 def step_flops(config: PretrainConfig, rows_per_roi: tuple[float, float]) -> float:
-    """FLOPs per ROI of one step: student forward and backward over all views, teacher forward over the globals.
+    """Return the FLOPs per ROI of a step: student forward and backward over all views, teacher forward over globals.
 
-    A backward counts as two forwards, as is usual. As the images take no gradient, that is up to 0.2 % too many.
+    A backward counts as two forwards, as usual. Images need no gradient, so this is up to 0.2 % too high.
 
     Args:
-        rows_per_roi: nuclei per ROI that the heads are fed, on average: the student's (in all views) and the
-            teacher's (in the globals).
+        rows_per_roi: mean number of nuclei per ROI that enter the heads: of the student (in all views) and of the
+            teacher (in the globals).
     """
     views, name = config.views, config.model.arch
     globals_ = views.num_globals * view_flops(name, views.global_size)
@@ -36,12 +35,12 @@ def step_flops(config: PretrainConfig, rows_per_roi: tuple[float, float]) -> flo
 
 
 def view_flops(name: str, size: int) -> int:
-    """FLOPs of one forward of encoder, decoder and 1x1 projections over an image of ``size`` pixels."""
+    """Return the FLOPs of one forward of encoder, decoder and 1x1 projections over an image of ``size`` pixels."""
     arch = find_arch(name)
     return arch.flops(size) + decoder_flops(arch.widths, arch.strides, size)
 
 
 def head_flops(in_dim: int, head: HeadConfig) -> int:
-    """FLOPs of one forward of a head over one row, its logits included."""
+    """Return the FLOPs of one forward of a head over one row, including its logits."""
     widths = (in_dim, head.hidden_dim, head.hidden_dim, head.bottleneck_dim, head.prototypes)
     return sum(conv_flops(1, a, b) for a, b in pairwise(widths))

@@ -1,8 +1,8 @@
-"""The losses of MUSE (equations 3, 6 and 7), both a centred-softmax cross-entropy over pairs of rows, and their list.
+"""The losses of MUSE: centred-softmax cross-entropies over pairs of rows (equations 3, 6 and 7), and KoLeo.
 
 A loss is pure: it reads a centre and returns values. `muse_fast.pretraining.centering` updates the centre.
 
-``LOSSES`` is the one list of loss terms. Step, metrics, guard and summary follow it, so that a new loss is a function
+``LOSSES`` is the only list of loss terms. Step, metrics, guard and summary follow it. To add a loss, write a function
 here, its line in ``LOSSES`` and its weight ``loss.lambda_NAME`` in `muse_fast.config`.
 """
 
@@ -23,7 +23,7 @@ from muse_fast.config import LossConfig
 from muse_fast.models.heads import HeadOutput
 from muse_fast.pretraining.distill import Outputs
 
-_ENTROPY_ROWS = 64  # logits of so many rows are stored at a time
+_ENTROPY_ROWS = 64  # rows whose logits are stored at a time
 
 
 class Temperatures(NamedTuple):
@@ -32,13 +32,13 @@ class Temperatures(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """What a loss may read of a micro-batch on this rank. Rows of ``image`` are view-major, globals first."""
+    """The inputs of a loss: a micro-batch on this rank. Rows of ``image`` are view-major, globals first."""
 
     num_rois: int
     num_globals: int
     pairs: Mapping[str, Pairs]  # rows that each head compares
     student: Outputs  # of all views
-    teacher: Mapping[str, HeadOutput]  # of the globals, not differentiated
+    teacher: Mapping[str, HeadOutput]  # of the globals, without gradients
     centers: Mapping[str, Tensor]  # [K] of each head
     temps: Temperatures
     config: LossConfig
@@ -48,13 +48,13 @@ class Loss(NamedTuple):
     """A term of the training loss. Its weight is the setting ``loss.lambda_NAME``."""
 
     summed: Callable[[LossInputs], Tensor]  # over a micro-batch: a scalar in at least float32
-    mean_over: Literal["rois", "image_pairs", "nucleus_pairs"]  # of the whole batch: what the sum is divided by
-    optional: bool = False  # not computed where its weight is 0
+    mean_over: Literal["rois", "image_pairs", "nucleus_pairs"]  # of the whole batch; the sum is divided by their number
+    optional: bool = False  # not computed if its weight is 0
 
 
 @lru_cache(maxsize=16)
 def image_pairs(num_rois: int, num_globals: int, num_views: int, device: torch.device) -> Pairs:
-    """Rows of CLS features to compare: every teacher global g with every student view v != g of the same ROI.
+    """Return the rows of CLS features to compare: every teacher global g with every student view v != g of its ROI.
 
     ``G * (V - 1) * B`` pairs, rows in view-major order.
     """
@@ -84,14 +84,14 @@ def distillation_loss(
     """Sum over ``pairs`` of ``-sum_k softmax((t - c) / tt)_k log softmax(s / ts)_k`` of the logits t and s.
 
     Args:
-        teacher: is not differentiated.
+        teacher: receives no gradient.
         center: ``[K]``.
         pairs: negative rows are padding.
-        logit_free: never store the logits, and compute them twice instead.
+        logit_free: compute the logits twice instead of storing them.
 
     Returns:
-        a scalar in at least float32. Without any pair it is a zero that still carries a (zero) gradient, so a batch
-        without nuclei trains the rest.
+        a scalar in at least float32. Without pairs it is a zero with a zero gradient, so a batch without nuclei still
+        trains the rest.
     """
     compared = (center, pairs.teacher_rows, pairs.student_rows, temps.student, temps.teacher)
     if logit_free:
@@ -116,17 +116,17 @@ def _distillation(head: str) -> Callable[[LossInputs], Tensor]:
 
 
 def koleo_loss(features: Tensor, rois_per_view: int) -> Tensor:
-    """Sum over rows x of ``-log(|x - n(x)| + 1e-8)``, x of length 1 and n(x) its nearest other row of the same view.
+    """Sum over rows x of ``-log(|x - n(x)| + 1e-8)``, x of length 1 and n(x) the nearest other row of the same view.
 
-    It raises the entropy of the features as Kozachenko and Leonenko estimate it (Sablayrolles et al. 2019, "Spreading
-    vectors for similarity search"). As in DINOv2, neighbours lie within one view of a micro-batch on one rank. With one
-    ROI there is no neighbour: the loss is 0.
+    Minimising it raises the Kozachenko-Leonenko estimate of the features' entropy (Sablayrolles et al. 2019, "Spreading
+    vectors for similarity search"). As in DINOv2, neighbours are searched within one view of a micro-batch on one rank.
+    With one ROI there are none, and the loss is 0.
 
     Args:
         features: ``[views * rois_per_view, C]``, view-major.
 
     Returns:
-        a scalar in at least float32, whatever autocast says. Its gradient is finite, also for equal rows.
+        a scalar in at least float32, even under autocast. Its gradient is finite even for equal rows.
     """
     with torch.autocast(features.device.type, enabled=False):
         features = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -145,35 +145,35 @@ def _koleo(inputs: LossInputs) -> Tensor:
     return koleo_loss(inputs.student.features["image"][: inputs.num_globals * inputs.num_rois], inputs.num_rois)
 
 
-# The losses of the heads are computed at weight 0 too: they are logged, and DDP needs a gradient of every parameter.
+# The losses of the heads are computed even at weight 0: they are logged, and DDP needs a gradient for every parameter.
 LOSSES = {
     "image": Loss(_distillation("image"), mean_over="image_pairs"),
     "nucleus": Loss(_distillation("nucleus"), mean_over="nucleus_pairs"),
-    "koleo": Loss(_koleo, mean_over="rois", optional=True),  # as in DINOv2 the sum over global views of their means
+    "koleo": Loss(_koleo, mean_over="rois", optional=True),  # sum over global views of their means, as in DINOv2
 }
 
 
 def loss_weights(config: LossConfig) -> dict[str, float]:
-    """The losses that a run computes, each with its weight."""
+    """Return the weights of the losses that a run computes, by name."""
     weights = {name: getattr(config, f"lambda_{name}") for name in LOSSES}
     return {name: weight for name, weight in weights.items() if weight > 0 or not LOSSES[name].optional}
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The training loss."""
+    """Return the training loss."""
     first, *others = (weight * losses[name] for name, weight in weights.items())
     return sum(others, start=first)
 
 
 @torch.no_grad()
 def assignment_entropy(output: HeadOutput, center: Tensor | None, temp: float) -> tuple[Tensor, Tensor]:
-    """Entropy of the mean assignment, and mean entropy of a row's assignment, both as shares of ln K.
+    """Return the entropy of the mean assignment and the mean entropy of a row's assignment, as shares of ln K.
 
-    A collapse to one prototype takes the first to 0; a collapse to the uniform answer takes the second to 1.
+    A collapse to one prototype drives the first to 0, a collapse to uniform assignments the second to 1.
 
     Args:
         output: of a head, with at least one row.
-        center: ``[K]``, subtracted from the logits first; none for the student.
+        center: ``[K]``, subtracted from the logits first; None for the student.
     """
     z, prototypes = output
     sum_of_rows, sum_of_entropies = z.new_zeros(len(prototypes)), z.new_zeros(())

@@ -1,4 +1,4 @@
-"""What a pretraining run says when memory is short."""
+"""Describe a pretraining run that ran out of memory, and what to change."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ def situation(trainer: Trainer) -> Situation:
     config, views = trainer.config, trainer.config.views
     rois = config.optim.batch_size // (world_size() * config.optim.accumulate)
     held = (
-        f"A rank held {rois} ROIs at once, of each {views.num_globals} x {views.global_size} px and {views.num_locals} "
+        f"A rank held {rois} ROIs at once, each as {views.num_globals} x {views.global_size} px and {views.num_locals} "
         f"x {views.local_size} px, with K = {config.head.prototypes}"
     )
     return Situation(trainer.step + 1, held, remedies(config, rois, world_size()))
 
 
 def remedies(config: PretrainConfig, rois: int, ranks: int) -> list[str]:
-    """Settings that lower the memory of pretraining: first what a run may change when it goes on, then of new runs.
+    """List settings that lower the memory of pretraining: first those a run may change when it resumes, then the rest.
 
     Args:
-        rois: that a rank holds at once.
-        ranks: of the job.
+        rois: number that a rank holds at once.
+        ranks: number of ranks of the job.
     """
     model, optim, views = config.model, config.optim, config.views
-    going_on = []
+    resumed = []
     if "model.recompute" in find_arch(model.arch).supports and model.recompute != "full":
-        going_on.append(f"model.recompute={'selective' if model.recompute == 'none' else 'full'}")
+        resumed.append(f"model.recompute={'selective' if model.recompute == 'none' else 'full'}")
     if not config.loss.logit_free:
-        going_on.append("loss.logit_free=true")
+        resumed.append("loss.logit_free=true")
     if ranks > 1 and config.train.parallel == "ddp":
-        going_on.append("train.parallel=fsdp")
-    anew = []
+        resumed.append("train.parallel=fsdp")
+    new = []
     if rois % 2 == 0:
-        anew.append(f"optim.accumulate={2 * optim.accumulate}")
+        new.append(f"optim.accumulate={2 * optim.accumulate}")
     if optim.batch_size > ranks:
-        anew.append(f"optim.batch_size={max(ranks, optim.batch_size // 2 // ranks * ranks)}")
+        new.append(f"optim.batch_size={max(ranks, optim.batch_size // 2 // ranks * ranks)}")
     if views.num_locals:
-        anew.append(f"views.num_locals={views.num_locals // 2}")
-    anew += [f"head.prototypes={max(2, config.head.prototypes // 2)}", "a smaller views.global_size"]
-    return [f"{setting} (the run goes on with it)" for setting in going_on] + [f"{one} (a new run)" for one in anew]
+        new.append(f"views.num_locals={views.num_locals // 2}")
+    new += [f"head.prototypes={max(2, config.head.prototypes // 2)}", "a smaller views.global_size"]
+    return [f"{one} (the run resumes with it)" for one in resumed] + [f"{one} (a new run)" for one in new]

@@ -16,23 +16,23 @@ from muse_fast.runtime.distributed import world_size
 
 
 def parallelise(network: Network, engine: str, precision: str) -> nn.Module:
-    """What to call for a forward whose backward adds gradients up over the ranks, divided by their number.
+    """Return the module to call for a forward whose backward averages gradients over the ranks.
 
-    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it; on one rank it stays as it is.
+    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it; a single rank uses it as it is.
     """
     if world_size() == 1:
         return network
     if engine == "fsdp":
         return shard(network, precision)
-    # To a 1x1 kernel channels-last is the same order, but its strides may say either, at which DDP warns.
+    # For a 1x1 kernel channels-last is the same memory order, but DDP warns because the strides may differ.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # BatchNorm already gives every rank the same running statistics.
     return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard(network: Network, precision: str) -> Network:
-    """Apply FSDP2 to ``network`` in place; without gradients (a teacher) too."""
-    # Under bf16 the layers that are nothing but matmuls and norms travel in bf16. Coordinates must not be cast.
+    """Apply FSDP2 to ``network`` in place; it may be a teacher, without gradients."""
+    # Under bf16, layers of only matmuls and norms are gathered in bf16. Coordinates must not be cast.
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     backbone = network.backbone
@@ -42,14 +42,15 @@ def shard(network: Network, precision: str) -> Network:
     register_fsdp_forward_method(backbone.decoder, "nucleus_rows")
     for head in network.heads.values():
         fully_shard(head, mp_policy=whole)
-    # By default the outermost keeps what it gathers for the backward: a teacher has none, and would not be updated.
+    # By default the root module keeps its gathered weights until the backward. A teacher has no backward, so its
+    # gathered weights would never be updated.
     fully_shard(network, mp_policy=whole, reshard_after_forward=True)
     return network
 
 
 @contextmanager
 def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether backwards inside exchange gradients; without, they add up on each rank until one that does."""
+    """Set whether backwards in the body exchange gradients; otherwise they add up on each rank until one does."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
         yield

@@ -1,4 +1,4 @@
-"""What a pretraining shows of itself: pictures of its views and nuclei, and summary.json."""
+"""Results of a pretraining run: pictures of its views and nuclei, and summary.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from muse_fast.version import __version__
 
 CONTACT_SHEET = "contact_sheet.png"
 
-_END_SHARE = 0.1  # of the logged rows, at either end, over which the summary takes means
+_END_SHARE = 0.1  # of the logged rows at either end, which the summary averages
 
 
 def draw_contact_sheet(path: Path, views: Views) -> None:
@@ -31,7 +31,7 @@ def draw_contact_sheet(path: Path, views: Views) -> None:
 
 @torch.inference_mode()
 def draw_results(backbone: Backbone, device: torch.device, out: Path, views: Views) -> dict[str, str]:
-    """PCA of the dense map and retrieval of nuclei, from the teacher as it would be used."""
+    """Draw the PCA of the teacher's dense map and retrieved nuclei; returns the paths of all pictures by name."""
     backbone = backbone.eval()
     images = views.global_images.to(device, next(backbone.parameters()).dtype)
     nuclei = views.groups()[1][0]
@@ -47,7 +47,7 @@ def draw_results(backbone: Backbone, device: torch.device, out: Path, views: Vie
 
 
 def write_summary(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) -> None:
-    """Write summary.json, which marks a run as finished, and print the gist of it."""
+    """Write summary.json, which marks a run as finished, and print its main values."""
     rows = read_metrics(out / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     retrieval = [row for row in rows if "retrieval_at_1" in row]

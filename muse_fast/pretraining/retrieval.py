@@ -1,8 +1,8 @@
-"""Nucleus retrieval@1: how well features tell nuclei apart across views, without labels.
+"""Nucleus retrieval@1: how well features distinguish nuclei across views, without labels.
 
-For every nucleus seen in both global views of its ROI: is its nearest feature (cosine) among all nuclei of all other
-ROIs' and its own second view the nucleus itself? The share of yes is the score; an untrained or collapsed network
-scores little above one in the number of candidates.
+Every nucleus that is in both global views of its ROI is a query. It is a hit if its nearest feature (cosine) among all
+nuclei of the other view of all ROIs is the nucleus itself. The score is the share of hits. An untrained or collapsed
+network scores little more than chance, one in the number of candidates.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from muse_fast.pretraining.distill import encode
 @dataclass(frozen=True, slots=True)
 class Retrieval:
     top1: float  # share of queries whose nearest neighbour is the nucleus itself
-    chance: float  # what guessing scores
+    chance: float  # expected score of guessing
     queries: int
 
 
 @torch.no_grad()
 def nucleus_retrieval(backbone: Backbone, batches: Sequence[Views], device: torch.device | str = "cpu") -> Retrieval:
-    """Retrieval@1 between the two global views, in both directions, over all ROIs of ``batches`` at once.
+    """Compute retrieval@1 between the two global views, in both directions, over all ROIs of ``batches`` at once.
 
-    The features are those that training sees: BatchNorm takes the batch's statistics. The backbone is left as it is.
+    Features are those of training: BatchNorm uses the batch's statistics. The backbone does not change.
     """
     features, keys = zip(*(global_features(backbone, views, device) for views in batches), strict=True)
     first, second = (torch.cat([f[side] for f in features]) for side in (0, 1))
-    # A key is (batch, ROI within it, nucleus): unique over all batches.
+    # A key is (batch, ROI in the batch, nucleus), unique over all batches.
     numbered = [
         [torch.cat([torch.full((len(k), 1), number), k], dim=1) for k in pair] for number, pair in enumerate(keys)
     ]
@@ -43,7 +43,7 @@ def nucleus_retrieval(backbone: Backbone, batches: Sequence[Views], device: torc
 
 
 def retrieval_at_1(first: Tensor, first_keys: Tensor, second: Tensor, second_keys: Tensor) -> Retrieval:
-    """Of two sets of features ``[n, D]``, ``[m, D]`` with unique keys ``[n, j]``, ``[m, j]``: who finds its own key."""
+    """Score how often features ``[n, D]``, ``[m, D]`` with unique keys ``[n, j]``, ``[m, j]`` find their own key."""
     same = (first_keys[:, None] == second_keys[None]).all(dim=2)
     similarity = nn.functional.normalize(first, dim=1) @ nn.functional.normalize(second, dim=1).T
     hits, queries, chance = 0, 0, 0.0
@@ -63,8 +63,8 @@ def retrieval_at_1(first: Tensor, first_keys: Tensor, second: Tensor, second_key
 def global_features(
     backbone: Backbone, views: Views, device: torch.device | str
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Nucleus features of the two global views, and their keys (ROI within the batch, nucleus index), on the CPU."""
-    # A copy in training mode: batch statistics, without moving the running ones of the network under training.
+    """Return nucleus features of the two global views and their keys (ROI in the batch, nucleus index), on the CPU."""
+    # A copy in training mode uses batch statistics without changing the running ones of the original.
     network = copy.deepcopy(backbone).to(device).train()
     num_rois = views.num_rois
     nuclei = views.groups()[1][0]

@@ -1,4 +1,4 @@
-"""A pretraining from its start, or from a checkpoint, to its summary."""
+"""Run a pretraining from the start, or from a checkpoint, to its summary."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ from muse_fast.version import __version__
 from muse_fast.views import renderers
 from muse_fast.views.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
 
-_MOST_DRAWN = 32  # ROIs in the last pictures
+_MOST_DRAWN = 32  # ROIs in the final pictures
 
 
 def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     """Run or continue a pretraining; returns the exit code (0 done, 75 stopped on request, 3 not finite).
 
-    Under torchrun every rank calls it; they share the batch, and the main rank writes. A rank that waits too long for
-    another ends its process with code 4.
+    Under torchrun every rank calls it; the ranks share the batch, and the main rank writes. A rank that waits too long
+    for another ends its process with code 4.
 
     Raises:
         UserError: settings, data or the state of ``out`` do not allow the run.
     """
     check_model(config)
     if (out / "summary.json").exists():
-        raise UserError(f"{out} holds a finished run; give another --out")
+        raise UserError(f"{out} contains a finished run; choose another --out")
     if not config.data.roiset:
-        raise UserError("data.roiset is not set: give the folder that `python -m muse_fast.prepare` wrote")
+        raise UserError("data.roiset is not set: set it to the folder that `python -m muse_fast.prepare` wrote")
     roiset = RoiSet(Path(config.data.roiset))
     roi_ids = roiset.select(config.data.split)
     check_roiset(roiset, roi_ids, config.views)
@@ -80,7 +80,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
             (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
             checkpoint.remove_temporary(out)
             _announce(config, out, roiset, len(roi_ids), trainer, start)
-        distributed.wait_for_all()  # nobody looks for checkpoints any more
+        distributed.wait_for_all()  # every rank has found its checkpoint
         with explained_out_of_memory(device, partial(situation, trainer)):
             return _run(trainer, out, dataset, roi_ids, sampler, stop)
 
@@ -122,7 +122,7 @@ def _run(
             log_it = step % train.log_every == 0 or step == steps
             save_it = step % train.checkpoint_every == 0 or step == steps
             values = trainer.train_step(*micro_batches, measure=log_it)
-            # From here on, at some steps, the host waits for the device and ranks for each other.
+            # From here on, at some steps, the host waits for the device, and ranks wait for each other.
             told_to_stop = False
             try:
                 if log_it:
@@ -142,7 +142,7 @@ def _run(
     backbone = trainer.teacher_backbone()
     if distributed.is_main():
         (out / "exit.json").unlink(missing_ok=True)
-        # The last pictures show the views in their own colours.
+        # The final pictures show the views in their original colours.
         plain = dataclasses.replace(dataset.config, jitter=0.0, grey=0.0, solarise=0.0, blur=False)
         count = min(config.optim.batch_size, _MOST_DRAWN)
         shown = _probe(ViewDataset(dataset.roiset, plain, config.seed), roi_ids, count, count)
@@ -152,7 +152,7 @@ def _run(
 
 
 def _sampler(trainer: Trainer, roi_ids: np.ndarray[Any, np.dtype[np.int64]]) -> StepSampler:
-    """What this rank's micro-batches of every step that is left consist of.
+    """Return the sampler of this rank's micro-batches for the remaining steps.
 
     Raises:
         UserError: the batch does not divide among ranks and micro-batches.
@@ -170,7 +170,7 @@ def _sampler(trainer: Trainer, roi_ids: np.ndarray[Any, np.dtype[np.int64]]) -> 
 
 
 def _throughput(trainer: Trainer, watch: Stopwatch, micro_batches: Sequence[Views]) -> dict[str, float]:
-    """ROIs per second over all ranks, share of the time spent waiting for data, memory, and MFU where it is known."""
+    """Return ROIs per second over all ranks, share of time spent waiting for data, memory, and MFU if it is known."""
     config, ranks = trainer.config, distributed.world_size()
     reading = watch.read(config.optim.batch_size)
     reading["peak_memory_gib"] = peak_memory(trainer.device) / 2**30
@@ -185,7 +185,7 @@ def _throughput(trainer: Trainer, watch: Stopwatch, micro_batches: Sequence[View
 
 
 def _refuse_unequal_starts(out: Path, start: Path | None, device: torch.device) -> None:
-    """Every rank looks for checkpoints by itself, and must have found the same."""
+    """Check that all ranks, which search for checkpoints independently, have found the same one."""
     step = -1 if start is None else checkpoint.read_state(start)["step"]
     steps = distributed.gather_over_ranks(torch.tensor(step, device=device)).tolist()
     if len(set(steps)) > 1:
@@ -196,12 +196,12 @@ def _refuse_unequal_starts(out: Path, start: Path | None, device: torch.device) 
 
 
 def _checkpoint_of(path: Path) -> Path:
-    """The newest sound checkpoint of a run folder, or the checkpoint folder itself."""
+    """Return the newest intact checkpoint of a run folder, or ``path`` if it is a checkpoint."""
     if (path / checkpoint.MANIFEST).is_file():
         return path
     found, problems = checkpoint.latest(path)
     if found is None:
-        raise UserError(f"model.init={path}: no run with a sound checkpoint there{'; '.join(['', *problems])}")
+        raise UserError(f"model.init={path}: it is not a run with an intact checkpoint{'; '.join(['', *problems])}")
     return found
 
 
@@ -230,12 +230,12 @@ def _announce(
 
 
 def _probe(dataset: ViewDataset, roi_ids: np.ndarray[Any, Any], count: int, batch_size: int) -> list[Views]:
-    """The fixed views on which retrieval is measured."""
+    """Return the fixed views on which retrieval is measured."""
     chosen = np.random.default_rng([dataset.seed, 2**32 - 1]).permutation(roi_ids)[:count]
     return as_batches(dataset, chosen, batch_size)
 
 
 def _evaluate(trainer: Trainer, probe: list[Views]) -> dict[str, float]:
-    """On every rank alike, as the statistics of BatchNorm are over all of them."""
+    """Measure retrieval; every rank must call it, because BatchNorm computes its statistics over all ranks."""
     found = nucleus_retrieval(trainer.teacher_backbone(), probe, trainer.device)
     return {"retrieval_at_1": found.top1, "retrieval_chance": found.chance, "retrieval_queries": found.queries}

@@ -1,4 +1,4 @@
-"""The pretraining step on one page, and the state that it moves."""
+"""The pretraining step on one page, and the state that it updates."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from muse_fast.training.sharding import full, like, local
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 Metrics = dict[str, Tensor | float]
-"""Measurements of a step; tensors are 0-dim and on the device, so that the host waits only where it reads them."""
+"""Measurements of a step. Tensors are 0-dim and on the device, so that the host waits only when it reads them."""
 
 
 class Batch(NamedTuple):
@@ -52,14 +52,14 @@ class Batch(NamedTuple):
     groups: list[Tensor]  # images of one resolution each, globals first
     nuclei: list[PackedNuclei]  # in the images of each group
     pairs: dict[str, Pairs]  # rows that each head compares
-    nucleus_pairs: Tensor  # [] int64, their number: the rows of `pairs` are padded
+    nucleus_pairs: Tensor  # [] int64, number of nucleus pairs, whose rows in `pairs` are padded
     num_rois: int
     num_globals: int
-    scales: Tensor | None  # [branches, images], of the student's residual branches
+    scales: Tensor | None  # [branches, images], factors of the student's residual branches
 
 
 class Trainer:
-    """Student, teacher, optimiser and centres, and the step that moves them.
+    """Student, teacher, optimiser and centres, and the step that updates them.
 
     Attributes:
         step: completed steps.
@@ -70,7 +70,7 @@ class Trainer:
         self.config, self.device, self.step = config, device, 0
         dtype = DTYPES[config.train.precision]
         if reason := why_not(config.model.attention, device, dtype):
-            raise UserError(f"model.attention={config.model.attention} cannot run: {reason}; or take sdpa")
+            raise UserError(f"model.attention={config.model.attention} cannot run: {reason}; or use sdpa")
         precise = torch.promote_types(dtype, torch.float32)
         self.student, self.teacher = (self._place(network, precise) for network in build_student_and_teacher(config))
         self.student_forward = parallelise(self.student, config.train.parallel, config.train.precision)
@@ -89,7 +89,7 @@ class Trainer:
     def _place(self, network: Network, dtype: torch.dtype) -> Network:
         network = network.to(self.device, dtype)
         for module in network.modules():
-            # FSDP takes weights in their own order alone; of a 1x1 kernel both orders are the same.
+            # FSDP needs weights in the default memory order; for a 1x1 kernel both orders are the same.
             if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and not self._sharded:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         if self.config.train.compile:
@@ -98,22 +98,22 @@ class Trainer:
         return network
 
     def train_step(self, *micro_batches: Views, measure: bool = True) -> Metrics:
-        """One optimisation step on this rank's share of the batch; returns its measurements if ``measure``.
+        """Run one optimisation step on this rank's share of the batch; returns its measurements if ``measure``.
 
-        The host does not wait for the device. Values that are not finite keep the step, and every later one, from
-        changing weights, teacher and centres; `check` tells.
+        The host does not wait for the device. After a value that is not finite, neither this step nor any later one
+        changes weights, teacher or centres; `check` raises it.
         """
         config, schedule = self.config, schedule_at(self.step, self.config)
         batches = self._prepare(micro_batches)
         rois = micro_batches[0].num_rois * len(batches) * world_size()
         nucleus_pairs = sum_over_ranks(torch.stack([batch.nucleus_pairs for batch in batches]).sum())
-        counts: dict[str, Tensor | int] = {  # over all micro-batches and ranks: what losses are means over
+        counts: dict[str, Tensor | int] = {  # over all micro-batches and ranks; divisors of the losses
             "rois": rois,
             "image_pairs": len(batches[0].pairs["image"].teacher_rows) * len(batches) * world_size(),
             "nucleus_pairs": nucleus_pairs.clamp(min=1),
         }
 
-        # Forward and backward. Gradients of all micro-batches and ranks add up to those of the means over all of them.
+        # Forward and backward. Gradients add up to those of means over all micro-batches and ranks.
         self.student.train()
         self.teacher.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -128,14 +128,14 @@ class Trainer:
             totals.add(losses, teacher)
         totals.sum_over_ranks()
 
-        # A last look before anything is changed.
+        # Check for non-finite values before anything changes.
         if not schedule.train_prototypes:
             for head in self.student.heads.values():
                 head.prototypes_v.grad = None
         grad_norm = full(nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None]))
         go = self.guard.look(self.step + 1, [*totals.losses.values(), grad_norm], *_samples(micro_batches))
 
-        # Update: the centres by the teacher that was asked, the student, the teacher by the student.
+        # Update the centres from the teacher as it was, then the student, then the teacher from the student.
         for name, z_sum, rows in totals.teacher():
             momentum = config.loss.center_momentum
             update_center(self.centers[name], z_sum, rows, teacher[name].prototypes, momentum, go)
@@ -161,10 +161,10 @@ class Trainer:
         }
 
     def check(self) -> None:
-        """Ask the device whether all steps up to now were finite; the host waits.
+        """Check that all steps so far were finite; the host waits for the device.
 
         Raises:
-            NonFiniteError: for the first that was not.
+            NonFiniteError: a step was not; names the first.
         """
         self.guard.check()
 
@@ -183,7 +183,7 @@ class Trainer:
         views = views.to(self.device, non_blocking=True)
         groups, nuclei = views.groups()
         num_rois, num_globals = views.num_rois, views.num_globals
-        # To a global, a row is a student at most once, so this capacity is enough, and the host need not know more.
+        # For each global, a row is a student at most once: this capacity suffices, and the host waits for no count.
         teacher_rows, student_rows, count = ops.match_nuclei(
             views.nuclei.index,
             views.nuclei.offsets,
@@ -207,30 +207,30 @@ class Trainer:
     def _forward(
         self, batch: Batch, schedule: Schedule, measure: bool
     ) -> tuple[dict[str, Tensor], dict[str, HeadOutput], dict[str, Tensor]]:
-        """The undivided losses (equations 3, 6 and 7), the teacher's outputs, and the use of prototypes if ``measure``.
+        """Return the undivided losses (equations 3, 6 and 7), the teacher's outputs and, if ``measure``, entropies.
 
-        Nothing of the student is returned but its losses, so that their backward frees its prototypes as it goes.
+        The student's outputs are not returned, so that the backward of the losses frees its prototypes as it goes.
         """
         config = self.config.loss
         temps = Temperatures(config.student_temp, schedule.teacher_temp)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            teacher = self._ask_teacher(batch)
+            teacher = self._teacher_outputs(batch)
             student = self.student_forward(batch.groups, batch.nuclei, batch.scales)
             centers = self._centers(teacher, temps.teacher)
             inputs = LossInputs(
                 batch.num_rois, batch.num_globals, batch.pairs, student, teacher, centers, temps, config
             )
             losses = {name: LOSSES[name].summed(inputs) for name in self.loss_weights}
-        return losses, teacher, _use_of_prototypes(student.heads, teacher, centers, temps) if measure else {}
+        return losses, teacher, _assignment_entropies(student.heads, teacher, centers, temps) if measure else {}
 
-    def _ask_teacher(self, batch: Batch) -> dict[str, HeadOutput]:
-        """The teacher sees the globals alone."""
-        if self._sharded:  # FSDP keeps the weights it gathers, which autograd must know
+    def _teacher_outputs(self, batch: Batch) -> dict[str, HeadOutput]:
+        """Run the teacher, which sees only the globals."""
+        if self._sharded:  # FSDP keeps the weights that it gathers, which must not be inference tensors
             with torch.no_grad():
                 return self.teacher(batch.groups[:1], batch.nuclei[:1], None).heads
         with torch.inference_mode():
             outputs = self.teacher(batch.groups[:1], batch.nuclei[:1], None).heads
-        # A loss may save these for its backward, which takes no tensors of inference mode.
+        # A loss may save these for its backward, which does not accept inference tensors.
         return {name: HeadOutput(*(tensor.clone() for tensor in output)) for name, output in outputs.items()}
 
     @torch.no_grad()
@@ -240,10 +240,10 @@ class Trainer:
         return {name: sinkhorn_center(output.logits(), temp) for name, output in teacher.items()}
 
     def save(self, run: Path) -> Path | None:
-        """Write a checkpoint of everything that the next step depends on; all ranks call it, the main one writes.
+        """Write a checkpoint of everything that the next step depends on; all ranks call it, the main rank writes.
 
         Raises:
-            NonFiniteError: the state is not worth keeping.
+            NonFiniteError: a step was not finite, so the state is not saved.
         """
         self.check()
         tensors = {
@@ -259,7 +259,7 @@ class Trainer:
         return checkpoint.save(run, self.step, whole, state, keep_every=self.config.train.keep_every)
 
     def load(self, folder: Path) -> None:
-        """Continue from the checkpoint ``folder``, whatever number of ranks wrote it.
+        """Continue from the checkpoint ``folder``, which any number of ranks may have written.
 
         Raises:
             CheckpointError: a file is damaged.
@@ -269,18 +269,18 @@ class Trainer:
         load_moments(self.student, self.optimizer, checkpoint.read_tensors(folder, "optimizer"))
 
     def start_from(self, folder: Path) -> None:
-        """Take weights, teacher and centres of the checkpoint ``folder``, the position embedding resized; not its step.
+        """Load weights, teacher and centres of the checkpoint ``folder``, position embeddings resized; not the step.
 
         Raises:
             CheckpointError: a file is damaged.
-            UserError: another architecture or other heads.
+            UserError: the checkpoint has another architecture or other heads.
         """
         then = dict(flatten(checkpoint.read_state(folder)["config"]))
         now = dict(flatten(dataclasses.asdict(self.config)))
         other = [key for key in now if key.startswith(("model.arch", "head.")) and now[key] != then.get(key)]
         if other:
             settings = ", ".join(f"{key}={then.get(key)} (here {now[key]})" for key in other)
-            raise UserError(f"model.init={folder} comes from a run with {settings}; give this one the same")
+            raise UserError(f"model.init={folder} comes from a run with {settings}; use the same settings")
         grid = self.config.views.global_size // find_arch(self.config.model.arch).strides[-1]
         self._load_networks(
             folder, lambda name, value: resize_pos_embed(value, grid) if name.endswith("pos_embed") else value
@@ -301,7 +301,7 @@ class Trainer:
             center.copy_(state[f"center/{name}"])
 
     def teacher_backbone(self) -> Backbone:
-        """The teacher's backbone, whole on every rank, to evaluate and draw; all ranks call it. Not to be trained."""
+        """Return the teacher's backbone, unsharded on every rank, for evaluation only; all ranks call it."""
         if not self._sharded:
             return self.teacher.backbone
         state = {name: full(t) for name, t in self.teacher.backbone.state_dict().items()}
@@ -311,7 +311,7 @@ class Trainer:
 
 
 class Totals:
-    """What a step adds up over micro-batches and ranks.
+    """Sums of a step over micro-batches and ranks.
 
     Attributes:
         losses: each a 0-dim view of the sums.
@@ -319,7 +319,7 @@ class Totals:
 
     def __init__(self, losses: Collection[str], centers: Mapping[str, Tensor], width: int) -> None:
         like, self._heads = next(iter(centers.values())), list(centers)
-        self._sums = like.new_zeros(len(losses) + len(centers) * (width + 1))  # one tensor: one exchange of ranks
+        self._sums = like.new_zeros(len(losses) + len(centers) * (width + 1))  # one tensor, for one all-reduce
         self.losses = dict(zip(losses, self._sums[: len(losses)], strict=True))
         self._rows = self._sums[len(losses) :].view(len(centers), width + 1)
 
@@ -336,19 +336,19 @@ class Totals:
         sum_over_ranks(self._sums)
 
     def teacher(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Head, sum of the teacher's bottleneck rows ``[d]``, their number ``[]``."""
+        """Yield each head, the sum of the teacher's bottleneck rows ``[d]`` and their number ``[]``."""
         for row, name in zip(self._rows, self._heads, strict=True):
             yield name, row[:-1], row[-1]
 
 
-def _use_of_prototypes(
+def _assignment_entropies(
     student: Mapping[str, HeadOutput],
     teacher: Mapping[str, HeadOutput],
     centers: Mapping[str, Tensor],
     temps: Temperatures,
 ) -> dict[str, Tensor]:
-    """Entropies of the assignments of this rank's rows; heads without rows have none."""
-    use: dict[str, Tensor] = {}
+    """Return the entropies of the assignments of this rank's rows; heads without rows are omitted."""
+    entropies: dict[str, Tensor] = {}
     for name in student:
         for who, output, center, temp in (
             ("teacher", teacher[name], centers[name], temps.teacher),
@@ -356,15 +356,15 @@ def _use_of_prototypes(
         ):
             if len(output.z):
                 of_mean, of_row = assignment_entropy(output, center, temp)
-                use |= {f"{who}_{name}_mean_entropy": of_mean, f"{who}_{name}_row_entropy": of_row}
-    return use
+                entropies |= {f"{who}_{name}_mean_entropy": of_mean, f"{who}_{name}_row_entropy": of_row}
+    return entropies
 
 
 def _samples(micro_batches: Sequence[Views]) -> tuple[Tensor, Tensor]:
-    """ROI ids and epochs of a step."""
+    """Return the ROI ids and epochs of a step."""
     return torch.cat([views.roi_ids for views in micro_batches]), torch.cat([views.epochs for views in micro_batches])
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    """To ``device``, without a wait on a GPU."""
+    """Copy to ``device`` without waiting for a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,8 +1,8 @@
-"""MPP views: where they lie in a ROI, their pixels, and their nuclei (equations 4 and 5 of the paper).
+"""MPP views: their boxes in a ROI, their pixels and their nuclei (equations 4 and 5 of the paper).
 
-A view is a square box of whole ROI pixels, resized to ``size`` pixels, then flipped and turned. The um/px asked for is
-met to the nearest whole pixel of the box's side, and the um/px recorded is the exact one of that box, so pixels,
-nuclei and scale always agree. One ``ViewBox`` moves pixels and points alike.
+A view is a square box of whole ROI pixels, resized to ``size`` pixels, then flipped and turned. The box's side is
+rounded to whole pixels, and the recorded um/px is the exact one of that box, so pixels, nuclei and scale always agree.
+One ``ViewBox`` transforms both pixels and points.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class ViewBox:
     turns: int = 0  # quarter turns, counter-clockwise
 
     def mpp(self, roi_mpp: float) -> float:
-        """um per pixel of the view."""
+        """Return the um per pixel of the view."""
         return roi_mpp * self.side / self.size
 
     def map_points(self, xy: NDArray[np.float32]) -> NDArray[np.float32]:
-        """ROI pixels ``[n, 2]`` to view pixels ``[n, 2]`` (float32); points outside the view stay outside."""
-        # float64 inside: the result is then the correctly rounded position, whatever the size of the ROI.
+        """Map ROI pixels ``[n, 2]`` to view pixels ``[n, 2]`` (float32); points outside the view stay outside."""
+        # In float64, so that the result is the correctly rounded position for any size of ROI.
         out = (xy.astype(np.float64) - (self.x, self.y)) * (self.size / self.side)
         if self.flip:
             out[:, 0] = self.size - out[:, 0]
@@ -46,11 +46,11 @@ class ViewBox:
         return out.astype(np.float32)
 
     def nuclei(self, xy: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """The ROI's nuclei that lie in the view: view pixels ``[m, 2]`` and their indices ``[m]``, ascending.
+        """Return the ROI's nuclei in the view: view pixels ``[m, 2]`` and their indices ``[m]``, ascending.
 
-        The box decides, with its left and top border and without the others, before flip and turns: whether a nucleus
-        is in a view does not depend on them. A position that a flip or rounding puts on the far border of the view,
-        which is outside, moves to the last float32 before it; ROI sets do the same.
+        A nucleus is in the view if it is in the box before flip and turns, with the left and top border inside and the
+        right and bottom border outside. If a flip or rounding puts it on the far border of the view, which is outside,
+        it moves to the last float32 before the border; ROI sets do the same.
         """
         offset = xy.astype(np.float64) - (self.x, self.y)
         index = np.flatnonzero(((offset >= 0) & (offset < self.side)).all(axis=1))
@@ -58,10 +58,10 @@ class ViewBox:
         return np.minimum(self.map_points(xy[index]), last), index.astype(np.int32)
 
     def render(self, image: Tensor) -> Tensor:
-        """Pixels of the view, uint8 ``[3, size, size]``, from those of the ROI, uint8 ``[3, H, W]``.
+        """Render the view, uint8 ``[3, size, size]``, from the pixels of the ROI, uint8 ``[3, H, W]``.
 
-        Bicubic, and antialiased where the view is coarser than the ROI. Memory is channels-last, which torch
-        resizes several times faster.
+        The resize is bicubic, and antialiased where the view is coarser than the ROI. The memory format is
+        channels-last, which torch resizes several times faster.
         """
         crop = image[None, :, self.y : self.y + self.side, self.x : self.x + self.side]
         crop = crop.contiguous(memory_format=torch.channels_last)
@@ -76,18 +76,18 @@ class ViewBox:
 def draw_boxes(
     rng: np.random.Generator, width: int, height: int, roi_mpp: float, config: ViewsConfig
 ) -> tuple[list[ViewBox], list[ViewBox]]:
-    """Global and local boxes of one ROI.
+    """Draw the global and local boxes of one ROI.
 
-    The globals lie in an anchor region just large enough for them, placed anywhere in the ROI, so that any two share
-    at least ``min_overlap`` of the smaller side on each axis; each local lies inside a global drawn for it. Placing
-    views anywhere in a 2048 px ROI would leave almost no nucleus in two views.
+    The globals lie in an anchor region just large enough for them, placed at random in the ROI, so that any two share
+    at least ``min_overlap`` of the smaller side on each axis; each local lies inside a randomly chosen global. If views
+    were placed independently in a 2048 px ROI, almost no nucleus would be in two of them.
 
     Args:
         width, height: of the ROI, pixels.
         roi_mpp: um per pixel of the ROI.
 
     Raises:
-        UserError: the ROI is too small for the finest view that the settings ask for.
+        UserError: the ROI is too small for the finest view that the settings allow.
     """
     room = min(width, height)
     sides = [
@@ -114,10 +114,10 @@ def draw_boxes(
 
 
 def check_room(width: int, height: int, roi_mpp: float, config: ViewsConfig) -> None:
-    """Refuse a ROI that cannot hold the finest views.
+    """Check that a ROI is large enough for the finest views.
 
     Raises:
-        UserError: with the size that would do.
+        UserError: the ROI is too small; gives the size that is needed.
     """
     for kind, size, mpp in (
         ("global", config.global_size, config.global_mpp_min),
@@ -127,7 +127,7 @@ def check_room(width: int, height: int, roi_mpp: float, config: ViewsConfig) -> 
         if needed > min(width, height):
             raise UserError(
                 f"a {width} x {height} px ROI at {roi_mpp:.4g} um/px is too small for a {size} px {kind} view at "
-                f"{mpp:.4g} um/px, which takes {needed} px: lower views.{kind}_size or views.{kind}_mpp_min, or "
+                f"{mpp:.4g} um/px, which needs {needed} px: lower views.{kind}_size or views.{kind}_mpp_min, or "
                 "prepare larger ROIs"
             )
 
@@ -137,8 +137,8 @@ def _side(size: int, view_mpp: float, roi_mpp: float) -> int:
 
 
 def _draw_side(rng: np.random.Generator, size: int, roi_mpp: float, low: float, high: float, room: int) -> int:
-    # A ROI that has no room for the coarsest views gives what it has room for: the range is cut, not the draw
-    # clamped, which would heap views up at the limit.
+    # If the ROI is too small for the coarsest views, shorten the range. Clamping the draw would pile views up at the
+    # limit.
     coarsest = min(high, (room + 0.49) * roi_mpp / size)
     return min(room, _side(size, rng.uniform(low, max(low, coarsest)), roi_mpp))
 
@@ -148,7 +148,7 @@ def _draw_turn(rng: np.random.Generator, config: ViewsConfig) -> tuple[bool, int
 
 
 def _place_within(rng: np.random.Generator, side: int, start: int, length: int, limit: int) -> int:
-    """First pixel of ``side`` pixels inside ``start : start + length``; centred on it where ``side`` is longer."""
+    """Draw the first of ``side`` pixels inside ``start : start + length``; if ``side`` is longer, centre it there."""
     if side <= length:
         return start + int(rng.integers(length - side + 1))
     return min(max(start + (length - side) // 2, 0), limit - side)

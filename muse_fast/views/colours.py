@@ -1,6 +1,6 @@
-"""Colour augmentation of a view: DINO's settings, drawn apart from being applied.
+"""Colour augmentation of a view with DINO's settings; drawing and applying are separate.
 
-The draw is plain numbers (``Colour``), so that another backend can apply the same augmentation to the same view.
+A draw is plain numbers (``Colour``), so that every backend can apply the same augmentation to the same view.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _BLUR_PROBABILITY = {"first": 1.0, "second": 0.1, "local": 0.5}
 
 @dataclass(frozen=True, slots=True)
 class Colour:
-    """What happens to the colours of one view; None leaves that step out."""
+    """The colour changes of one view; None skips a step."""
 
-    brightness: float | None = None  # factors, 1 changes nothing
+    brightness: float | None = None  # factor; 1 is no change
     contrast: float | None = None
     saturation: float | None = None
-    hue: float | None = None  # shift, share of the colour circle
-    order: tuple[int, ...] = (0, 1, 2, 3)  # in which the four above are applied
+    hue: float | None = None  # shift, as a share of the colour circle
+    order: tuple[int, ...] = (0, 1, 2, 3)  # of the four above
     grey: bool = False
     blur_sigma: float | None = None  # pixels
     solarise: bool = False
 
     def row(self) -> list[float]:
-        """As ``ops.augment_views`` takes it."""
+        """Return the draw as a row of the ``colours`` of ``ops.augment_views``."""
         factors = [1.0 if f is None else f for f in (self.brightness, self.contrast, self.saturation)]
         return [*factors, self.hue or 0.0, *self.order, self.grey, self.blur_sigma or 0.0, self.solarise]
 
 
 def draw_colour(rng: np.random.Generator, role: str, config: ViewsConfig) -> Colour:
-    """Draw the colours of a view whose ``role`` is ``first``, ``second`` (the globals) or ``local``.
+    """Draw the colour changes of a view whose ``role`` is ``first``, ``second`` (the globals) or ``local``.
 
-    The same random numbers are used up whatever comes out, so a view never depends on another's luck.
+    Every draw consumes the same random numbers, so a view never depends on another view's draw.
     """
     chance = rng.random(4)
     strengths = config.jitter * np.array([1.0, 1.0, 0.5, 0.25])
@@ -84,5 +84,5 @@ def apply_colour(view: Tensor, colour: Colour) -> Tensor:
 
 
 def blur_radius(sigma: float, size: int) -> int:
-    """Pixels that the blur of a view of ``size`` pixels reaches."""
+    """Return the radius in pixels of the blur kernel for a view of ``size`` pixels."""
     return min(max(1, round(3 * sigma)), size // 2 - 1)

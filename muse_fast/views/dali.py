@@ -1,9 +1,10 @@
-"""Views made by NVIDIA DALI, which decodes on the GPU (or, without one, on the CPU) while the step before runs.
+"""Views rendered by NVIDIA DALI, which decodes on the GPU (or, without one, on the CPU) during the previous step.
 
-One sample of the pipeline is one ROI: it is decoded once, cut and resized V times, and the views of a resolution are
-stacked, so that every later operator treats them all at once. Boxes, turns and colours come in as numbers beside the
-JPEG. The steps are those of ``ops.augment_views``, in DALI's arithmetic where its own operators differ from
-torchvision's: its hue turns a plane of YIQ, not the circle of HSV, and its contrast is not about the mean grey.
+One sample of the pipeline is one ROI: it is decoded once, cropped and resized V times, and the views of a resolution
+are stacked, so that every later operator handles them all at once. Boxes, turns and colours are inputs next to the
+JPEG. The steps are those of ``ops.augment_views``. Hue and contrast are written as arithmetic, because DALI's own
+operators differ from torchvision's: its hue rotates in YIQ, not around the HSV circle, and its contrast does not
+use the mean grey.
 """
 
 from __future__ import annotations
@@ -34,35 +35,35 @@ Node = Any  # an edge of the pipeline's graph
 
 
 class Inputs(NamedTuple):
-    """What the pipeline is fed with: of each ROI the JPEG, and per view the numbers below."""
+    """The inputs of the pipeline: the JPEG of each ROI and numbers for each view."""
 
     jpegs: list[NDArray[np.uint8]]
     crops: list[NDArray[np.int32]]  # [V, 3] y, x, side
-    turns: list[NDArray[np.float32]]  # [V, 2, 3] from a pixel of the turned view to one before the turn
-    windows: list[NDArray[np.int32]]  # [V] width of the blur's kernel; 1 does not blur
+    turns: list[NDArray[np.float32]]  # [V, 2, 3] maps a pixel of the turned view to one before the turn
+    windows: list[NDArray[np.int32]]  # [V] width of the blur kernel; 1 is no blur
     sigmas: list[NDArray[np.float32]]  # [V]
-    steps: list[NDArray[np.float32]]  # [V, 4, 4, 1, 1, 1] factor, is contrast, is saturation, hue's shift, by step
+    steps: list[NDArray[np.float32]]  # [V, 4, 4, 1, 1, 1] of each step: factor, is contrast, is saturation, hue shift
     flags: list[NDArray[np.float32]]  # [V, 2, 1, 1, 1] grey, solarise
 
 
 def render_batches(
     batches: Iterable[PlannedViews], config: ViewsConfig, device: torch.device, threads: int
 ) -> Iterator[Views]:
-    """The views of every batch, in order, on ``device``.
+    """Yield the views of every batch, in order, on ``device``.
 
     Raises:
-        UserError: a JPEG that DALI cannot decode, by path and ROI id.
+        UserError: DALI cannot decode a JPEG; names path and ROI id.
     """
     waiting = iter(batches)
     first = next(waiting, None)
     if first is None:
         return
     waiting = chain([first], waiting)
-    under_way: deque[PlannedViews] = deque()
+    in_flight: deque[PlannedViews] = deque()
 
     def source() -> Inputs:
-        under_way.append(next(waiting))
-        return inputs_of(under_way[-1], config)
+        in_flight.append(next(waiting))
+        return pipeline_inputs(in_flight[-1], config)
 
     pipeline = _pipeline(source, first.num_rois, config, device, max(1, threads))
     while True:
@@ -72,14 +73,14 @@ def render_batches(
         except StopIteration:
             return
         except RuntimeError as error:
-            raise damaged_jpeg(under_way[0], f"DALI: {str(error).splitlines()[0]}") from None
+            raise damaged_jpeg(in_flight[0], f"DALI: {str(error).splitlines()[0]}") from None
         if not config.num_locals:
             outputs.append(outputs[0].new_empty(0, 3, config.local_size, config.local_size))
-        yield under_way.popleft().rendered(*outputs)
+        yield in_flight.popleft().rendered(*outputs)
 
 
-def inputs_of(planned: PlannedViews, config: ViewsConfig) -> Inputs:
-    """The numbers of a batch in the form that the pipeline takes."""
+def pipeline_inputs(planned: PlannedViews, config: ViewsConfig) -> Inputs:
+    """Convert a batch to the inputs of the pipeline."""
     boxes = dict(zip(BOX_COLUMNS, planned.boxes.numpy().T, strict=True))
     colours = dict(zip(COLOUR_COLUMNS, planned.colours.numpy().T, strict=True))
     sizes = np.full(len(planned.boxes), config.local_size)
@@ -101,12 +102,12 @@ def inputs_of(planned: PlannedViews, config: ViewsConfig) -> Inputs:
 
 
 def _roi_major(rows: NDArray[Any], num_rois: int) -> NDArray[Any]:
-    """``[V * B, ...]`` to ``[B, V, ...]``, dense."""
+    """Reorder ``[V * B, ...]`` to a contiguous ``[B, V, ...]``."""
     return np.ascontiguousarray(rows.reshape(-1, num_rois, *rows.shape[1:]).swapaxes(0, 1))
 
 
 def _turn_matrices(flip: NDArray[Any], turns: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.float32]:
-    """From positions in a turned view to those before flip and turns, ``[N, 2, 3]``: `ViewBox.map_points` undone."""
+    """Return ``[N, 2, 3]`` matrices that undo flip and turns, the inverse of those in `ViewBox.map_points`."""
     matrices = []
     for mirrored, quarters, size in zip(flip, turns, sizes, strict=True):
         back = np.eye(3)
@@ -119,7 +120,7 @@ def _turn_matrices(flip: NDArray[Any], turns: NDArray[Any], sizes: NDArray[Any])
 
 
 def _steps(colours: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Of every view and step of its order: factor, whether about the mean grey, whether about grey, hue's shift."""
+    """Return ``[N, 4, 4]``: for each view, its steps in order as (factor, is contrast, is saturation, hue shift)."""
     rows = np.arange(len(colours["hue"]))
     order = np.stack([colours[name] for name in ("first", "second", "third", "fourth")], axis=1).astype(int)
     strength = np.stack([colours[name] for name in _STEPS], axis=1)[rows[:, None], order]
@@ -140,13 +141,13 @@ def _pipeline(source: Any, num_rois: int, config: ViewsConfig, device: torch.dev
             outputs.append(_views(image, inputs, range(split, stop), config.local_size, config, gpu))
         pipeline.set_outputs(*outputs)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The external source node")  # of inputs that the settings leave unused
+        warnings.filterwarnings("ignore", "The external source node")  # the settings may leave inputs unused
         pipeline.build()
     return pipeline
 
 
 def _views(image: Node, inputs: Inputs, views: range, size: int, config: ViewsConfig, gpu: bool) -> Node:
-    """The views of one resolution of a ROI, normalised, ``[views, 3, size, size]``."""
+    """Render the views of one resolution of a ROI, normalised, ``[views, 3, size, size]``."""
     crops: Any = inputs.crops
     resized = [
         fn.resize(
@@ -158,16 +159,16 @@ def _views(image: Node, inputs: Inputs, views: range, size: int, config: ViewsCo
         for view in views
     ]
 
-    def of(numbers: Any) -> Node:
+    def select(numbers: Any) -> Node:
         return numbers[views.start : views.stop]
 
-    def beside(numbers: Any) -> Node:
-        return of(numbers).gpu() if gpu else of(numbers)
+    def on_device(numbers: Any) -> Node:
+        return select(numbers).gpu() if gpu else select(numbers)
 
     pixels = fn.stack(*resized, axis_name="F")
     if config.turns:
-        pixels = fn.warp_affine(pixels, matrix=fn.per_frame(of(inputs.turns)), interp_type=types.INTERP_NN)
-    steps, flags = beside(inputs.steps), beside(inputs.flags)
+        pixels = fn.warp_affine(pixels, matrix=fn.per_frame(select(inputs.turns)), interp_type=types.INTERP_NN)
+    steps, flags = on_device(inputs.steps), on_device(inputs.flags)
     if config.jitter or config.grey:
         levels = fn.cast(pixels, dtype=types.FLOAT)
         for step in range(4 if config.jitter else 0):
@@ -175,7 +176,7 @@ def _views(image: Node, inputs: Inputs, views: range, size: int, config: ViewsCo
         levels = levels + flags[:, 0] * (_grey(levels) - levels)
         pixels = fn.cast(levels, dtype=types.UINT8)
     if config.blur:
-        window, sigma = fn.per_frame(of(inputs.windows)), fn.per_frame(of(inputs.sigmas))
+        window, sigma = fn.per_frame(select(inputs.windows)), fn.per_frame(select(inputs.sigmas))
         pixels = fn.gaussian_blur(pixels, window_size=window, sigma=sigma)
     levels = fn.cast(pixels, dtype=types.FLOAT)
     if config.solarise:
@@ -186,7 +187,7 @@ def _views(image: Node, inputs: Inputs, views: range, size: int, config: ViewsCo
 
 
 def _jittered(levels: Node, factor: Node, is_contrast: Node, is_saturation: Node, shift: Node) -> Node:
-    """One step of brightness, contrast or saturation, and then of hue: what is not drawn changes nothing."""
+    """Apply one step of brightness, contrast or saturation, then of hue; a step that was not drawn changes nothing."""
     grey = _grey(levels)
     mean = fn.reductions.mean(grey, axes=[1, 2, 3], keep_dims=True)
     blended = levels * factor + (1 - factor) * (is_contrast * mean + is_saturation * grey)
@@ -200,7 +201,7 @@ def _grey(levels: Node) -> Node:
 
 
 def _hue_shifted(levels: Node, shift: Node) -> Node:
-    """Around the circle of hues, 0 to 6; a channel follows its position on the circle between lowest and highest."""
+    """Shift the hue, a circle from 0 to 6; its position sets each channel between the lowest and the highest."""
     red, green, blue = channels = _channels(levels)
     highest = math.max(math.max(red, green), blue)
     chroma = highest - math.min(math.min(red, green), blue)
@@ -228,5 +229,5 @@ def _per_channel(values: NDArray[np.float64], gpu: bool) -> Node:
 
 
 def _view_major(output: Any) -> Tensor:
-    """``[B, V, 3, R, R]`` of a pipeline to ``[V * B, 3, R, R]``, the one copy that is made."""
+    """Reorder the ``[B, V, 3, R, R]`` of a pipeline to ``[V * B, 3, R, R]``; this is the only copy."""
     return torch.from_dlpack(output.as_tensor()).transpose(0, 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Which ROI of a batch cannot be decoded: a decoder that takes whole batches does not say."""
+"""Find the ROI of a batch that cannot be decoded; a decoder of whole batches does not say which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from muse_fast.images.jpeg import REMEDY
 
 
 def damaged_jpeg(planned: PlannedViews, error: object) -> UserError:
-    """The ROI for which a decoder failed with ``error``, found by decoding each strictly on the CPU."""
+    """Return an error that names the damaged ROI of a batch for which a decoder failed with ``error``.
+
+    Decodes every ROI strictly on the CPU to find it.
+    """
     for b in range(planned.num_rois):
         height, width = planned.shapes[b].tolist()
         try:
@@ -32,5 +35,5 @@ def damaged_jpeg(planned: PlannedViews, error: object) -> UserError:
 
 
 def decode_strictly(jpeg: Tensor) -> Tensor:
-    """``[H, W, 3]`` uint8 RGB from bytes; ValueError where libjpeg so much as warns."""
+    """Decode bytes to ``[H, W, 3]`` uint8 RGB; raises ValueError even if libjpeg only warns."""
     return torch.from_numpy(simplejpeg.decode_jpeg(jpeg.numpy(), colorspace="RGB", strict=True))

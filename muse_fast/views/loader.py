@@ -1,8 +1,8 @@
-"""From a ROI set to batches of views, on the CPU, the same with any number of workers and ranks.
+"""From a ROI set to batches of views. The result does not depend on the number of workers or ranks.
 
-Every random choice of a sample derives from (seed, epoch, ROI id). Which samples a step sees derives from the step
-alone: sample ``p`` of the run is ROI ``permutation(epoch)[p mod n]`` with ``epoch = p div n``, and step ``k`` takes
-samples ``k * batch_size`` onwards. So a run resumes at any step, at any world size, by knowing its step.
+Every random choice of a sample derives from (seed, epoch, ROI id). Which samples a step sees derives only from the
+step: sample ``p`` of the run is ROI ``permutation(epoch)[p mod n]`` with ``epoch = p div n``, and step ``k`` takes
+the samples from ``k * batch_size``. So a run can resume at any step with any world size: the step is all it needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Batch = TypeVar("_Batch")
 
 
 class StepSampler(Sampler[list[Sample]]):
-    """The samples of this rank from ``start_step`` to ``stop_step``, in ``accumulate`` micro-batches per step."""
+    """The samples of this rank from ``start_step`` to ``stop_step``, as ``accumulate`` micro-batches per step."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class StepSampler(Sampler[list[Sample]]):
         world_size: int = 1,
     ) -> None:
         if len(roi_ids) == 0:
-            raise UserError("no ROI to train on: check data.roiset and data.split")
+            raise UserError("no ROIs to train on: check data.roiset and data.split")
         if batch_size % (world_size * accumulate):
             raise UserError(
                 f"optim.batch_size={batch_size}: expected a multiple of {world_size} ranks x "
@@ -58,7 +58,7 @@ class StepSampler(Sampler[list[Sample]]):
         self.roi_ids, self.seed, self.batch_size = roi_ids, seed, batch_size
         self.start_step, self.stop_step, self.accumulate = start_step, stop_step, accumulate
         self.rank, self.world_size = rank, world_size
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # the epoch at hand and its permutation
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # the current epoch and its permutation
 
     def __len__(self) -> int:
         return (self.stop_step - self.start_step) * self.accumulate
@@ -79,7 +79,7 @@ class StepSampler(Sampler[list[Sample]]):
 
 
 class ViewDataset(Dataset["Views | PlannedViews | UserError"]):
-    """``dataset[samples]`` is the batch of views of ``samples``, or with ``planned`` what the device makes them of."""
+    """``dataset[samples]`` is the batch of views of ``samples``, or of their plans for the device if ``planned``."""
 
     def __init__(self, roiset: RoiSet, config: ViewsConfig, seed: int, *, planned: bool = False) -> None:
         self.roiset, self.config, self.seed, self.planned = roiset, config, seed, planned
@@ -90,19 +90,19 @@ class ViewDataset(Dataset["Views | PlannedViews | UserError"]):
                 return pack([self.plan(*sample) for sample in samples])
             return collate([self.views(*sample) for sample in samples])
         except UserError as error:
-            return error  # as a value: raised in a worker, it would arrive wrapped in a foreign traceback
+            return error  # as a value: raised in a worker, it would arrive wrapped in the worker's traceback
 
     def plan(self, epoch: int, roi_id: int) -> Plan:
-        """Where the views of one ROI lie and how they look."""
+        """Draw the boxes and colours of the views of one ROI."""
         return draw_plan(self.roiset[roi_id], epoch, self.seed, self.config)
 
     def views(self, epoch: int, roi_id: int) -> Views:
-        """The views of one ROI, a batch of one, rendered on the CPU."""
+        """Render the views of one ROI on the CPU, as a batch of one."""
         return render(self.plan(epoch, roi_id), self.config)
 
 
 def render(plan: Plan, config: ViewsConfig) -> Views:
-    """Decode what the views of a ROI see of it and make them on the CPU: the reference for every other backend."""
+    """Decode the rows that the views of a ROI cover and render them on the CPU: the reference for other backends."""
     _, top, _, height = plan.window()
     rows, first_row = plan.roi.decode_rows(top, top + height)
     image = torch.from_numpy(rows).permute(2, 0, 1)
@@ -124,7 +124,7 @@ def render(plan: Plan, config: ViewsConfig) -> Views:
 
 
 def collate(samples: list[Views]) -> Views:
-    """Join batches of one ROI each into one batch, from ROI-major to view-major order."""
+    """Join batches of one ROI each into one view-major batch."""
     return Views(
         global_images=torch.stack([s.global_images for s in samples], dim=1).flatten(0, 1),
         local_images=torch.stack([s.local_images for s in samples], dim=1).flatten(0, 1),
@@ -146,20 +146,19 @@ def load_views(
     backend: str = "cpu",
     timeout: int = STALLED_AFTER,
 ) -> Generator[Views]:
-    """Batches of views in the sampler's order.
+    """Yield batches of views in the sampler's order.
 
-    To close the generator ends its processes. Left open when an error ends the program, they would keep it from
-    exiting.
+    Close the generator to end its workers: if an error ends the program first, open workers keep it from exiting.
 
     Args:
-        workers: processes that read and, with the ``cpu`` backend, render (0: this one does).
+        workers: processes that read and, with the ``cpu`` backend, render (0: the calling process).
         device: where the other backends render.
-        backend: one of ``config.DATA_BACKENDS``, of which `renderers.why_not` gives no reason against it.
-        timeout: seconds without a batch after which a process is called stalled.
+        backend: one of ``config.DATA_BACKENDS``, for which `renderers.why_not` returns None.
+        timeout: seconds without a batch after which a worker counts as stalled.
 
     Raises:
-        UserError: damaged data, named by path and ROI id, in the step that would have used it; or a process died or
-            stalled, with the ROIs that it was to read.
+        UserError: damaged data, named by path and ROI id, in the step that would have used it; or a worker died or
+            stalled, with the ROIs that it was reading.
     """
     planned = ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu")
 
@@ -186,10 +185,10 @@ def load_batches(
     pin_memory: bool = False,
     timeout: int = STALLED_AFTER,
 ) -> Generator[_Batch]:
-    """Batches of any dataset that takes a list of samples, in the sampler's order, as `load_views` loads them.
+    """Yield batches of any dataset that is indexed by lists of samples, in the sampler's order, as `load_views` does.
 
     Args:
-        named: numbers of items -> what a message calls them.
+        named: turns item numbers into a name for messages.
     """
     for batch in load(dataset, sampler, workers, pin_memory, timeout, named):
         if isinstance(batch, UserError):
@@ -198,10 +197,10 @@ def load_batches(
 
 
 def check_roiset(roiset: RoiSet, roi_ids: NDArray[np.int64], config: ViewsConfig) -> None:
-    """Refuse ROIs that are too small for the views, before a run starts.
+    """Check before a run starts that every ROI is large enough for the views.
 
     Raises:
-        UserError: names the first such ROI.
+        UserError: a ROI is too small; names the first.
     """
     shapes = np.stack([roiset.width[roi_ids], roiset.height[roi_ids], roiset.mpp[roi_ids]], axis=1)
     for shape in np.unique(shapes, axis=0):
@@ -214,6 +213,6 @@ def check_roiset(roiset: RoiSet, roi_ids: NDArray[np.int64], config: ViewsConfig
 
 
 def as_batches(dataset: ViewDataset, roi_ids: NDArray[np.int64], batch_size: int) -> list[Views]:
-    """A fixed list of batches over ``roi_ids`` (epoch 0), for evaluation."""
+    """Return a fixed list of batches over ``roi_ids`` (epoch 0), for evaluation."""
     bounds = [*range(0, len(roi_ids), batch_size), len(roi_ids)]
     return [collate([dataset.views(0, int(i)) for i in roi_ids[a:b]]) for a, b in pairwise(bounds)]

@@ -1,7 +1,7 @@
-"""What is to be made of a ROI, drawn before a pixel of it is decoded.
+"""The plan of a ROI's views, drawn before a pixel is decoded.
 
-A plan holds the views' boxes and colours. Whatever backend then renders them, pixels and nuclei agree: the boxes that
-cut the pixels are those that move the nuclei.
+A plan contains the views' boxes and colours. Pixels and nuclei agree with every backend, because the same boxes crop
+the pixels and move the nuclei.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class Plan:
 
     roi: Roi
     epoch: int
-    boxes: tuple[ViewBox, ...]  # [V], of the globals and then of the locals
+    boxes: tuple[ViewBox, ...]  # [V]
     colours: tuple[Colour, ...]  # [V]
     num_globals: int
 
     def window(self) -> tuple[int, int, int, int]:
-        """The least rectangle of ROI pixels that holds every box: x, y, width, height."""
+        """Return the smallest rectangle of ROI pixels that contains every box: x, y, width, height."""
         left, top = min(box.x for box in self.boxes), min(box.y for box in self.boxes)
         right, bottom = max(box.x + box.side for box in self.boxes), max(box.y + box.side for box in self.boxes)
         return left, top, right - left, bottom - top
 
     def cut(self) -> tuple[bytes, int]:
-        """A JPEG of the rows that the views see, and the row of the ROI that is its first; see `Roi.cut_rows`."""
+        """Return a JPEG of the rows that the views cover and the ROI row where it starts; see `Roi.cut_rows`."""
         _, top, _, height = self.window()
         return self.roi.cut_rows(top, top + height)
 
     def nuclei(self) -> PackedNuclei:
-        """The nuclei of every view, view after view."""
+        """Return the nuclei of all views, in the order of the views."""
         seen = [box.nuclei(self.roi.xy) for box in self.boxes]
         return PackedNuclei(
             xy=torch.from_numpy(np.concatenate([points for points, _ in seen])),
@@ -70,12 +70,12 @@ def draw_plan(roi: Roi, epoch: int, seed: int, config: ViewsConfig) -> Plan:
 
 
 def pack(plans: Sequence[Plan]) -> PlannedViews:
-    """A batch of plans as tensors, view-major: what loader processes hand over where the device renders.
+    """Convert plans to a view-major batch of tensors, which loader processes pass on if the device renders.
 
-    Of every ROI, only the rows that its views see are handed over.
+    It contains only the rows of every ROI that its views cover.
 
     Raises:
-        UserError: a JPEG that cannot be what the set says; names the set and the ROI.
+        UserError: a JPEG is inconsistent with the set; names the set and the ROI.
     """
     views = range(len(plans[0].boxes))
     boxes = [(b, plan.boxes[view], plan) for view in views for b, plan in enumerate(plans)]
@@ -102,7 +102,7 @@ def pack(plans: Sequence[Plan]) -> PlannedViews:
 
 
 def view_major(rois: Sequence[PackedNuclei]) -> PackedNuclei:
-    """Join the nuclei of the views of one ROI each: view after view, in each ROI after ROI."""
+    """Join the nuclei of single ROIs: view after view, and ROI after ROI within a view."""
     parts = [nuclei.images(view, view + 1) for view in range(rois[0].num_images) for nuclei in rois]
     return PackedNuclei(
         xy=torch.cat([part.xy for part in parts]),

@@ -1,10 +1,10 @@
-"""Who makes pixels of planned views: ``data.backend``.
+"""Which backend renders planned views: ``data.backend``.
 
 cpu    the loader's processes, with torchvision; the reference, in loader.py
-dali   an NVIDIA DALI pipeline: on the GPU, or on the CPU where a run has none
+dali   an NVIDIA DALI pipeline: on the GPU, or on the CPU if there is no GPU
 cuda   nvJPEG and the op ``augment_views``, on the GPU
 
-Boxes, colours and nuclei come from the plan, so the backends differ by roundings of pixels alone.
+Boxes, colours and nuclei come from the plan, so backends differ only in the rounding of pixels.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _T = TypeVar("_T")
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
-    """Why ``backend`` cannot render views for a run on ``device``, or None where it can."""
+    """Return why ``backend`` cannot render views for a run on ``device``, or None if it can."""
     if backend == "cpu":
         return None
     if backend == "cuda":
         if device.type != "cuda":
-            return f"it runs on CUDA GPUs alone, and the run is on {device.type}"
+            return f"it runs only on CUDA GPUs, and the run is on {device.type}"
         return backends.why_not("augment_views", "triton", "cuda")
     if device.type not in ("cuda", "cpu"):
         return f"it renders on CUDA GPUs and CPUs, and the run is on {device.type}"
@@ -46,10 +46,10 @@ def why_not(backend: str, device: torch.device) -> str | None:
 def rendered(
     batches: Iterable[PlannedViews], backend: str, config: ViewsConfig, device: torch.device, threads: int
 ) -> Iterator[Views]:
-    """The views of every batch, on ``device``, made while the step before them runs.
+    """Yield the views of every batch, on ``device``, rendered during the previous step.
 
     Raises:
-        UserError: a JPEG that cannot be decoded, by path and ROI id.
+        UserError: a JPEG cannot be decoded; names path and ROI id.
     """
     if backend == "dali":
         from muse_fast.views.dali import render_batches  # needs nvidia-dali
@@ -59,13 +59,13 @@ def rendered(
 
 
 def render_batch(planned: PlannedViews, config: ViewsConfig, device: torch.device, backend: str | None = None) -> Views:
-    """Decode the ROIs of a batch and make its views on ``device``: nvJPEG on a GPU, simplejpeg on a CPU.
+    """Decode the ROIs of a batch and render its views on ``device``: nvJPEG on a GPU, simplejpeg on a CPU.
 
     Args:
-        backend: of the op ``augment_views``, to force one.
+        backend: of the op ``augment_views``; None chooses the fastest.
 
     Raises:
-        UserError: a JPEG that cannot be decoded, by path and ROI id.
+        UserError: a JPEG cannot be decoded; names path and ROI id.
     """
     images = _decode(planned, device)
     planes = planned.shapes.prod(1)
@@ -82,7 +82,7 @@ def render_batch(planned: PlannedViews, config: ViewsConfig, device: torch.devic
 
 
 def _decode(planned: PlannedViews, device: torch.device) -> list[Tensor]:
-    """The ROIs of a batch, each ``[3, H, W]`` uint8 on ``device``."""
+    """Decode the ROIs of a batch, each to ``[3, H, W]`` uint8 on ``device``."""
     jpegs = [planned.jpeg(b) for b in range(planned.num_rois)]
     try:
         if device.type == "cuda":
@@ -92,12 +92,12 @@ def _decode(planned: PlannedViews, device: torch.device) -> list[Tensor]:
     except (RuntimeError, ValueError) as error:
         raise damaged_jpeg(planned, error) from None
     if [list(image.shape[1:]) for image in images] != planned.shapes.tolist():
-        raise damaged_jpeg(planned, "their sizes are not those of their headers")
+        raise damaged_jpeg(planned, "their sizes differ from their headers")
     return images
 
 
 def _one_ahead(batches: Iterable[PlannedViews], config: ViewsConfig, device: torch.device) -> Iterator[Views]:
-    """On a stream of its own: while the step at hand runs, the GPU decodes for the next."""
+    """Render on a separate stream: the GPU decodes for the next step while the current one runs."""
     stream = torch.cuda.Stream(device)
     ahead: deque[tuple[Views, torch.cuda.Event]] = deque()
     failed: UserError | None = None
@@ -106,18 +106,18 @@ def _one_ahead(batches: Iterable[PlannedViews], config: ViewsConfig, device: tor
             with torch.cuda.stream(stream):
                 ahead.append((render_batch(planned, config, device), stream.record_event()))
         except UserError as error:
-            failed = error  # the batch before is used first
+            failed = error  # after the batches before it
             break
         if len(ahead) > 1:
-            yield _handed_over(*ahead.popleft())
+            yield _hand_over(*ahead.popleft())
     while ahead:
-        yield _handed_over(*ahead.popleft())
+        yield _hand_over(*ahead.popleft())
     if failed is not None:
         raise failed
 
 
-def _handed_over(views: Views, made: torch.cuda.Event) -> Views:
-    """To the current stream, which waits until they are made and keeps their memory until it has read them."""
+def _hand_over(views: Views, made: torch.cuda.Event) -> Views:
+    """Pass views to the current stream, which waits for them and keeps their memory until it has read them."""
     current = torch.cuda.current_stream(views.global_images.device)
     current.wait_event(made)
     for images in (views.global_images, views.local_images):
@@ -126,7 +126,7 @@ def _handed_over(views: Views, made: torch.cuda.Event) -> Views:
 
 
 class UntilError(Generic[_T]):
-    """Items up to the first error among them. It is kept, to be raised when what was made ahead of it is used up."""
+    """Items up to the first error, which is kept, to be raised once the items before it have been used."""
 
     def __init__(self, items: Iterable[_T | UserError]) -> None:
         self.error: UserError | None = None

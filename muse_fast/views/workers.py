@@ -1,4 +1,4 @@
-"""The loader's processes: started, watched, and ended with the run."""
+"""Start and watch the loader's worker processes, and end them with the run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from muse_fast.errors import UserError
 
-STALLED_AFTER = 300  # seconds without a batch before a worker is called stalled
-_POLL = 1.0  # seconds after which torch is to look whether the workers live
-_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
+STALLED_AFTER = 300  # seconds without a batch before a worker counts as stalled
+_POLL = 1.0  # seconds after which torch checks that its workers are alive
+_PR_SET_PDEATHSIG = 1  # Linux: the signal that a process receives when its parent dies
 
 _Batch = TypeVar("_Batch")
 _Samples = Sampler[list[tuple[int, int]]]  # lists of (epoch, number of the item)
@@ -35,31 +35,31 @@ def load(
     timeout: int,
     named: Callable[[Sequence[int]], str],
 ) -> Generator[_Batch]:
-    """What the loader gives.
+    """Yield the items of ``dataset`` in the sampler's order.
 
     Raises:
-        UserError: a process died or gave nothing for ``timeout`` seconds; names it and what it was at.
+        UserError: a worker died or produced nothing for ``timeout`` seconds; names it and what it was reading.
     """
     batches: Any = _iterate(_loader(dataset, sampler, workers, pin_memory))
-    processes = _Processes(getattr(batches, "_workers", []), timeout)
+    pool = _Workers(getattr(batches, "_workers", []), timeout)
     for number in count():
-        with processes.ended_when_stalled():
+        with pool.killed_when_stalled():
             while True:
                 try:
                     batch = next(batches)
                     break
                 except StopIteration:
                     return
-                except (RuntimeError, OSError, EOFError) as error:  # all that torch says, of whatever happened
-                    if processes.have_died():
-                        raise processes.lost(sampler, number, named) from error
+                except (RuntimeError, OSError, EOFError) as error:  # torch raises these for any worker failure
+                    if pool.any_died():
+                        raise pool.failure(sampler, number, named) from error
                     if "timed out" not in str(error):
                         raise
         yield batch
 
 
 def _iterate(loader: DataLoader[_Batch]) -> Iterator[_Batch]:
-    """Without the signal handler by which torch raises an error wherever the run is when a process dies."""
+    """Start the loader without torch's SIGCHLD handler, which raises wherever the run is when a worker dies."""
     handler = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
@@ -67,21 +67,21 @@ def _iterate(loader: DataLoader[_Batch]) -> Iterator[_Batch]:
     return iterator
 
 
-class _Processes:
-    """The loader's processes, which end when they give nothing for too long.
+class _Workers:
+    """The loader's worker processes, which are killed when they produce nothing for too long.
 
-    torch's own limit does not hold for all waits: a batch that has arrived is fetched from the process that made it,
-    and one that is stopped does not hand it over. Nor would a program end that leaves a stopped process behind.
+    torch's own timeout does not cover every wait: even a finished batch is fetched from the worker that made it, and a
+    stopped worker never hands it over. A program with a stopped worker would not exit either.
     """
 
     def __init__(self, processes: Sequence[BaseProcess], timeout: int) -> None:
         self._processes, self._timeout = processes, timeout
-        self._states: list[str] = []  # at the end of the time
+        self._states: list[str] = []  # of the processes, when the time was up
 
     @contextmanager
-    def ended_when_stalled(self) -> Iterator[None]:
-        """Around the wait for a batch."""
-        timer = threading.Timer(self._timeout, self._end)
+    def killed_when_stalled(self) -> Iterator[None]:
+        """Kill the workers if the body, which waits for a batch, takes longer than the timeout."""
+        timer = threading.Timer(self._timeout, self._time_out)
         timer.daemon = True
         if self._processes:
             timer.start()
@@ -90,7 +90,7 @@ class _Processes:
         finally:
             timer.cancel()
 
-    def _end(self) -> None:
+    def _time_out(self) -> None:
         self._states = [_state(process.pid) for process in self._processes]
         self._kill()
 
@@ -98,35 +98,38 @@ class _Processes:
         for process in self._processes:
             process.kill()
 
-    def have_died(self) -> bool:
-        """Whether one has; waits a moment, as a connection breaks before its process is gone."""
+    def any_died(self) -> bool:
+        """Whether a worker has died; waits a moment, as its connection breaks before the process is gone."""
         return bool(self._processes) and bool(wait([process.sentinel for process in self._processes], 0.2))
 
-    def lost(self, sampler: _Samples, number: int, named: Callable[[Sequence[int]], str]) -> UserError:
-        """Why batch ``number`` does not come; ends the others."""
+    def failure(self, sampler: _Samples, number: int, named: Callable[[Sequence[int]], str]) -> UserError:
+        """Kill the remaining workers and return why batch ``number`` did not arrive."""
         if self._states:
             culprits = [worker for worker, state in enumerate(self._states) if state in "TD"]
         else:
             culprits = [worker for worker, process in enumerate(self._processes) if not process.is_alive()]
         code = self._processes[culprits[0]].exitcode or 0 if culprits else 0
         self._kill()
-        # Batches go to the processes in turn.
+        # Workers receive batches in turn.
         ahead = range(number, number + len(self._processes))
         batch = next((n for n in ahead if n % len(self._processes) in culprits), number)
         worker = batch % len(self._processes)
         items = [item for _, item in next(islice(sampler, batch, None), [])]
         who = f"loader process {worker} of {len(self._processes)} (pid {self._processes[worker].pid})"
         at = f"at or before {named(items)}"
-        again = "the newest checkpoint is untouched: start again to go on"
+        again = "the newest checkpoint is intact: start again to continue"
         if self._states:
-            state = {"T": ", it was stopped", "D": ", it waited for a disk"}.get(self._states[worker], "")
-            return UserError(f"{who} gave nothing for {self._timeout} s{state}, {at}; or raise data.timeout; {again}")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended by itself with code {code}"
-        return UserError(f"{who} {how}, {at}; if memory was short, lower data.workers; {again}")
+            state = {"T": " (stopped)", "D": " (waiting for a disk)"}.get(self._states[worker], "")
+            return UserError(
+                f"{who} produced nothing for {self._timeout} s{state}, {at}; "
+                f"if it is only slow, raise data.timeout; {again}"
+            )
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        return UserError(f"{who} {how}, {at}; if memory ran out, lower data.workers; {again}")
 
 
 def _state(pid: int | None) -> str:
-    """Letter of a process in Linux: T stopped, D in the midst of input or output; nothing where it is not known."""
+    """Return the state of a process as Linux's letter: T stopped, D waiting for a disk; ``?`` if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
     except OSError:
@@ -136,23 +139,23 @@ def _state(pid: int | None) -> str:
 def _loader(dataset: Dataset[_Batch], sampler: _Samples, workers: int, pin_memory: bool) -> DataLoader[_Batch]:
     return DataLoader(
         dataset,
-        batch_size=None,  # the sampler gives whole batches
+        batch_size=None,  # the sampler yields whole batches
         sampler=sampler,
         num_workers=workers,
         pin_memory=pin_memory,
         timeout=_POLL if workers else 0,
-        # A generator of its own: otherwise each new iterator draws a seed from the global stream, and a resumed run
-        # would drop other paths than an unbroken one.
+        # Its own generator: otherwise each new iterator draws a seed from the global stream, and drop path in a resumed
+        # run would differ from an uninterrupted one.
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_live_as_the_run_does,
+        worker_init_fn=_die_with_parent,
     )
 
 
-def _live_as_the_run_does(worker: int) -> None:
-    """torchrun and Ctrl-C signal workers too, which the step at hand still needs: they end when told by their process.
+def _die_with_parent(worker: int) -> None:
+    """Ignore the signals that torchrun and Ctrl-C also send to workers: the current step still needs them.
 
-    Or with it: torch would let them notice after 5 s. Until then they hold the connections of a rank that was killed,
-    and the other ranks wait for it.
+    They end when their parent closes them or dies. torch alone would let them notice a dead parent only after 5 s, and
+    until then they keep the connections of a killed rank open, for which the other ranks wait.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

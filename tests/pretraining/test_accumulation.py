@@ -1,4 +1,4 @@
-"""Micro-batches: their step is that of the mean over all their pairs, in float64, with BatchNorm per micro-batch."""
+"""A step over micro-batches is that of the mean over all their pairs, in float64, with BatchNorm per micro-batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXACT = [
 
 
 def nucleus_pairs(views: Views) -> list[tuple[int, int]]:
-    """Rows of the same nucleus in a global and in another view, by sets."""
+    """Return the rows of the same nucleus in a global and in another view, found with sets."""
     offsets, index, pairs = views.nuclei.offsets.tolist(), views.nuclei.index.tolist(), []
     for roi in range(views.num_rois):
         rows = [{index[r]: r for r in range(offsets[image], offsets[image + 1])}
@@ -40,17 +40,17 @@ def image_pairs(views: Views) -> list[tuple[int, int]]:
 
 
 def sums_by_hand(student: Network, teacher: Network, centers: dict[str, Tensor], views: Views) -> dict[str, Tensor]:
-    """Sum of the cross-entropies over the pairs of a micro-batch, by stored softmaxes."""
+    """Sum the cross-entropies over the pairs of a micro-batch, with stored softmaxes."""
     groups, nuclei = views.groups()
     groups = [images.double() for images in groups]
     with torch.no_grad():
-        asked = teacher.train()(groups[:1], nuclei[:1]).heads
-    given = student.train()(groups, nuclei).heads
+        targets = teacher.train()(groups[:1], nuclei[:1]).heads
+    outputs = student.train()(groups, nuclei).heads
     sums = {}
     for name, pairs in (("image", image_pairs(views)), ("nucleus", nucleus_pairs(views))):
         t, s = (torch.tensor([pair[side] for pair in pairs], dtype=torch.int64) for side in (0, 1))
-        p = ((asked[name].logits() - centers[name]) / 0.04).softmax(1)
-        sums[name] = -(p[t] * (given[name].logits() / 0.1).log_softmax(1)[s]).sum()
+        p = ((targets[name].logits() - centers[name]) / 0.04).softmax(1)
+        sums[name] = -(p[t] * (outputs[name].logits() / 0.1).log_softmax(1)[s]).sum()
     return sums
 
 
@@ -59,7 +59,7 @@ def sums_by_hand(student: Network, teacher: Network, centers: dict[str, Tensor],
 def test_a_step_is_that_of_the_mean_over_all_pairs(
     nuclei: tuple[int, int], logit_free: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, every gradient, and what BatchNorm remembers."""
+    """Losses, every gradient, and BatchNorm's running statistics."""
     trainer = Trainer(toy(*EXACT, f"loss.logit_free={logit_free}"), CPU)
     for center in trainer.centers.values():
         center.uniform_(-0.1, 0.1)
@@ -80,7 +80,7 @@ def test_a_step_is_that_of_the_mean_over_all_pairs(
     largest = max(p.grad.abs().max().item() for p in student.parameters())
     for (name, ours), theirs in zip(trainer.student.named_parameters(), student.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None, name
-        scale = max(theirs.grad.abs().max().item(), 1e-4 * largest)  # some are zero but for rounding
+        scale = max(theirs.grad.abs().max().item(), 1e-4 * largest)  # some are zero up to rounding
         torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-10, msg=name)
     for mine, own in ((trainer.student, student), (trainer.teacher, teacher)):
         for name, buffer in mine.named_buffers():

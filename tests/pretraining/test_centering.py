@@ -7,7 +7,7 @@ from tests.support.ranks import NoHostWait, Ranks
 
 @pytest.mark.parametrize(("rows", "prototypes"), [(64, 16), (5, 16), (1, 8), (33, 7)])
 def test_sinkhorn_center_gives_the_assignment_of_sinkhorn_knopp(rows: int, prototypes: int) -> None:
-    """The published form (SwAV): scale prototypes to equal use, then samples to one, three times."""
+    """Compare with the published form (SwAV): scale prototypes to equal use, then samples to one, three times."""
     torch.manual_seed(0)
     logits, temp = torch.randn(rows, prototypes, dtype=torch.float64).clamp(-1, 1), 0.05
     q = torch.exp(logits / temp)
@@ -22,12 +22,12 @@ def test_sinkhorn_center_gives_the_assignment_of_sinkhorn_knopp(rows: int, proto
 
 def test_sinkhorn_evens_out_the_use_of_prototypes() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(512, 32) * 0.1 + torch.linspace(-0.5, 0.5, 32)  # some prototypes far ahead
+    logits = torch.randn(512, 32) * 0.1 + torch.linspace(-0.5, 0.5, 32)  # some prototypes dominate
     use = ((logits - sinkhorn_center(logits, 0.05, iterations=50)) / 0.05).softmax(dim=1).mean(dim=0)
     torch.testing.assert_close(use, torch.full((32,), 1 / 32), rtol=0.01, atol=0)
 
 
-def test_sinkhorn_does_not_overflow_and_takes_no_rows() -> None:
+def test_sinkhorn_does_not_overflow_and_accepts_no_rows() -> None:
     assert torch.isfinite(sinkhorn_center(torch.randn(10, 6) * 1e4, 0.01)).all()
     assert torch.equal(sinkhorn_center(torch.empty(0, 6), 0.05), torch.zeros(6))
 
@@ -60,7 +60,7 @@ def test_ema_center_follows_the_mean_logit() -> None:
 
 
 @pytest.mark.parametrize(("rows", "go"), [(0, 1.0), (5, 0.0)], ids=["no rows", "no go"])
-def test_what_leaves_the_center(rows: int, go: float) -> None:
+def test_without_rows_or_go_the_center_stays(rows: int, go: float) -> None:
     center = torch.ones(4)
     with NoHostWait():
         update_center(center, torch.ones(3), torch.tensor(rows), torch.full((4, 3), torch.nan), 0.9, torch.tensor(go))

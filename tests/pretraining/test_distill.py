@@ -1,4 +1,4 @@
-"""Student and teacher: groups of resolutions, the EMA, and what the seed fixes."""
+"""Student and teacher: groups of resolutions, the EMA, and initial weights from the seed."""
 
 import dataclasses
 
@@ -25,22 +25,22 @@ def nuclei_for(images: int, size: int) -> PackedNuclei:
     return PackedNuclei(torch.rand(total, 2) * size, torch.zeros(total, dtype=torch.int32), offsets)
 
 
-def test_teacher_starts_as_the_student_and_takes_no_gradient() -> None:
+def test_the_teacher_starts_as_the_student_without_gradients() -> None:
     student, teacher = build_student_and_teacher(load_config(None, SMALL))
     for (name, a), (other, b) in zip(student.state_dict().items(), teacher.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_the_untrained_twin_of_a_run_is_seed_and_arch() -> None:
+def test_seed_and_arch_determine_the_untrained_backbone() -> None:
     config = load_config(None, [*SMALL, "seed=5"])
     student, _ = build_student_and_teacher(config)
     torch.manual_seed(5)
-    twin = build_backbone("vit_tiny", image_size=64)
-    assert all(torch.equal(v, student.backbone.state_dict()[k]) for k, v in twin.state_dict().items())
+    untrained = build_backbone("vit_tiny", image_size=64)
+    assert all(torch.equal(v, student.backbone.state_dict()[k]) for k, v in untrained.state_dict().items())
 
 
-def test_ema_against_the_formula_and_buffers_left() -> None:
+def test_ema_follows_the_formula_and_leaves_buffers() -> None:
     student, teacher = build_student_and_teacher(load_config(None, SMALL))
     with torch.no_grad():
         for p in student.parameters():
@@ -59,7 +59,7 @@ def test_ema_against_the_formula_and_buffers_left() -> None:
 
 
 def test_batchnorm_statistics_are_per_resolution_group() -> None:
-    """Other images in the second group leave the features of the first as they are; in one's own group they do not."""
+    """Other images in the second group do not change the features of the first; other images in their group do."""
     torch.manual_seed(0)
     backbone = build_backbone("vit_tiny", image_size=64).train()
     big, small, other = torch.randn(4, 3, 64, 64), torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
@@ -87,7 +87,7 @@ def test_rows_come_from_their_own_image() -> None:
         )
 
 
-def test_packs_move_and_cut() -> None:
+def test_packed_nuclei_move_and_slice() -> None:
     nuclei = nuclei_for(6, 64)
     moved = nuclei.to("cpu")
     assert dataclasses.asdict(moved).keys() == dataclasses.asdict(nuclei).keys()

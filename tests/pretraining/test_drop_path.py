@@ -1,4 +1,4 @@
-"""Stochastic depth: which images lose which branches, and that it does not matter how a batch is spread."""
+"""Stochastic depth: which branches images lose, whichever way a batch is split."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_branches_views_rois_and_steps_are_drawn_independently() -> None:
         assert both == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / first.numel()) ** 0.5), dim
 
 
-def test_seed_and_step_alone_decide() -> None:
+def test_only_seed_and_step_determine_the_draw() -> None:
     first = draw_scales([0.5], 1, 2, 3, 64)
     torch.rand(10)
     assert torch.equal(draw_scales([0.5], 1, 2, 3, 64), first)
@@ -45,12 +45,12 @@ def test_seed_and_step_alone_decide() -> None:
     assert not torch.equal(draw_scales([0.5], 1, 3, 3, 64), first)
 
 
-def test_no_rate_drops_nothing() -> None:
+def test_a_rate_of_zero_drops_nothing() -> None:
     assert torch.equal(draw_scales([0.0, 0.0], 0, 0, 2, 5), torch.ones(2, 2, 5))
 
 
 def scales_seen(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, accumulate: int, rois: int) -> Tensor:
-    """The scales ``[branches, views, ROIs]`` that a rank's student would be given in its second step."""
+    """Return the scales ``[branches, views, ROIs]`` of a rank's student in its second step."""
     trainer = Trainer(toy("model.drop_path=0.5"), CPU)
     trainer.step = 1
     micro_batches = [toy_views(seed, num_rois=rois // world_size // accumulate) for seed in range(accumulate)]
@@ -64,7 +64,7 @@ def scales_seen(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, acc
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
-def test_ranks_and_micro_batches_take_slices_of_the_same_draw(
+def test_ranks_and_micro_batches_use_slices_of_the_same_draw(
     world_size: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = [0.5 * layer / 11 for layer in range(12) for _ in range(2)]
@@ -78,14 +78,14 @@ def test_the_teacher_drops_no_path_and_the_student_does(monkeypatch: pytest.Monk
     seen: dict[str, Any] = {}
     for who in ("student", "teacher"):
         encoder = getattr(trainer, who).backbone.encoder
-        encoder.register_forward_pre_hook(lambda _, given, who=who: seen.update({who: given[1]}))
+        encoder.register_forward_pre_hook(lambda _, inputs, who=who: seen.update({who: inputs[1]}))
     trainer.train_step(toy_views())
     assert seen["teacher"] is None
     assert seen["student"].shape == (24, 8) and (seen["student"] == 0).any()
 
 
 def test_resnet50_drops_the_branches_of_an_image() -> None:
-    """An image that loses a block's branch goes through its shortcut alone; others do not notice."""
+    """An image that loses a block's branch goes through its shortcut only; other images do not change."""
     encoder = ResNetEncoder(drop_path=0.3).eval()
     assert encoder.drop_rates == pytest.approx([0.3 * block / 15 for block in range(16)])
     images = [torch.randn(2, 3, 64, 64), torch.randn(1, 3, 32, 32)]
@@ -98,7 +98,7 @@ def test_resnet50_drops_the_branches_of_an_image() -> None:
         resnet = encoder.encoder
         x = resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(images[0][1:]))))
         x = resnet.layer1(x)
-        x = resnet.layer2[3](resnet.layer2[1](resnet.layer2[0](x)).relu())  # its third block left out
+        x = resnet.layer2[3](resnet.layer2[1](resnet.layer2[0](x)).relu())  # without its third block
         torch.testing.assert_close(maps[0][1][1:], x, rtol=1e-5, atol=1e-5)
         last = kept_maps[1][2]
         last = resnet.layer4[1](resnet.layer4[0](last)).relu()
@@ -109,8 +109,8 @@ def test_resnet50_drops_the_branches_of_an_image() -> None:
     assert not torch.allclose(feature[1], kept[1], rtol=1e-3) and not torch.allclose(feature[2], kept[2], rtol=1e-3)
 
 
-def test_a_batch_in_two_parts_trains_as_in_one() -> None:
-    """With drop path, and without BatchNorm in the way of the image loss: its value is that of the whole batch."""
+def test_a_batch_in_two_parts_trains_like_one() -> None:
+    """With drop path. The image loss has no BatchNorm in its path, so its value is that of the whole batch."""
     whole = toy_views(num_rois=4, nuclei_per_view=0)
     parts = [cut(whole, slice(0, 2)), cut(whole, slice(2, 4))]
     settings = ("model.drop_path=0.5", "optim.batch_size=4")
@@ -122,7 +122,7 @@ def test_a_batch_in_two_parts_trains_as_in_one() -> None:
 
 
 def cut(views: Views, rois: slice) -> Views:
-    """The views of some ROIs, which have no nuclei."""
+    """Return the views of some ROIs, without nuclei."""
     of_rois = [x.unflatten(0, (-1, views.num_rois))[:, rois].flatten(0, 1)
                for x in (views.global_images, views.local_images, views.mpp)]  # fmt: skip
     nothing = PackedNuclei(views.nuclei.xy, views.nuclei.index, torch.zeros(len(of_rois[2]) + 1, dtype=torch.int32))

@@ -37,14 +37,14 @@ def test_the_recipe_costs_what_the_published_modules_cost(
 @pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])
 def test_a_view_costs_what_the_backbone_runs(arch: str, size: int) -> None:
     backbone, images = build_backbone(arch, image_size=size).eval(), torch.randn(1, 3, size, size)
-    # Of the attention kernels FlopCounterMode knows the plain one on every device.
+    # FlopCounterMode counts the plain attention kernel on every device.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         backbone(images)
     assert counter.get_total_flops() == pytest.approx(view_flops(arch, size), rel=1e-3)
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])
-def test_a_backward_is_two_forwards_less_the_gradient_of_the_images(arch: str) -> None:
+def test_a_backward_is_two_forwards_minus_the_gradient_of_the_images(arch: str) -> None:
     backbone, images = build_backbone(arch, image_size=64), torch.randn(2, 3, 64, 64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         features = backbone(images)

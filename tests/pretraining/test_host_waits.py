@@ -47,10 +47,10 @@ def micro_batches(trainer: Trainer, seed: int, nuclei: int) -> list[Views]:
     return [toy_views(seed * count + part, nuclei_per_view=nuclei) for part in range(count)]
 
 
-@needs_library  # the reference ops look at values
+@needs_library  # the reference ops read values
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_step_does_not_wait(settings: tuple[str, ...]) -> None:
-    """After a first one, which fills caches; with and without measurements, nuclei, frozen prototypes."""
+    """The first step fills caches. Later ones have and lack measurements, nuclei and frozen prototypes."""
     trainer = Trainer(toy("optim.freeze_prototypes_steps=2", *settings), CPU)
     trainer.train_step(*micro_batches(trainer, 0, nuclei=3))
     for seed, (measure, nuclei) in enumerate([(False, 3), (True, 4), (False, 0)], start=1):
@@ -119,16 +119,18 @@ def roiset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_watched(folder: Path, roiset: Path, watched: set[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pretrain for 6 steps with log lines at 3 and 6. From the views of a step on, until the next ones are asked for,
-    nothing may wait if it is one of ``watched``. Gives the steps of the log."""
+    """Pretrain for 6 steps with log lines at 3 and 6, and return the steps of the log.
 
-    def views_under_watch(*arguments: Any, **options: Any) -> Iterator[Views]:
+    In the ``watched`` steps, nothing may wait between receiving the views and asking for the next ones.
+    """
+
+    def watched_views(*arguments: Any, **options: Any) -> Iterator[Views]:
         for step, views in enumerate(load_views(*arguments, **options), start=1):
             with NoHostWait() if step in watched else nullcontext():
                 yield views
 
     settings = [*TOY, "views.num_locals=1", "optim.steps=6", "train.log_every=3", "train.checkpoint_every=6"]
-    monkeypatch.setattr(pretrain, "load_views", views_under_watch)
+    monkeypatch.setattr("muse_fast.pretraining.run.load_views", watched_views)
     config = load_config(
         None, [*settings, "train.eval_every=0", "train.eval_rois=2", f"data.roiset={roiset}", "data.workers=0"]
     )

@@ -1,4 +1,4 @@
-"""A run that starts from the weights of another, at another view size (LFoV)."""
+"""A run that starts from the weights of another run, with another view size (LFoV)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POS_EMBED = "backbone.encoder.encoder.pos_embed"
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
-    """A trainer after two steps, with a teacher and centres of its own, and its checkpoint."""
+    """A trainer after two steps, so that teacher and centres differ from their start, and its checkpoint."""
     trainer = Trainer(toy("optim.freeze_prototypes_steps=0"), CPU)
     for seed in range(2):
         trainer.train_step(toy_views(seed))
@@ -28,7 +28,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
 
 
 @pytest.mark.parametrize("side", [64, 96, 32])
-def test_weights_teacher_and_centres_are_taken_and_nothing_else(origin: tuple[Trainer, Path], side: int) -> None:
+def test_only_weights_teacher_and_centres_are_loaded(origin: tuple[Trainer, Path], side: int) -> None:
     source, folder = origin
     trainer = Trainer(toy(f"views.global_size={side}", "seed=9", "model.drop_path=0.0"), CPU)
     trainer.start_from(folder)
@@ -43,7 +43,7 @@ def test_weights_teacher_and_centres_are_taken_and_nothing_else(origin: tuple[Tr
     assert trainer.centers["image"].any()
 
 
-def test_the_first_step_is_that_of_a_fresh_optimiser_from_there(origin: tuple[Trainer, Path]) -> None:
+def test_the_optimiser_starts_fresh(origin: tuple[Trainer, Path]) -> None:
     trainer = Trainer(toy("optim.freeze_prototypes_steps=0"), CPU)
     trainer.start_from(origin[1])
     assert torch.isfinite(trainer.train_step(toy_views(7))["loss"])
@@ -82,7 +82,7 @@ def test_another_architecture_or_other_heads_are_refused_by_name(
 
 @pytest.mark.slow
 def test_resnet50_starts_from_resnet50(tmp_path: Path) -> None:
-    """It has no position embedding to resize."""
+    """ResNet-50 has no position embedding to resize."""
     source, other = (
         Trainer(toy("model.arch=resnet50", *more), CPU) for more in ((), ("seed=1", "views.global_size=96"))
     )

@@ -1,4 +1,4 @@
-"""KoLeo against its equation in float64, alone and as a loss of a run."""
+"""KoLeo against its equation in float64, by itself and as a loss of a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def equation(view: Tensor) -> Tensor:
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_equation() -> None:
-    """A sum over two views; the nearest neighbour lies in the same view although the other has a nearer row."""
+    """The sum over two views; neighbours are in the same view although the other view has a nearer row."""
     torch.manual_seed(0)
     views = [torch.randn(5, 8, dtype=torch.float64)]
     views.append(views[0] + 0.01 * torch.randn(5, 8, dtype=torch.float64))
@@ -47,7 +47,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_equation() -> None:
     assert torch.autograd.gradcheck(lambda x: koleo_loss(x, 5), (features,))
 
 
-def test_two_opposite_rows_are_two_apart() -> None:
+def test_two_opposite_rows_have_distance_two() -> None:
     assert koleo_loss(torch.tensor([[3.0, 0.0], [-0.1, 0.0]]), 2).item() == pytest.approx(-2 * math.log(2), rel=1e-6)
 
 
@@ -60,7 +60,7 @@ def test_single_precision_under_autocast() -> None:
 
 
 def test_equal_rows_have_a_finite_gradient() -> None:
-    """The pushes of two equal rows cancel out; a third row still has its gradient."""
+    """The gradients of two equal rows cancel; a third row still has its gradient."""
     features = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, -1.0, 0.5]], requires_grad=True)
     loss = koleo_loss(features, 3)
     loss.backward()
@@ -78,7 +78,7 @@ def test_a_roi_without_neighbours_costs_nothing() -> None:
     assert loss.item() == 0 and features.grad is not None and not features.grad.any()
 
 
-def test_it_is_off_unless_asked_for() -> None:
+def test_it_is_off_by_default() -> None:
     assert list(loss_weights(LossConfig())) == ["image", "nucleus"]
     assert loss_weights(LossConfig(lambda_image=0, lambda_koleo=0.1)) == {"image": 0, "nucleus": 1, "koleo": 0.1}
     trainer = Trainer(toy(), CPU)
@@ -86,8 +86,10 @@ def test_it_is_off_unless_asked_for() -> None:
 
 
 def koleo_of_step(*seeds: int) -> tuple[float, Tensor]:
-    """Of a step over a micro-batch per seed, three ROIs each: ``loss_koleo``, and what a weight of 0.3 adds to the
-    encoder's gradients."""
+    """Run a step over a micro-batch of three ROIs per seed, with and without KoLeo at a weight of 0.3.
+
+    Returns ``loss_koleo`` and what KoLeo adds to the encoder's gradients.
+    """
     settings = ("optim.clip_grad=0", f"optim.accumulate={len(seeds)}", "optim.batch_size=6")
     gradients = []
     for weight in (0.0, 0.3):
@@ -108,8 +110,8 @@ def gradient(network: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("ranks", [False, True], ids=["micro-batches", "ranks"])
-def test_neighbours_are_looked_for_within_a_micro_batch_of_a_rank(ranks: bool, two_ranks: Ranks) -> None:
-    """The logged value, and the gradient: of a mean over both."""
+def test_neighbours_are_within_a_micro_batch_of_a_rank(ranks: bool, two_ranks: Ranks) -> None:
+    """Logged value and gradient are those of the mean over both."""
     student = Trainer(toy("train.precision=fp64"), CPU).student.eval()
     means = []
     for seed in (0, 1):
@@ -144,5 +146,5 @@ def test_the_command_logs_it(tmp_path: Path, two_ranks: Ranks) -> None:
         assert math.isfinite(summary["loss_koleo"]["end"]) and "koleo loss" in ended[0].out
     for key in ("loss", "loss_koleo", "grad_norm"):
         assert rows["fsdp"][0][key] == pytest.approx(rows["ddp"][0][key], rel=1e-12)
-    # Fewer neighbours are not nearer.
+    # With fewer candidates, the nearest neighbour is not nearer.
     assert rows["ddp"][0]["loss_koleo"] < rows["one"][0]["loss_koleo"]

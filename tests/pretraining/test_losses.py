@@ -14,7 +14,7 @@ both_ways = pytest.mark.parametrize("logit_free", [True, False], ids=["logit-fre
 
 
 def of_logits(logits: torch.Tensor) -> HeadOutput:
-    """A head's output with these logits: the prototypes are unit vectors."""
+    """Return a head's output with these logits: the prototypes are unit vectors."""
     return HeadOutput(logits, torch.eye(logits.shape[1], dtype=logits.dtype))
 
 
@@ -28,7 +28,7 @@ def test_image_pairs_by_hand() -> None:
 
 @both_ways
 def test_image_loss_is_dinos_mean_over_views(logit_free: bool) -> None:
-    """Equation 3 and DINO's double loop: for each teacher view, each other student view, the mean over the batch."""
+    """Equation 3 as DINO's double loop: for each teacher view and each other student view, the mean over the batch."""
     torch.manual_seed(0)
     num_rois, num_globals, num_views, k = 3, 2, 4, 7
     student = torch.randn(num_views * num_rois, k, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_no_pairs_give_a_zero_that_trains_the_rest(rows: int, logit_free: bool) 
         assert x.grad is not None and torch.equal(x.grad, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("rows", [10, 700])  # 700 rows come in several blocks
+@pytest.mark.parametrize("rows", [10, 700])  # 700 rows need several blocks
 def test_entropies_of_the_two_collapses(rows: int) -> None:
     same = torch.zeros(rows, 16)
     same[:, 3] = 9.0

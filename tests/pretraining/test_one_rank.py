@@ -1,4 +1,4 @@
-"""Without a process group there is one rank, which talks to nobody and copies nothing."""
+"""Without a process group there is one rank, which does not communicate and copies nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_numbers_and_sums_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", ["1", None])
-def test_a_job_of_one_process_makes_no_group(size: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_one_process_creates_no_group(size: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if size:
         monkeypatch.setenv("WORLD_SIZE", size)
@@ -42,7 +42,7 @@ def test_a_job_of_one_process_makes_no_group(size: str | None, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_a_network_is_called_as_it_is(engine: str) -> None:
+def test_a_network_is_not_wrapped(engine: str) -> None:
     network, _ = build_student_and_teacher(toy())
     assert parallelise(network, engine, "fp32") is network
     with gradient_sync(network, False):
@@ -55,7 +55,7 @@ def test_a_network_is_called_as_it_is(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_a_step_takes_part_in_no_collective(engine: str) -> None:
+def test_a_step_runs_no_collectives(engine: str) -> None:
     settings = ("head.input_norm=true", "loss.centering=sinkhorn", f"train.parallel={engine}")
     trainer = Trainer(toy(*settings), CPU)
     with counted_collectives() as collectives:

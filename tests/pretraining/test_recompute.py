@@ -1,4 +1,4 @@
-"""Activations computed again or compiled: the same gradients, for less memory."""
+"""Recomputing or compiling gives the same gradients; recomputing uses less memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.pretraining.test_trainer import toy, toy_views
 
 
 class Stored(TorchDispatchMode):
-    """Counts bytes of the tensors made inside that are still alive: what a backward has to keep."""
+    """Counts the bytes of tensors created inside that are still alive, which a backward keeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class Stored(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in given:
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in inputs:
                 self.made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
         return result
 
@@ -38,7 +38,7 @@ class Stored(TorchDispatchMode):
 
 
 def learn(recompute: str) -> tuple[list[Tensor], int]:
-    """Outputs and gradients of an encoder whose paths are dropped, and the bytes its backward keeps."""
+    """Return outputs and gradients of an encoder with drop path, and the bytes its backward keeps."""
     torch.manual_seed(0)
     model = build_backbone("vit_tiny", drop_path=0.3, image_size=96, recompute=recompute).train()
     images = [torch.randn(2, 3, 96, 96).requires_grad_(), torch.randn(3, 3, 64, 64)]
@@ -50,7 +50,7 @@ def learn(recompute: str) -> tuple[list[Tensor], int]:
     return [cls.detach(), images[0].grad, *(p.grad for p in model.encoder.parameters())], kept
 
 
-def test_gradients_are_the_same_bits_and_memory_is_less() -> None:
+def test_gradients_are_bit_identical_and_memory_is_less() -> None:
     results = {recompute: learn(recompute) for recompute in RECOMPUTE}
     expected, bytes_of_none = results["none"]
     for recompute in ("selective", "full"):
@@ -59,7 +59,7 @@ def test_gradients_are_the_same_bits_and_memory_is_less() -> None:
     assert results["full"][1] < 0.1 * bytes_of_none
 
 
-def test_nothing_is_computed_again_without_gradients() -> None:
+def test_nothing_is_recomputed_without_gradients() -> None:
     model, images = build_backbone("vit_tiny", image_size=96, recompute="full"), torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         features = model.cls(images)
@@ -67,7 +67,7 @@ def test_nothing_is_computed_again_without_gradients() -> None:
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE[1:])
-def test_training_does_not_notice(recompute: str) -> None:
+def test_training_is_the_same(recompute: str) -> None:
     runs = [Trainer(toy(f"model.recompute={r}"), torch.device("cpu")) for r in ("none", recompute)]
     steps = [[read_back(trainer.train_step(toy_views(seed))) for seed in range(2)] for trainer in runs]
     assert steps[0] == steps[1]

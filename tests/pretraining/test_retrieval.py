@@ -12,23 +12,23 @@ def test_by_hand() -> None:
     first = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     second = torch.tensor([[2.0, 0.1], [0.2, 1.0], [-1.0, 0.0]])
     keys = torch.tensor([[0], [1], [2]])
-    # 0 and 1 find themselves both ways; 2 is answered by neither way: 4 of 6.
+    # 0 and 1 find themselves both ways, 2 in neither: 4 of 6.
     found = retrieval_at_1(first, keys, second, keys)
     assert found.top1 == pytest.approx(4 / 6) and found.queries == 6 and found.chance == pytest.approx(1 / 3)
 
 
-def test_only_nuclei_seen_twice_are_asked() -> None:
+def test_only_nuclei_in_both_views_are_queries() -> None:
     found = retrieval_at_1(torch.eye(2), torch.tensor([[0], [1]]), torch.eye(2), torch.tensor([[0], [7]]))
     assert found.queries == 2 and found.top1 == 1.0
 
 
-def test_nothing_to_ask() -> None:
+def test_no_queries() -> None:
     empty = torch.empty(0, 4)
     found = retrieval_at_1(empty, torch.empty(0, 1), torch.randn(3, 4), torch.tensor([[0], [1], [2]]))
     assert found.queries == 0 and found.top1 == 0.0
 
 
-def test_identical_views_are_found_and_the_network_is_left_alone() -> None:
+def test_identical_views_are_found_and_the_network_does_not_change() -> None:
     torch.manual_seed(0)
     backbone = build_backbone("vit_tiny", image_size=64)
     before = copy.deepcopy(backbone.state_dict())
@@ -49,7 +49,7 @@ def test_identical_views_are_found_and_the_network_is_left_alone() -> None:
         torch.zeros(3),
     )
     found = nucleus_retrieval(backbone, [views, views])
-    # The same batch twice: the twin in the other batch ties with the nucleus itself, the first one wins.
+    # The same batch twice: its copy in the other batch ties with the nucleus itself, and the first one wins.
     assert found.queries == 48 and found.top1 >= 0.5
     assert nucleus_retrieval(backbone, [views]).top1 == 1.0
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())

@@ -1,4 +1,4 @@
-"""The step: what it changes, what it refuses to change, and that it learns."""
+"""The step: what it changes and does not change, and that it learns."""
 
 import math
 from pathlib import Path
@@ -59,7 +59,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 
 
 def test_losses_equal_the_equations_written_as_loops() -> None:
-    """Equations 3, 6, 7 over lists of views, sets of indices and stored softmaxes, in float64."""
+    """Equations 3, 6 and 7 over lists of views, sets of indices and stored softmaxes, in float64."""
     trainer = Trainer(toy("model.drop_path=0.0", "loss.lambda_nucleus=0.5"), torch.device("cpu"))
     trainer.centers["image"].uniform_(-0.1, 0.1)
     trainer.centers["nucleus"].uniform_(-0.1, 0.1)
@@ -96,7 +96,7 @@ def test_losses_equal_the_equations_written_as_loops() -> None:
     assert values["pairs_per_roi"] == len(nucleus) / 2 == 18
 
 
-def test_a_step_moves_student_teacher_and_centres_and_frozen_prototypes_stay() -> None:
+def test_a_step_changes_student_teacher_and_centres_but_not_frozen_prototypes() -> None:
     trainer = Trainer(toy(), torch.device("cpu"))
     before = snapshot(trainer)
     trainer.train_step(toy_views())
@@ -108,7 +108,7 @@ def test_a_step_moves_student_teacher_and_centres_and_frozen_prototypes_stay() -
     assert frozen <= changed(before, snapshot(trainer))
 
 
-def test_gradients_are_clipped_to_the_norm_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_clipped_to_the_configured_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(toy("optim.clip_grad=0.01"), torch.device("cpu"))
     seen = []
     step = trainer.optimizer.step
@@ -138,7 +138,7 @@ def test_batches_without_pairs_or_rows_train_the_image_loss(nuclei: int) -> None
     assert any("backbone.encoder" in n for n in changed(before, after))
 
 
-def test_a_roi_alone_in_its_batch() -> None:
+def test_a_batch_of_one_roi() -> None:
     values = Trainer(toy("optim.batch_size=1"), torch.device("cpu")).train_step(toy_views(num_rois=1))
     assert math.isfinite(values["loss"]) and values["pairs_per_roi"] == 18
 
@@ -158,7 +158,7 @@ def test_non_finite_values_stop_before_anything_changes(case: str) -> None:
     else:
         views.global_images[1, 0, 3, 3] = float(case.split()[0])
     trainer.train_step(views)
-    trainer.train_step(toy_views(2))  # the host has not looked yet: this one must not change anything either
+    trainer.train_step(toy_views(2))  # not checked yet, but this step must not change anything either
     with pytest.raises(NonFiniteError, match=r"step 2: .*not finite.*ROIs \[10, 11\]") as raised:
         trainer.check()
     assert raised.value.step == 2
@@ -174,7 +174,7 @@ def test_the_nucleus_loss_falls_on_a_fixed_batch(centering: str) -> None:
 
 
 def test_save_and_load_continue_bit_for_bit(tmp_path: Path) -> None:
-    """With drop path, whatever became of torch's random state."""
+    """With drop path and another torch random state."""
     config = toy()
     trainer = Trainer(config, torch.device("cpu"))
     for seed in range(3):
@@ -189,7 +189,7 @@ def test_save_and_load_continue_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_nucleus_pairs_come_from_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dropped pair shows in the measurements: the step uses no second way to match."""
+    """A dropped pair shows in the measurements: the step does not match nuclei in any other way."""
     full = ops.match_nuclei
 
     def without_the_first(*arguments: Any, **named: Any) -> tuple[torch.Tensor, ...]:
@@ -200,16 +200,16 @@ def test_the_nucleus_pairs_come_from_the_op(monkeypatch: pytest.MonkeyPatch) -> 
     assert Trainer(toy(), torch.device("cpu")).train_step(toy_views())["pairs_per_roi"] == 17.5
 
 
-def test_the_centre_moves_to_the_mean_logit_of_the_teacher_that_was_asked() -> None:
+def test_the_centre_moves_to_the_mean_logit_of_the_teacher_before_its_update() -> None:
     trainer = Trainer(toy("optim.ema_start=0.0", "optim.ema_end=0.0"), torch.device("cpu"))  # the teacher moves a lot
     trainer.teacher.image_head.prototypes_v.add_(0.05)
     views = toy_views()
     with torch.no_grad():
         groups, nuclei = views.groups()
-        asked = {name: out.logits() for name, out in trainer.teacher.train()(groups[:1], nuclei[:1]).heads.items()}
+        targets = {name: out.logits() for name, out in trainer.teacher.train()(groups[:1], nuclei[:1]).heads.items()}
     trainer.train_step(views)
-    torch.testing.assert_close(trainer.centers["image"], 0.1 * asked["image"].mean(0), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(trainer.centers["nucleus"], 0.1 * asked["nucleus"].mean(0), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(trainer.centers["image"], 0.1 * targets["image"].mean(0), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(trainer.centers["nucleus"], 0.1 * targets["nucleus"].mean(0), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Views: exact in pixels and points."""
+"""Boxes of views transform pixels and points exactly."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ SMALL = ViewsConfig(global_size=96, local_size=64, num_locals=6)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_dots_are_found_again_in_every_view_to_half_a_pixel(seed: int) -> None:
+def test_dots_are_found_in_every_view_to_half_a_pixel(seed: int) -> None:
     rng = np.random.default_rng(seed)
     xy = scattered(rng, 310)
     image = draw_dots(310, xy, sigma=2.5)
@@ -31,7 +31,7 @@ def test_dots_are_found_again_in_every_view_to_half_a_pixel(seed: int) -> None:
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("turns", range(4))
 def test_turns_move_pixels_and_points_alike_exactly(flip: bool, turns: int) -> None:
-    """At scale 1 the pixel under a point is the same pixel, whatever the turn."""
+    """At scale 1 a point stays on the same pixel after any turn."""
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     box = ViewBox(7, 3, 32, 32, flip, turns)
     view = box.render(image)
@@ -65,8 +65,8 @@ def test_right_and_bottom_edges_are_outside() -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("turns", range(4))
-def test_the_box_decides_whatever_flip_and_turns(flip: bool, turns: int) -> None:
-    """Left and top border inside, right and bottom outside; what lands on the view's far border moves off it."""
+def test_flip_and_turns_do_not_change_which_nuclei_are_inside(flip: bool, turns: int) -> None:
+    """Left and top border are inside, right and bottom outside; a point on the view's far border moves inside."""
     xy = np.array([[10, 10], [10, 29.5], [30, 15], [15, 30], [10 + 1e-6, 29.999998], [9.999999, 15]], np.float32)
     points, index = ViewBox(10, 10, 20, 40, flip, turns).nuclei(xy)
     assert index.tolist() == [0, 1, 4]
@@ -87,7 +87,7 @@ def test_no_nuclei() -> None:
     mpp=st.floats(0.15, 0.6),
     overlap=st.floats(0.1, 1.0),
 )
-def test_boxes_lie_in_the_roi_overlap_and_have_the_scale_asked_for(
+def test_boxes_lie_in_the_roi_overlap_and_have_a_scale_in_the_range(
     seed: int, width: int, height: int, mpp: float, overlap: float
 ) -> None:
     config = ViewsConfig(global_size=96, local_size=48, num_locals=4, min_overlap=overlap)
@@ -122,7 +122,7 @@ def test_um_per_px_is_uniform_over_the_range() -> None:
 
 
 def test_a_roi_too_small_is_refused_with_the_size_needed() -> None:
-    with pytest.raises(UserError, match="takes 112 px"):
+    with pytest.raises(UserError, match="needs 112 px"):
         check_room(100, 300, 0.5, ViewsConfig())
 
 

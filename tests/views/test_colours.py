@@ -12,7 +12,7 @@ def picture(size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_nothing_drawn_changes_nothing() -> None:
+def test_the_default_colour_changes_nothing() -> None:
     assert torch.equal(apply_colour(picture(), Colour()), picture())
 
 
@@ -63,7 +63,7 @@ def test_probabilities_per_role() -> None:
         assert 0.35 < max(abs((c.brightness or 1) - 1) for c in jittered) <= 0.4
 
 
-def test_all_off_draws_nothing_but_uses_up_the_same_numbers() -> None:
+def test_with_all_off_a_draw_changes_nothing_but_consumes_the_same_numbers() -> None:
     off = ViewsConfig(jitter=0, grey=0, solarise=0, blur=False)
     a, b = np.random.default_rng(3), np.random.default_rng(3)
     drawn = draw_colour(a, "second", off)

@@ -1,4 +1,4 @@
-"""The loader: every random choice from (seed, epoch, ROI id), every batch from the step."""
+"""The loader: random choices depend only on (seed, epoch, ROI id), batches only on the step."""
 
 import multiprocessing
 from collections import Counter
@@ -71,7 +71,7 @@ def test_ranks_share_a_step_and_resume_at_any_world_size(world: int, start: int)
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_of_all_ranks_are_the_step(world: int, accumulate: int) -> None:
-    """One after the other they give each rank the samples that it would have in one piece."""
+    """Joined, the micro-batches of a rank are its samples without accumulation."""
     ids = np.arange(7)
     for rank in range(world):
         ranks = {"batch_size": 8, "start_step": 2, "rank": rank, "world_size": world}
@@ -84,7 +84,7 @@ def test_micro_batches_of_all_ranks_are_the_step(world: int, accumulate: int) ->
         assert {len(part) for part in micro_batches} == {8 // world // accumulate}
 
 
-def test_batch_that_ranks_cannot_share_and_empty_set_are_refused() -> None:
+def test_a_batch_that_ranks_cannot_share_and_an_empty_set_are_refused() -> None:
     with pytest.raises(UserError, match=r"batch_size=4: expected a multiple of 3 ranks"):
         sampler(np.arange(7), world_size=3)
     with pytest.raises(UserError, match=r"2 ranks x 4 micro-batches \(optim\.accumulate\)"):
@@ -100,7 +100,7 @@ def test_the_same_views_with_any_number_of_workers(roiset: RoiSet) -> None:
     assert not same(runs[0][0], runs[0][1])
 
 
-def test_the_loader_leaves_the_global_random_stream_alone(roiset: RoiSet) -> None:
+def test_the_loader_does_not_touch_the_global_random_stream(roiset: RoiSet) -> None:
     dataset = ViewDataset(roiset, VIEWS, seed=7)
     before = torch.get_rng_state()
     next(iter(load_views(dataset, sampler(np.arange(5)), workers=1)))
@@ -131,7 +131,7 @@ def test_view_major_order_after_collate(roiset: RoiSet) -> None:
     assert all(counts[i] == 0 for i in range(15) if i % 3 == 1)  # ROI 3 has no nuclei
 
 
-def test_nuclei_of_views_are_where_the_image_has_them(roiset: RoiSet) -> None:
+def test_nuclei_of_views_lie_on_nuclei_in_the_image(roiset: RoiSet) -> None:
     """Hematoxylin is dark in red: the mean red at nuclei lies well below the mean of their views."""
     dataset = ViewDataset(
         roiset,
@@ -157,7 +157,7 @@ def test_no_locals(roiset: RoiSet) -> None:
 def test_views_from_some_rows_equal_those_from_the_whole_roi(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, mpp: float
 ) -> None:
-    """Bit for bit, on real images, and from fewer rows than there are."""
+    """Bit for bit, on real images, and without decoding all rows."""
     with RoiSetWriter(tmp_path / "set", provenance={}) as writer:
         for path in sorted((shared_data / folder).iterdir())[:3]:
             image = read_image(path)
@@ -180,7 +180,7 @@ def test_views_from_some_rows_equal_those_from_the_whole_roi(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_jpeg_stops_the_run_with_path_and_roi(tmp_path: Path, workers: int) -> None:
+def test_a_damaged_jpeg_stops_the_run_with_path_and_roi(tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "rois"
     with RoiSetWriter(folder, provenance={}) as writer:
         image, xy, _ = synthetic_image(0, 128, 0.25)
@@ -201,7 +201,7 @@ def test_rois_too_small_for_the_views_are_refused_by_id(roiset: RoiSet) -> None:
 
 
 def test_closing_ends_the_workers(roiset: RoiSet) -> None:
-    """Which do not listen to signals: a program that ends by an error would wait for them."""
+    """Workers ignore signals, so a program that ends with an error would wait for them."""
     before = set(multiprocessing.active_children())  # ranks of other tests
     views = load_views(ViewDataset(roiset, VIEWS, seed=7), sampler(np.arange(5)), workers=2)
     next(views)

@@ -1,4 +1,4 @@
-"""The backends of data.backend against each other, on the same plans: pixels to a grey level, all else exactly."""
+"""The backends of data.backend agree on the same plans: pixels to a grey level, everything else exactly."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def by_dali(rois: RoiSet, config: ViewsConfig, workers: int = 0) -> list[Views]:
 
 
 def by_op(rois: RoiSet, config: ViewsConfig) -> list[Views]:
-    """The cuda backend's code where there is none: decoding by simplejpeg, and the reference of the op."""
+    """The cuda backend's code without a GPU: decoding by simplejpeg, and the reference of the op."""
     return [render_batch(batch, config, CPU) for batch in planned(rois, config)]
 
 
@@ -85,7 +85,7 @@ OTHERS = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def tissue(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RoiSet:
-    """Two hospitals' slides at two scales; images of several sizes."""
+    """Images of slides from two hospitals, at two scales and of several sizes."""
     folder = tmp_path_factory.mktemp("tissue") / "rois"
     files = [
         *sorted((shared_data / "mitos12").glob("*.jpg"))[:10:5],
@@ -110,7 +110,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> RoiSet:
 
 
 def distances(a: Views, b: Views) -> torch.Tensor:
-    """Mean absolute difference of every view, in levels."""
+    """Return the mean absolute difference of every view, in levels."""
     pairs = ((a.global_images, b.global_images), (a.local_images, b.local_images))
     return torch.cat([(denormalise(x).float() - denormalise(y).float()).abs().flatten(1).mean(1) for x, y in pairs])
 
@@ -129,7 +129,7 @@ def assert_same_but_pixels(a: Views, b: Views) -> None:
 @OTHERS
 @pytest.mark.parametrize("coloured", [False, True], ids=["plain", "coloured"])
 def test_agrees_with_the_cpu_backend(coloured: bool, load: Load, tissue: RoiSet) -> None:
-    """Less than a grey level apart: torch resizes uint8 in integers, which alone makes a fifth of one."""
+    """Within a grey level: torch resizes uint8 in integers, which by itself accounts for a fifth of a level."""
     config = ViewsConfig(num_locals=3, **({} if coloured else PLAIN))
     expected, got = by_cpu(tissue, config), load(tissue, config)
     assert len(got) == len(expected) == 2
@@ -139,8 +139,8 @@ def test_agrees_with_the_cpu_backend(coloured: bool, load: Load, tissue: RoiSet)
 
 
 @OTHERS
-def test_agrees_on_colours_that_tissue_does_not_have(load: Load, tmp_path: Path) -> None:
-    """Every channel leads and trails somewhere; strong jitter turns the hues far."""
+def test_agrees_on_colours_not_found_in_tissue(load: Load, tmp_path: Path) -> None:
+    """Each channel is the highest and the lowest somewhere, and strong jitter shifts the hue far."""
     with RoiSetWriter(tmp_path / "rois", provenance={}) as writer:
         for seed in range(3):
             coarse = np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8)
@@ -153,7 +153,7 @@ def test_agrees_on_colours_that_tissue_does_not_have(load: Load, tmp_path: Path)
 
 @pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error()))
 def test_the_triton_kernels_agree_with_the_cpu_backend(drawn: RoiSet) -> None:
-    """One ROI: the interpreter is slow."""
+    """One ROI, because the interpreter is slow."""
     config = ViewsConfig(global_size=32, local_size=32, num_locals=1)
     dataset = ViewDataset(drawn, config, 7)
     expected, got = dataset.views(0, 1), render_batch(pack([dataset.plan(0, 1)]), config, CPU, "triton")
@@ -215,7 +215,7 @@ def test_a_jpeg_that_cannot_be_decoded_is_named(backend: str, drawn: RoiSet) -> 
     assert len(done) == 2
 
 
-def test_only_the_rows_that_are_seen_are_handed_over(drawn: RoiSet) -> None:
+def test_a_planned_batch_contains_only_the_rows_that_its_views_cover(drawn: RoiSet) -> None:
     config = ViewsConfig(global_size=48, local_size=32, num_locals=2, global_mpp_max=0.25, local_mpp_max=0.25)
     batch = next(planned(drawn, config))
     tall = batch.shapes[:, 0]
@@ -235,16 +235,16 @@ def test_a_jpeg_of_another_size_is_refused_by_the_loader(tmp_path: Path, monkeyp
     assert isinstance(error, UserError) and "rois, ROI 0: the JPEG cannot be decoded" in str(error)
 
 
-def test_what_stands_before_an_error_is_used_first() -> None:
+def test_items_before_an_error_are_used_first() -> None:
     error = UserError("damaged")
     items = UntilError(["a", "b", error, "c"])
     assert list(items) == ["a", "b"] and items.error is error
 
 
-def test_reasons_against_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_not_explains_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert renderers.why_not("cpu", torch.device("mps")) is None
     assert renderers.why_not("cuda", torch.device("cuda")) == backends.triton_error()
-    assert renderers.why_not("cuda", CPU) == "it runs on CUDA GPUs alone, and the run is on cpu"
+    assert renderers.why_not("cuda", CPU) == "it runs only on CUDA GPUs, and the run is on cpu"
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     reason = renderers.why_not("dali", CPU)
     assert reason is not None and "pip install 'muse_fast[dali]'" in reason
