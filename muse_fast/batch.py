@@ -1,4 +1,4 @@
-"""The containers that travel between the data path, the models, the ops and the losses.
+"""The containers that the data path, the models, the ops and the losses exchange.
 
 Shape legend used across the package:
 
@@ -22,7 +22,7 @@ _T = TypeVar("_T", bound="_Movable")
 
 
 class _Movable:
-    """Dataclass of tensors that moves between devices as one."""
+    """A dataclass of tensors that moves between devices as a whole."""
 
     def to(self: _T, device: torch.device | str, non_blocking: bool = False) -> _T:
         moved = {}
@@ -43,10 +43,10 @@ class _Movable:
 
 @dataclass(frozen=True, slots=True)
 class PackedNuclei(_Movable):
-    """Nuclei of many images, one row each. Inside an image rows are sorted by ``index`` and unique."""
+    """Nuclei of many images, one row each. Within an image, rows are sorted by ``index`` and unique."""
 
-    xy: Tensor  # [N, 2] float32, pixels of the image the row belongs to
-    index: Tensor  # [N] int32, identity of the nucleus inside its ROI; survives crop, flip and rescale
+    xy: Tensor  # [N, 2] float32, pixels of the row's image
+    index: Tensor  # [N] int32, number of the nucleus in its ROI; the same in all views
     offsets: Tensor  # [images + 1] int32; rows of image i are offsets[i] : offsets[i + 1]
 
     @property
@@ -54,13 +54,13 @@ class PackedNuclei(_Movable):
         return self.offsets.numel() - 1
 
     def image_index(self) -> Tensor:
-        """The image of every row, ``[N]`` int64."""
+        """Return the image of every row, ``[N]`` int64."""
         counts = (self.offsets[1:] - self.offsets[:-1]).long()
         images = torch.arange(self.num_images, device=self.offsets.device)
         return torch.repeat_interleave(images, counts, output_size=self.xy.shape[0])
 
     def images(self, start: int, stop: int) -> PackedNuclei:
-        """The nuclei of images ``start:stop``, as a pack of their own."""
+        """Return the nuclei of images ``start:stop``."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         return PackedNuclei(self.xy[first:last], self.index[first:last], self.offsets[start : stop + 1] - first)
 
@@ -69,21 +69,21 @@ class PackedNuclei(_Movable):
 class Pairs(_Movable):
     """Rows that a loss compares: the same nucleus, or the same ROI, in a global view and in another view."""
 
-    teacher_rows: Tensor  # [P] int64, of the packed nuclei (always in a global view)
-    student_rows: Tensor  # [P] int64, of the packed nuclei
+    teacher_rows: Tensor  # [P] int64, rows of global views
+    student_rows: Tensor  # [P] int64, rows of any view
 
 
 @dataclass(frozen=True, slots=True)
 class Views(_Movable):
-    """One batch: the views of B ROIs and the nuclei seen in each."""
+    """One batch: the views of B ROIs and the nuclei in each view."""
 
     global_images: Tensor  # [G * B, 3, R, R] float32, normalised
     local_images: Tensor  # [L * B, 3, r, r] float32, normalised; L may be 0
     nuclei: PackedNuclei  # over (G + L) * B images, globals first
-    num_global_nuclei: int  # rows of `nuclei` in the globals; a number, so that nobody waits for a device to learn it
+    num_global_nuclei: int  # rows of `nuclei` in the globals; an int, so that reading it never waits for a device
     mpp: Tensor  # [(G + L) * B] float32, um per pixel of every view
     roi_ids: Tensor  # [B] int64
-    epochs: Tensor  # [B] int64; with the seed and the ROI id it fixes every random choice
+    epochs: Tensor  # [B] int64; with the seed and the ROI id it determines every random choice
 
     @property
     def num_rois(self) -> int:
@@ -98,7 +98,7 @@ class Views(_Movable):
         return self.local_images.shape[0] // self.num_rois
 
     def groups(self) -> tuple[list[Tensor], list[PackedNuclei]]:
-        """Images of one resolution each, and the nuclei in them; without locals there is one group."""
+        """Group images, and the nuclei in them, by resolution; without locals there is one group."""
         nuclei, split, rows = self.nuclei, self.global_images.shape[0], self.num_global_nuclei
         global_nuclei = PackedNuclei(nuclei.xy[:rows], nuclei.index[:rows], nuclei.offsets[: split + 1])
         if not self.num_locals:
@@ -109,12 +109,12 @@ class Views(_Movable):
 
 @dataclass(frozen=True, slots=True)
 class PlannedViews(_Movable):
-    """A batch of views before anything is decoded: what a renderer makes :class:`Views` of."""
+    """A batch of views before decoding, which a renderer turns into :class:`Views`."""
 
-    jpegs: Tensor  # [bytes] uint8: JPEGs of the rows that the views see, of the B ROIs one after the other
+    jpegs: Tensor  # [bytes] uint8: for each of the B ROIs in turn, a JPEG of the rows that its views cover
     jpeg_bounds: Tensor  # [B + 1] int64; the JPEG of ROI b is jpegs[jpeg_bounds[b] : jpeg_bounds[b + 1]]
-    shapes: Tensor  # [B, 2] int64, height and width of each
-    boxes: Tensor  # [V * B, 6] int32, see ops.augment_views, in these rows; the image is the ROI's place in the batch
+    shapes: Tensor  # [B, 2] int64, height and width of each JPEG
+    boxes: Tensor  # [V * B, 6] int32, see ops.augment_views; image: place of the ROI in the batch, y: in its JPEG
     colours: Tensor  # [V * B, 11] float32, see ops.augment_views
     num_globals: int
     nuclei: PackedNuclei
@@ -129,11 +129,11 @@ class PlannedViews(_Movable):
         return self.roi_ids.numel()
 
     def jpeg(self, roi: int) -> Tensor:
-        """The JPEG of the ROI at place ``roi`` of the batch, ``[bytes]`` uint8."""
+        """Return the JPEG of the ROI at place ``roi`` of the batch, ``[bytes]`` uint8."""
         return self.jpegs[self.jpeg_bounds[roi] : self.jpeg_bounds[roi + 1]]
 
     def rendered(self, global_images: Tensor, local_images: Tensor) -> Views:
-        """With pixels in the order of ``boxes``: the batch that the trainer takes."""
+        """Return the batch of views with the given pixels, in the order of ``boxes``."""
         return Views(
             global_images=global_images,
             local_images=local_images,

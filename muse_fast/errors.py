@@ -1,4 +1,4 @@
-"""The error that a user can mend, and the checks and hints that go with it."""
+"""The error that a user can fix, and the checks and hints that go with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` with the known name nearest to ``name``, or nothing where none is near."""
+    """Return ``; did you mean 'x'?`` with the known name nearest to ``name``, or nothing if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 
@@ -23,7 +23,7 @@ def require(ok: bool, key: str, value: object, expected: str) -> None:
     """Refuse the ``value`` of the setting ``key`` unless ``ok``.
 
     Raises:
-        UserError: with what was expected.
+        UserError: says what was expected.
     """
     if not ok:
         raise UserError(f"{key}={value}: expected {expected}")

@@ -100,7 +100,7 @@ def run(tmp_path: Path) -> Path:
 def test_an_intact_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--deep", str(run)]) == 0
     shown = capsys.readouterr().out
-    assert "run with 2 checkpoints, 2 of them sound" in shown and "no problems" in shown
+    assert "run with 2 checkpoints, 2 intact" in shown and "no problems" in shown
 
 
 def test_leftovers_of_killed_runs_are_removed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,12 +141,12 @@ def test_a_damaged_checkpoint_is_reported_and_kept(run: Path, capsys: pytest.Cap
     (run / "metrics.jsonl").write_text("no row\n")
     assert doctor.main(["--deep", str(run)]) == 1
     shown = capsys.readouterr().out
-    assert "1 of them sound" in shown and str(file) in shown and "row 1 is not valid JSON" in shown
+    assert "1 intact" in shown and str(file) in shown and "row 1 is not valid JSON" in shown
     assert "2 problems, 0 repaired or left alone" in shown and file.exists()
     checkpoint.folder_of(run, 1).rename(checkpoint.folder_of(run, 7))
     assert doctor.main(["--deep", str(run)]) == 1
     shown = capsys.readouterr().out
-    assert "holds step 1" in shown and "no checkpoint is sound" in shown
+    assert "contains step 1" in shown and "no checkpoint is intact" in shown
 
 
 def test_a_deep_check_of_a_roiset(roiset: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +161,7 @@ def test_a_deep_check_of_a_roiset(roiset: Path, capsys: pytest.CaptureFixture[st
     shard.write_bytes(content)
     assert doctor.main(["--deep", str(roiset)]) == 1
     shown = capsys.readouterr().out
-    assert "ROI 1" in shown and "cannot be repaired" in shown and "shard-00009.bin: no part of the set" in shown
+    assert "ROI 1" in shown and "cannot be repaired" in shown and "shard-00009.bin: not a part of the set" in shown
     assert "3 problems, 1 repaired or left alone" in shown and not left.exists()
 
 

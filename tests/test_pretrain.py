@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
     content[-1] ^= 1
     newest.write_bytes(content)
     assert main(arguments(workplace, out)) == 0
-    assert f"passed over: {newest}" in capsys.readouterr().out
+    assert f"skipped: {newest}" in capsys.readouterr().out
     assert losses(out) == losses(unbroken)
 
 
@@ -198,7 +198,7 @@ def test_other_settings_do_not_continue_a_run(
     out = workplace / "other"
     crash_at_step(3, arguments(workplace, out), monkeypatch)
     expect_error(capsys, arguments(workplace, out, "optim.lr=0.5"), "optim.lr=0.5 (was 0.001)")
-    expect_error(capsys, [*arguments(workplace, out), "--resume", "never"], "holds checkpoints")
+    expect_error(capsys, [*arguments(workplace, out), "--resume", "never"], "contains checkpoints")
 
 
 def test_after_a_crash_before_the_first_checkpoint_the_run_starts_over_with_one_row_per_measurement(

@@ -206,7 +206,7 @@ def test_a_run_that_stops_without_a_warning_has_failed(
     ("options", "overrides", "said"),
     [
         ([], ["optim.lrr=1"], "did you mean 'optim.lr'?"),
-        ([], ["data.roiset=nowhere"], "nowhere is no ROI set"),
+        ([], ["data.roiset=nowhere"], "nowhere is not a ROI set"),
         (["--tasks-per-node", "3"], [], "optim.batch_size=4: expected a multiple of 3 tasks"),
         (["--time", "2"], [], "--time=2: expected more than 3 minutes"),
         (["--local", "--nodes", "2"], [], "one node"),

@@ -23,10 +23,10 @@ _BLACK = (0, 0, 0)
 
 
 def contact_sheet(path: str | Path, views: Views, pairs: Pairs, rois_shown: int = 4, cell: int = 288) -> None:
-    """The views of a few ROIs, one ROI a row, with the nuclei that the loss compares.
+    """Draw the views of a few ROIs, one ROI per row, with the nuclei that the loss compares.
 
-    Every nucleus has a thin ring. Up to ten nuclei of global 0 that stand in a pair carry a number and a colour, the
-    same in every view, so that a wrong crop, flip or match shows at a glance.
+    Every nucleus has a thin ring. Up to ten nuclei of global 0 that are in a pair have a number and a colour, the same
+    in every view, so that a wrong crop, flip or match is easy to see.
     """
     total = views.num_globals + views.num_locals
     rois = range(min(rois_shown, views.num_rois))
@@ -49,11 +49,11 @@ def contact_sheet(path: str | Path, views: Views, pairs: Pairs, rois_shown: int 
 
 
 def pca_picture(path: str | Path, images: Tensor, dense: Tensor, cell: int = 288) -> None:
-    """Images beside the first three principal components of their dense maps, shown as red, green and blue.
+    """Draw images next to the first three principal components of their dense maps, shown as red, green and blue.
 
     Args:
         images: ``[n, 3, R, R]`` float, normalised.
-        dense: ``[n, D, h, w]`` float, D >= 3. The components are those of all n maps together, so colours compare.
+        dense: ``[n, D, h, w]`` float, D >= 3. Components are computed over all n maps, so colours are comparable.
     """
     count, width, h, w = dense.shape
     rows = dense.detach().float().permute(0, 2, 3, 1).reshape(-1, width)
@@ -89,38 +89,38 @@ def retrieval_sheet(
     patch: int = 48,
     cell: int = 132,
 ) -> None:
-    """Query nuclei and, beside each, the nearest nuclei of all other images by cosine similarity.
+    """Draw query nuclei, each next to its nearest nuclei in all other images by cosine similarity.
 
-    A green border marks the query's own nucleus seen in another view: same ROI, same nucleus index. Queries that have
-    such a partner come first, spread evenly over the rows.
+    A green border marks the query's own nucleus in another view: same ROI, same nucleus index. Queries that have such
+    a partner come first, spread evenly over the rows.
 
     Args:
         images: ``[I, 3, R, R]`` float, normalised.
         nuclei: over the I images.
-        features: ``[N, D]``, a row per row of ``nuclei``.
+        features: ``[N, D]``, one row per nucleus.
         roi_of_image: ``[I]`` int.
         patch: side of the square shown around a nucleus, pixels of its image.
     """
     image_of = nuclei.image_index().cpu()
     identity = torch.stack([roi_of_image.cpu().long()[image_of], nuclei.index.cpu().long()], dim=1)
     rows = F.normalize(features.detach().float().cpu(), dim=1)
-    asked = _pick_queries(identity, image_of, queries)
+    query_rows = _pick_queries(identity, image_of, queries)
 
-    similarity = rows[asked] @ rows.T
-    similarity[image_of[asked][:, None] == image_of[None, :]] = -torch.inf
+    similarity = rows[query_rows] @ rows.T
+    similarity[image_of[query_rows][:, None] == image_of[None, :]] = -torch.inf
     values, nearest = similarity.topk(min(neighbours, len(rows)), dim=1)
 
     rgb = _to_rgb(images)
     step_x, step_y = cell + GAP, cell + CAPTION + GAP
     width = max(GAP + step_x * (1 + neighbours) + GAP, 560)
-    sheet = Sheet(width, GAP + CAPTION + len(asked) * step_y)
+    sheet = Sheet(width, GAP + CAPTION + len(query_rows) * step_y)
     sheet.text(GAP, GAP, "query | nearest nuclei of other images, cosine; green: the same nucleus")
-    for line, query in enumerate(asked.tolist()):
+    for line, query in enumerate(query_rows.tolist()):
         top = GAP + CAPTION + line * step_y
         picture = _patch(rgb[image_of[query]], nuclei.xy[query], patch, cell)
         sheet.cell(GAP, top, picture, INK, f"ROI {int(identity[query, 0])} nucleus {int(identity[query, 1])}")
         for place, (value, row) in enumerate(zip(values[line].tolist(), nearest[line].tolist(), strict=True)):
-            if value == -torch.inf:  # fewer nuclei in other images than neighbours asked for
+            if value == -torch.inf:  # other images have fewer nuclei than ``neighbours``
                 break
             same = bool((identity[row] == identity[query]).all())
             picture = _patch(rgb[image_of[row]], nuclei.xy[row], patch, cell)
@@ -130,7 +130,7 @@ def retrieval_sheet(
 
 
 def _to_rgb(images: Tensor) -> NDArray[np.uint8]:
-    """Normalised ``[n, 3, R, R]`` to uint8 ``[n, R, R, 3]``."""
+    """Convert normalised ``[n, 3, R, R]`` to uint8 ``[n, R, R, 3]``."""
     return denormalise(images.detach()).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -139,7 +139,7 @@ def _resized(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _patch(image: NDArray[np.uint8], xy: Tensor, side: int, cell: int) -> Image.Image:
-    """The square of ``side`` px around ``xy``, mirrored where it leaves the image, with a ring in the middle."""
+    """Crop ``side`` px around ``xy``, mirrored beyond the image's borders, and draw a ring in the middle."""
     left, top = (int(v) - side // 2 for v in xy.tolist())
     padded = np.pad(image, ((side, side), (side, side), (0, 0)), mode="symmetric")
     picture = _resized(Image.fromarray(padded[top + side : top + 2 * side, left + side : left + 2 * side]), cell)
@@ -154,7 +154,7 @@ def _ring(
 
 
 def _draw_nuclei(views: Views, image: int, numbers: dict[int, int], cell: int) -> Image.Image:
-    """One view at ``cell`` px with its nuclei; ``numbers`` gives rows of the pack their number."""
+    """Draw one view at ``cell`` px with its nuclei; ``numbers`` maps rows of nuclei to their numbers."""
     num_global_images = views.global_images.shape[0]
     stack, place = (
         (views.global_images, image) if image < num_global_images else (views.local_images, image - num_global_images)
@@ -182,9 +182,9 @@ def _draw_nuclei(views: Views, image: int, numbers: dict[int, int], cell: int) -
 
 
 def _numbered_rows(views: Views, pairs: Pairs, roi: int) -> dict[int, int]:
-    """Rows of nuclei that global 0 of ``roi`` shares with other views, each with its number from 0.
+    """Number from 0 the nuclei that global 0 of ``roi`` shares with other views; returns row -> number.
 
-    Nuclei that most views share come first; one too close to a numbered one is passed over, to keep numbers legible.
+    Nuclei shared by most views come first; one too close to a numbered one is skipped, to keep numbers legible.
     """
     first, last = int(views.nuclei.offsets[roi]), int(views.nuclei.offsets[roi + 1])  # image `roi` is its global 0
     teacher, student = pairs.teacher_rows.cpu(), pairs.student_rows.cpu()
@@ -207,7 +207,7 @@ def _pairs_per_roi(views: Views, pairs: Pairs) -> list[int]:
 
 
 def _pick_queries(identity: Tensor, image_of: Tensor, queries: int) -> Tensor:
-    """Rows to ask for: nuclei that occur in more than one image first, each nucleus once, spread evenly."""
+    """Choose query rows: nuclei in more than one image if there are any, each nucleus once, spread evenly."""
     _, nucleus, seen = torch.unique(identity, dim=0, return_inverse=True, return_counts=True)
     candidates: Sequence[int] = torch.nonzero(seen[nucleus] > 1).flatten().tolist() or range(len(image_of))
     first_rows = list({int(nucleus[row]): row for row in reversed(candidates)}.values())

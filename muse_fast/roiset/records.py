@@ -1,4 +1,4 @@
-"""The bytes of a ROI set: its records, its JPEGs, and the checks on what goes in."""
+"""The bytes of a ROI set: its records, its JPEGs, and the checks on its input."""
 
 from __future__ import annotations
 
@@ -59,28 +59,28 @@ class Roi:
     path: Path  # the set it came from
 
     def decode(self) -> NDArray[np.uint8]:
-        """The pixels, ``[height, width, 3]`` uint8 RGB; grey images come out with three equal channels.
+        """Decode the pixels, ``[height, width, 3]`` uint8 RGB; grey images have three equal channels.
 
         Raises:
-            UserError: not a sound JPEG of the ROI's size, or beyond the limits; names the set and the ROI.
+            UserError: not a valid JPEG of the ROI's size, or beyond the limits; names the set and the ROI.
         """
         with self._named():
             return jpeg.read(self.jpeg, self.width, self.height)
 
     def decode_rows(self, top: int, bottom: int) -> tuple[NDArray[np.uint8], int]:
-        """Those of at least the rows ``top:bottom``, and the row that is their first; see `images.jpeg.read_rows`.
+        """Decode at least the rows ``top:bottom``; returns pixels and their first row; see `images.jpeg.read_rows`.
 
         Raises:
-            UserError: as `decode`, for what is wrong in these rows.
+            UserError: as for `decode`, for damage in these rows.
         """
         with self._named():
             return jpeg.read_rows(self.jpeg, self.width, self.height, top, bottom)
 
     def cut_rows(self, top: int, bottom: int) -> tuple[bytes, int]:
-        """A JPEG of at least these rows, and the row that is its first; see `images.jpeg.cut`.
+        """Return a JPEG of at least the rows ``top:bottom`` and its first row; see `images.jpeg.cut`.
 
         Raises:
-            UserError: the header is not that of a JPEG of the ROI's size; names the set and the ROI.
+            UserError: the header is not of a JPEG of the ROI's size; names the set and the ROI.
         """
         with self._named():
             return jpeg.cut(self.jpeg, self.width, self.height, top, bottom)
@@ -94,10 +94,10 @@ class Roi:
 
 
 def encode_jpeg(image: NDArray[np.uint8], quality: int = 95, subsampling: str = "4:4:4") -> bytes:
-    """Baseline JPEG of ``[H, W, 3]`` uint8 RGB with one restart marker per row of MCUs.
+    """Encode ``[H, W, 3]`` uint8 RGB as a baseline JPEG with one restart marker per row of MCUs.
 
     Args:
-        subsampling: of chroma, ``4:4:4``, ``4:2:2`` or ``4:2:0``.
+        subsampling: chroma subsampling, ``4:4:4``, ``4:2:2`` or ``4:2:0``.
     """
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=subsampling, restart_marker_rows=1)
@@ -109,7 +109,7 @@ def check_image(image: NDArray[np.uint8], name: str) -> tuple[int, int]:
         raise UserError(f"{name}: the image is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]")
     height, width, _ = image.shape
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise UserError(f"{name}: the image is {width} x {height} px, expected 1 to {MAX_SIDE} a side")
+        raise UserError(f"{name}: the image is {width} x {height} px, expected 1 to {MAX_SIDE} px per side")
     return height, width
 
 
@@ -137,7 +137,7 @@ def nucleus_records(
             f"expected 0 <= x < {width} and 0 <= y < {height} (pixels, x before y)"
         )
     nuclei = np.zeros(len(points), NUCLEUS)
-    # A float64 just below the border may round onto it, where it would be outside.
+    # A float64 just below the border may round onto it, which is outside.
     nuclei["xy"] = np.minimum(points.astype(np.float32), np.nextafter(size.astype(np.float32), np.float32(0)))
     nuclei["label"] = -1
     nuclei["score"] = np.nan
@@ -160,7 +160,7 @@ def _numbers(values: ArrayLike, name: str, kinds: str) -> NDArray[Any]:
         raise UserError(f"{name} has rows of different lengths") from None
     if array.size and array.dtype.kind not in kinds:
         expected = "integers" if kinds == "iu" else "numbers"
-        raise UserError(f"{name} holds {array.dtype}, expected {expected}")
+        raise UserError(f"{name} is {array.dtype}, expected {expected}")
     return array
 
 
@@ -190,7 +190,7 @@ def roi_hash(jpeg: bytes, nuclei: NDArray[np.void]) -> bytes:
 
 
 class HashedFile:
-    """A file written front to back whose size and SHA-256 are known at any time."""
+    """A file written from front to back whose size and SHA-256 are known at any time."""
 
     def __init__(self, path: Path) -> None:
         self.file = open(path, "wb")  # noqa: SIM115
@@ -211,19 +211,19 @@ def read_info(path: Path) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is no ROI set: there is no {file.name}; make one with muse_fast.prepare") from None
+        raise UserError(f"{path} is not a ROI set (it has no {file.name}); create one with muse_fast.prepare") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); {REMEDY}") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise UserError(f"{file}: expected the format {FORMAT!r}; this is no ROI set")
+        raise UserError(f"{file}: expected the format {FORMAT!r}; this is not a ROI set")
     if info.get("version") != VERSION:
         raise UserError(
-            f"{file}: version {info.get('version')!r}, this program reads version {VERSION}; prepare the set anew"
+            f"{file}: version {info.get('version')!r}, this program reads version {VERSION}; run prepare again"
         )
     if missing := [key for key in _KINDS if key not in info]:
         raise UserError(f"{file}: {', '.join(missing)} missing; {REMEDY}")
-    if wrong := [key for key, is_sound in _KINDS.items() if not is_sound(info[key])]:
-        raise UserError(f"{file}: {', '.join(wrong)} cannot be what was written; {REMEDY}")
+    if wrong := [key for key, is_valid in _KINDS.items() if not is_valid(info[key])]:
+        raise UserError(f"{file}: {', '.join(wrong)} not valid; {REMEDY}")
     return info
 
 
@@ -256,10 +256,10 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def check_index(path: Path, index: NDArray[np.void], info: dict[str, Any]) -> None:
-    """Refuse records that lead out of the set, whose hash may have been made to fit them.
+    """Check that no record points outside the set, which a correct hash does not rule out.
 
     Raises:
-        UserError: names the first.
+        UserError: names the first record that does.
     """
     if not len(index):
         return
@@ -267,7 +267,7 @@ def check_index(path: Path, index: NDArray[np.void], info: dict[str, Any]) -> No
     room = np.array([*info["shards"].values(), 0], np.uint64)[shard]
     start, stop = index["nuclei"].T
     sides = np.stack([index["width"], index["height"]])
-    sound = {
+    checks = {
         "shard": shard == index["shard"],
         "place of the JPEG": (index["offset"] <= room) & (index["length"] <= room - np.minimum(index["offset"], room)),
         "place of the nuclei": (start >= 0) & (start <= stop) & (stop <= info["num_nuclei"]),
@@ -276,9 +276,9 @@ def check_index(path: Path, index: NDArray[np.void], info: dict[str, Any]) -> No
         "slide": (index["slide"] >= 0) & (index["slide"] < len(info["slides"])),
         "split": (index["split"] >= 0) & (index["split"] < len(info["splits"])),
     }
-    for what, good in sound.items():
+    for what, good in checks.items():
         if not good.all():
-            raise UserError(f"{path}: the {what} of ROI {int(np.argmin(good))} cannot be what was written; {REMEDY}")
+            raise UserError(f"{path}: the {what} of ROI {int(np.argmin(good))} is not valid; {REMEDY}")
 
 
 def check_size(path: Path, size: int) -> None:
@@ -289,7 +289,7 @@ def check_size(path: Path, size: int) -> None:
     if found != size:
         raise UserError(f"{path}: {found} bytes, expected {size}; {REMEDY}")
     if not path.is_file():
-        raise UserError(f"{path}: no file; {REMEDY}")
+        raise UserError(f"{path}: not a file; {REMEDY}")
 
 
 def map_records(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:

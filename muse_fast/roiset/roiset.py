@@ -2,13 +2,13 @@
 
     roiset.json       format, counts, names of labels, slides and splits, provenance, sizes and hashes of the rest
     index.bin         one INDEX record per ROI
-    nuclei.bin        one NUCLEUS record per nucleus, those of a ROI side by side
+    nuclei.bin        one NUCLEUS record per nucleus, contiguous for each ROI
     shard-00000.bin   JPEG bytes back to back, a new shard at about 1 GiB
 
 A ROI is found by arithmetic, so access costs the same for ten ROIs and for ten million. Nothing is pickled. The
-writer builds the folder under a temporary name beside its place and renames it once all bytes are on disk, so a set
-is there whole or not at all. The JPEGs carry a restart marker after every row of MCUs, which lets a reader cut out
-and decode a band of rows alone.
+writer builds the folder under a temporary name next to ``out`` and renames it once all bytes are on disk, so a set
+is complete or does not exist. The JPEGs have a restart marker after every row of MCUs, so that a reader can cut out
+and decode only a band of rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RoiSet:
     Opening checks the sizes of all files and the hash of the index; ``set[i]`` checks the hash of that ROI.
 
     Raises:
-        UserError: a file is missing, cut or altered, or the version is another; names the path.
+        UserError: a file is missing, truncated or altered, or the version differs; names the path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -87,10 +87,10 @@ class RoiSet:
 
     def __getitem__(self, i: int) -> Roi:
         if not 0 <= i < len(self):
-            raise IndexError(f"{self.path}: ROI {i} asked for, the set has ROIs 0 to {len(self) - 1}")
+            raise IndexError(f"{self.path}: no ROI {i}; the set has ROIs 0 to {len(self) - 1}")
         record = self._index[i]
-        # Opened per read: a set of 500 shards on 16 workers would exhaust the file handles, and unlike a memory map
-        # a file that is cut while it is being read gives an error here and not a SIGBUS.
+        # Opened for every read: a set of 500 shards on 16 workers would exhaust the file handles. Unlike with a memory
+        # map, a file that is truncated during a read causes an error and not a SIGBUS.
         shard = self.path / shard_name(record["shard"])
         try:
             with open(shard, "rb", buffering=0) as file:
@@ -119,7 +119,7 @@ class RoiSet:
 
     @property
     def mpp(self) -> NDArray[np.float64]:
-        """um per pixel of every ROI."""
+        """Um per pixel of every ROI."""
         return self._index["mpp"]
 
     @property
@@ -143,7 +143,7 @@ class RoiSet:
         return self._index["origin"]
 
     def select(self, split: str) -> NDArray[np.int64]:
-        """Ids of the ROIs of one split, ascending; of all ROIs where ``split`` is empty.
+        """Return the ids of the ROIs of one split, ascending; of all ROIs if ``split`` is empty.
 
         Raises:
             UserError: the set has no such split.
@@ -155,11 +155,11 @@ class RoiSet:
         return np.flatnonzero(self._index["split"] == self.splits.index(split))
 
     def slides_of(self, split: str) -> list[str]:
-        """Names of the slides of one split; of all where ``split`` is empty. Errors as of ``select``."""
+        """Return the names of the slides of one split; of all if ``split`` is empty. Raises as ``select`` does."""
         return [self.slides[i] for i in np.unique(self._index["slide"][self.select(split)])]
 
     def verify(self) -> list[str]:
-        """Read and check every byte of the set; returns what is wrong, one line each."""
+        """Read and check every byte of the set; returns one line per problem."""
         problems = []
         if atomic.file_sha256(self.path / "nuclei.bin") != self.info["sha256"]["nuclei.bin"]:
             problems.append(f"{self.path / 'nuclei.bin'}: the hash differs from roiset.json; {REMEDY}")
@@ -175,16 +175,16 @@ class RoiSet:
 class RoiSetWriter:
     """Writes a ROI set, one ROI at a time; memory does not grow with the set.
 
-    Use it in a ``with`` block. The set appears at ``out`` when the block ends without an error and not before; after
-    an error nothing remains. Files written to ``folder`` inside the block become part of the set's folder.
+    Use it in a ``with`` block. The set appears at ``out`` only when the block ends without an error; after an error
+    nothing remains. Files written to ``folder`` inside the block become part of the set's folder.
 
     Args:
-        provenance: what ``roiset.json`` is to keep about the making of the set.
-        label_names: of the nuclei.
-        quality, subsampling: of the JPEGs; ``4:2:0`` takes about half the bytes and the time to decode of ``4:4:4``.
+        provenance: how the set was made, for ``roiset.json``.
+        label_names: names of the nucleus labels.
+        quality, subsampling: of the JPEGs; ``4:2:0`` needs about half the bytes and decoding time of ``4:4:4``.
 
     Raises:
-        UserError: ``out`` exists already, or what is added is no valid ROI.
+        UserError: ``out`` exists already, or an added ROI is not valid.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class RoiSetWriter:
         quality: int = 95,
         subsampling: str = "4:4:4",
     ) -> None:
-        json.dumps(provenance)  # what JSON cannot hold fails now and not after hours of work
+        json.dumps(provenance)  # if it cannot be JSON, fail now and not after hours of work
         self.out = Path(out).absolute()
         self.label_names = tuple(label_names)
         self._provenance = provenance
@@ -254,7 +254,7 @@ class RoiSetWriter:
         split: str = "",
         origin: tuple[int, int] = (0, 0),
     ) -> int:
-        """``add`` for an image that ``encode_jpeg`` has made, whose bytes are stored as they are."""
+        """``add`` for an image from ``encode_jpeg``, whose bytes are stored unchanged."""
         roi, name = self._index.size // INDEX.itemsize, self._name(slide)
         height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
         if not (math.isfinite(mpp) and mpp > 0):
@@ -301,7 +301,7 @@ class RoiSetWriter:
                 self._write_info()
                 atomic.commit(self.folder, self.out)
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)  # gone already after a commit
+            shutil.rmtree(self.folder, ignore_errors=True)  # no longer there after a commit
 
     def _write_info(self) -> None:
         info = {

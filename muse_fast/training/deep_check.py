@@ -1,6 +1,6 @@
-"""Every byte of a run folder or a ROI set, checked; and what can be put right, put right.
+"""Check every byte of a run folder or a ROI set, and repair what can be repaired.
 
-Nothing that may be of use is deleted: what a killed process left half-written goes, all else is told.
+Nothing useful is deleted: files that a killed process left half-written are removed, everything else is reported.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import atomic, checkpoint
 
 REPAIRED = ("removed", "row removed", "left alone")
-_YOUNG = 60  # seconds; files do not say which machine they are from
+_YOUNG = 60  # seconds; a file name does not contain its machine
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """A problem that was found.
 
     Attributes:
-        repair: what was done about it; nothing where nothing can be.
+        repair: what was done about it; empty if nothing can be done.
     """
 
     problem: str
@@ -33,57 +33,57 @@ class Finding(NamedTuple):
 
 
 def check(path: Path) -> tuple[str, list[Finding]]:
-    """What ``path`` is and how much was read of it, and what is wrong with it.
+    """Check a run folder or a ROI set; returns a description of what was read, and the problems.
 
     Raises:
-        UserError: neither a run folder nor a ROI set, or a ROI set that cannot be opened.
+        UserError: ``path`` is neither a run folder nor a ROI set, or is a ROI set that cannot be opened.
     """
     if (path / "roiset.json").exists():
         return _check_roiset(path)
     if (path / "config.yaml").exists() or (path / "checkpoints").is_dir():
         return _check_run(path)
-    raise UserError(f"{path}: neither a run (no config.yaml) nor a ROI set (no roiset.json)")
+    raise UserError(f"{path}: neither a run (it has no config.yaml) nor a ROI set (it has no roiset.json)")
 
 
 def _check_roiset(path: Path) -> tuple[str, list[Finding]]:
     roiset = RoiSet(path)
     findings = [
-        Finding(problem, "cannot be repaired: the set holds each byte once; copy it again or prepare it anew")
+        Finding(problem, "cannot be repaired, because the set contains each byte once; copy it or run prepare again")
         for problem in roiset.verify()
     ]
     expected = {"roiset.json", "index.bin", "nuclei.bin", *roiset.info["shards"]}
     unnamed = [file for file in path.glob("*.bin") if file.name not in expected]
-    findings += [Finding(f"{file}: no part of the set; nothing reads it") for file in unnamed]
+    findings += [Finding(f"{file}: not a part of the set; nothing reads it") for file in unnamed]
     findings += _leftovers(path.parent, f".tmp-{path.name}-*")
     return f"ROI set of {len(roiset)} ROIs and {int(roiset.num_nuclei.sum())} nuclei", findings
 
 
 def _check_run(path: Path) -> tuple[str, list[Finding]]:
     steps = checkpoint.steps(path)
-    findings, sound = [], 0
+    findings, intact = [], 0
     for step in steps:
         folder = checkpoint.folder_of(path, step)
         try:
             checkpoint.verify(folder)
             state = checkpoint.read_state(folder)
             if state["step"] != step:
-                raise UserError(f"{folder}: holds step {state['step']}")
+                raise UserError(f"{folder}: contains step {state['step']}")
             for file in sorted(folder.glob("*.safetensors")):
                 checkpoint.read_tensors(folder, file.stem)
-            sound += 1
+            intact += 1
         except UserError as error:
-            findings.append(Finding(str(error), "cannot be repaired; a run that goes on passes it over"))
-    if steps and not sound:
-        findings.append(Finding(f"{path}: no checkpoint is sound; the run can only begin anew, in another folder"))
+            findings.append(Finding(str(error), "cannot be repaired; a run skips it when it resumes"))
+    if steps and not intact:
+        findings.append(Finding(f"{path}: no checkpoint is intact; start the run again in another folder"))
     findings += _leftovers(path / "checkpoints", ".tmp-*")
     findings += _leftovers(path, ".*")
     findings += _check_json(path)
     findings += _check_rows(path / "metrics.jsonl")
-    return f"run with {len(steps)} checkpoints, {sound} of them sound", findings
+    return f"run with {len(steps)} checkpoints, {intact} intact", findings
 
 
 def _leftovers(folder: Path, pattern: str) -> Iterator[Finding]:
-    """Drop what killed processes left; what one that lives, or may live elsewhere, is about to finish stays."""
+    """Remove what killed processes left, but not what a running process, perhaps on another machine, may finish."""
     for path in sorted(folder.glob(pattern)):
         pid = atomic.writer_of(path)
         if pid is None and not path.name.startswith(".tmp-"):
@@ -92,7 +92,7 @@ def _leftovers(folder: Path, pattern: str) -> Iterator[Finding]:
             yield Finding(f"{path}: another process may be writing it", "left alone")
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield Finding(f"{path}: left by a process that was killed", "removed")
+        yield Finding(f"{path}: left by a killed process", "removed")
 
 
 def _check_json(path: Path) -> Iterator[Finding]:
@@ -104,11 +104,11 @@ def _check_json(path: Path) -> Iterator[Finding]:
 
 
 def _check_rows(path: Path) -> Iterator[Finding]:
-    """Drop a last row that a kill has cut; as a run that goes on does."""
+    """Drop a last row that a kill truncated, as a run does when it resumes."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         os.truncate(path, sum(map(len, lines[:-1])))
-        yield Finding(f"{path}: the last row was cut by a kill", "row removed")
+        yield Finding(f"{path}: the last row was truncated by a kill", "row removed")
         lines.pop()
     for number, line in enumerate(lines, 1):
         try:

@@ -1,7 +1,7 @@
-"""Watches for values that are not finite, without the host waiting for the device.
+"""Watch for values that are not finite, without making the host wait for the device.
 
-The step hands its losses and gradient norm to the guard before it changes anything. The first bad ones are recorded on
-the device and from then on nothing is updated any more; the host finds out when it asks, at a log line or a checkpoint.
+The step passes its losses and gradient norm to the guard before it changes anything. The guard records the first bad
+ones on the device, and from then on nothing is updated. The host learns of it at the next log line or checkpoint.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from muse_fast.runtime.distributed import gather_over_ranks
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or the gradients were nan or infinite. Weights, teacher and centres are as they were before that step.
+    """A loss or the gradients were NaN or infinite. Weights, teacher and centres are as they were before that step.
 
     Attributes:
         step: the step, counted from 1.
-        roi_ids: ROIs that all ranks had in it.
-        epochs: the epoch of each; with the seed and the ROI id it fixes every random choice.
+        roi_ids: ROIs of that step on all ranks.
+        epochs: the epoch of each ROI; with the seed and the ROI id it determines every random choice.
     """
 
     def __init__(self, step: int, terms: dict[str, float], roi_ids: list[int], epochs: list[int]) -> None:
@@ -28,27 +28,27 @@ class NonFiniteError(RuntimeError):
         super().__init__(
             f"step {step}: {' and '.join(bad)} not finite "
             f"({', '.join(f'{name} {value:g}' for name, value in terms.items())}) "
-            f"on ROIs {roi_ids}; weights, teacher and centres are as they were"
+            f"on ROIs {roi_ids}; weights, teacher and centres have not changed"
         )
         self.step, self.roi_ids, self.epochs = step, roi_ids, epochs
 
 
 class Guard:
-    """Holds the first values that were not finite.
+    """Keeps the first values that were not finite.
 
     Attributes:
-        found_inf: 0-dim float32 on the device, 1 from the first bad step on. Fused optimisers of torch do nothing where
-            it is 1.
+        found_inf: 0-dim float32 on the device, 1 from the first bad step on, which makes torch's fused optimisers do
+            nothing.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = list(names)
         self.found_inf = torch.zeros((), device=device)
         self._record = torch.zeros(1 + len(self.names), dtype=torch.float64, device=device)  # step, then the terms
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # ROI ids and epochs of the steps not yet asked about
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # ROI ids and epochs of the steps since the last check
 
     def look(self, step: int, terms: Sequence[Tensor], roi_ids: Tensor, epochs: Tensor) -> Tensor:
-        """Take note of a step; returns a 0-dim float32, 1 where all was finite up to now, else 0."""
+        """Record a step; returns a 0-dim float32, 1 if everything so far was finite, else 0."""
         values = torch.stack([term.detach().double() for term in terms])
         bad = (~torch.isfinite(values).all()).float()
         first = (bad > 0) & (self.found_inf == 0)
@@ -59,10 +59,10 @@ class Guard:
         return 1 - self.found_inf
 
     def check(self) -> None:
-        """Ask the device; the host waits.
+        """Read the device's record, for which the host waits.
 
         Raises:
-            NonFiniteError: for the first bad step.
+            NonFiniteError: a step was not finite; names the first.
         """
         seen, self._seen = self._seen, {}
         if self.found_inf.item() == 0:

@@ -14,9 +14,9 @@ from muse_fast.training.sharding import like
 
 
 def build_optimizer(model: nn.Module, guard: Guard) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases and other vectors (norms) are not decayed, as in DINO.
+    """Build AdamW over the trainable parameters, without decay of biases and other vectors (norms), as in DINO.
 
-    Its step does nothing once ``guard`` has seen values that are not finite.
+    Its step does nothing after ``guard`` has seen a value that is not finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trainable if p.ndim > 1]
@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, guard: Guard) -> torch.optim.AdamW:
 
 
 def build_adam(model: nn.Module, guard: Guard) -> torch.optim.Adam:
-    """Adam over all parameters, guarded alike; the caller sets the learning rate of its one group."""
+    """Build Adam over all parameters, guarded in the same way; the caller sets the learning rate of its only group."""
     return _guarded(torch.optim.Adam(model.parameters(), fused=True), guard)
 
 
@@ -46,7 +46,7 @@ def apply_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule) -> None
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of ``optimizer`` by name of the parameter of ``model`` and of the moment, for a checkpoint."""
+    """Return the state of ``optimizer`` for a checkpoint, by names of the ``model``'s parameter and of the moment."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -56,11 +56,11 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 
 def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, values: Mapping[str, Tensor]) -> None:
-    """Put back what `moments` gave, whatever number of ranks it was saved by."""
+    """Restore what `moments` returned, on any number of ranks."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, value in values.items():
         name, _, moment = key.rpartition("/")
         parameter = parameters[name]
-        of_parameter = value.ndim > 0  # the count of steps is not
-        optimizer.state[parameter][moment] = like(value, parameter) if of_parameter else value.to(parameter.device)
+        is_counter = value.ndim == 0  # of steps
+        optimizer.state[parameter][moment] = value.to(parameter.device) if is_counter else like(value, parameter)

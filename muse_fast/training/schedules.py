@@ -1,4 +1,4 @@
-"""Every schedule as a function of the step alone, so that a resumed run needs no schedule state.
+"""Schedules as functions of only the step, so that a resumed run needs no schedule state.
 
 Steps count from 0; ``steps`` is the length of the run, whose last step is ``steps - 1``.
 """
@@ -12,18 +12,18 @@ from muse_fast.config import PretrainConfig
 
 
 def linear(start: float, end: float, step: int, steps: int) -> float:
-    """From ``start`` at step 0 to ``end`` at step ``steps`` and after."""
+    """Interpolate from ``start`` at step 0 to ``end`` at step ``steps`` and after."""
     return end if step >= steps else start + (end - start) * step / steps
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
-    """Half a cosine from ``start`` at step 0 to ``end`` at the last step and after."""
+    """Follow half a cosine from ``start`` at step 0 to ``end`` at the last step and after."""
     progress = min(1.0, step / max(1, steps - 1))
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def warmup_cosine(peak: float, end: float, step: int, steps: int, warmup: int) -> float:
-    """Linear to ``peak`` over ``warmup`` steps (step 0 takes 1/warmup of it), then half a cosine to ``end``."""
+    """Rise linearly to ``peak`` over ``warmup`` steps (1/warmup of it at step 0), then follow `cosine` to ``end``."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return cosine(peak, end, step - warmup, steps - warmup)
@@ -31,7 +31,7 @@ def warmup_cosine(peak: float, end: float, step: int, steps: int, warmup: int) -
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What one step uses (paper, appendix B; DINO's shapes)."""
+    """The scheduled values of one step (paper, appendix B, with DINO's shapes)."""
 
     lr: float
     weight_decay: float
@@ -41,7 +41,7 @@ class Schedule:
 
 
 def schedule_at(step: int, config: PretrainConfig) -> Schedule:
-    """The values of ``step``."""
+    """Return the values of ``step``."""
     optim, loss = config.optim, config.loss
     return Schedule(
         lr=warmup_cosine(optim.lr, optim.min_lr, step, optim.steps, optim.warmup_steps),

@@ -1,6 +1,6 @@
 """Tensors that may be sharded over the ranks (FSDP2's DTensors), and their plain form in checkpoints.
 
-`full` and `like` translate between the two, so a checkpoint is the same whatever wrote it.
+`full` and `like` convert between the two, so a checkpoint does not depend on how it was written.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The part of each tensor that lies on this rank, sharing its memory."""
+    """Return the part of each tensor on this rank, sharing its memory."""
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; all ranks must ask for it together."""
+    """Return the unsharded tensor; all ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(value: Tensor, tensor: Tensor) -> Tensor:
-    """The whole ``value``, which all ranks have, laid out as ``tensor``: its device, sharding and strides."""
+    """Return ``value``, which all ranks have in full, with the device, sharding and strides of ``tensor``."""
     if isinstance(tensor, DTensor):
         return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    # Fused optimisers walk through weight and moments by address: a channels-last weight needs such moments.
+    # Fused optimisers traverse weight and moments by address: a channels-last weight needs channels-last moments.
     return torch.empty_like(tensor, dtype=value.dtype).copy_(value)

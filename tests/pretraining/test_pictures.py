@@ -1,4 +1,4 @@
-"""Pictures of pretraining: marks are drawn where the tensors say, and the matches shown are the true ones."""
+"""Pictures of pretraining: marks are where the tensors say, and the matches shown are the true ones."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def cell_at(sheet: np.ndarray, roi: int, view: int, cell: int) -> np.ndarray:
 
 
 def test_contact_sheet_gives_a_nucleus_one_colour_in_all_views(tmp_path: Path) -> None:
-    # Images: global 0 of ROI 0 and 1, global 1 of both, local 0 of both. ROI 0: nucleus 3 in all views, 5 in global 0
-    # and 1 alone, 8 in global 0 alone. ROI 1 has no pair.
+    # Images: global 0 of ROI 0 and 1, global 1 of both, local 0 of both. ROI 0: nucleus 3 in all views, 5 only in
+    # globals 0 and 1, 8 only in global 0. ROI 1 has no pairs.
     nuclei = pack(
         [
             [(16, 16, 3), (48, 48, 5), (48, 16, 8)], [(32, 32, 0)],
@@ -75,12 +75,12 @@ def test_contact_sheet_gives_a_nucleus_one_colour_in_all_views(tmp_path: Path) -
     shown = [[has_colour(cell_at(sheet, 0, view, 160), colour) for view in range(3)] for colour in (first, second)]
     assert shown == [[True, True, True], [True, True, False]]
     assert not any(has_colour(cell_at(sheet, 1, view, 160), colour) for view in range(3) for colour in (first, second))
-    # Nucleus 3 stands at (8, 24) of 32 px in the local view: (40, 120) of 160 px, less the frame of 4.
+    # Nucleus 3 is at (8, 24) of 32 px in the local view: (40, 120) of 160 px, minus the frame of 4.
     rows, columns = np.nonzero(np.abs(cell_at(sheet, 0, 2, 160) - np.array(first)).max(axis=-1) <= 8)
     ring = (np.hypot(columns + 4 - 40, rows + 4 - 120) < 9).sum()
     assert ring > 40
     assert not has_colour(cell_at(sheet, 0, 2, 160)[:80], first)
-    # Frames tell globals from locals.
+    # Frames distinguish globals and locals.
     assert tuple(sheet[10 + 22, 10]) == pictures.GLOBAL_COLOUR
     assert tuple(sheet[10 + 22, 10 + 2 * 170]) == pictures.LOCAL_COLOUR
 
@@ -96,7 +96,7 @@ def test_contact_sheet_without_nuclei_or_locals(tmp_path: Path) -> None:
 
 
 def test_numbers_go_to_nuclei_that_most_views_share(tmp_path: Path) -> None:
-    """With more nuclei than colours, those seen in three views come before those seen in two."""
+    """With more nuclei than colours, those in three views come before those in two."""
     grid = [(float(x), float(y)) for y in range(4, 64, 8) for x in range(4, 64, 8)]
     everywhere = set(range(0, 16, 2))
     globals_ = [(x, y, i) for i, (x, y) in enumerate(grid[:16])]
@@ -112,7 +112,7 @@ def test_numbers_go_to_nuclei_that_most_views_share(tmp_path: Path) -> None:
 
 
 def test_pca_picture_separates_what_the_map_separates(tmp_path: Path) -> None:
-    """Left and right halves of the map differ along one direction: they come out in two flat colours, in both maps."""
+    """Left and right halves of the map differ along one direction, so both maps show two flat colours."""
     generator = torch.Generator().manual_seed(0)
     direction, noise = torch.randn(16, generator=generator), torch.randn(2, 16, 8, 8, generator=generator)
     side = torch.where(torch.arange(8) < 4, -1.0, 1.0)
@@ -127,13 +127,13 @@ def test_pca_picture_separates_what_the_map_separates(tmp_path: Path) -> None:
         assert abs(left.mean() - right.mean()) > 240
         assert max(left.std(), right.std()) < 3
         reds.append((left.mean(), right.mean()))
-        assert np.abs(sheet[40:90, 14 + i * 148 : 60 + i * 148] - 120).max() <= 1  # the image beside it
+        assert np.abs(sheet[40:90, 14 + i * 148 : 60 + i * 148] - 120).max() <= 1  # the image next to it
     assert reds[0] == pytest.approx(reds[1], abs=2)  # one colour scheme for all maps
 
 
 def test_retrieval_sheet_marks_the_same_nucleus(tmp_path: Path) -> None:
-    # Four images: two views of two ROIs. Features make nucleus 0 of ROI 0 find its partner first, and nucleus 0 of
-    # ROI 1 find a wrong one first, its partner second.
+    # Four images: two views of two ROIs. Nucleus 0 of ROI 0 finds its partner first; nucleus 0 of ROI 1 finds a wrong
+    # one first and its partner second.
     nuclei = pack([[(10, 10, 0)], [(20, 20, 0)], [(30, 30, 0)], [(40, 40, 0)]])
     features = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.95, 0.3, 0], [0, 0.2, 1.0]])
     roi_of_image = torch.tensor([0, 1, 0, 1])

@@ -1,4 +1,4 @@
-"""The ROI set: what is written comes back, damage is refused, and a set is there whole or not at all."""
+"""The ROI set: it reads back what was written, refuses damage, and is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 
 
 def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """An image that JPEG keeps well: a few colours, blurred."""
+    """Draw an image that JPEG preserves well: a few colours, blurred."""
     grid = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @pytest.fixture
 def three(tmp_path: Path) -> Path:
-    """Three ROIs: labelled and scored; without nuclei; bare points. Two slides, two splits."""
+    """Three ROIs (with labels and scores, without nuclei, with only points) of two slides and two splits."""
     out = tmp_path / "set"
     with RoiSetWriter(out, provenance={"made by": "test"}, label_names=("a", "b")) as writer:
         writer.add(
@@ -53,7 +53,7 @@ def three(tmp_path: Path) -> Path:
     return out
 
 
-def test_what_is_written_comes_back(three: Path) -> None:
+def test_a_set_reads_back_what_was_written(three: Path) -> None:
     rois = RoiSet(three)
     first, empty, bare = (rois[i] for i in range(3))
     assert len(rois) == 3
@@ -86,13 +86,13 @@ def test_columns_and_splits(three: Path) -> None:
     assert rois.verify() == []
     with pytest.raises(UserError, match=r"no split 'test'.*train.*val"):
         rois.select("test")
-    with pytest.raises(IndexError, match="ROI 3 asked for"):
+    with pytest.raises(IndexError, match="no ROI 3"):
         rois[3]
     with pytest.raises(IndexError):
         rois[-1]
 
 
-def test_pickle_carries_the_path_and_not_the_data(tmp_path: Path) -> None:
+def test_pickle_contains_the_path_and_not_the_data(tmp_path: Path) -> None:
     with RoiSetWriter(tmp_path / "set", provenance={}) as writer:
         for _ in range(300):
             writer.add(smooth_image(8, 8), mpp=0.5, xy=np.zeros((50, 2)), slide="s")
@@ -139,7 +139,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
             after, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-    assert after - before < 100_000  # the nuclei alone are 5.6 MB
+    assert after - before < 100_000  # the nuclei are 5.6 MB
 
 
 # ------------------------------------------------------------------------------------------------------------ JPEG
@@ -151,7 +151,7 @@ def test_jpeg_is_baseline_444_with_a_restart_marker_per_row(height: int, width: 
     frame = data.index(b"\xff\xc0")  # SOF0: baseline
     assert [data[frame + 11 + 3 * c] for c in range(3)] == [0x11] * 3  # sampling factors: 4:4:4
     scan = data[data.index(b"\xff\xda") :]
-    # Inside a scan a byte 0xff of data is followed by 0, so 0xff 0xd0..0xd7 can only be a restart marker.
+    # In a scan, 0 follows every data byte 0xff, so 0xff 0xd0..0xd7 can only be a restart marker.
     markers = sum(scan.count(bytes([0xFF, 0xD0 + k])) for k in range(8))
     assert markers == math.ceil(height / 8) - 1
 
@@ -192,7 +192,7 @@ def test_every_flipped_bit_is_found(three: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["shard-00000.bin", "index.bin", "nuclei.bin", "roiset.json"])
 @pytest.mark.parametrize("how", ["cut", "gone", "longer"])
-def test_cut_and_missing_files_are_refused_on_opening(three: Path, name: str, how: str) -> None:
+def test_truncated_and_missing_files_are_refused_on_opening(three: Path, name: str, how: str) -> None:
     file = three / name
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2] if how == "cut" else data + b"x")
@@ -200,10 +200,10 @@ def test_cut_and_missing_files_are_refused_on_opening(three: Path, name: str, ho
         file.unlink()
     with pytest.raises(UserError, match="set") as caught:
         RoiSet(three)
-    assert "again" in str(caught.value) or "make one with" in str(caught.value)
+    assert "again" in str(caught.value) or "create one with" in str(caught.value)
 
 
-def test_damage_to_one_roi_names_it_and_spares_the_others(three: Path) -> None:
+def test_damage_to_one_roi_names_it_and_others_can_be_read(three: Path) -> None:
     shard = three / "shard-00000.bin"
     data = bytearray(shard.read_bytes())
     data[-30] ^= 1  # in the last JPEG
@@ -232,8 +232,8 @@ def test_another_version_is_refused(three: Path) -> None:
         RoiSet(three)
 
 
-def test_no_set_at_all(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no ROI set.*muse_fast.prepare"):
+def test_a_folder_that_is_not_a_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a ROI set.*muse_fast.prepare"):
         RoiSet(tmp_path)
 
 
@@ -251,14 +251,14 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_place_is_refused(three: Path) -> None:
+def test_an_existing_folder_is_refused(three: Path) -> None:
     before = (three / "index.bin").read_bytes()
     with pytest.raises(UserError, match="exists already"), RoiSetWriter(three, provenance={}):
         pass
     assert (three / "index.bin").read_bytes() == before
 
 
-def test_provenance_that_json_cannot_hold_fails_at_once(tmp_path: Path) -> None:
+def test_provenance_that_cannot_be_json_fails_at_once(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         RoiSetWriter(tmp_path / "set", provenance={"path": tmp_path})
 
@@ -376,7 +376,7 @@ def test_points_pass_if_and_only_if_all_are_inside(points: np.ndarray) -> None:
 
 
 def test_pillow_reads_the_same_pixels(three: Path) -> None:
-    """The JPEGs are ordinary: another decoder agrees to rounding."""
+    """The JPEGs are ordinary: another decoder agrees up to rounding."""
     roi = RoiSet(three)[0]
     other = np.asarray(Image.open(io.BytesIO(roi.jpeg))).astype(int)
     assert np.abs(roi.decode().astype(int) - other).max() <= 1

@@ -1,4 +1,4 @@
-"""The guard against values that are not finite: on the device, for good, and with the first bad step by name."""
+"""The guard against values that are not finite: on the device, permanent, and naming the first bad step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def look(guard: Guard, step: int, *terms: float) -> float:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_bad_step_is_recorded_and_nothing_goes_from_then_on(bad: float) -> None:
+def test_the_first_bad_step_is_recorded_and_stops_all_later_ones(bad: float) -> None:
     guard = Guard(["image loss", "nucleus loss", "gradient norm"], CPU)
     assert look(guard, 1, 1.0, 2.0, 3.0) == 1
     guard.check()
     assert look(guard, 2, 4.0, bad, 5.0) == 0
-    assert look(guard, 3, 1.0, 2.0, 3.0) == 0  # for good
+    assert look(guard, 3, 1.0, 2.0, 3.0) == 0  # permanently
     assert look(guard, 4, bad, bad, bad) == 0
     assert guard.found_inf == 1
     with pytest.raises(NonFiniteError, match=r"step 2: nucleus loss not finite \(image loss 4, nucleus loss") as raised:
@@ -50,7 +50,7 @@ def test_large_values_are_finite() -> None:
     guard.check()
 
 
-def test_steps_asked_about_are_forgotten() -> None:
+def test_checked_steps_are_forgotten() -> None:
     guard = Guard(["gradient norm"], CPU)
     for step in range(1, 100):
         look(guard, step, 1.0)
@@ -60,7 +60,7 @@ def test_steps_asked_about_are_forgotten() -> None:
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights, centres, and the moments and counters of the optimiser."""
+    """Return weights, centres, and the moments and counters of the optimiser."""
     moments = {f"{n}.{key}": value.clone() for n, p in trainer.student.named_parameters()
                for key, value in trainer.optimizer.state[p].items()}  # fmt: skip
     assert len(moments) == 3 * len(trainer.optimizer.state) > 0
@@ -90,7 +90,7 @@ def test_a_bad_micro_batch_changes_nothing(bad: str, clip: str) -> None:
     assert ("loss" in str(raised.value).split(" not finite")[0]) == (bad != "gradient")
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path) -> None:  # type: ignore[no-untyped-def]
     trainer = Trainer(toy(), CPU)
     poison_gradient(trainer)
     trainer.train_step(toy_views())

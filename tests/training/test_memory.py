@@ -1,4 +1,4 @@
-"""What is said where memory is short; ``torture`` starves real runs (row T7)."""
+"""Messages when memory runs out; ``torture`` starves real runs (row T7)."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def test_settings_to_lower_in_fine_tuning(settings: list[str], device: str, foun
     ours = [setting.partition(" (")[0] for setting in detection_memory.remedies(config, device)[:3]]
     assert ours == found
     for change in ours[:-1]:
-        load_settings(FinetuneConfig, None, [*settings, change])  # is allowed
+        load_settings(FinetuneConfig, None, [*settings, change])  # does not raise
 
 
-def test_other_errors_pass() -> None:
+def test_other_errors_pass_through() -> None:
     trainer = Trainer(toy(), torch.device("cpu"))
     with (
         pytest.raises(RuntimeError, match="a bug"),

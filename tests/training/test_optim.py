@@ -12,7 +12,7 @@ from muse_fast.training.schedules import Schedule
 from tests.support.ranks import NoHostWait
 
 
-def watching() -> Guard:
+def guard_of_norm() -> Guard:
     return Guard(["gradient norm"], torch.device("cpu"))
 
 
@@ -20,7 +20,7 @@ def test_vectors_are_not_decayed_and_matrices_are() -> None:
     """With zero gradients AdamW only decays: ``p <- p (1 - lr * wd)``."""
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, watching())
+    optimizer = build_optimizer(model, guard_of_norm())
     apply_schedule(optimizer, Schedule(0.1, 0.5, 0.04, 0.99, True))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -34,7 +34,7 @@ def test_three_steps_equal_adamw_written_out_in_float64() -> None:
     layer = nn.Linear(5, 3, bias=False)
     w = layer.weight.detach().double().clone()
     m, v = torch.zeros_like(w), torch.zeros_like(w)
-    optimizer = build_optimizer(layer, watching())
+    optimizer = build_optimizer(layer, guard_of_norm())
     for step, (lr, wd) in enumerate([(0.01, 0.1), (0.02, 0.2), (0.005, 0.3)], start=1):
         grad = torch.randn(3, 5)
         layer.weight.grad = grad.clone()
@@ -47,16 +47,16 @@ def test_three_steps_equal_adamw_written_out_in_float64() -> None:
     torch.testing.assert_close(layer.weight.detach().double(), w, rtol=1e-5, atol=1e-6)
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_not_optimised() -> None:
     model = nn.Linear(2, 2)
     model.weight.requires_grad_(False)
-    held = [p for group in build_optimizer(model, watching()).param_groups for p in group["params"]]
-    assert held == [model.bias] or [id(p) for p in held] == [id(model.bias)]
+    optimised = [p for group in build_optimizer(model, guard_of_norm()).param_groups for p in group["params"]]
+    assert [id(p) for p in optimised] == [id(model.bias)]
 
 
 def test_a_step_does_nothing_once_the_guard_has_seen_a_value_that_is_not_finite() -> None:
-    """Weights, moments and counts of steps stay; the host is not asked."""
-    guard, layer = watching(), nn.Linear(5, 3)
+    """Weights, moments and step counts stay; the host does not wait."""
+    guard, layer = guard_of_norm(), nn.Linear(5, 3)
     optimizer = build_optimizer(layer, guard)
     for step, norm in enumerate((1.0, math.nan, 1.0), start=1):
         guard.look(step, [torch.tensor(norm)], torch.tensor([0]), torch.tensor([0]))

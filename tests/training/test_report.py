@@ -23,7 +23,7 @@ from muse_fast.training.report import (
 )
 
 
-def test_a_resumed_log_drops_later_rows_and_a_cut_line(tmp_path: Path) -> None:
+def test_a_resumed_log_drops_later_rows_and_a_truncated_line(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, 0) as log:
         for step in range(1, 6):
             log.write(step, {"loss": 1 / step})
@@ -36,7 +36,7 @@ def test_a_resumed_log_drops_later_rows_and_a_cut_line(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows
 
 
-def test_tensorboard_holds_the_same_values(tmp_path: Path) -> None:
+def test_tensorboard_contains_the_same_values(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with MetricsLog(tmp_path, 0) as log:
@@ -46,7 +46,7 @@ def test_tensorboard_holds_the_same_values(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 2.5)]
 
 
-def test_stopwatch_tells_waiting_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_separates_waiting_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -71,7 +71,7 @@ def test_plain_lines_without_a_terminal(capsys) -> None:  # type: ignore[no-unty
     assert "step 5/10" in out and "12.3 ROI/s" in out and "data wait 25 %" in out and "ETA" in out
 
 
-def test_sigterm_is_a_request_and_handlers_come_back() -> None:
+def test_sigterm_is_a_request_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         assert stop.received is None
@@ -101,7 +101,7 @@ def test_numbers_are_read_back_in_one_copy_and_in_order() -> None:
     assert read_back({"lr": 0.5}) == {"lr": 0.5}
 
 
-def test_mfu_is_shown_where_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mfu_is_shown_if_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"loss": 3.0, "loss_image": 1.0, "loss_nucleus": 2.0, "rois_per_second": 12.34, "data_wait": 0.25}
     with TrainingProgress(0, 10) as progress:
         progress.show(5, values)
@@ -125,7 +125,7 @@ def test_only_the_main_rank_reports(main: bool, tmp_path: Path, monkeypatch: pyt
         assert not report.is_new
 
 
-def test_the_garbage_collector_comes_back_whatever_happens() -> None:
+def test_the_garbage_collector_is_enabled_again_after_an_error() -> None:
     class Ring:
         pass
 

@@ -43,5 +43,5 @@ def test_the_paper_recipe() -> None:
     assert middle == pytest.approx(1 - 0.004 * (1 + math.cos(math.pi * 66_000 / 131_999)) / 2, rel=1e-14)
 
 
-def test_one_step_runs() -> None:
+def test_a_run_of_one_step() -> None:
     assert cosine(3.0, 1.0, 0, 1) == 3.0
