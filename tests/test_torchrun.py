@@ -16,7 +16,7 @@ import torch
 from muse_fast import pretrain
 from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint, exit_codes
-from muse_fast.runtime.distributed import _lost_rank_told, store_of_this_start
+from muse_fast.runtime.distributed import _lost_rank_explained, store_of_this_start
 from tests.support.ranks import Ranks
 from tests.support.toy_runs import Runs, assert_same_bits, assert_same_losses, toy_runs, training_rows
 from torture.torchrun import Job
@@ -85,7 +85,7 @@ def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
 )
 def test_which_errors_mean_a_lost_rank(message: str, lost: bool) -> None:
     expected = UserError if lost else torch.distributed.DistBackendError
-    with pytest.raises(expected) as raised, _lost_rank_told(3):
+    with pytest.raises(expected) as raised, _lost_rank_explained(3):
         raise torch.distributed.DistBackendError(message)
     assert message.splitlines()[0] in str(raised.value) and ("rank 3 lost its" in str(raised.value)) == lost
 

@@ -1,8 +1,8 @@
-"""Folders and files that appear whole or not at all.
+"""Write folders and files so that they are complete or do not exist.
 
-Each is built under a temporary name beside its place and renamed once complete. A process killed at any moment leaves
-the place untouched. A folder is synced to disk first, so it survives a loss of power too, and the next writer removes
-what a killed one left.
+Each is built under a temporary name next to its final path and renamed once complete. If the process is killed, the
+final path does not change. A folder is synced to disk first, so it also survives a power failure, and the next writer
+removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def begin(out: Path) -> Path:
 
 
 def commit(folder: Path, out: Path) -> None:
-    """Give the finished temporary ``folder`` its name; durable against loss of power when this returns."""
+    """Rename the finished temporary ``folder`` to ``out``, which survives a power failure once this returns."""
     for path in folder.rglob("*"):
         _fsync(path)
     _fsync(folder)
     try:
         folder.rename(out)
     except OSError as error:
-        raise UserError(f"{out}: the finished folder cannot be put there ({error.strerror})") from error
+        raise UserError(f"{out}: the finished folder cannot be moved there ({error.strerror})") from error
     _fsync(out.parent)
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` when the block ends without an error.
+    """Create a temporary folder that becomes ``out`` when the block ends without an error.
 
     Raises:
         UserError: ``out`` exists already.
@@ -65,7 +65,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write a single file to; it becomes ``path`` when the block ends without an error."""
+    """Yield a temporary path for a single file, which becomes ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -76,13 +76,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as JSON; a reader finds the old file or the new one, never half of it."""
+    """Write ``content`` as JSON; a reader finds the old file or the new one, never a part of it."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -91,9 +91,9 @@ def file_sha256(path: Path) -> str:
 
 
 def writer_of(path: Path) -> int | None:
-    """The process of this machine that began a temporary file or folder; None for what is none, or is not from here.
+    """Return the pid of the process on this machine that created a temporary file or folder.
 
-    The names of files do not say which machine they are from.
+    None if ``path`` is not temporary or is from another machine, which only names of folders show.
     """
     if path.name.startswith(".tmp-"):
         place, _, pid = path.name.rpartition("-")
@@ -103,8 +103,8 @@ def writer_of(path: Path) -> int | None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine, other than this one, lives."""
-    if pid == os.getpid():  # a namesake of ours that was killed
+    """Whether a process of this machine, other than this one, is running."""
+    if pid == os.getpid():  # a killed process had the same pid
         return False
     try:
         os.kill(pid, 0)
@@ -128,7 +128,7 @@ def _temporary_prefix(out: Path) -> str:
 
 
 def _remove_stale(out: Path) -> None:
-    """Remove what killed writers of ``out`` left behind on this machine."""
+    """Remove what killed writers of ``out`` left on this machine."""
     for path in out.parent.iterdir():
         pid = path.name.removeprefix(_temporary_prefix(out))
         if pid != path.name and pid.isdigit() and not is_running(int(pid)):

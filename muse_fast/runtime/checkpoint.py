@@ -1,4 +1,4 @@
-"""Checkpoints that a kill, a full disk or a flipped bit cannot turn into a wrong resume.
+"""Checkpoints, written so that no kill, full disk or flipped bit can lead to a wrong resume.
 
     RUN/checkpoints/step-00000123/
         student.safetensors  teacher.safetensors  optimizer.safetensors  state.safetensors
@@ -6,8 +6,8 @@
         MANIFEST.json        size and sha256 of every file above
 
 A checkpoint is written into a temporary folder, hashed, synced to disk and renamed; only then are older ones deleted.
-The newest whose manifest verifies is the latest. Tensors are safetensors and the rest is JSON, so loading a
-checkpoint never runs code.
+The latest checkpoint is the newest one that passes verification. Tensors are safetensors and the rest is JSON, so
+loading a checkpoint never runs code.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def folder_of(run: Path, step: int) -> Path:
 def save(
     run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep_every: int
 ) -> Path:
-    """Write the checkpoint of ``step`` and delete older ones but the last two and every ``keep_every``-th.
+    """Write the checkpoint of ``step`` and delete older ones except the last two and every ``keep_every``-th.
 
     Args:
         tensors: file stem -> name -> tensor.
-        state: anything JSON can hold.
+        state: anything that JSON can represent.
 
     Raises:
-        UserError: no room on the disk, or it refuses; the checkpoints that were there are untouched.
+        UserError: the disk is full or cannot be written; earlier checkpoints remain.
     """
     out = folder_of(run, step)
-    if out.exists():  # left by a run that was resumed from an earlier step: the same step gives the same content
+    if out.exists():  # from before the run resumed at an earlier step: the same step has the same content
         shutil.rmtree(out)
     folder = atomic.begin(out)
     try:
@@ -70,10 +70,10 @@ def save(
         free = shutil.disk_usage(folder.parent).free
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            what = "no room" if free < needed else f"cannot be written ({error}); there must be room"
+            what = "no room" if free < needed else f"cannot be written ({error}); it needs room"
             raise UserError(
                 f"{out}: {what} for a checkpoint of {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
-                "make room and start again with --resume auto; earlier checkpoints are untouched"
+                "make room and start again with --resume auto; earlier checkpoints are intact"
             ) from error
         raise
     _prune(run, keep_every)
@@ -81,14 +81,14 @@ def save(
 
 
 def steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint folder, ascending."""
+    """Return the steps that have a checkpoint folder, ascending."""
     root = run / "checkpoints"
     names = [_NAME.fullmatch(path.name) for path in root.iterdir()] if root.is_dir() else []
     return sorted(int(name[1]) for name in names if name)
 
 
 def latest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones."""
+    """Return the newest checkpoint that passes verification, and the problems of newer ones."""
     problems: list[str] = []
     for step in reversed(steps(run)):
         folder = folder_of(run, step)
@@ -105,7 +105,7 @@ def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        CheckpointError: names the first file that is missing, cut or altered.
+        CheckpointError: a file is missing, truncated or altered; names the first.
     """
     manifest = _read_json(folder / MANIFEST)
     for name, entry in manifest.items():
@@ -116,30 +116,30 @@ def verify(folder: Path) -> None:
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of one file, verified first.
+    """Verify and read the tensors of one file.
 
     Raises:
-        CheckpointError: as :func:`verify`, for this file; or it is no safetensors file.
+        CheckpointError: as :func:`verify`, for this file; or it is not a safetensors file.
     """
     name = f"{stem}.safetensors"
     _verify_file(folder, name, _read_json(folder / MANIFEST).get(name))
     try:
         return load_file(folder / name)
     except SafetensorError as error:
-        raise CheckpointError(f"{folder / name}: no safetensors file ({error}), though the manifest knows it") from None
+        raise CheckpointError(f"{folder / name}: not a safetensors file ({error}), yet its hash is right") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state, verified first; it holds the step."""
+    """Verify and read the JSON state, which contains the step."""
     _verify_file(folder, STATE, _read_json(folder / MANIFEST).get(STATE))
     state = _read_json(folder / STATE)
     if not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{folder / STATE}: there is no step in it, though the manifest knows it")
+        raise CheckpointError(f"{folder / STATE}: it has no step, yet its hash is right")
     return state
 
 
 def remove_temporary(run: Path) -> None:
-    """Remove what a killed save left behind; for the one process that owns the run."""
+    """Remove what a killed save left; only the process that owns the run may call this."""
     for path in (run / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(path)
 
@@ -147,11 +147,13 @@ def remove_temporary(run: Path) -> None:
 def _verify_file(folder: Path, name: str, entry: Any) -> None:
     path = folder / name
     if not isinstance(entry, dict) or Path(name).name != name:
-        raise CheckpointError(f"{folder / MANIFEST}: no sound entry for {name!r}; the manifest was altered")
+        raise CheckpointError(f"{folder / MANIFEST}: no valid entry for {name!r}; the manifest was altered")
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
     if path.stat().st_size != entry.get("bytes"):
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected {entry.get('bytes')}; the file is cut")
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size} bytes, expected {entry.get('bytes')}; the file is truncated"
+        )
     if atomic.file_sha256(path) != entry.get("sha256"):
         raise CheckpointError(f"{path}: its sha256 differs from the manifest; the file is damaged")
 

@@ -1,6 +1,6 @@
-"""What every command shares: how a mistake of the user, or a full disk, is shown.
+"""Shared by all commands: how errors of the user and full disks are shown.
 
-A command is a file with ``main(argv) -> exit code``, which raises UserError; ``run(main)`` is what a shell starts.
+A command is a file with ``main(argv) -> exit code``, which may raise UserError; the shell starts ``run(main)``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
 
 @contextmanager
 def written_to(out: Path) -> Iterator[None]:
-    """Errors of the file system (a full disk, above all) as a UserError that names ``out``."""
+    """Turn errors of the file system, such as a full disk, into a UserError that names ``out``."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What commands that submit to Slurm share: their options, and submitit's errors as a user's."""
+"""Shared by commands that submit to Slurm: their options, and submitit's errors as UserError."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from muse_fast.errors import UserError
 
 
 def add_arguments(parser: Any) -> None:
-    """The options of a job, for a parser or a group of one."""
+    """Add the options of a job to a parser or an argument group."""
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--sbatch", action="append", default=[], type=_pair, metavar="KEY=VALUE", help="as for sbatch")
@@ -27,7 +27,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def executor(logs: Path, local: bool, max_timeouts: int) -> Any:
-    """submitit's executor.
+    """Return submitit's executor.
 
     Raises:
         UserError: submitit is not installed.
@@ -41,19 +41,19 @@ def executor(logs: Path, local: bool, max_timeouts: int) -> Any:
 
 
 def slurm_parameters(options: argparse.Namespace, cpus: int, **additional: Any) -> dict[str, Any]:
-    """What ``sbatch`` is told besides nodes, tasks and time; ``additional`` gives way to the user's --sbatch."""
+    """Return the parameters of ``sbatch`` other than nodes, tasks and time; --sbatch overrides ``additional``."""
     return {
         "slurm_partition": options.partition,
         "slurm_account": options.account,
         "cpus_per_task": cpus,
-        "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # since Slurm 22.05 srun does not take it from sbatch
+        "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # since Slurm 22.05 srun does not inherit it from sbatch
         "slurm_additional_parameters": {"requeue": True, **additional, **dict(options.sbatch)},
     }
 
 
 @contextmanager
 def submitting() -> Iterator[None]:
-    """Errors of submitit (no srun here, sbatch says no, more than one node with --local) as UserError."""
+    """Turn errors of submitit (no srun, a refusal by sbatch, several nodes with --local) into UserError."""
     try:
         yield
     except UserError:
@@ -63,13 +63,13 @@ def submitting() -> Iterator[None]:
 
 
 def wait_for(jobs: Sequence[Any]) -> None:
-    """The end of jobs on this machine.
+    """Wait for jobs on this machine.
 
     Raises:
-        UserError: one failed; with the traceback.
+        UserError: a job failed; contains its traceback.
     """
     for job in jobs:
         try:
             job.results()
-        except RuntimeError as error:  # submitit's, of a job that failed or left no result
+        except RuntimeError as error:  # from submitit, for a job that failed or has no result
             raise UserError(str(error)) from None

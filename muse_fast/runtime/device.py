@@ -10,7 +10,7 @@ import torch
 
 from muse_fast.errors import UserError
 
-# Dense bf16 FLOP/s by the words of the GPU's name, the more special first.
+# Dense bf16 FLOP/s by words in the GPU's name, the most specific first.
 _PEAKS = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -29,12 +29,12 @@ _PEAKS = (
 
 
 def pick_device(name: str, key: str, index: int = 0) -> torch.device:
-    """The device that the setting ``key`` names; ``auto`` takes a CUDA GPU where there is one.
+    """Return the device that the setting ``key`` names; ``auto`` is a CUDA GPU if there is one, else the CPU.
 
-    A name without a number stands for GPU ``index``, which becomes the current one.
+    ``cuda`` without a number is GPU ``index``. The GPU becomes the current one.
 
     Raises:
-        UserError: no such device here.
+        UserError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,26 +43,26 @@ def pick_device(name: str, key: str, index: int = 0) -> torch.device:
     except RuntimeError:
         raise UserError(f"{key}={name}: expected auto, cpu, cuda or cuda:INDEX") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{key}={name}: torch sees no CUDA GPU here; use {key}=cpu")
+        raise UserError(f"{key}={name}: torch finds no CUDA GPU; use {key}=cpu")
     if device.type == "cuda":
         device = torch.device("cuda", index if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"{key}={name}: there are {torch.cuda.device_count()} GPUs here, none is {device}")
+            raise UserError(f"{key}={name}: there is no {device} among the {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     return device
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s that MFU is measured against; None where it is not known, as for a CPU or a slice of a GPU.
+    """Return the dense bf16 FLOP/s for MFU, or None if it is not known, as for a CPU or a slice of a GPU.
 
-    It is the datasheet's figure without sparsity, except for the SXM boards of H100, H200 and H800: 790e12 where the
-    datasheet says 989e12, for their power limit holds large matmuls to about four fifths of it.
+    It is the datasheet's value without sparsity, except for the SXM boards of H100, H200 and H800: 790e12 instead of
+    989e12, because their power limit allows large matmuls about four fifths of it.
     """
     return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_flops_of(gpu: str) -> float | None:
-    """`peak_flops` of a GPU by its name, as CUDA gives it."""
+    """Return `peak_flops` of a GPU by its CUDA device name."""
     words = set(re.split(r"[ -]", gpu))
     if "MIG" in words:
         return None
@@ -70,7 +70,7 @@ def peak_flops_of(gpu: str) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: by tensors on a GPU, by the whole process on the CPU."""
+    """Return the peak bytes in use so far: by tensors on a GPU, by the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

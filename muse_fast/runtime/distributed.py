@@ -1,4 +1,4 @@
-"""Ranks of the job; without an initialised process group there is one."""
+"""The ranks of a job; without a process group there is one rank."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from muse_fast.errors import UserError
 from muse_fast.runtime.watchdog import Place, Watchdog
 
-_TIMEOUT = timedelta(minutes=30)  # for one collective: the other ranks wait in one while the main one saves or draws
-_LOST = ("gloo/transport", "ncclRemoteError")  # in what the two say where another rank is gone
+_TIMEOUT = timedelta(minutes=30)  # of a collective; the other ranks wait in one while the main rank saves or draws
+_LOST = ("gloo/transport", "ncclRemoteError")  # in errors of gloo and NCCL when another rank is gone
 
 
 def launched() -> bool:
-    """Whether torchrun, or whoever sets its variables, started this process as one of several."""
+    """Whether torchrun, or another launcher that sets its variables, started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -29,22 +29,22 @@ _place = Place(0, 0)  # where this rank is
 
 
 def at_step(step: int) -> None:
-    """Take note of the step that begins, for the watchdog."""
+    """Record for the watchdog which step begins."""
     global _place
     _place = _place._replace(step=step)
 
 
-def _begins_collective() -> None:
+def _count_collective() -> None:
     global _place
     _place = _place._replace(collectives=_place.collectives + 1)
 
 
 @contextmanager
 def process_group(device: torch.device, timeout: float, tell: Callable[[str, int], None]) -> Iterator[None]:
-    """The process group of a launched job: NCCL between GPUs, gloo between CPUs; nothing where there is one process.
+    """Create the process group of a launched job: NCCL for GPUs, gloo for CPUs; none for a single process.
 
-    A rank that makes no progress for ``timeout`` seconds says which rank it waits for, calls ``tell`` with that and
-    its step, and ends with code 4.
+    A rank that makes no progress for ``timeout`` seconds prints which rank it waits for, calls ``tell`` with that
+    message and its step, and ends with code 4.
 
     Raises:
         UserError: the connection to another rank broke.
@@ -62,35 +62,35 @@ def process_group(device: torch.device, timeout: float, tell: Callable[[str, int
         world_size=world_size,
         device_id=device if device.type == "cuda" else None,
     )
-    with Watchdog(store, rank, world_size, timeout, lambda: _place, tell), _lost_rank_told(rank):
+    with Watchdog(store, rank, world_size, timeout, lambda: _place, tell), _lost_rank_explained(rank):
         yield
-    dist.destroy_process_group()  # not after an error, when other ranks may be gone: it would wait for them
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
 
 
 @contextmanager
-def _lost_rank_told(rank: int) -> Iterator[None]:
+def _lost_rank_explained(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(said in str(error) for said in _LOST):
+        if not any(text in str(error) for text in _LOST):
             raise
         raise UserError(
-            f"step {_place.step}: rank {rank} lost its connection to another rank, which was killed or has ended: look "
-            f"for what that one said ({str(error).splitlines()[0]}); the newest checkpoint is untouched: start again "
-            "to go on"
+            f"step {_place.step}: rank {rank} lost its connection to another rank, which was killed or has ended; "
+            f"see the output of that rank ({str(error).splitlines()[0]}); the newest checkpoint is intact: "
+            "start again to continue"
         ) from error
 
 
 def store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """A part of the job's store that nobody used before.
+    """Return a part of the job's store that only this start of the job uses.
 
-    torchrun keeps one store over its restarts, and in it the addresses of ranks that are gone: whoever reads before
-    the new address is written connects to nobody (pytorch/pytorch#167288). The restarts that it counts are those of
-    one machine (#108158), so they tell no start from another. Hence rank 0 makes up a name, and each other rank
-    asks for it until the rank 0 that lives now has answered.
+    torchrun keeps one store over its restarts, with the addresses of ranks that are gone. A rank that reads one before
+    the new address is written connects to a dead rank (pytorch/pytorch#167288). torchrun counts restarts per machine
+    (#108158), so the count does not identify a start. Therefore rank 0 draws a random name, and every other rank asks
+    for it until the current rank 0 has answered.
 
     Raises:
-        torch.distributed.DistStoreError: not all ranks came within ``timeout``.
+        torch.distributed.DistStoreError: not all ranks joined within ``timeout``.
     """
     me = uuid.uuid4().hex
     if rank == 0:
@@ -106,13 +106,13 @@ def store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: 
         try:
             store.wait([f"{start}/{me}"], timedelta(seconds=1))
             return dist.PrefixStore(start, store)
-        except dist.DistStoreError:  # that rank 0 is gone, or busy
+        except dist.DistStoreError:  # this rank 0 is gone, or busy
             if time.monotonic() > deadline:
                 raise
 
 
 def local_rank() -> int:
-    """Number of this process on its machine."""
+    """Return the number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -129,34 +129,34 @@ def is_main() -> bool:
 
 
 def wait_for_all() -> None:
-    """Return when every rank is here."""
+    """Wait until all ranks have called this."""
     if world_size() > 1:
-        _begins_collective()
+        _count_collective()
         dist.barrier()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up on any rank; all ranks wait for each other."""
+    """Whether ``flag`` is true on any rank; all ranks wait for each other."""
     if world_size() == 1:
         return flag
     return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Add up ``tensor`` over all ranks, in place; returns it."""
+    """Sum ``tensor`` over all ranks in place and return it."""
     if world_size() > 1:
-        _begins_collective()
+        _count_collective()
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather_over_ranks(tensor: Tensor) -> Tensor:
-    """``[...]`` of the same shape on every rank -> ``[ranks, ...]``, the same on all of them."""
+    """Gather ``[...]``, of the same shape on every rank, as ``[ranks, ...]`` on all of them."""
     tensor = tensor.unsqueeze(0)
     if world_size() == 1:
         return tensor
     gathered = tensor.new_empty(world_size(), *tensor.shape[1:])
-    _begins_collective()
+    _count_collective()
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
 

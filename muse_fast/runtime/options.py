@@ -1,7 +1,7 @@
-"""Settings: dataclasses whose fields declare their range, filled from YAML and from ``key=value``.
+"""Settings: dataclasses whose fields declare their range, read from YAML and ``key=value``.
 
-Precedence: the dataclass's defaults < the YAML file < ``key=value``. A key that does not exist, a value of the wrong
-type or out of range is refused with the key to change.
+Precedence: the dataclass's defaults < the YAML file < ``key=value``. An unknown key and a value of the wrong
+type or out of range raise an error that names the key.
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class OptimConfig(Config):
@@ -27,8 +27,8 @@ _T = TypeVar("_T")
 _Config = TypeVar("_Config", bound="Config")
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "whole numbers"}
-CONFIGS = Path(__file__).parents[1] / "configs"  # ship with the package
-MAX_SEED = 2**32 - 1  # of numpy's and torch's generators alike
+CONFIGS = Path(__file__).parents[1] / "configs"  # shipped with the package
+MAX_SEED = 2**32 - 1  # of both numpy's and torch's generators
 _RANGE, _MAY_CHANGE = "range", "may_change"  # keys of a field's metadata
 
 
@@ -37,7 +37,7 @@ _RANGE, _MAY_CHANGE = "range", "may_change"  # keys of a field's metadata
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Range:
-    """The values that a setting may have; every bound that is given must hold. Bounds are named as in pydantic."""
+    """The values that a setting may have, within all given bounds, which are named as in pydantic."""
 
     ge: float | None = None
     gt: float | None = None
@@ -48,7 +48,7 @@ class Range:
     unit: str = ""
 
     def holds(self, value: Any) -> bool:
-        """Whether the value is in the range; NaN is in none."""
+        """Whether the value is in the range; NaN is not in any range."""
         return (
             (self.choices is None or value in self.choices)
             and (self.ge is None or value >= self.ge)
@@ -59,7 +59,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """What a message expects, such as ``a multiple of 16, 32 to 1024``."""
+        """Describe the range for a message, such as ``a multiple of 16, 32 to 1024``."""
         if self.choices is not None:
             *others, last = map(str, self.choices)
             return f"{', '.join(others)} or {last}" if others else last
@@ -79,12 +79,12 @@ class Range:
 
 
 def setting(default: _T, *, may_change: bool = False, **bounds: Any) -> _T:
-    """A dataclass field with a range.
+    """Return a dataclass field with a range.
 
     Args:
-        default: None where a setting may be left open; None is never out of range.
-        may_change: whether a run may continue with another value, as the setting changes what is seen of a run, or how
-            it is computed, but not its numbers.
+        default: None if the setting is optional; None is never out of range.
+        may_change: whether a run may continue with another value, because the setting changes what a run shows or how
+            it computes, but not its numbers.
         bounds: see `Range`.
     """
     field: _T = dataclasses.field(default=default, metadata={_RANGE: Range(**bounds), _MAY_CHANGE: may_change})
@@ -92,7 +92,7 @@ def setting(default: _T, *, may_change: bool = False, **bounds: Any) -> _T:
 
 
 class Config:
-    """Base of settings dataclasses: an instance whose fields are out of range cannot be made."""
+    """Base of settings dataclasses, which raises if a field is out of range."""
 
     __slots__ = ()
 
@@ -106,10 +106,10 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Refuse fields that do not go together.
+        """Check that the fields fit together.
 
         Raises:
-            UserError: its message begins with the name of a field; `load_settings` puts the section before it.
+            UserError: they do not; the message begins with a field's name, before which `load_settings` puts its section.
         """
 
 
@@ -123,26 +123,26 @@ def load_settings(
     *,
     prefix: str = "",
 ) -> _Config:
-    """Settings of that kind.
+    """Read settings into a ``kind``.
 
     Args:
-        path: a YAML file or the name of one that ships with the package, see `config_file`.
-        items: ``key=value`` of a command line, or values by dotted key. The text of a number, of true and false and of
-            a list is read as in YAML; that of a text setting is taken as it is.
-        prefix: what messages begin with, such as ``consep: ``.
+        path: a YAML file or the name of one shipped with the package, see `config_file`.
+        items: ``key=value`` of a command line, or values by dotted key. The text of numbers, booleans and lists is
+            parsed as in YAML; a text setting is used as it is.
+        prefix: start of messages, such as ``consep: ``.
 
     Raises:
         UserError: no such file, bad YAML, unknown key (with the nearest known one), wrong type, out of range.
     """
     settings = OmegaConf.structured(kind())
     for node in (settings, *filter(OmegaConf.is_dict, settings.values())):
-        OmegaConf.set_readonly(node, False)  # as the dataclasses are frozen
+        OmegaConf.set_readonly(node, False)  # frozen dataclasses are read-only
     if path is not None:
         file = config_file(path)
         _set(settings, flatten(_read_yaml(file)), kind, f"{file}: ")
     _set(settings, (items if isinstance(items, Mapping) else key_values(items)).items(), kind, prefix)
     for name, section in settings.items():
-        if OmegaConf.is_dict(section):  # alone first: its messages do not know its name
+        if OmegaConf.is_dict(section):  # first by itself: its messages do not contain its name
             _made(section, f"{prefix}{name}.")
     made = _made(settings, prefix)
     assert isinstance(made, kind)
@@ -157,12 +157,12 @@ def _made(settings: DictConfig, prefix: str) -> Any:
 
 
 def known_keys(kind: type[Config]) -> list[str]:
-    """Every setting as a dotted key."""
+    """Return the dotted keys of all settings."""
     return list(_types(kind))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts as (dotted key, value)."""
+    """Yield the leaves of nested dicts as (dotted key, value)."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -171,7 +171,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def fixed_settings(settings: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings that a run must continue with, as (dotted key, value)."""
+    """Yield the settings that must not change when a run resumes, as (dotted key, value)."""
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]  # subclasses are dataclasses
         value = getattr(settings, field.name)
         if isinstance(value, Config):
@@ -181,10 +181,10 @@ def fixed_settings(settings: Config, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def config_file(name: str | Path) -> Path:
-    """The YAML file that ``--config`` names: a path, or a file of `CONFIGS` without its suffix.
+    """Return the YAML file that ``--config`` names: a path, or a file of `CONFIGS` without its suffix.
 
     Raises:
-        UserError: neither of them; the message suggests the nearest name and lists them all.
+        UserError: it is neither; the message suggests the nearest name and lists them all.
     """
     shipped = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
     if str(name) in shipped:
@@ -196,10 +196,10 @@ def config_file(name: str | Path) -> Path:
 
 
 def key_values(items: Sequence[str]) -> dict[str, str]:
-    """``key=value`` items of a command line by key; of equal keys the last counts.
+    """Parse ``key=value`` items of a command line; the last value of a repeated key counts.
 
     Raises:
-        UserError: an item is not of that form.
+        UserError: an item does not have that form.
     """
     for item in items:
         if not all(item.partition("=")[:2]):
@@ -208,16 +208,16 @@ def key_values(items: Sequence[str]) -> dict[str, str]:
 
 
 def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """``key=value`` items among the arguments of a command line, and the other arguments, such as files."""
+    """Split the arguments of a command line into ``key=value`` items and others, such as files."""
     given = [item for item in arguments if re.match(r"[a-z_.]+=", item) and not Path(item).exists()]
     return given, [item for item in arguments if item not in given]
 
 
 def split_source_options(items: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Options of a source among ``key=value`` items, which begin with ``source.``, and the other items.
+    """Split ``key=value`` items into options of a source, which begin with ``source.``, and others.
 
     Raises:
-        UserError: one of the options is not of that form.
+        UserError: an option does not have that form.
     """
     prefix = "source."
     options = key_values([item for item in items if item.startswith(prefix)])
@@ -226,7 +226,7 @@ def split_source_options(items: Sequence[str]) -> tuple[dict[str, str], list[str
 
 
 def _set(settings: DictConfig, values: Iterable[tuple[str, Any]], kind: type[Config], origin: str = "") -> None:
-    """Set ``values`` by their dotted keys; ``origin`` begins the messages."""
+    """Set ``values`` by their dotted keys; messages begin with ``origin``."""
     types = _types(kind)
     sections = {key.split(".")[0] for key in types if "." in key}
     for key, value in values:
@@ -236,7 +236,7 @@ def _set(settings: DictConfig, values: Iterable[tuple[str, Any]], kind: type[Con
             raise UserError(f"{origin}no setting '{key}'{_suggest(key, list(types))}")
         try:
             typed = _read_value(value) if isinstance(value, str) and types[key] is not str else value
-            # OmegaConf takes any number for true or false.
+            # OmegaConf accepts any number as a bool.
             if types[key] is bool and isinstance(typed, int | float) and typed not in (0, 1):
                 raise ValueError
             OmegaConf.update(settings, key, typed, merge=False)
@@ -260,7 +260,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _types(kind: type[Any], prefix: str = "") -> dict[str, Any]:
-    """The type of every setting, without ``| None``, by its dotted key."""
+    """Return the type of every setting, without ``| None``, by dotted key."""
     types: dict[str, Any] = {}
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -273,7 +273,7 @@ def _types(kind: type[Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    """The nearest known key, one with the same last part before others."""
+    """Suggest the nearest known key, preferring keys with the same last part."""
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     return did_you_mean(key, same_leaf or known) or f". Known: {', '.join(known)}"

@@ -22,17 +22,17 @@ from rich.progress import (
 _SECONDS_BETWEEN_LINES = 10.0
 
 Progress: TypeAlias = Callable[[int, int, str], None]
-"""Takes how many are done, how many there are, and the unit that is counted."""
+"""Called with the number done, the total, and the unit that is counted."""
 
 _Item = TypeVar("_Item")
 
 
 class Ticker:
-    """Counts what is done.
+    """Counts and shows what is done.
 
     Args:
-        total: how many there are, None where nobody knows.
-        unit: what is counted, in the plural.
+        total: number of items, or None if unknown.
+        unit: name of the items, in the plural.
     """
 
     def __init__(self, total: int | None, unit: str) -> None:
@@ -52,12 +52,12 @@ class Ticker:
         self._task = self._bar.add_task(unit, total=total)
 
     def done(self, text: str, count: int = 1) -> None:
-        """So many more are done."""
+        """Count ``count`` more items as done."""
         self._done += count
         self.show(text)
 
     def show(self, text: str) -> None:
-        """Show the count and ``text``, if it is time to."""
+        """Show the count and ``text``; without a terminal, at most every ten seconds."""
         if not self._plain:
             self._bar.update(self._task, completed=self._done, description=text)
             return
@@ -77,7 +77,7 @@ class Ticker:
 
 
 def ticked(items: Iterable[_Item], total: int | None, unit: str) -> Iterator[_Item]:
-    """Pass the items on and count them."""
+    """Yield the items and count them."""
     with Ticker(total, unit) as ticker:
         for item in items:
             yield item
@@ -86,7 +86,7 @@ def ticked(items: Iterable[_Item], total: int | None, unit: str) -> Iterator[_It
 
 @contextmanager
 def progress_bar(console: Console, name: str) -> Iterator[Progress]:
-    """A bar for each unit that is counted; without a terminal a line every ten seconds."""
+    """Show a bar for each unit; without a terminal, a line every ten seconds."""
     if not console.is_terminal:
         printed = time.monotonic()
 

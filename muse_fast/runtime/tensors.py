@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, and into a module that must take every one of them."""
+"""Read and write safetensors files, and load tensors strictly into modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from muse_fast.errors import UserError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the permissions of any other new file: safetensors would keep it to its owner."""
+    """Write a safetensors file with the permissions of any new file, which safetensors would restrict to the owner."""
     path.touch()
     mode = path.stat().st_mode
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, dict(metadata or {}) or None)
@@ -21,21 +21,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file, on the CPU; UserError where it is damaged."""
+    """Read the tensors of a file to the CPU; raises UserError if it is damaged."""
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path}: not a sound .safetensors file ({error}); copy or download it again") from error
+        raise UserError(f"{path}: not a valid .safetensors file ({error}); copy or download it again") from error
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str, arch: str = "") -> None:
-    """Copy ``tensors`` into ``model``; every tensor must find its place and every place its tensor.
+    """Copy ``tensors`` into ``model``, whose state must have exactly these names and shapes.
 
     Args:
-        arch: what the message calls the model; its attribute ``arch`` unless given.
+        arch: name of the model for messages; its attribute ``arch`` by default.
 
     Raises:
-        UserError: names missing, left over, or of another shape; the message begins with ``origin`` and lists them.
+        UserError: tensors are missing, unexpected or of another shape; the message begins with ``origin``.
     """
     expected = model.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
@@ -53,6 +53,6 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str, 
 
 
 def some(names: list[str], limit: int = 8) -> str:
-    """The first names, with commas between, and how many there are besides."""
+    """Join the first names, and say how many more there are."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

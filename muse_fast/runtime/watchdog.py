@@ -1,10 +1,10 @@
-"""Of several ranks, the one that keeps the others waiting.
+"""Find the rank that keeps the others waiting.
 
-A rank that hangs leaves the others in a collective, and torch, which ends that after half an hour, names neither rank
-nor step. So each rank tells through the job's store, from a thread of its own, that it lives, at which step it is and
-how many collectives it has begun. Who makes no progress for some time looks at all of them: a rank that says nothing
-more is stopped or gone, and one that is behind in collectives is the one that the others wait for. The job ends, as no
-rank can leave a collective that another does not enter.
+A rank that hangs leaves the others in a collective. torch ends that after half an hour and names neither rank nor step.
+So a thread of each rank regularly writes a sign of life to the job's store: its step and the number of collectives it
+has begun. A rank that makes no progress for some time compares all signs: a rank that no longer writes is stopped or
+gone, and a rank that is behind in collectives is the one that the others wait for. The job then ends, because no rank
+can leave a collective that another does not enter.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ import torch.distributed as dist
 
 from muse_fast.runtime import exit_codes
 
-_BEAT = 1.0  # seconds between two signs of life
+_BEAT = 1.0  # seconds between signs of life
 
 
 class Place(NamedTuple):
-    """How far a rank is."""
+    """How far a rank has come."""
 
     step: int
     collectives: int
 
 
 class Watchdog:
-    """Ends this process with code 4 where it makes no progress for a time, after saying whom it waits for.
+    """Ends this process with code 4 if it makes no progress for a time, after reporting which rank it waits for.
 
     Args:
-        store: of the job; the watchdog takes a connection of its own.
-        timeout: seconds.
-        place: how far this rank is.
+        store: of the job; the watchdog opens its own connection.
+        timeout: seconds without progress.
+        place: returns how far this rank has come.
         tell: called with the message and the step before the process ends.
     """
 
@@ -75,7 +75,7 @@ class Watchdog:
     def _watch(self) -> None:
         place, since = self._place(), time.monotonic()
         while not self._ended.wait(self._beat):
-            with suppress(dist.DistError):  # whoever holds the store is gone or stopped: found out below
+            with suppress(dist.DistError):  # the store's process is gone or stopped, which `_end` finds out
                 self._give_sign()
             if self._place() != place:
                 place, since = self._place(), time.monotonic()
@@ -88,9 +88,9 @@ class Watchdog:
         self._store.set(str(self._rank), json.dumps(sign))
 
     def _signs(self) -> dict[int, dict[str, Any]]:
-        """Of each rank that has given one, the last."""
-        given = [rank for rank in range(self._world_size) if self._store.check([str(rank)])]
-        return {rank: json.loads(self._store.get(str(rank))) for rank in given}
+        """Return the last sign of each rank that has given one."""
+        ranks = [rank for rank in range(self._world_size) if self._store.check([str(rank)])]
+        return {rank: json.loads(self._store.get(str(rank))) for rank in ranks}
 
     def _end(self, place: Place) -> None:
         try:
@@ -107,19 +107,19 @@ class Watchdog:
             return
         message = (
             f"step {place.step}: rank {self._rank} has made no progress for {self._timeout:g} s; {reason}. Raise "
-            "train.timeout if it is only slow; the newest checkpoint is untouched: start again to go on"
+            "train.timeout if it is only slow; the newest checkpoint is intact: start again to continue"
         )
         print(f"error: {message}", file=sys.stderr, flush=True)
         if self._rank in culprits:
             faulthandler.dump_traceback(sys.stderr)
         self._tell(message, place.step)
-        os._exit(exit_codes.STALLED)  # the main thread is in a collective or worse, and would not listen
+        os._exit(exit_codes.STALLED)  # the main thread, in a collective or worse, would not respond
 
 
 def waited_for(
     before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]], world_size: int
 ) -> tuple[list[int], str]:
-    """The ranks that keep the others waiting, and why that is thought, from the signs of all at two times."""
+    """Return the ranks that keep the others waiting, and the reason, from the signs of all ranks at two times."""
     silent = [rank for rank in range(world_size) if rank not in now or now[rank] == before.get(rank)]
     if silent:
         return silent, f"{_named(silent, now)} no longer answers: stopped, or its machine is gone"
@@ -131,10 +131,10 @@ def waited_for(
 
 
 def _named(ranks: list[int], signs: dict[int, dict[str, Any]]) -> str:
-    said = [
+    names = [
         f"rank {rank} (step {signs[rank]['step']}, pid {signs[rank]['pid']} on {signs[rank]['host']})"
         if rank in signs
         else f"rank {rank} (which never gave a sign)"
         for rank in ranks[:8]
     ]
-    return " and ".join([*said, *([f"{len(ranks) - 8} more"] if len(ranks) > 8 else [])])
+    return " and ".join([*names, *([f"{len(ranks) - 8} more"] if len(ranks) > 8 else [])])

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar, metrics.jsonl, TensorBoard events, and how a run is told to stop."""
+"""The output of a run (progress bar, metrics.jsonl, TensorBoard events), and signals that ask it to stop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Stopwatch:
         self._started, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def timed(self, batches: Iterable[_T]) -> Iterator[_T]:
-        """Pass ``batches`` on, counting the wait for each."""
+        """Yield ``batches``, measuring the wait for each."""
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
@@ -46,7 +46,7 @@ class Stopwatch:
             yield batch
 
     def read(self, rois_per_step: int) -> dict[str, float]:
-        """ROIs per second and data-wait share since the last reading; starts anew."""
+        """Return ROIs per second and data-wait share since the last reading, and restart."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         reading = {"rois_per_second": self._steps * rois_per_step / elapsed, "data_wait": self._waited / elapsed}
         self._restart()
@@ -54,7 +54,7 @@ class Stopwatch:
 
 
 def read_back(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Numbers for 0-dim tensors, in one copy from the device, for which the host waits."""
+    """Convert 0-dim tensors to numbers in one copy from the device, for which the host waits."""
     tensors = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
     numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True))
     return {name: numbers.get(name, value) for name, value in values.items()}
@@ -75,7 +75,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row; it survives a kill once this returns."""
+        """Append one row, which survives a kill once this returns."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -90,15 +90,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut by a kill is left out."""
+    """Read the rows of a metrics.jsonl, without a last line that a kill truncated."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _gist(values: Mapping[str, float]) -> str:
-    """Of a row of pretraining."""
+def _summary_line(values: Mapping[str, float]) -> str:
+    """Summarise a row of pretraining."""
     losses = {key.removeprefix("loss_"): value for key, value in values.items() if key.startswith("loss_")}
     return (
         f"loss {values['loss']:.3f} ({', '.join(f'{name} {value:.3f}' for name, value in losses.items())}) "
@@ -108,12 +108,12 @@ def _gist(values: Mapping[str, float]) -> str:
 
 
 class TrainingProgress:
-    """A bar with rate, data-wait share and ETA; plain lines where the output is no terminal.
+    """A bar with rate, data-wait share and ETA; plain lines if the output is not a terminal.
 
     Args:
-        start_step, steps: where the run begins and ends.
-        title: stands before the bar.
-        describe: the text after it, from the row of a step.
+        start_step, steps: first and last step of the run.
+        title: text before the bar.
+        describe: converts the row of a step to the text after the bar.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class TrainingProgress:
         start_step: int,
         steps: int,
         title: str = "pretrain",
-        describe: Callable[[Mapping[str, float]], str] = _gist,
+        describe: Callable[[Mapping[str, float]], str] = _summary_line,
     ) -> None:
         self._console = Console()
         self._steps, self._describe = steps, describe
@@ -157,44 +157,44 @@ class TrainingProgress:
 
 
 class RunReport:
-    """The log and the progress of a run, kept by the main rank; on the others every call does nothing.
+    """The log and the progress bar of a run on the main rank; on other ranks every call does nothing.
 
     Attributes:
-        is_new: whether the run has logged nothing yet.
+        is_new: whether the run has not logged anything yet.
     """
 
     def __init__(self, run: Path, start_step: int, steps: int, progress: TrainingProgress | None = None) -> None:
         progress = progress or TrainingProgress(start_step, steps)
-        self._kept = (MetricsLog(run, start_step), progress) if is_main() else None
-        self.is_new = self._kept is not None and self._kept[0].is_new
+        self._outputs = (MetricsLog(run, start_step), progress) if is_main() else None
+        self.is_new = self._outputs is not None and self._outputs[0].is_new
 
     def training(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the row of a training step, and show it."""
-        if self._kept:
-            log, progress = self._kept
+        """Log and show the row of a training step."""
+        if self._outputs:
+            log, progress = self._outputs
             log.write(step, values)
             progress.show(step, values)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Log the row of an evaluation."""
-        if self._kept:
-            self._kept[0].write(step, values)
+        if self._outputs:
+            self._outputs[0].write(step, values)
 
     def __enter__(self) -> RunReport:
-        for part in self._kept or ():
+        for part in self._outputs or ():
             part.__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        for part in reversed(self._kept or ()):
+        for part in reversed(self._outputs or ()):
             part.__exit__(*raised)
 
 
 @contextmanager
 def collected_between_steps() -> Iterator[Callable[[], int]]:
-    """Keep Python's garbage collector out of the steps; gives the function to call between some of them."""
+    """Disable Python's garbage collector during steps; yields the function that collects between them."""
     gc.collect()
-    gc.freeze()  # modules and the like are not looked at again: that would take 0.2 s each time
+    gc.freeze()  # do not scan modules and other old objects again, which takes 0.2 s each time
     gc.disable()
     try:
         yield gc.collect
@@ -204,7 +204,7 @@ def collected_between_steps() -> Iterator[Callable[[], int]]:
 
 
 class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop after the step at hand."""
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step."""
 
     def __init__(self) -> None:
         self.received: str | None = None

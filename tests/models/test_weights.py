@@ -108,7 +108,7 @@ def test_paths_without_weights(tmp_path):
     save_file({"fc.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     for name, message in {
         "x.onnx": "unknown kind '.onnx'",
-        "x.safetensors": "not a sound .safetensors",
+        "x.safetensors": "not a valid .safetensors",
         "empty": "neither a run.*nor a checkpoint",
         "run": "no intact checkpoint",
         "other.safetensors": "not the weights of a MUSE backbone.*fc.weight",

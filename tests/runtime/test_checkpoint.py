@@ -1,4 +1,4 @@
-"""Checkpoints: kills, flips, cuts, hostile files, full disks, order of deletion."""
+"""Checkpoints: kills, flipped bits, truncation, hostile files, full disks, order of deletion."""
 
 import json
 import pickle
@@ -44,12 +44,12 @@ def test_last_two_and_every_nth_are_kept(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [4, 8, 10, 11]
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_no_checkpoints(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == (None, [])
     assert checkpoint.latest(tmp_path / "none") == (None, [])
 
 
-def test_every_flip_and_every_cut_is_refused_by_name_and_the_one_before_taken(tmp_path: Path) -> None:
+def test_every_flip_and_truncation_is_reported_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
     outcome = flips_and_cuts(Scale(True, tmp_path))
     assert outcome.survived == outcome.injected == 121, outcome.notes
 
@@ -70,7 +70,7 @@ def test_extra_file_and_escaping_name(tmp_path: Path) -> None:
     (folder / "extra.bin").unlink()
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     (folder / "MANIFEST.json").write_text(json.dumps({**manifest, "../../x": {"bytes": 1, "sha256": ""}}))
-    with pytest.raises(checkpoint.CheckpointError, match="no sound entry"):
+    with pytest.raises(checkpoint.CheckpointError, match="no valid entry"):
         checkpoint.verify(folder)
 
 
@@ -87,12 +87,11 @@ def test_a_pickle_in_place_of_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-def test_what_the_manifest_knows_and_is_no_checkpoint(tmp_path: Path) -> None:
-    """As someone leaves it who makes the hashes right again."""
+def test_bad_contents_with_correct_hashes_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     for name, content, said in (
-        ("student.safetensors", b"no tensors", r"student\.safetensors: no safetensors file"),
-        ("state.json", b"{}", r"state\.json: there is no step"),
+        ("student.safetensors", b"no tensors", r"student\.safetensors: not a safetensors file"),
+        ("state.json", b"{}", r"state\.json: it has no step"),
         ("state.json", b"[" * 100_000, r"state\.json: not valid JSON"),
     ):
         (folder / name).write_bytes(content)
@@ -103,8 +102,8 @@ def test_what_the_manifest_knows_and_is_no_checkpoint(tmp_path: Path) -> None:
             checkpoint.read_state(folder) if name == "state.json" else checkpoint.read_tensors(folder, "student")
 
 
-def test_a_disk_that_refuses_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a quota, for example: there is room, and not for us."""
+def test_a_disk_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota, for example: there is room, but not for this user."""
     good = save(tmp_path, 1)
 
     def over_quota(*_: object) -> None:

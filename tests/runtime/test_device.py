@@ -8,18 +8,18 @@ from muse_fast.errors import UserError
 from muse_fast.runtime.device import peak_flops, peak_flops_of, peak_memory, pick_device
 
 
-def test_auto_is_a_gpu_where_there_is_one() -> None:
+def test_auto_is_a_gpu_if_there_is_one() -> None:
     assert pick_device("auto", "device").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert pick_device("cpu", "device") == torch.device("cpu")
 
 
-def test_what_is_no_device_is_refused() -> None:
+def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.device=gpu"):
         pick_device("gpu", "train.device")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused() -> None:
+def test_a_missing_gpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"use train\.device=cpu"):
         pick_device("cuda", "train.device")
 
@@ -56,7 +56,7 @@ def test_peak_memory_of_the_process_is_in_bytes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_peak_memory_of_a_gpu_holds_what_was_freed() -> None:
+def test_peak_memory_of_a_gpu_includes_freed_memory() -> None:
     device = torch.device("cuda")
     torch.empty(64 * 2**20, dtype=torch.uint8, device=device)
     assert 64 * 2**20 <= peak_memory(device) < torch.cuda.get_device_properties(device).total_memory
@@ -64,6 +64,6 @@ def test_peak_memory_of_a_gpu_holds_what_was_freed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_answers() -> None:
+def test_the_peak_of_a_gpu_is_found_by_its_name() -> None:
     device = torch.device("cuda")
     assert peak_flops(device) == peak_flops_of(torch.cuda.get_device_name(device))

@@ -48,7 +48,7 @@ class WholeConfig(Config):
         ("low", -math.inf, "a finite number"),
     ],
 )
-def test_what_is_out_of_range_is_refused(key: str, value: Any, expected: str) -> None:
+def test_values_out_of_range_are_refused(key: str, value: Any, expected: str) -> None:
     with pytest.raises(UserError) as direct:
         SideConfig(**{key: float(value) if key in ("low", "high", "share") else value})
     text = str(float(value)) if key in ("low", "high", "share") else str(value)
@@ -85,24 +85,24 @@ def test_another_type_is_refused(item: str, expected: str) -> None:
     assert str(error.value) == f"{item}: expected {expected}"
 
 
-def test_text_is_taken_as_it_is() -> None:
+def test_a_text_setting_is_used_as_it_is() -> None:
     for text in ("on", "007", "a: b", "x=1", "", "[1, 2]", "null", "1.50"):
         assert load_settings(WholeConfig, None, [f"side.folder={text}"]).side.folder == text
 
 
-def test_text_of_other_types_is_read_as_in_yaml() -> None:
+def test_text_of_other_types_is_parsed_as_in_yaml() -> None:
     read = load_settings(SideConfig, None, {"rate": "1e-3", "k": "[7, 8]", "on": "no", "limit": "null"})
     assert read == SideConfig(rate=1e-3, k=[7, 8], on=False, limit=None)
 
 
-def test_a_mistake_in_a_file_names_it(tmp_path: Path) -> None:
+def test_an_error_in_a_file_names_it(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("side:\n  rate: fast\n")
     with pytest.raises(UserError, match=r"c\.yaml: side\.rate=fast: expected a number$"):
         load_settings(WholeConfig, file)
 
 
-def test_arguments_are_told_apart(tmp_path: Path) -> None:
+def test_arguments_are_split_into_settings_and_others(tmp_path: Path) -> None:
     file = str(tmp_path / "a=b.png")
     Path(file).touch()
     assert split_settings(["x", "lr=1", file, "optim.lr=2"]) == (["lr=1", "optim.lr=2"], ["x", file])
