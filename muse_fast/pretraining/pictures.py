@@ -190,13 +190,13 @@ def _numbered_rows(views: Views, pairs: Pairs, roi: int) -> dict[int, int]:
     teacher, student = pairs.teacher_rows.cpu(), pairs.student_rows.cpu()
     mine = (teacher >= first) & (teacher < last)
     partners = list(zip(teacher[mine].tolist(), student[mine].tolist(), strict=True))
-    apart = views.global_images.shape[-1] / 14
+    min_distance = views.global_images.shape[-1] / 14
     xy = views.nuclei.xy.cpu()
     numbers: dict[int, int] = {}
     for row, _ in Counter(row for row, _ in partners).most_common():
         if len(numbers) == len(PALETTE):
             break
-        if all((xy[row] - xy[other]).norm() > apart for other in numbers):
+        if all((xy[row] - xy[other]).norm() > min_distance for other in numbers):
             numbers[row] = len(numbers)
     return numbers | {other: numbers[row] for row, other in partners if row in numbers}
 

@@ -48,12 +48,12 @@ def retrieval_at_1(first: Tensor, first_keys: Tensor, second: Tensor, second_key
     similarity = nn.functional.normalize(first, dim=1) @ nn.functional.normalize(second, dim=1).T
     hits, queries, chance = 0, 0, 0.0
     for found, score in ((same, similarity), (same.T, similarity.T)):
-        asked = found.any(dim=1)
-        if asked.any():
-            nearest = score[asked].argmax(dim=1, keepdim=True)
-            hits += int(found[asked].gather(1, nearest).sum())
-            queries += int(asked.sum())
-            chance += int(asked.sum()) / score.shape[1]
+        is_query = found.any(dim=1)
+        if is_query.any():
+            nearest = score[is_query].argmax(dim=1, keepdim=True)
+            hits += int(found[is_query].gather(1, nearest).sum())
+            queries += int(is_query.sum())
+            chance += int(is_query.sum()) / score.shape[1]
     if queries == 0:
         return Retrieval(top1=0.0, chance=0.0, queries=0)
     return Retrieval(top1=hits / queries, chance=chance / queries, queries=queries)

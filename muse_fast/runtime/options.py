@@ -47,7 +47,7 @@ class Range:
     choices: Collection[Any] | None = None
     unit: str = ""
 
-    def holds(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         """Whether the value is in the range; NaN is not in any range."""
         return (
             (self.choices is None or value in self.choices)
@@ -100,7 +100,7 @@ class Config:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             value, allowed = getattr(self, field.name), field.metadata.get(_RANGE)
             require(not isinstance(value, float) or math.isfinite(value), field.name, value, "a finite number")
-            if allowed is not None and value is not None and not allowed.holds(value):
+            if allowed is not None and value is not None and not allowed.contains(value):
                 hint = did_you_mean(value, allowed.choices) if allowed.choices and isinstance(value, str) else ""
                 raise UserError(f"{field.name}={value}: expected {allowed}{hint}")
         self.check()
@@ -109,7 +109,7 @@ class Config:
         """Check that the fields fit together.
 
         Raises:
-            UserError: they do not; the message begins with a field's name, before which `load_settings` puts its section.
+            UserError: they do not; the message begins with a field's name, to which `load_settings` adds the section.
         """
 
 
@@ -209,8 +209,8 @@ def key_values(items: Sequence[str]) -> dict[str, str]:
 
 def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the arguments of a command line into ``key=value`` items and others, such as files."""
-    given = [item for item in arguments if re.match(r"[a-z_.]+=", item) and not Path(item).exists()]
-    return given, [item for item in arguments if item not in given]
+    settings = [item for item in arguments if re.match(r"[a-z_.]+=", item) and not Path(item).exists()]
+    return settings, [item for item in arguments if item not in settings]
 
 
 def split_source_options(items: Sequence[str]) -> tuple[dict[str, str], list[str]]:
