@@ -154,8 +154,8 @@ def _loader(dataset: Dataset[_Batch], sampler: _Samples, workers: int, pin_memor
 def _die_with_parent(worker: int) -> None:
     """Ignore the signals that torchrun and Ctrl-C also send to workers: the current step still needs them.
 
-    They end when their parent closes them or dies. torch by itself would let them notice a dead parent only after 5 s, and
-    until then they keep the connections of a killed rank open, for which the other ranks wait.
+    They end when their parent closes them or dies. torch would let them notice a dead parent only after 5 s, and until
+    then they keep the connections of a killed rank open, for which the other ranks wait.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
