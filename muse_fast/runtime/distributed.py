@@ -75,9 +75,9 @@ def _lost_rank_explained(rank: int) -> Iterator[None]:
         if not any(text in str(error) for text in _LOST):
             raise
         raise UserError(
-            f"step {_place.step}: rank {rank} lost its connection to another rank, which was killed or has ended; "
-            f"see the output of that rank ({str(error).splitlines()[0]}); the newest checkpoint is intact: "
-            "start again to continue"
+            f"step {_place.step}: rank {rank} lost its connection to another rank, which was killed or has ended "
+            f"({str(error).splitlines()[0]}); see the output of that rank; the newest checkpoint is intact: start "
+            "again to continue"
         ) from error
 
 
