@@ -20,6 +20,7 @@ from torture import __main__ as command
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally, run
 from torture.rows import checkpoints, data, outlines, runs, security, settings, table
+from torture.suite import ROOT
 
 QUICK = ("C4", "S1", "S2", "T1", "T3", "T4", "T6", "T7", "U1", "O1")
 
@@ -30,6 +31,12 @@ def test_survives(name: str) -> None:
     row = table.ROWS[table.NAMES.index(name)]
     ran = run(row, quick=True)
     assert ran.passed, ran.outcome
+
+
+def test_the_documentation_lists_the_same_promises() -> None:
+    lines = (ROOT / "docs" / "reliability.md").read_text().replace("`", "").splitlines()
+    promises = [line.split(" | ")[:2] for line in lines[: lines.index("## What we observed")] if line.startswith("| ")]
+    assert promises[1:] == [[f"| {row.name}", row.promise] for row in table.ROWS]
 
 
 # -------------------------------------------------------------------- harnesses fail once the protection is taken out

@@ -398,8 +398,8 @@ ROWS = [
     ),
     Row(
         "S2",
-        "hostile ROI sets and weights are named and refused (there are no tar shards)",
-        "each refused with its path, within 64 MiB; nothing written outside",
+        "hostile ROI sets and weights are named and refused",
+        "each refused with its path, within 64 MiB; nothing written outside (there are no tar shards)",
         nothing_escapes,
     ),
 ]
