@@ -35,7 +35,7 @@ SHIPPED = {"resnet18": WEIGHTS / "nuclei_resnet18.safetensors"}
 DEFAULT = "resnet18"
 KIND = "muse_fast nucleus detector"
 
-_TILE = 1536  # pixels: side of a block, without its margin; a ROI of 512 um fits with the ROI's own margin
+_TILE = 1536  # pixels: side of a block, without its margin; a ROI of 512 um fits with its margin
 _SETTINGS = ("mpp", "threshold", "min_distance_um")
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDE = 2  # pixels per cell of the heatmap
-MULTIPLE = 16  # of the sides of the input; a shift by it shifts the heatmap equally
+MULTIPLE = 16  # sides of the input are multiples of this; shifting the input by it shifts the heatmap
 REACH = 144  # pixels further away than this do not influence a cell (a test measures it)
 
 _PRIOR = 0.02  # approximate share of cells with the centre of a nucleus
@@ -34,7 +34,7 @@ class NucleusNet(nn.Module):
     (Lin et al., 2017): project, double, add, 3x3 convolution.
     """
 
-    arch = "resnet18"
+    arch = "resnet18"  # for messages
     WIDTHS = (32, 64, 64, 128)  # channels of the merged maps, finest first
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ Polygon = list[NDArray[np.float64]]
 _KINDS = ("Point", "MultiPoint", "Polygon", "MultiPolygon")
 MAX_AREA_UM2 = 2000.0  # a disc 50 um across; larger outlines are tissue, not nuclei
 _MAX_PARTS = 20  # of a MultiPolygon that may be one nucleus
-_NO_NUCLEI = {"tile": "tile", "tmaCore": "TMA core", "root": "root object"}
+_NOT_NUCLEI = {"tile": "tile", "tmaCore": "TMA core", "root": "root object"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,8 @@ def read_geojson_points(path: Path, multi: str = "one", max_area: float = math.i
 
 def _reason_to_skip(shape: Shape, detected: bool) -> str:
     """Why a feature is not a nucleus, "" if it is one."""
-    if shape.kind in _NO_NUCLEI:
-        return _NO_NUCLEI[shape.kind]
+    if shape.kind in _NOT_NUCLEI:
+        return _NOT_NUCLEI[shape.kind]
     if detected and shape.kind == "annotation":
         return "annotation beside detections"
     return "ignored class" if shape.label.endswith("*") else ""

@@ -27,7 +27,7 @@ def instance_centroids(instances: NDArray[np.integer]) -> tuple[NDArray[np.int64
 def instance_types(
     instances: NDArray[np.integer], types: NDArray[np.integer], numbers: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The most common type ``[n]`` in each instance of a map of types ``[H, W]``; 0 if there is no other."""
+    """The most common type ``[n]`` in each instance, from a map of types ``[H, W]``; 0 if all its pixels are 0."""
     inside = instances > 0
     index = np.searchsorted(numbers, instances[inside])
     width = int(types.max(initial=0)) + 1

@@ -132,7 +132,7 @@ def _read_header(jpeg: bytes) -> _Header | None:
 
 
 def _is_frame(body: bytes) -> bool:
-    """Whether it has 8 bits, a size, and one to four components with sampling factors of 1 to 4."""
+    """Whether a frame has 8 bits, a size, and one to four components with sampling factors of 1 to 4."""
     if len(body) < 6 or body[0] != 8 or body[1:3] == b"\0\0" or body[3:5] == b"\0\0":
         return False
     if not 1 <= body[5] <= 4 or len(body) != 6 + 3 * body[5]:
@@ -146,7 +146,7 @@ def _factors(frame: bytes) -> list[tuple[int, int]]:
 
 
 def _is_whole_scan(body: bytes, components: int) -> bool:
-    """Whether it has all components and all coefficients."""
+    """Whether a scan has all components and all coefficients."""
     return len(body) == 4 + 2 * components and body[0] == components and body[-3:] == b"\x00\x3f\x00"
 
 

@@ -15,7 +15,7 @@ from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_points
 
 SUFFIXES = (".csv", *GEOJSON_SUFFIXES, ".json", ".h5", ".hdf5")
-HDF5_KEY = "prediction"  # what the authors' sample builder reads: [n, 2 or more], x and y first
+HDF5_KEY = "prediction"  # the dataset that the authors' sample builder reads: [n, 2 or more], x and y first
 
 
 def read_nuclei(

@@ -27,7 +27,7 @@ class Level(NamedTuple):
 
     width: int
     height: int
-    downsample: float  # level-0 pixels per pixel, to convert positions
+    downsample: float  # level-0 pixels per pixel, by which positions are converted
 
 
 class Slide(ABC):

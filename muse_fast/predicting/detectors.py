@@ -45,7 +45,7 @@ class TileDetector(Protocol):
         ...
 
     def detect(self, images: Tensor) -> list[Points]:
-        """The nuclei of each of the tiles ``[B, 3, H, W]`` uint8 RGB, in its pixels, with scores."""
+        """The nuclei of every tile of ``[B, 3, H, W]`` uint8 RGB, in pixels of that tile, with scores."""
         ...
 
 
@@ -70,7 +70,7 @@ class NucleusDetector:
 
 
 class FineTunedDetector:
-    """A network of ``muse_fast.finetune``, on a GPU in bf16."""
+    """A network from ``muse_fast.finetune``; it runs in bf16 on a GPU."""
 
     def __init__(self, weights: str, device: torch.device) -> None:
         from muse_fast.detection.detector import load_detector

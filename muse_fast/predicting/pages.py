@@ -40,7 +40,7 @@ class PageFile(NamedTuple):
 
 
 def find_pages(inputs: Sequence[Path], mpp: float | None) -> list[PageFile]:
-    """The slides and images among ``inputs``, and those in folders among them, including subfolders.
+    """The slides and images that ``inputs`` name, including those in folders and their subfolders.
 
     um per pixel comes from ``mpp.csv`` in the given folder or next to the given file, else from ``mpp``, else from the
     header.

@@ -119,11 +119,11 @@ class Prediction:
         """Pixels ``[H, W, 3]`` of a tile, or the error if they are damaged."""
         x, y = tile.x, tile.y
         try:
-            return tile, self._scale.read(self._page_of_thread(), x.start, y.start, x.length, y.length)
+            return tile, self._scale.read(self._thread_page(), x.start, y.start, x.length, y.length)
         except UserError as error:
             return tile, error
 
-    def _page_of_thread(self) -> Slide:
+    def _thread_page(self) -> Slide:
         """The page as opened by this thread: an error would close a shared handle for the other threads too."""
         if self.page.in_memory:
             return self.page

@@ -121,7 +121,7 @@ def _left_to_do(
 
 
 def _belongs_to(folder: Path, page: PageFile) -> bool:
-    """Whether a folder is the finished one of this page."""
+    """Whether a folder contains the finished prediction of this page."""
     if not (folder / _SUMMARY).is_file():
         return False
     summary = json.loads((folder / _SUMMARY).read_text())

@@ -42,7 +42,7 @@ class Found:
 
 
 class Seams:
-    """Resolves the points of a page, one row of tiles after the other; keeps only what the next row can change.
+    """Resolves the points of a page, one row of tiles after the other; keeps only those that the next row can change.
 
     Args:
         radius: pixels within which two points of different tiles are one nucleus.
@@ -64,7 +64,7 @@ class Seams:
 
         found = Found.concatenate([self._open, *row])
         pairs = self._pairs(found)
-        # These may still pair with points of the next row, which decides about their own pairs too.
+        # These may still pair with points of the next row, and that affects their present pairs.
         undecided = found.xy[:, 1] >= bottom - 2 * self._radius
         links = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(len(found), len(found)))
         group = connected_components(links, directed=False)[1]

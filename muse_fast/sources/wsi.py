@@ -123,7 +123,7 @@ class Slides(Source):
             raise UserError(f"it has no row in groups={self.options.groups}")
         nuclei = _beside(self._nuclei, name, NUCLEI_SUFFIXES)
         if self._nuclei and nuclei is None:
-            raise UserError(f"nuclei={self._nuclei} has no {name} with {', '.join(NUCLEI_SUFFIXES)}")
+            raise UserError(f"nuclei={self._nuclei} has no file {name} with suffix {', '.join(NUCLEI_SUFFIXES)}")
         tissue = _beside(self._tissue, name, TISSUE_SUFFIXES)
         return SlideFile(path, name, slide, row.split if row else "", group or "", mpp, mpp_from, tissue, nuclei)
 

@@ -160,7 +160,7 @@ def test_own_nuclei_take_the_place_of_the_detector(slide: Path, tmp_path: Path) 
     write_slide(slide.parent / "without.tif", page_with_tissue(1)[:300, :300])
     source = opened(slide.parent, nuclei=str(folder))
     assert [file.name for file in source.files] == ["slide"]
-    assert "has no without with .csv" in source.refused[slide.parent / "without.tif"]
+    assert "has no file without with suffix .csv" in source.refused[slide.parent / "without.tif"]
     (folder / "slide.csv").write_text("x,y\n2000,3\n")
     source = opened(slide, nuclei=str(folder))
     assert list(source) == []
