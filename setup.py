@@ -118,7 +118,9 @@ setup(
     # as muse_fast.kernels, because PyPI has another package called "kernels".
     packages=[
         *find_packages(include=["muse_fast", "muse_fast.*"]),
-        *("muse_fast.kernels", "muse_fast.kernels.blocked", "muse_fast.kernels.fused"),
+        "muse_fast.kernels",
+        "muse_fast.kernels.blocked",
+        "muse_fast.kernels.fused",
     ],
     package_dir={"muse_fast.kernels": "kernels"},
     ext_modules=[Extension(name, sources=[], optional=True) for name in (LIBRARY, MODULE)],

@@ -32,7 +32,7 @@ from muse_fast.models.weights import load_backbone
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
-from muse_fast.runtime.progress_bar import Progress, progress_bar
+from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
 from muse_fast.sources import open_source
 from muse_fast.version import __version__
 
@@ -88,8 +88,8 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     for network in _networks(job, options):
         if network.about is not None:
             console.print(f"{network.name}: {timm_backbone.summarise(network.about)}", highlight=False)
-        with progress_bar(console, network.name) as progress:
-            results += _evaluate_network(job.task, network, device, tiles, len(data["classes"]), options, progress)
+        with ProgressBar(network.name) as bar:
+            results += _evaluate_network(job.task, network, device, tiles, len(data["classes"]), options, bar.show)
     report = {
         "task": job.task,
         "protocol": job.protocol,
@@ -132,7 +132,7 @@ def _evaluate_network(
     tiles: Mapping[str, Sequence[Tile]],
     num_classes: int,
     options: TaskConfig,
-    progress: Progress,
+    progress: ShowProgress,
 ) -> list[dict[str, Any]]:
     """Evaluate one network and return its rows."""
     backbone = network.backbone.to(device)

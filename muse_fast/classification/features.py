@@ -12,7 +12,7 @@ from torch import Tensor
 
 from muse_fast.classification.tiles import Tile
 from muse_fast.images.imagenet import normalise
-from muse_fast.runtime.progress_bar import Progress
+from muse_fast.runtime.progress_bar import ShowProgress
 
 
 class NucleusFeatures(Protocol):
@@ -62,7 +62,7 @@ def extract_features(
     device: torch.device | str = "cpu",
     batch_size: int = 16,
     bf16: bool = False,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> dict[str, NucleusSet]:
     """Features of every nucleus of every split, on the CPU; the backbone must be in eval mode on ``device``."""
     total = sum(len(found) for found in tiles.values())

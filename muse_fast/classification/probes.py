@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from muse_fast.classification.features import NucleusSet
 from muse_fast.classification.metrics import Scores, score
 from muse_fast.errors import UserError
-from muse_fast.runtime.progress_bar import Progress
+from muse_fast.runtime.progress_bar import ShowProgress
 
 KNN_NEIGHBOURS = (10, 20, 100, 200, 500)
 KNN_TEMPERATURE = 0.07
@@ -157,7 +157,7 @@ def linear_probe(
     lr: float = 0.01,
     epochs: int = 100,
     batch_size: int = 256,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> LinearResult:
     """Train a cross-entropy classifier by SGD: momentum 0.9, no weight decay, cosine schedule to 0 per epoch.
 

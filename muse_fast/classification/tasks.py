@@ -15,7 +15,7 @@ from muse_fast.errors import require
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.timm_backbone import TimmBackbone
 from muse_fast.runtime.options import MAX_SEED, Config, setting
-from muse_fast.runtime.progress_bar import Progress
+from muse_fast.runtime.progress_bar import ShowProgress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,7 @@ class Row(NamedTuple):
     details: dict[str, Any]
 
 
-def run_knn(subject: Subject, options: KnnConfig, progress: Progress) -> list[Row]:
+def run_knn(subject: Subject, options: KnnConfig, progress: ShowProgress) -> list[Row]:
     """Two rows per kind of features: k by the published rule (best on test), and k chosen on val."""
     rows = []
     for name, sets in _feature_kinds(subject.sets, options.standardise):
@@ -103,7 +103,7 @@ def run_knn(subject: Subject, options: KnnConfig, progress: Progress) -> list[Ro
     return rows
 
 
-def run_linear(subject: Subject, options: LinearConfig, progress: Progress) -> list[Row]:
+def run_linear(subject: Subject, options: LinearConfig, progress: ShowProgress) -> list[Row]:
     """One row per kind of features."""
     rows = []
     for name, sets in _feature_kinds(subject.sets, options.standardise):
@@ -120,7 +120,7 @@ def run_linear(subject: Subject, options: LinearConfig, progress: Progress) -> l
     return rows
 
 
-def run_finetune(subject: Subject, options: TuneConfig, progress: Progress) -> list[Row]:
+def run_finetune(subject: Subject, options: TuneConfig, progress: ShowProgress) -> list[Row]:
     """One row for the linear probe that fine-tuning starts from, one for the fine-tuned network."""
     probe = linear_probe(subject.sets, subject.num_classes, seed=options.seed, progress=progress)
     lr = options.lr or subject.backbone.finetune_lr
@@ -159,7 +159,7 @@ def _feature_kinds(sets: Mapping[str, NucleusSet], standardise: str) -> Iterator
 
 class Task(NamedTuple):
     config: type[TaskConfig]
-    run: Callable[[Subject, Any, Progress], list[Row]]
+    run: Callable[[Subject, Any, ShowProgress], list[Row]]
 
 
 TASKS = {

@@ -17,7 +17,7 @@ from muse_fast.classification.features import NucleusSet, TileBatch, stack_tiles
 from muse_fast.classification.metrics import Scores, score
 from muse_fast.classification.tiles import Tile
 from muse_fast.errors import UserError
-from muse_fast.runtime.progress_bar import Progress
+from muse_fast.runtime.progress_bar import ShowProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def finetune(
     batch_size: int = 32,
     augment: bool = False,
     bf16: bool = False,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> TunedResult:
     """Train ``backbone`` and ``head`` in place: AdamW without weight decay, cosine to 0 per epoch, best epoch on val.
 

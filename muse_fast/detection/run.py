@@ -37,7 +37,6 @@ from muse_fast.training.report import (
     RunReport,
     StopSignal,
     Stopwatch,
-    TrainingProgress,
     collected_between_steps,
     read_back,
     read_metrics,
@@ -150,11 +149,10 @@ def _run(tuner: Finetuner, out: Path, train: Sequence[LabelledImage], val: Seque
         pin_memory=tuner.device.type == "cuda",
         timeout=config.data.timeout,
     )
-    progress = TrainingProgress(tuner.step, steps, "finetune", _summary_line)
     with (
         closing(batches),
         stop,
-        RunReport(out, tuner.step, steps, progress) as report,
+        RunReport(out, tuner.step, steps, _summary_line) as report,
         collected_between_steps() as collect,
     ):
         for batch in watch.timed(batches):

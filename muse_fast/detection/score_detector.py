@@ -25,7 +25,7 @@ from muse_fast.images.points_csv import write_points
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
 from muse_fast.runtime.options import split_source_options
-from muse_fast.runtime.progress_bar import Progress, progress_bar
+from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
 from muse_fast.sources import SourceImage, open_source
 from muse_fast.version import __version__
 
@@ -43,17 +43,17 @@ def main(argv: Sequence[str]) -> int:
     detector = load_detector(args.weights, device)
     images = _read(args, detector.class_names)
 
-    with progress_bar(console, "detection") as progress, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+    with ProgressBar("detection") as bar, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         classes = len(detector.class_names)
         at_scale = [labelled_image(image, detector.mpp, classes, detector.tile_size) for image in images]
-        found = detect_images(detector, at_scale, progress)
+        found = detect_images(detector, at_scale, bar.show)
     found = [in_source_pixels(points, one) for points, one in zip(found, at_scale, strict=True)]
     truths = [known_nuclei(image.xy, labels(image, classes)) for image in images]
     detected, annotated = (sum(len(points.xy) for points in some) for some in (found, truths))
     console.print(
         f"{args.data}, {args.split or 'all'}: {detected} nuclei in {len(images)} images, {annotated} annotated"
     )
-    with progress_bar(console, "scoring") as progress:
+    with ProgressBar("scoring") as bar:
         scores, skipped = evaluate_all(
             found,
             truths,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
             args.radius,
             draws=args.draws,
             seed=args.seed,
-            progress=progress,
+            progress=bar.show,
         )
     console.print(scores_table(scores, detector.class_names))
     for name, reason in skipped.items():
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def detect_images(
-    detector: Detector, images: Sequence[LabelledImage], progress: Progress | None = None
+    detector: Detector, images: Sequence[LabelledImage], progress: ShowProgress | None = None
 ) -> list[Points]:
     """Detect nuclei in the annotated regions of images at the detector's um per pixel, in pixels of these images.
 

@@ -23,7 +23,7 @@ from muse_fast.images.mpp import check_mpp
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_class_names, read_points
 from muse_fast.runtime.atomic import write_json
-from muse_fast.runtime.progress_bar import progress_bar
+from muse_fast.runtime.progress_bar import ProgressBar
 from muse_fast.version import __version__
 
 ALL = "all"
@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
         console.print("no scores: points are ranked by their order in the file")
     options = {"radius_um": args.radius, "draws": args.draws, "seed": args.seed}
     if args.protocol == ALL:
-        with progress_bar(console, "scoring") as progress:
+        with ProgressBar("scoring") as bar:
             scores, skipped = evaluate_all(
-                predictions, truths, args.mpp, max(1, len(classes)), **options, progress=progress
+                predictions, truths, args.mpp, max(1, len(classes)), **options, progress=bar.show
             )
     else:
         one = evaluate(predictions, truths, args.mpp, max(1, len(classes)), args.protocol, **options)

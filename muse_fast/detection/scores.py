@@ -17,7 +17,7 @@ from muse_fast.detection.pairing import TooManyPointsError
 from muse_fast.detection.protocols import PROTOCOLS, Counts, Figures, Protocol, find_protocol
 from muse_fast.errors import UserError, require
 from muse_fast.images.points import Points
-from muse_fast.runtime.progress_bar import Progress
+from muse_fast.runtime.progress_bar import ShowProgress
 
 __all__ = ["Interval", "Score", "Scores", "evaluate", "evaluate_all", "figures_table", "scores_table"]
 
@@ -93,7 +93,7 @@ def evaluate_all(
     *,
     draws: int = 2000,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> tuple[dict[str, Scores], dict[str, str]]:
     """`evaluate` by every protocol; return scores by name, and reasons by name of skipped protocols."""
     _check(predictions, truths, num_classes, radius_um)

@@ -29,7 +29,7 @@ from muse_fast.runtime import atomic
 from muse_fast.runtime.options import MAX_SEED, Config, setting
 from muse_fast.sources import open_source
 from muse_fast.sources.base import SPLITS, read_splits
-from muse_fast.training.report import MetricsLog
+from muse_fast.training.report import RunReport
 from muse_fast.training.schedules import warmup_cosine
 from muse_fast.version import __version__
 
@@ -204,14 +204,8 @@ def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
 
     started, used = time.monotonic(), time.process_time()
     out.mkdir(parents=True, exist_ok=True)
-    with MetricsLog(out, start_step=0) as log:
-
-        def report(step: int, values: Mapping[str, float]) -> None:
-            log.write(step, values)
-            left = (options.steps - step) * (time.monotonic() - started) / step
-            print(f"step {step}/{options.steps}  loss {values['loss']:.4f}, ETA {left:.0f} s", flush=True)
-
-        finder = train(images["train"], options, report)
+    with RunReport(out, 0, options.steps, lambda values: f"loss {values['loss']:.4f}") as report:
+        finder = train(images["train"], options, report.training)
     seconds = {"wall": round(time.monotonic() - started), "cpu": round(time.process_time() - used)}
     choose_settings(finder, images["val"])
     classical = ClassicalFinder()

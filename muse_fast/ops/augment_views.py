@@ -8,11 +8,9 @@ from torch import Tensor
 from muse_fast.ops import backends, reference
 
 BOX_COLUMNS = ("image", "x", "y", "side", "flip", "turns")
-COLOUR_COLUMNS = (
-    *("brightness", "contrast", "saturation", "hue"),
-    *("first", "second", "third", "fourth"),  # the order in which those four are applied, by number
-    *("grey", "sigma", "solarise"),
-)
+JITTER = ("brightness", "contrast", "saturation", "hue")
+ORDER = ("first", "second", "third", "fourth")  # of JITTER, by number: the order in which they are applied
+COLOUR_COLUMNS = (*JITTER, *ORDER, "grey", "sigma", "solarise")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

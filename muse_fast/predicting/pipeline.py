@@ -94,7 +94,7 @@ class Prediction:
         return self.tissue.overlaps(x.core * step_x, y.core * step_y, x.end * step_x, y.end * step_y)
 
     def run(self, files: CellFiles, *, batch: int, readers: int, done: Callable[[int], None]) -> Tally:
-        """Find the nuclei and write them to ``files``; ``done`` is called with the number of tiles in every batch.
+        """Find the nuclei and write them to ``files``; call ``done`` with the tiles so far after each batch.
 
         Raises:
             UserError: too many tiles are unreadable, or the detector returns NaNs.
@@ -107,7 +107,7 @@ class Prediction:
                 results = self._detect(_batches(self._readable(read, tally), batch), tally)
                 for count in _map_ahead(writing, writer.add, results, _MAX_UNWRITTEN):
                     tally.tiles += count
-                    done(count)
+                    done(tally.tiles)
                 writer.finish()
             finally:
                 for pool in (reading, writing):

@@ -22,7 +22,7 @@ from muse_fast.predicting.pipeline import Prediction
 from muse_fast.runtime import atomic
 from muse_fast.runtime.device import peak_memory, pick_device
 from muse_fast.runtime.options import Config, fixed_settings, setting
-from muse_fast.runtime.progress_bar import Ticker
+from muse_fast.runtime.progress_bar import ProgressBar
 from muse_fast.sources.wsi import listed, reason_of, usable_cpus
 from muse_fast.version import __version__
 
@@ -157,12 +157,12 @@ def _predict_page(
         page = found.page
         files = CellFiles(folder, page, file.name, detector.class_names, settings.gzip, found.max_unreadable_px)
         readers = settings.readers or min(8, usable_cpus())
-        with closing(files), Ticker(len(found.tiles), "tiles") as ticker:
+        with closing(files), ProgressBar(file.name) as bar:
             tally = found.run(
                 files,
                 batch=settings.batch,
                 readers=readers,
-                done=lambda count: ticker.done(f"{file.name}: {files.counts.sum():,} nuclei", count),
+                done=lambda tiles: bar.show(tiles, len(found.tiles), "tiles", f"{files.counts.sum():,} nuclei"),
             )
             files.finish()
         nuclei, area = int(files.counts.sum()), found.tissue.area_mm2

@@ -16,7 +16,7 @@ from muse_fast.preparing.slides import prepare_slides
 from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime.cli import written_to
 from muse_fast.runtime.options import key_values
-from muse_fast.runtime.progress_bar import ticked
+from muse_fast.runtime.progress_bar import track
 from muse_fast.sources import Source, source_kinds
 from muse_fast.sources.prepared import Prepared
 from muse_fast.sources.wsi import Slides
@@ -90,7 +90,7 @@ def _prepare_images(source: Source, out: Path, provenance: dict[str, Any], quali
     writer = RoiSetWriter(out, provenance=provenance, label_names=source.label_names, quality=quality)
     total = len(source) if isinstance(source, Sized) else None
     items = source.rois() if isinstance(source, Prepared) else source  # JPEGs that exist are not made anew
-    images = ticked(_some(items, source, provenance["source"]), total, "ROIs")
+    images = track(_some(items, source, provenance["source"]), total, "ROIs")
     summary = build_set(writer, images, lambda folder: {"dropped": dict(source.dropped)})
     print_summary(out, summary, time.monotonic() - started)
     return 0

@@ -22,7 +22,7 @@ from muse_fast.roiset.roiset import Roi
 from muse_fast.runtime import exit_codes
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.options import key_values
-from muse_fast.runtime.progress_bar import ticked
+from muse_fast.runtime.progress_bar import track
 from muse_fast.sources import Dataset, SourceImage, source_kinds
 from muse_fast.sources.names import patient
 
@@ -161,7 +161,7 @@ class _Census:
         most = images or (len(source) if len(source) <= _ALL_UP_TO else _OF_MORE)
         self._rows = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(np.int64))
         with_nuclei, without = Sample(_OVERLAYS), Sample(_OVERLAYS)
-        for item in ticked(_readable(source, self._rows, self.problems), len(self._rows), "images"):
+        for item in track(_readable(source, self._rows, self.problems), len(self._rows), "images"):
             self._count(item)
             (with_nuclei if len(item.xy) else without).offer(item)
         self.shown = (with_nuclei.items + without.items)[:_OVERLAYS]

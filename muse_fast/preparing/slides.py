@@ -18,7 +18,7 @@ from muse_fast.preparing.build import build_set, counted, print_summary
 from muse_fast.preparing.parts import Part, Parts, make_parts
 from muse_fast.preparing.report import Row, draw_slide, row_of, write_report
 from muse_fast.roiset.roiset import RoiSetWriter
-from muse_fast.runtime.progress_bar import Ticker, ticked
+from muse_fast.runtime.progress_bar import ProgressBar, track
 from muse_fast.sources.cut import SlideFile
 from muse_fast.sources.wsi import Slides, listed
 
@@ -49,8 +49,7 @@ def prepare_slides(
     if share is None and not files:
         raise UserError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
     parts = Parts(parts_folder(out), source.options, quality)
-    with Ticker(len(files), "slides") as ticker:
-        make_parts(files, parts, source.workers, lambda file: _watch(ticker, parts, file))
+    _make_parts(files, parts, source.workers)
     if share is not None:
         print(f"{parts.folder}: {len(files)} slides done")
         return 0
@@ -90,12 +89,16 @@ def _print_left_out(source: Slides) -> None:
             print(f"{len(reasons)} of {source.found} slides {name}:\n{listed(reasons)}", flush=True)
 
 
-def _watch(ticker: Ticker, parts: Parts, file: SlideFile | None) -> None:
-    text = f"{parts.rois_written} ROIs"
-    if file is None:
-        ticker.show(text)
-    else:
-        ticker.done(text)
+def _make_parts(files: Sequence[SlideFile], parts: Parts, workers: int) -> None:
+    done = 0
+    with ProgressBar() as bar:
+
+        def watch(file: SlideFile | None) -> None:
+            nonlocal done
+            done += file is not None
+            bar.show(done, len(files), "slides", f"{parts.rois_written} ROIs")
+
+        make_parts(files, parts, workers, watch)
 
 
 def _found(parts: Parts, file: SlideFile) -> Part:
@@ -134,7 +137,7 @@ def _assemble(
 
     writer = RoiSetWriter(out, provenance=provenance, label_names=source.label_names, quality=quality)
     rois = (roi for slide in chosen for roi in slide.read())
-    return build_set(writer, ticked(rois, total, "ROIs"), finish)
+    return build_set(writer, track(rois, total, "ROIs"), finish)
 
 
 def _write_pictures(folder: Path, chosen: Sequence[Chosen]) -> None:

@@ -1,113 +1,71 @@
-"""Progress of a command: a bar with ETA on a terminal, else a line every ten seconds."""
+"""Progress of a command: a bar with ETA on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from datetime import timedelta
+from typing import TypeAlias, TypeVar
 
-import rich.progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    SpinnerColumn,
+    Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-_SECONDS_BETWEEN_LINES = 10.0
-
-Progress: TypeAlias = Callable[[int, int, str], None]
+ShowProgress: TypeAlias = Callable[[int, int, str], None]
 """Called with the number done, the total, and the unit that is counted."""
 
 _Item = TypeVar("_Item")
 
 
-class Ticker:
-    """Counts and shows what is done.
+class ProgressBar(Progress):
+    """A bar for each unit that is counted; without a terminal, lines such as ``slides 12/40, ETA 0:03:10``.
 
     Args:
-        total: number of items, or None if unknown.
-        unit: name of the items, in the plural.
+        title: precedes the unit.
+        seconds_between_lines: the least; 0 prints a line for each `show`.
     """
 
-    def __init__(self, total: int | None, unit: str) -> None:
-        console = Console(stderr=True)
-        self._plain = not console.is_terminal
-        self._total, self._unit, self._done = total, unit, 0
-        self._started = self._last = time.monotonic()
-        self._bar = rich.progress.Progress(
-            SpinnerColumn(),
+    def __init__(self, title: str = "", *, seconds_between_lines: float = 10.0) -> None:
+        console = Console()
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
             console=console,
-            disable=self._plain,
+            speed_estimate_period=3600,
+            disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(unit, total=total)
+        self._bars: dict[str, TaskID] = {}
+        self._title, self._seconds_between_lines, self._last = title, seconds_between_lines, self.get_time()
 
-    def done(self, text: str, count: int = 1) -> None:
-        """Count ``count`` more items as done."""
-        self._done += count
-        self.show(text)
-
-    def show(self, text: str) -> None:
-        """Show the count and ``text``; without a terminal, at most every ten seconds."""
-        if not self._plain:
-            self._bar.update(self._task, completed=self._done, description=text)
-            return
-        now = time.monotonic()
-        if now - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last, rate = now, self._done / (now - self._started)
-            of_total = f"/{self._total}" if self._total else ""
-            eta = f", ETA {(self._total - self._done) / rate:.0f} s" if self._total and rate else ""
-            print(f"{self._done}{of_total} {self._unit}, {rate:.2g} a second{eta}  {text}", flush=True)
-
-    def __enter__(self) -> Ticker:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._bar.stop()
+    def show(self, done: int, total: int | None, unit: str, text: str = "") -> None:
+        """Show ``done`` of ``total`` units (None if unknown), followed by ``text``."""
+        if unit not in self._bars:
+            self._bars[unit] = self.add_task(f"{self._title} {unit}".strip(), total=total, text=text)
+        task = self.tasks[self._bars[unit]]
+        if done < task.completed:  # counted from the start again
+            self.reset(task.id, total=total)
+        self.update(task.id, completed=done, total=total, text=text)
+        if self.disable and self.get_time() - self._last >= self._seconds_between_lines:
+            self._last = self.get_time()
+            of_total = "" if total is None else f"/{total}"
+            eta = "" if task.time_remaining is None else f", ETA {timedelta(seconds=task.time_remaining)}"
+            print(f"{task.description} {done}{of_total}{eta}  {text}".rstrip(), flush=True)
 
 
-def ticked(items: Iterable[_Item], total: int | None, unit: str) -> Iterator[_Item]:
-    """Yield the items and count them."""
-    with Ticker(total, unit) as ticker:
-        for item in items:
+def track(items: Iterable[_Item], total: int | None, unit: str) -> Iterator[_Item]:
+    """Pass the items on and show how many there were."""
+    with ProgressBar() as bar:
+        for done, item in enumerate(items, 1):
             yield item
-            ticker.done(getattr(item, "slide", ""))
-
-
-@contextmanager
-def progress_bar(console: Console, name: str) -> Iterator[Progress]:
-    """Show a bar for each unit; without a terminal, a line every ten seconds."""
-    if not console.is_terminal:
-        printed = time.monotonic()
-
-        def line(done: int, total: int, unit: str) -> None:
-            nonlocal printed
-            if time.monotonic() - printed > _SECONDS_BETWEEN_LINES:
-                printed = time.monotonic()
-                console.print(f"{name}: {done}/{total} {unit}", highlight=False)
-
-        yield line
-        return
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with rich.progress.Progress(
-        *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(done: int, total: int, unit: str) -> None:
-            if unit not in tasks:
-                tasks[unit] = bar.add_task(f"{name} {unit}", total=total)
-            bar.update(tasks[unit], completed=done)
-
-        yield update
+            bar.show(done, total, unit, getattr(item, "slide", ""))

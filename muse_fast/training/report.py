@@ -13,12 +13,11 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from muse_fast.runtime import atomic
 from muse_fast.runtime.distributed import is_main
+from muse_fast.runtime.progress_bar import ProgressBar
 
 _T = TypeVar("_T")
 
@@ -107,73 +106,30 @@ def _summary_line(values: Mapping[str, float]) -> str:
     )
 
 
-class TrainingProgress:
-    """A bar with rate, data-wait share and ETA; plain lines if the output is not a terminal.
-
-    Args:
-        start_step, steps: first and last step of the run.
-        title: text before the bar.
-        describe: converts the row of a step to the text after the bar.
-    """
-
-    def __init__(
-        self,
-        start_step: int,
-        steps: int,
-        title: str = "pretrain",
-        describe: Callable[[Mapping[str, float]], str] = _summary_line,
-    ) -> None:
-        self._console = Console()
-        self._steps, self._describe = steps, describe
-        self._started, self._start_step = time.monotonic(), start_step
-        self._bar = Progress(
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=steps, completed=start_step, text="")
-
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the row of ``step``."""
-        text = self._describe(values)
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=step, text=text)
-        else:
-            per_step = (time.monotonic() - self._started) / max(1, step - self._start_step)
-            print(f"step {step}/{self._steps}  {text}, ETA {(self._steps - step) * per_step:.0f} s", flush=True)
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._bar.stop()
-
-
 class RunReport:
     """The log and the progress bar of a run on the main rank; on other ranks every call does nothing.
+
+    Args:
+        start_step: the step that a resumed run continues from, 0 in a new one.
+        describe: returns the text after the bar for a row.
 
     Attributes:
         is_new: whether the run has not logged anything yet.
     """
 
-    def __init__(self, run: Path, start_step: int, steps: int, progress: TrainingProgress | None = None) -> None:
-        progress = progress or TrainingProgress(start_step, steps)
-        self._outputs = (MetricsLog(run, start_step), progress) if is_main() else None
+    def __init__(
+        self, run: Path, start_step: int, steps: int, describe: Callable[[Mapping[str, float]], str] = _summary_line
+    ) -> None:
+        self._steps, self._describe = steps, describe
+        self._outputs = (MetricsLog(run, start_step), ProgressBar(seconds_between_lines=0)) if is_main() else None
         self.is_new = self._outputs is not None and self._outputs[0].is_new
 
     def training(self, step: int, values: Mapping[str, float]) -> None:
         """Log and show the row of a training step."""
         if self._outputs:
-            log, progress = self._outputs
+            log, bar = self._outputs
             log.write(step, values)
-            progress.show(step, values)
+            bar.show(step, self._steps, "step", self._describe(values))
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Log the row of an evaluation."""

@@ -120,7 +120,9 @@ def test_scores_do_not_depend_on_order_labels_or_origin(name: str, seed: int) ->
     renamed = evaluate(
         [Points(one.xy, classes[one.label], one.score) for one in predictions],
         [Points(one.xy, classes[one.label], one.score) for one in truths],
-        *(0.5, 3, name),
+        0.5,
+        3,
+        name,
     )
     assert [renamed.classes[c] for c in classes] == list(base.classes)
     assert renamed.mean_f1 == pytest.approx(base.mean_f1, abs=1e-12)

@@ -22,8 +22,14 @@ aten = torch.ops.aten
 # Ops for which the host waits on a GPU: they return values, or results whose size depends on values. Not all of them
 # go through the dispatcher, hence the methods.
 WAITING_OPS = {
-    *(aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default),
-    *(aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default),
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+    aten.bincount.default,
 }
 WAITING_METHODS = ("cpu", "numpy", "tolist", "__array__")
 

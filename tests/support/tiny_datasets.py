@@ -355,8 +355,18 @@ def muse(folder: Path) -> Tiny:
 DATASETS: dict[str, Callable[[Path], Tiny]] = {
     build.__name__: build
     for build in (
-        *(brcam2c, ocelot, puma, consep, pannuke_zip, pannuke_flat, pannuke_cellvit),
-        *(lizard, cellvit, qupath, points, muse),
+        brcam2c,
+        ocelot,
+        puma,
+        consep,
+        pannuke_zip,
+        pannuke_flat,
+        pannuke_cellvit,
+        lizard,
+        cellvit,
+        qupath,
+        points,
+        muse,
     )
 }
 

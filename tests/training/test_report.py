@@ -16,7 +16,6 @@ from muse_fast.training.report import (
     RunReport,
     StopSignal,
     Stopwatch,
-    TrainingProgress,
     collected_between_steps,
     read_back,
     read_metrics,
@@ -63,12 +62,14 @@ def test_stopwatch_separates_waiting_from_working(monkeypatch: pytest.MonkeyPatc
     assert watch.read(8)["rois_per_second"] == 0
 
 
-def test_plain_lines_without_a_terminal(capsys) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_terminal_each_row_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"loss": 3.0, "loss_image": 1.0, "loss_nucleus": 2.0, "rois_per_second": 12.34, "data_wait": 0.25}
-    with TrainingProgress(0, 10) as progress:
-        progress.show(5, values)
-    out = capsys.readouterr().out
-    assert "step 5/10" in out and "12.3 ROI/s" in out and "data wait 25 %" in out and "ETA" in out
+    with RunReport(tmp_path, 0, 10) as report:
+        report.training(5, values)
+        report.training(10, values)
+    first, second = capsys.readouterr().out.split("\n")[:2]
+    assert first == "step 5/10  loss 3.000 (image 1.000, nucleus 2.000) 12.3 ROI/s, data wait 25 %"
+    assert second == first.replace("5/10", "10/10, ETA 0:00:00")
 
 
 def test_sigterm_is_a_request_and_handlers_are_restored() -> None:
@@ -101,12 +102,12 @@ def test_numbers_are_read_back_in_one_copy_and_in_order() -> None:
     assert read_back({"lr": 0.5}) == {"lr": 0.5}
 
 
-def test_mfu_is_shown_if_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mfu_is_shown_if_it_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"loss": 3.0, "loss_image": 1.0, "loss_nucleus": 2.0, "rois_per_second": 12.34, "data_wait": 0.25}
-    with TrainingProgress(0, 10) as progress:
-        progress.show(5, values)
+    with RunReport(tmp_path, 0, 10) as report:
+        report.training(5, values)
         assert "MFU" not in capsys.readouterr().out
-        progress.show(6, {**values, "mfu": 0.456})
+        report.training(6, {**values, "mfu": 0.456})
     assert "MFU 46 %" in capsys.readouterr().out
 
 
