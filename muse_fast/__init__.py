@@ -1,7 +1,7 @@
 """Pretrain, fine-tune, evaluate and apply MUSE models of nuclei in histopathology.
 
-``from muse_fast import load_backbone, load_detector, ops`` is the public surface. Each is imported on first use, so
-``import muse_fast`` alone does not import torch.
+The public API is ``from muse_fast import load_backbone, load_detector, ops``. Each is imported on first use, so that
+``import muse_fast`` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of a pretraining run, see `muse_fast.runtime.options`."""
+"""Settings of a pretraining run; `muse_fast.runtime.options` reads them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class DataConfig(Config):
     roiset: str = setting("", may_change=True)
     """Folder of a ROI set, as written by ``python -m muse_fast.prepare``."""
     split: str = ""
-    """Train on the ROIs of this split alone; empty takes all."""
+    """Train only on the ROIs of this split; empty: on all."""
     workers: int = setting(2, ge=0, may_change=True)
-    """Loader processes. The run is the same with any number of them; 0 loads in the training process."""
+    """Loader processes; the results do not depend on their number. 0 loads in the training process."""
     backend: str = setting("cpu", choices=DATA_BACKENDS, may_change=True)
-    """Who decodes and renders views: ``cpu`` (the loader processes), ``dali`` (NVIDIA DALI, on the GPU or, in runs on a
-    CPU, there) or ``cuda`` (nvJPEG and the op augment_views, on a GPU). Boxes, colours and nuclei are the same; pixels
-    differ by a fifth of a grey level on average. With the last two, loader processes only read and plan."""
+    """Decodes and renders the views: ``cpu`` (in the loader processes), ``dali`` (NVIDIA DALI, on the device of the
+    run) or ``cuda`` (nvJPEG and the op augment_views, on a GPU). Boxes, colours and nuclei are the same; pixels differ
+    by a fifth of a grey level on average. With ``dali`` and ``cuda``, loader processes only read and plan."""
     timeout: int = setting(300, ge=1, may_change=True)
-    """Seconds without a batch after which a loader process is called stalled and the run ends."""
+    """Seconds without a batch after which a loader process counts as stalled and the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class ViewsConfig(Config):
     num_globals: int = setting(2, choices=(2,))
     """Views that the teacher sees."""
     num_locals: int = setting(8, ge=0)
-    """Further views that the student alone sees."""
+    """Additional views, only for the student."""
     global_mpp_min: float = setting(0.25, gt=0)
     """Finest um/px of a global view."""
     global_mpp_max: float = setting(0.50, gt=0)
@@ -52,17 +52,17 @@ class ViewsConfig(Config):
     local_mpp_max: float = setting(0.50, gt=0)
     """Coarsest um/px of a local view."""
     min_overlap: float = setting(0.5, gt=0, le=1)
-    """Least share of the smaller global view's side that any two global views have in common, per axis."""
+    """Least overlap of two global views along each axis, as a fraction of the smaller one's side."""
     turns: bool = True
-    """Flips and 90 degree turns."""
+    """Random flips and 90 degree turns."""
     jitter: float = setting(0.4, ge=0, le=1)
-    """Strength of the brightness and contrast jitter; saturation takes half of it, hue a quarter (DINO's ratios)."""
+    """Strength of the brightness and contrast jitter; saturation gets half of it, hue a quarter (DINO's ratios)."""
     grey: float = setting(0.2, ge=0, le=1)
-    """Probability that a view is turned to greyscale."""
+    """Probability that a view is converted to greyscale."""
     solarise: float = setting(0.2, ge=0, le=1)
     """Probability that the second global view is solarised."""
     blur: bool = True
-    """Blur the first global view always, the second one time in ten, locals every other time (DINO)."""
+    """Blur the first global view, the second with probability 0.1 and each local view with probability 0.5 (DINO)."""
 
     def check(self) -> None:
         for kind in ("global", "local"):
@@ -75,16 +75,16 @@ class ModelConfig(Config):
     arch: str = "vit_small"
     """An encoder of `muse_fast/models/archs.py`: vit_tiny, vit_small, vit_base, resnet50, ..."""
     drop_path: float = setting(0.1, ge=0, lt=1)
-    """Stochastic depth of the student's last block (linear over depth); the teacher has none."""
+    """Drop path rate of the student's last block, rising linearly over depth; the teacher has none."""
     init: str = setting("", may_change=True)
-    """Run folder or checkpoint whose weights, teacher and centres a new run starts from, at any view size (as an LFoV
-    run starts from one at 224 px); empty starts at random."""
+    """Run folder or checkpoint that provides the student, teacher and centres of a new run, at any view size (an LFoV
+    run starts from one at 224 px); empty: random weights."""
     attention: str = setting("sdpa", choices=ATTENTION, may_change=True)
-    """Attention of a ViT: ``sdpa`` (torch, anywhere), ``xformers`` or ``varlen`` (torch's flash attention over packed
-    images), the last two on CUDA GPUs."""
+    """Attention of a ViT: ``sdpa`` (torch, on any device), or on CUDA GPUs ``xformers`` or ``varlen`` (torch's flash
+    attention over packed images)."""
     recompute: str = setting("none", choices=RECOMPUTE, may_change=True)
-    """What the backward of a ViT layer computes again instead of storing it: ``none``, ``selective`` (all but matmuls
-    and attention) or ``full``."""
+    """Activations of a ViT layer that backward recomputes instead of storing them: ``none``, ``selective`` (all but
+    matmuls and attention) or ``full``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +92,9 @@ class HeadConfig(Config):
     hidden_dim: int = setting(2048, ge=2)
     bottleneck_dim: int = setting(256, ge=2)
     prototypes: int = setting(65536, ge=2)
-    """K, for the image head and the nucleus head alike."""
+    """K, of the image head and of the nucleus head."""
     input_norm: bool = False
-    """LayerNorm and BatchNorm (no affine) before the MLP: steadies short runs with small batches."""
+    """LayerNorm and BatchNorm (without affine) before the MLP: stabilises short runs with small batches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,18 +102,18 @@ class LossConfig(Config):
     lambda_image: float = setting(1.0, ge=0)
     lambda_nucleus: float = setting(1.0, ge=0)
     lambda_koleo: float = setting(0.0, ge=0)
-    """KoLeo, which spreads the CLS features of global views apart (DINOv2 weights it by 0.1); 0 does not compute it."""
+    """KoLeo spreads the CLS features of global views (weight 0.1 in DINOv2); 0 skips it."""
     student_temp: float = setting(0.1, gt=0)
     teacher_temp_start: float = setting(0.04, gt=0)
     teacher_temp_end: float = setting(0.05, gt=0)
     teacher_temp_steps: int = setting(39_600, ge=0)
     """Steps over which the teacher temperature rises linearly."""
     centering: str = setting("ema", choices=CENTERINGS)
-    """``ema`` (the paper's) or ``sinkhorn`` (three iterations; for small batches, where the EMA centre swings)."""
+    """``ema`` (the paper's) or ``sinkhorn`` (three iterations; for small batches, where the EMA centre oscillates)."""
     center_momentum: float = setting(0.9, ge=0, lt=1)
     logit_free: bool = setting(True, may_change=True)
-    """Never store logits: two fifths of the step's memory at K = 65536, for computing them twice. Below some thousand
-    prototypes stored logits are faster."""
+    """Compute logits twice instead of storing them, which saves two fifths of the step's memory at K = 65536. Below a
+    few thousand prototypes, stored logits are faster."""
 
     def check(self) -> None:
         require(self.lambda_image + self.lambda_nucleus > 0, "lambda_nucleus", 0, "one of the weights above 0")
@@ -123,10 +123,10 @@ class LossConfig(Config):
 class OptimConfig(Config):
     steps: int = setting(132_000, ge=1)
     batch_size: int = setting(256, ge=1)
-    """ROIs per step, over all ranks."""
+    """ROIs per step, summed over all ranks."""
     accumulate: int = setting(1, ge=1)
-    """Micro-batches that a rank splits its share of the batch into, one after the other, where memory is short.
-    BatchNorm and Sinkhorn take their statistics over one micro-batch of all ranks."""
+    """Micro-batches into which each rank splits its share of the batch, to save memory. The statistics of BatchNorm
+    and Sinkhorn are those of one micro-batch of all ranks."""
     lr: float = setting(1e-3, ge=0)
     """Peak learning rate."""
     min_lr: float = setting(1e-6, ge=0)
@@ -134,11 +134,11 @@ class OptimConfig(Config):
     weight_decay_start: float = setting(0.04, ge=0)
     weight_decay_end: float = setting(0.4, ge=0)
     clip_grad: float = setting(3.0, ge=0)
-    """Largest global gradient norm; 0 does not clip."""
+    """Maximum of the global gradient norm; 0: no clipping."""
     ema_start: float = setting(0.996, ge=0, le=1)
     ema_end: float = setting(1.0, ge=0, le=1)
     freeze_prototypes_steps: int = setting(1_889, ge=0)
-    """Prototypes stay as they are for so many first steps (the recipe's first epoch)."""
+    """Prototypes are frozen for the first steps (the recipe's first epoch)."""
 
     def check(self) -> None:
         require(self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, f"below steps={self.steps}")
@@ -148,24 +148,24 @@ class OptimConfig(Config):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Config):
     precision: str = setting("bf16", choices=PRECISIONS)
-    """``bf16`` autocast or ``fp32``; weights, losses and optimiser state are fp32 either way. ``fp64`` is for checks.
+    """``bf16`` autocast or ``fp32``; weights, losses and optimiser state are fp32 either way. ``fp64`` is for tests.
     On a CPU without bf16 instructions (AVX512-BF16 or AMX) bf16 is emulated and many times slower than fp32."""
     device: str = "auto"
-    """``auto`` takes a CUDA GPU where there is one; under torchrun every rank takes its own."""
+    """``auto``: a CUDA GPU if there is one; under torchrun, each rank uses its own."""
     parallel: str = setting("ddp", choices=PARALLEL, may_change=True)
-    """On several ranks: ``ddp`` holds everything on each, ``fsdp`` shards weights and optimiser state (FSDP2)."""
+    """On several ranks: ``ddp`` replicates everything, ``fsdp`` shards weights and optimiser state (FSDP2)."""
     compile: bool = setting(False, may_change=True)
-    """torch.compile of every ViT layer: fuses norms, GELU, casts and sums. The first step then takes minutes."""
+    """torch.compile each ViT layer: fuses norms, GELU, casts and sums. The first step then takes minutes."""
     timeout: int = setting(1_200, ge=1, le=1_799, unit="seconds", may_change=True)
-    """Seconds without progress after which, on several ranks, the one that the others wait for is named and all end.
-    Longer than a checkpoint, an evaluation or a compiled first step takes, and below half an hour."""
+    """On several ranks: seconds without progress after which the rank that the others wait for is named and all exit.
+    Must be longer than a checkpoint, an evaluation or a compiled first step, and shorter than half an hour."""
     log_every: int = setting(10, ge=1, may_change=True)
     """Steps between rows of metrics.jsonl."""
     checkpoint_every: int = setting(1_000, ge=1, may_change=True)
     keep_every: int = setting(10_000, ge=0, may_change=True)
-    """Checkpoints at multiples of this step are kept for ever; of the others the last two. 0 keeps none."""
+    """Checkpoints at multiples of this step are kept, in addition to the last two; 0: only the last two."""
     eval_every: int = setting(5_000, ge=0)
-    """Steps between evaluations of nucleus retrieval; 0 evaluates at the start and at the end alone."""
+    """Steps between evaluations of nucleus retrieval; 0 evaluates only at the start and at the end."""
     eval_rois: int = setting(32, ge=1)
     """ROIs in that evaluation."""
 
@@ -183,5 +183,5 @@ class PretrainConfig(Config):
 
 
 def load_config(path: str | Path | None, items: Sequence[str] = ()) -> PretrainConfig:
-    """Settings of a pretraining run, see `load_settings`."""
+    """Read the settings of a pretraining run, see `load_settings`."""
     return load_settings(PretrainConfig, path, items)

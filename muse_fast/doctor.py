@@ -1,7 +1,7 @@
-"""``python -m muse_fast.doctor [[--deep] FOLDER]``: what is installed, which backend each op would use and why.
+"""``python -m muse_fast.doctor [[--deep] FOLDER]``: show what is installed, which backend each op would use and why.
 
-With the folder of a ROI set, every byte of it is checked instead; with ``--deep`` a ROI set or a run, and what killed
-processes left in it is removed.
+With the folder of a ROI set, check every byte of it instead; with ``--deep``, check a ROI set or a run and remove what
+killed processes left behind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from muse_fast.runtime import exit_codes
 from muse_fast.runtime.cli import run
 from muse_fast.training import deep_check
 
-# Distribution names; the first one that is installed counts.
+# Distribution names; the first installed one counts.
 PACKAGES = {
     "muse_fast": ("muse_fast",),
     "torch": ("torch",),
@@ -40,17 +40,18 @@ PACKAGES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 when a ROI set or a run has problems that were not repaired."""
+    """Return 0, or 1 if a ROI set or a run has problems that were not repaired."""
     parser = argparse.ArgumentParser(
-        prog="muse-fast doctor", description="What is installed, and which backend each op would use."
+        prog="python -m muse_fast.doctor",
+        description="Show what is installed and which backend each op would use, or check a ROI set or a run.",
     )
-    parser.add_argument("roiset", nargs="?", type=Path, metavar="FOLDER", help="folder of a ROI set: check it")
-    parser.add_argument("--deep", action="store_true", help="of a ROI set or a run, and repair what can be repaired")
+    parser.add_argument("roiset", nargs="?", type=Path, metavar="FOLDER", help="ROI set to check (with --deep: or run)")
+    parser.add_argument("--deep", action="store_true", help="check thoroughly, and repair if possible")
     options = parser.parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     if options.deep:
         if options.roiset is None:
-            raise UserError("--deep needs the folder of a run or of a ROI set")
+            raise UserError("--deep needs the folder of a run or a ROI set")
         return check_deeply(options.roiset, console)
     if options.roiset is not None:
         return check_roiset(options.roiset, console)
@@ -60,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_roiset(path: Path, console: Console) -> int:
-    """Print the problems of a ROI set; the exit code."""
+    """Print the problems of a ROI set and return the exit code."""
     roiset = RoiSet(path)
-    console.print(f"{path}: {len(roiset)} ROIs; reading all of them")
+    console.print(f"{path}: {len(roiset)} ROIs, reading all of them")
     problems = roiset.verify()
     for problem in problems:
         console.print(f"[red]problem[/red] {problem}")
@@ -71,9 +72,9 @@ def check_roiset(path: Path, console: Console) -> int:
 
 
 def check_deeply(path: Path, console: Console) -> int:
-    """Print what is wrong with a run or a ROI set, and what was done about it; the exit code."""
+    """Print the problems of a run or a ROI set and what was done about them; return the exit code."""
     what, findings = deep_check.check(path)
-    console.print(f"{path}: {what}; all of it was read")
+    console.print(f"{path}: {what}, read completely")
     left = [finding for finding in findings if finding.repair not in deep_check.REPAIRED]
     for problem, repair in findings:
         console.print(f"[red]problem[/red] {problem}{f': {repair}' if repair else ''}")
@@ -93,7 +94,7 @@ def machine_table() -> Table:
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """Names and states, in the order of the table."""
+    """Yield names and states in the order of the table."""
     yield "Python", platform.python_version()
     for name, distributions in PACKAGES.items():
         yield name, installed_version(distributions)
@@ -102,7 +103,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "CPU threads", f"{len(os.sched_getaffinity(0))} usable, torch uses {torch.get_num_threads()}"
     yield "C++ library", backends.library_error() or f"loaded from {backends.LIBRARY}"
     compiled = jpeg.cutter is not jpeg_rows
-    yield "JPEG rows", f"cut by {jpeg.cutter.__file__}" if compiled else "cut in Python; muse_fast/_jpeg was not built"
+    yield "JPEG rows", f"cut by {jpeg.cutter.__file__}" if compiled else "cut in Python: muse_fast/_jpeg was not built"
     yield "Triton kernels", backends.triton_error() or "importable"
     if forced := os.environ.get(backends.ENVIRONMENT):
         yield backends.ENVIRONMENT, forced
@@ -118,7 +119,7 @@ def installed_version(distributions: tuple[str, ...]) -> str:
 
 
 def cuda_devices() -> list[str]:
-    """Name, compute capability and memory of every device."""
+    """Return the name, compute capability and memory of each device."""
     devices = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)

@@ -1,8 +1,8 @@
 """``python -m muse_fast.evaluate {knn|linear|finetune} --weights W ... --data SOURCE --json OUT [key=value ...]``
 
-Nucleus classification with the published protocol, see `muse_fast.classification.benchmark`. ``evaluate points`` scores
-files of detected points, see `muse_fast.detection.score_files`, and ``evaluate detect`` a fine-tuned detector, see
-`muse_fast.detection.score_detector`.
+Evaluates nucleus classification by the published protocol, see `muse_fast.classification.benchmark`.
+``evaluate detect`` scores a fine-tuned detector, see `muse_fast.detection.score_detector`, and ``evaluate points``
+files of detected points, see `muse_fast.detection.score_files`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from muse_fast.runtime.cli import run
 from muse_fast.runtime.options import known_keys, load_settings, split_settings, split_source_options
 
 PROTOCOL_HELP = (
-    "muse: the published rules, nuclei on whole pixels; exact: the same with fractions of pixels kept, and maps of "
-    "timm read so that the middle of a token reads just that token"
+    "muse (default): the published rules, with nuclei rounded to whole pixels; exact: without rounding, and with maps "
+    "of timm sampled so that the middle of a token yields exactly that token"
 )
-WEIGHTS_HELP = "run, checkpoint, export, .pth, random:ARCH, or any backbone of timm as timm:NAME[:key=value ...][@FILE]"
-EPILOG = "`muse-fast evaluate detect --help`: scores of a fine-tuned detector; `points --help`: of files of points"
+WEIGHTS_HELP = "run, checkpoint, export, .pth, random:ARCH, or a backbone of timm as timm:NAME[:key=value ...][@FILE]"
+EPILOG = (
+    "`python -m muse_fast.evaluate detect ...` scores a fine-tuned detector, `python -m muse_fast.evaluate points ...` "
+    "files of detected points; each has its own --help."
+)
 OTHERS = {"points": score_files.main, "detect": score_detector.main}
 
 
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in OTHERS:
         return OTHERS[arguments[0]](arguments[1:])
     args = argument_parser().parse_intermixed_args(arguments)
-    given, weights = split_settings(args.weights)  # `--weights A B lr=1` takes the settings that follow it
+    given, weights = split_settings(args.weights)  # `--weights A B lr=1` swallows the settings after it
     source_options, settings = split_source_options([*given, *args.settings])
     if args.baseline_random:
         settings.append("baseline=true")
@@ -60,22 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "muse-fast evaluate", description="Nucleus classification benchmark.", epilog=EPILOG
+        prog="python -m muse_fast.evaluate",
+        description="Evaluate backbones by nucleus classification.",
+        epilog=EPILOG,
     )
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=TASKS, help="how the nuclei are classified")
     parser.add_argument("--weights", nargs="+", required=True, help=WEIGHTS_HELP)
     parser.add_argument("--data", required=True, help="labelled source with train, val and test, e.g. brcam2c:DIR")
-    parser.add_argument("--mpp", type=float, default=0.5, help="um/px of the tiles (0.5)")
+    parser.add_argument("--mpp", type=float, default=0.5, help="um per pixel of the tiles (0.5)")
     parser.add_argument("--size", type=int, default=224, help="side of the tiles in pixels (224)")
-    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not say")
-    parser.add_argument("--compat", choices=COMPATS, help="position embedding, see load_backbone")
+    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not record it")
+    parser.add_argument("--compat", choices=COMPATS, help="resampling of the position embedding, see load_backbone")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="muse", help=PROTOCOL_HELP)
     parser.add_argument("--baseline-random", action="store_true", help="also evaluate the same network untrained")
-    parser.add_argument("--json", type=Path, help="write all numbers here; must not exist")
+    parser.add_argument("--json", type=Path, help="write all numbers to this new file")
     known = "; ".join(f"{name}: {', '.join(known_keys(task.config))}" for name, task in TASKS.items())
-    parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help=f"{known}; source.key=value: options of the source"
-    )
+    help_ = f"settings of the task ({known}), or options of the source as source.key=value"
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=help_)
     return parser
 
 

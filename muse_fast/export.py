@@ -1,10 +1,11 @@
 """``python -m muse_fast.export RUN_OR_CHECKPOINT OUT --format safetensors|timm|muse-official [--which student]``
 
-safetensors    a file: backbone, both heads and both centres, under the names that a checkpoint has
-timm           a folder: config.json and model.safetensors, the encoder as timm loads it, and decoder.safetensors
+safetensors    one file: backbone, both heads and both centres, under the same names as in a checkpoint
+timm           a folder: the encoder as timm loads it (config.json, model.safetensors), and decoder.safetensors
 muse-official  a .pth in the layout of the published files: {"teacher": {"module.backbone.NAME": tensor}}
 
-`load_backbone` takes each of them back with the same numbers. An export is read back before it gets its name.
+`load_backbone` reads each of them, with bit-identical weights; the command checks this before it renames the export to
+its final name.
 """
 
 from __future__ import annotations
@@ -47,61 +48,66 @@ class Trained:
     """A network to export."""
 
     arch: str
-    tensors: dict[str, Tensor]  # backbone.*, and of a checkpoint image_head.*, nucleus_head.*, center.{image,nucleus}
-    record: dict[str, str]  # where it comes from, and what it was trained with
+    tensors: dict[str, Tensor]  # backbone.*; of a checkpoint also image_head.*, nucleus_head.*, center.{image,nucleus}
+    record: dict[str, str]  # its origin and how it was trained
 
-    def told(self) -> str:
-        """The record in a line."""
+    def origin(self) -> str:
+        """Return the record as one line."""
         return ", ".join(f"{key} {value}" for key, value in self.record.items() if key != "head")
 
     def metadata(self) -> dict[str, str]:
         return {"arch": self.arch, **self.record, "muse_fast": __version__, "torch": torch.__version__}
 
     def backbone(self) -> dict[str, Tensor]:
-        """The backbone's tensors, under the names of its state dict."""
+        """Return the backbone's tensors under the names of its state dict."""
         prefix = "backbone."
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("muse-fast export", description="Write a trained network for use elsewhere.")
-    parser.add_argument("source", help="run folder, checkpoint, or anything else that load_backbone takes")
-    parser.add_argument("out", type=Path, help="file, or folder for timm; must not exist")
-    parser.add_argument(
-        "--format", choices=FORMATS, required=True, help="one file; a folder for timm; a .pth as the authors publish"
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.export", description="Write a trained network for use elsewhere."
     )
-    parser.add_argument("--which", choices=WHICH, default="teacher", help="network of the checkpoint (teacher)")
+    parser.add_argument("source", help="run folder, checkpoint, or other weights that load_backbone reads")
+    parser.add_argument("out", type=Path, help="new file, or new folder for timm")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="one file, a folder for timm, or a .pth as published",
+    )
+    parser.add_argument("--which", choices=WHICH, default="teacher", help="network of a checkpoint (default: teacher)")
     args = parser.parse_args(argv)
     export(args.source, args.out, args.format, which=args.which)
     return 0
 
 
 def export(source: str, out: Path, kind: str, *, which: str = "teacher") -> None:
-    """Write the network of ``source`` to ``out`` in one of `FORMATS`, and print what was done.
+    """Write the network of ``source`` to ``out`` in one of `FORMATS` and print a summary.
 
     Raises:
-        UserError: ``out`` exists or has another ending than its format, the source cannot be read or has no student, or
-            there is no room; nothing half-written remains.
+        UserError: ``out`` exists or has the wrong suffix, the source cannot be read or has no student, or the disk is
+            full; no partial output remains.
     """
     form = FORMATS[kind]
     if out.exists():
-        raise UserError(f"{out} exists already; remove it or choose another place")
+        raise UserError(f"{out} exists already; remove it or choose another path")
     if form.suffix and out.suffix != form.suffix:
-        raise UserError(f"{out}: --format {kind} writes one file; give it a name that ends in {form.suffix}")
+        raise UserError(f"{out}: --format {kind} writes one file, whose name must end in {form.suffix}")
     network = read_network(source, which)
-    print(f"export {source} ({network.arch}, {network.told()}) -> {out}, {kind}")
+    print(f"export {source} ({network.arch}, {network.origin()}) -> {out}, {kind}")
     try:
         with atomic.replacing(out) if form.suffix else atomic.new_folder(out) as temporary:
             form.write(network, temporary)
             _check(network, temporary)
-    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, above all
+    except (OSError, SafetensorError, RuntimeError) as error:  # usually a full disk
         raise UserError(f"{out} was not written: {error}") from error
     size = sum(path.stat().st_size for path in ([out] if form.suffix else out.iterdir()))
-    print(f"{size / 1e6:.1f} MB, read back: equal. Use: {form.use.format(out)}")
+    print(f"{size / 1e6:.1f} MB, read back and equal. Use: {form.use.format(out)}")
 
 
 def read_network(source: str, which: str) -> Trained:
-    """The network ``which`` of a run or checkpoint with its heads and centres; of other weights, the backbone alone."""
+    """Read the network ``which`` of a run or checkpoint with heads and centres; of other weights, only the backbone."""
     path = Path(source)
     if path.is_dir() and not is_timm_folder(path):
         folder = find_checkpoint(path)
@@ -121,7 +127,7 @@ def read_network(source: str, which: str) -> Trained:
             },
         )
     if which != "teacher":
-        raise UserError(f"{source}: --which {which} needs a run or a checkpoint; other weights hold one network")
+        raise UserError(f"{source}: --which {which} needs a run or a checkpoint; other weights contain one network")
     backbone = load_backbone(None, source)
     return Trained(
         arch=backbone.arch,
@@ -150,7 +156,7 @@ def write_official(network: Trained, path: Path) -> None:
 
 
 class Format(NamedTuple):
-    suffix: str  # of a file; nothing for a folder
+    suffix: str  # empty for a folder
     write: Callable[[Trained, Path], None]
     use: str
 
@@ -162,18 +168,18 @@ FORMATS = {
         ".pth",
         write_official,
         'torch.load("{}", weights_only=True)["teacher"], or load_backbone. The authors\' code resamples the position '
-        "embedding of whatever it loads, load_backbone that of their files alone",
+        "embedding of every file that it loads, load_backbone only that of their files",
     ),
 }
 
 
 def _timm_config(arch: str, backbone: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What timm makes the encoder from; its models end in a pooled image feature, as there are no classes."""
+    """Return timm's config of the encoder: without classes, the model returns a pooled image feature."""
     import timm
 
     name, side = find_arch(arch).timm, stored_image_size(arch, backbone)
     if not name:
-        raise UserError(f"--format timm: timm has no architecture like {arch}; take safetensors")
+        raise UserError(f"--format timm: timm has no architecture that equals {arch}; use safetensors")
     known: Any = timm.get_pretrained_cfg(name)
     return {
         "architecture": name,
@@ -199,13 +205,13 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 
 
 def _check(network: Trained, written: Path) -> None:
-    """Read back what was written; UserError unless it is the same."""
+    """Read ``written`` back; raise UserError unless the backbone is the same."""
     found = load_backbone(network.arch, written).state_dict()
     wrong = [
         name for name, tensor in network.backbone().items() if not torch.equal(found[name], tensor.to(found[name]))
     ]
     if wrong:
-        raise UserError(f"{written}: reading it back gave other numbers for {wrong[0]}; is the disk sound?")
+        raise UserError(f"{written}: reading it back returned other values for {wrong[0]}; check the disk")
 
 
 if __name__ == "__main__":

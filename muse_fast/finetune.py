@@ -1,6 +1,6 @@
 """``python -m muse_fast.finetune --config CONFIG --data SOURCE --weights W --out DIR [--resume ...] [key=value ...]``
 
-Fine-tunes a nucleus detector (paper, "Downstream Fine-Tuning"); `muse_fast.detection.detector.load_detector` opens it.
+Fine-tunes a nucleus detector (paper, "Downstream Fine-Tuning"), which `muse_fast.load_detector` opens.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m muse_fast.finetune", description="Fine-tune a nucleus detector.")
-    parser.add_argument("--config", required=True, help="YAML file or shipped config, such as finetune_brcam2c")
-    parser.add_argument("--data", required=True, help="annotated source with a train and a val split, e.g. brcam2c:DIR")
+    parser.add_argument("--config", required=True, help="YAML file or name of a shipped config, e.g. finetune_brcam2c")
+    parser.add_argument("--data", required=True, help="annotated source with train and val splits, e.g. brcam2c:DIR")
     parser.add_argument("--weights", required=True, help="run, checkpoint, export, .pth or random:ARCH")
-    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not say")
-    parser.add_argument("--compat", choices=COMPATS, help="position embedding, see load_backbone")
-    parser.add_argument("--out", required=True, type=Path, help="run folder")
+    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not record it")
+    parser.add_argument("--compat", choices=COMPATS, help="resampling of the position embedding, see load_backbone")
+    parser.add_argument("--out", required=True, type=Path, help="run folder, new or to be resumed")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
-    help_ = "settings, for example optim.epochs=20; source.key=value are options of the source"
+    help_ = "settings, e.g. optim.epochs=20 (all: detection/config.py), or options of the source as source.key=value"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_)
     return parser
 

@@ -1,7 +1,7 @@
-"""``python -m muse_fast.prepare SOURCE OUT [key=value ...]``: slides or labelled images to a ROI set.
+"""``python -m muse_fast.prepare SOURCE OUT [key=value ...]``: convert slides or labelled images to a ROI set.
 
-``prepare inspect DIR`` reports what a folder holds, ``prepare audit SET OTHER ...`` which slides and patients two sets
-share.
+``prepare inspect DIR`` describes the dataset in a folder, ``prepare audit SET OTHER ...`` lists the slides and patients
+that two sets share.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m muse_fast.pretrain", description="Pretrain a backbone by MUSE.")
-    parser.add_argument("--config", required=True, help="YAML file or shipped config, such as vits16_224")
-    parser.add_argument("--out", required=True, type=Path, help="run folder")
+    parser = argparse.ArgumentParser(prog="python -m muse_fast.pretrain", description="Pretrain a backbone with MUSE.")
+    parser.add_argument("--config", required=True, help="YAML file or name of a shipped config, e.g. vits16_224")
+    parser.add_argument("--out", required=True, type=Path, help="run folder, new or to be resumed")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example optim.steps=500")
+    help_ = "settings, e.g. data.roiset=DIR optim.steps=500 (all: muse_fast/config.py)"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_)
     return parser
 
 

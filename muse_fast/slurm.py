@@ -1,6 +1,7 @@
-"""``python -m muse_fast.slurm --out DIR ... -- --config CONFIG [key=value ...]``: pretrain under Slurm until done.
+"""``python -m muse_fast.slurm --out DIR ... -- --config CONFIG [key=value ...]``: pretrain under Slurm.
 
-One task per GPU. Shortly before its time is over, or when it is preempted, the run saves and the job queues again.
+One task per GPU. Shortly before its time limit, or when it is preempted, the run saves a checkpoint and the job is
+requeued, until all steps are done.
 """
 
 from __future__ import annotations
@@ -21,52 +22,52 @@ from muse_fast.models.archs import check_model
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import cluster, exit_codes
 
-WARNED_BEFORE = 180  # seconds from Slurm's warning to the end: for the steps to the next log line and the checkpoint
-_MAX_TIMEOUTS = 1_000  # a run is over when its steps are done, however often its time was up
+WARNED_BEFORE = 180  # seconds before the time limit: enough for the steps to the next log line and the checkpoint
+_MAX_TIMEOUTS = 1_000  # a run ends when its steps are done, however often it was requeued
 
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """One task of the job: a rank of the run. submitit pickles it and calls it on its node.
+    """One task of the job, which is one rank of the run. submitit pickles it and calls it on its node.
 
     Attributes:
-        arguments: of ``python -m muse_fast.pretrain``.
+        arguments: arguments of ``python -m muse_fast.pretrain``.
     """
 
     arguments: tuple[str, ...]
 
     def __call__(self) -> int:
-        """Run until the end (0), or until saved (75) and, on rank 0, queued again.
+        """Run to the end (return 0), or until the run is saved (75) and, on rank 0, requeued.
 
         Raises:
-            RuntimeError: the run stopped for another reason; the job has failed then.
+            RuntimeError: the run stopped for another reason, so that the job fails.
         """
         from submitit.helpers import TorchDistributedEnvironment
 
-        # The engine picks its GPU by LOCAL_RANK, as under torchrun.
+        # A rank picks its GPU by LOCAL_RANK, as under torchrun.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         warning = _SaveFirst()
         code = pretrain.main(self.arguments)
         if warning.received and code == exit_codes.STOPPED:
-            warning.requeue()  # the other ranks return: a task that fails could take rank 0 down before it has requeued
+            warning.requeue()  # the other ranks return 75: a failing task could take rank 0 down before it has requeued
         elif code != 0:
-            raise RuntimeError(f"pretraining ended with exit code {code}; its output says why")
+            raise RuntimeError(f"pretraining ended with exit code {code}; see its output")
         return code
 
     def checkpoint(self) -> Any:
-        """What submitit queues again: the same, for a run goes on from its newest checkpoint by itself."""
+        """Return the job that submitit requeues: the same one, as a run resumes from its newest checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 class _SaveFirst:
-    """Lets the run save before submitit queues the job again.
+    """Lets the run save before submitit requeues the job.
 
-    Slurm's warning (SIGUSR2) reaches every task. submitit's handler for it requeues and exits on the spot: in the
-    middle of a step, where nothing sound can be saved and the other ranks wait in a collective. Here the warning
-    becomes the SIGTERM that `muse_fast.pretrain` knows: the step ends, the checkpoint is written, all ranks return;
-    then submitit's handler has its turn. A SIGTERM from elsewhere (scancel) saves too, but queues nothing.
+    Slurm's warning (SIGUSR2) reaches every task. submitit's handler requeues and exits at once, in the middle of a
+    step, where no consistent state can be saved and the other ranks wait in a collective. Here the warning is turned
+    into the SIGTERM that `muse_fast.pretrain` handles: the step ends, the checkpoint is written and all ranks return;
+    then submitit's handler is called. A SIGTERM from elsewhere (scancel) also saves, but does not requeue.
     """
 
     def __init__(self) -> None:
@@ -76,18 +77,18 @@ class _SaveFirst:
         self._process = os.getpid()
         self._number = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
         self._outside_training = signal.getsignal(signal.SIGTERM)
-        self._submitits: Any = signal.signal(self._number, self._handle)
+        self._submitit_handler: Any = signal.signal(self._number, self._handle)
 
     def requeue(self) -> None:
-        """Queue the job again and exit, on rank 0; nothing on the others."""
-        self._submitits(self._number, None)
+        """Requeue the job and exit on rank 0; do nothing on the others."""
+        self._submitit_handler(self._number, None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a loader's worker, which has inherited this handler
+            return  # a loader process that inherited this handler
         self.received = True
         if signal.getsignal(signal.SIGTERM) == self._outside_training:
-            self.requeue()  # training has not begun or is over: there is nothing to save
+            self.requeue()  # before or after training there is nothing to save
         else:
             signal.raise_signal(signal.SIGTERM)
 
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stderr_to_stdout=True,
             **({} if options.local else _slurm_parameters(options, config)),
         )
-        if options.local:  # the tasks share this machine's cores, where Slurm binds each to its own
+        if options.local:  # all tasks share this machine's cores; Slurm would bind each to its own
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
         job = executor.submit(PretrainJob(tuple(_pretrain_arguments(options))))
     print(f"job {job.job_id} of {options.nodes} x {tasks} tasks; output in {logs}/{job.job_id}_*_log.out")
@@ -120,22 +121,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m muse_fast.slurm",
-        description="Submit pretraining to Slurm. The job is queued again until the run is done.",
+        description="Submit pretraining to Slurm. The job is requeued until the run is done.",
         usage="%(prog)s --out DIR --gpus-per-node G --time MINUTES [options] -- --config CONFIG [key=value ...]",
     )
-    parser.add_argument("--out", required=True, type=Path, help="run folder, where all nodes see it")
-    parser.add_argument("--gpus-per-node", required=True, type=int, help="0 runs on the CPU")
-    parser.add_argument("--time", required=True, type=int, metavar="MINUTES", help="until the job is queued again")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--tasks-per-node", type=int, help="ranks per node; one per GPU unless given")
-    parser.add_argument("--cpus-per-task", type=int, help="data.workers + 2 unless given")
+    parser.add_argument("--out", required=True, type=Path, help="run folder, on a file system that all nodes share")
+    parser.add_argument("--gpus-per-node", required=True, type=int, metavar="G", help="0: run on the CPU")
+    parser.add_argument("--time", required=True, type=int, metavar="MINUTES", help="time limit of one start")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (1)")
+    parser.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks per node (default: one per GPU)")
+    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores per rank (default: data.workers + 2)")
     cluster.add_arguments(parser)
-    parser.add_argument("pretrain", nargs="*", metavar="--config CONFIG ...", help="for python -m muse_fast.pretrain")
+    parser.add_argument(
+        "pretrain", nargs="*", metavar="--config CONFIG ...", help="arguments of python -m muse_fast.pretrain"
+    )
     return parser
 
 
 def _check(options: argparse.Namespace, ranks: int) -> PretrainConfig:
-    """Refuse here what the job would refuse, perhaps hours later."""
+    """Check the arguments now, not when the job starts, perhaps hours later."""
     arguments = pretrain.argument_parser().parse_args(_pretrain_arguments(options))
     config = load_config(arguments.config, arguments.overrides)
     check_model(config)
@@ -159,6 +162,6 @@ def _slurm_parameters(options: argparse.Namespace, config: PretrainConfig) -> di
 
 if __name__ == "__main__":
     from muse_fast import slurm
-    from muse_fast.runtime import cli  # so that the pickled job is muse_fast.slurm's, not __main__'s
+    from muse_fast.runtime import cli  # so that the job is pickled as muse_fast.slurm's, not __main__'s
 
     raise SystemExit(cli.run(slurm.main))

@@ -1,4 +1,4 @@
-"""``python -m muse_fast.train_detector --data SOURCE --out DIR [key=value ...]``: a nucleus detector from points."""
+"""``python -m muse_fast.train_detector --data SOURCE --out DIR [key=value ...]``: train a detector from points."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from muse_fast.runtime.options import known_keys, load_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m muse_fast.train_detector", description="Train a nucleus detector.")
-    parser.add_argument("--data", required=True, help="source with train, val and test, e.g. brcam2c:DIR")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the run; must not hold a finished one")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=", ".join(known_keys(TrainDetectorConfig)))
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.train_detector", description="Train a nucleus detector from points."
+    )
+    parser.add_argument("--data", required=True, help="source with train, val and test splits, e.g. brcam2c:DIR")
+    parser.add_argument("--out", required=True, type=Path, help="run folder, without a finished run")
+    help_ = f"settings: {', '.join(known_keys(TrainDetectorConfig))}"
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=help_)
     args = parser.parse_intermixed_args(argv)
     return train_detector(args.data, args.out, load_settings(TrainDetectorConfig, None, args.settings))
 

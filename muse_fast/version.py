@@ -1,3 +1,3 @@
-"""The version: at the bottom of the package, so that a file that records it imports nothing else."""
+"""The version, in a file of its own: those that record it import nothing else."""
 
 __version__ = "0.1.0"

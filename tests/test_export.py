@@ -228,7 +228,7 @@ def test_an_export_that_reads_back_differently_is_refused(
         return backbone
 
     monkeypatch.setattr("muse_fast.export.load_backbone", altered)
-    with pytest.raises(UserError, match=r"reading it back gave other numbers for decoder\.decoder1\.first_block"):
+    with pytest.raises(UserError, match=r"reading it back returned other values for decoder\.decoder1\.first_block"):
         export(str(run.folder), tmp_path / NAMES[kind], kind)
     assert not list(tmp_path.iterdir())
 

@@ -13,10 +13,12 @@ from muse_fast.errors import UserError
 
 def add_arguments(parser: Any) -> None:
     """Add the options of a job to a parser or an argument group."""
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--sbatch", action="append", default=[], type=_pair, metavar="KEY=VALUE", help="as for sbatch")
-    parser.add_argument("--local", action="store_true", help="run on this machine instead, and wait for the end")
+    parser.add_argument("--partition", help="Slurm partition")
+    parser.add_argument("--account", help="Slurm account")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], type=_pair, metavar="KEY=VALUE", help="other option of sbatch"
+    )
+    parser.add_argument("--local", action="store_true", help="run on this machine instead, and wait until it is done")
 
 
 def _pair(text: str) -> tuple[str, str]:
