@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s --out DIR --gpus-per-node G --time MINUTES [options] -- --config CONFIG [key=value ...]",
     )
     parser.add_argument("--out", required=True, type=Path, help="run folder, on a file system that all nodes share")
-    parser.add_argument("--gpus-per-node", required=True, type=int, metavar="G", help="GPUs per node (0: run on the CPU)")
+    parser.add_argument("--gpus-per-node", required=True, type=int, metavar="G", help="GPUs per node; 0: CPU")
     parser.add_argument("--time", required=True, type=int, metavar="MINUTES", help="time limit of one start")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (1)")
     parser.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks per node (default: one per GPU)")
