@@ -75,13 +75,15 @@ def check_deeply(path: Path, console: Console) -> int:
     """Print the problems of a run or a ROI set and what was done about them; return the exit code."""
     what, findings = deep_check.check(path)
     console.print(f"{path}: {what}, read completely")
-    left = [finding for finding in findings if finding.repair not in deep_check.REPAIRED]
+    unrepaired = [finding for finding in findings if finding.repair not in deep_check.REPAIRED]
     for problem, repair in findings:
         console.print(f"[red]problem[/red] {problem}{f': {repair}' if repair else ''}")
     console.print(
-        f"{len(findings)} problems, {len(findings) - len(left)} repaired or left alone" if findings else "no problems"
+        f"{len(findings)} problems, {len(findings) - len(unrepaired)} repaired or left alone"
+        if findings
+        else "no problems"
     )
-    return exit_codes.FOUND if left else 0
+    return exit_codes.FOUND if unrepaired else 0
 
 
 def machine_table() -> Table:

@@ -122,7 +122,9 @@ def in_source_pixels(points: Points, image: LabelledImage) -> Points:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("muse-fast evaluate detect", description="Scores of a fine-tuned detector.")
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.evaluate detect", description="Score a fine-tuned detector."
+    )
     parser.add_argument("--weights", required=True, help="run of muse_fast.finetune (best detector), or a checkpoint")
     parser.add_argument("--data", required=True, help="annotated source, e.g. brcam2c:DIR")
     parser.add_argument("--split", default="test", help="split of the source (test); '' uses all images")
@@ -133,8 +135,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of those samples (0)")
-    parser.add_argument("--csv", type=Path, metavar="DIR", help="write the detected points here; must not exist")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="write the detected points to this new folder")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers to this new file")
     parser.add_argument("options", nargs="*", metavar="source.key=value", help="options of the source")
     args = parser.parse_intermixed_args(argv)
     args.source_options, others = split_source_options(args.options)

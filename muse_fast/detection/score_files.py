@@ -73,9 +73,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("muse-fast evaluate points", description="Scores of detected points.")
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.evaluate points", description="Score detected points against annotated ones."
+    )
     parser.add_argument("--predictions", type=Path, required=True, metavar="DIR", help="x,y[,label][,score] CSVs")
-    parser.add_argument("--truth", type=Path, required=True, metavar="DIR", help="CSVs of the same names")
+    parser.add_argument("--truth", type=Path, required=True, metavar="DIR", help="CSVs with the same names")
     parser.add_argument("--mpp", required=True, help="um per pixel of the images")
     parser.add_argument("--protocol", default=ALL, help=f"{ALL} ({', '.join(PROTOCOLS)}), or one of them")
     parser.add_argument(
@@ -85,7 +87,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ignore-labels", action="store_true", help="score detection only")
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples for the intervals (2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of those samples (0)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers here; must not exist")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers to this new file")
     args = parser.parse_args(argv)
     args.mpp = check_mpp(args.mpp, "--mpp")
     if args.protocol != ALL:

@@ -32,19 +32,22 @@ def main(argv: Sequence[str]) -> int:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m muse_fast.prepare",
-        description="Write a ROI set. `inspect DIR` instead tells what a folder is and how to prepare it, and "
-        "`audit SET OTHER ...` which slides and patients two sets share.",
+        description="Convert slides or labelled images to a ROI set. `inspect DIR` describes the dataset in a folder "
+        "and how to prepare it, `audit SET OTHER ...` lists the slides and patients that two sets share.",
     )
     parser.add_argument("source", help=f"KIND:PATH with KIND one of {', '.join(source_kinds())}")
-    parser.add_argument("out", type=Path, help="folder of the ROI set; must not exist")
+    parser.add_argument("out", type=Path, help="new folder for the ROI set")
     parser.add_argument(
-        "--quality", type=int, default=95, choices=range(50, 101), metavar="50..100", help="of the JPEGs"
+        "--quality", type=int, default=95, choices=range(50, 101), metavar="50..100", help="quality of the JPEGs (95)"
     )
-    parser.add_argument("options", nargs="*", metavar="key=value", help="settings of the source, for example mpp=0.25")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="settings of the source, e.g. mpp=0.25")
     slides = parser.add_argument_group("slides (wsi:)")
-    slides.add_argument("--keep-parts", action="store_true", help="leave OUT.parts, to sample from it again")
+    slides.add_argument("--keep-parts", action="store_true", help="keep OUT.parts, to sample from it again")
     slides.add_argument(
-        "--task", type=_share, metavar="I/N", help="only the I-th share of the slides, 0 to N-1; assemble nothing"
+        "--task",
+        type=_share,
+        metavar="I/N",
+        help="process only share I (0 to N-1) of the slides, without assembling the set",
     )
     prepare_slurm.add_arguments(parser)
     return parser

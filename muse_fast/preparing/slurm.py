@@ -46,9 +46,17 @@ class PrepareJob:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("many machines (pip install 'muse_fast[slurm]')")
-    group.add_argument("--slurm-tasks", type=int, metavar="N", help="share the slides out over N tasks of a job array")
-    group.add_argument("--time", type=int, default=1440, metavar="MINUTES", help="until a task is queued again")
-    group.add_argument("--cpus-per-task", type=int, default=_CPUS_PER_TASK)
+    group.add_argument("--slurm-tasks", type=int, metavar="N", help="distribute the slides over N tasks of a job array")
+    group.add_argument(
+        "--time",
+        type=int,
+        default=1440,
+        metavar="MINUTES",
+        help="time limit of a task, then it is requeued (%(default)s)",
+    )
+    group.add_argument(
+        "--cpus-per-task", type=int, default=_CPUS_PER_TASK, metavar="N", help="cores per task (%(default)s)"
+    )
     cluster.add_arguments(group)
 
 
