@@ -93,7 +93,7 @@ def export(source: str, out: Path, kind: str, *, which: str = "teacher") -> None
     if out.exists():
         raise UserError(f"{out} exists already; remove it or choose another path")
     if form.suffix and out.suffix != form.suffix:
-        raise UserError(f"{out}: --format {kind} writes one file, whose name must end in {form.suffix}")
+        raise UserError(f"{out}: --format {kind} writes one file; choose a name that ends in {form.suffix}")
     network = read_network(source, which)
     print(f"export {source} ({network.arch}, {network.origin()}) -> {out}, {kind}")
     try:
