@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from muse_fast.errors import UserError, require
 from muse_fast.preparing.audit import open_without
 from muse_fast.preparing.build import Sample
-from muse_fast.preparing.plausible import ScaleCheck
 from muse_fast.preparing.roi_sheet import roi_sheet
+from muse_fast.preparing.scale_check import ScaleCheck
 from muse_fast.roiset.roiset import Roi
 from muse_fast.runtime import exit_codes
 from muse_fast.runtime.atomic import write_json

@@ -17,7 +17,6 @@ __all__ = ["Dataset", "Source", "SourceImage", "open_source", "source_kinds"]
 
 def source_kinds() -> dict[str, type[Source]]:
     """The sources by their kind, those whose layouts ask for more before those that ask for less."""
-    from muse_fast.sources.beside import CsvPoints, QuPath
     from muse_fast.sources.brcam2c import BrcaM2C
     from muse_fast.sources.cellvit import CellViT
     from muse_fast.sources.consep import CoNSeP
@@ -28,6 +27,7 @@ def source_kinds() -> dict[str, type[Source]]:
     from muse_fast.sources.pannuke import PanNuke
     from muse_fast.sources.prepared import Prepared
     from muse_fast.sources.puma import Puma
+    from muse_fast.sources.sidecar import CsvPoints, QuPath
     from muse_fast.sources.synthetic import Synthetic
     from muse_fast.sources.wsi import Slides
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from muse_fast.preparing.plausible import ScaleCheck
+from muse_fast.preparing.scale_check import ScaleCheck
 from muse_fast.sources import Dataset, SourceImage, open_source
 
 
