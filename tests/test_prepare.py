@@ -48,7 +48,7 @@ def test_synthetic_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert {(255, 235, 60), (0, 229, 255), (255, 70, 50)} <= {colour for _, colour in colours}
     text = capsys.readouterr().out
     assert "10 ROIs of 10 slides" in text
-    assert "left out nothing" in text
+    assert "skipped  nothing" in text
 
 
 def test_lower_quality_saves_bytes(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_parts_of_other_settings_are_kept(tmp_path: Path, capsys: pytest.Capture
     settings = [f"wsi:{path}", str(tmp_path / "out"), "roi_um=64", "min_nuclei=1", "workers=1"]
     assert main([*settings, "--task", "0/1"]) == 0
     assert main([*settings, "threshold=0.05"]) == 2
-    assert "holds parts made with other settings (threshold=" in capsys.readouterr().err
+    assert "contains parts made with other settings (threshold=" in capsys.readouterr().err
     assert (tmp_path / "out.parts" / "a" / "part.json").is_file()
     assert main(settings) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
@@ -233,7 +233,7 @@ def test_mistakes_on_the_command_line(
 def test_a_set_without_rois_is_an_error(tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slide = shared_data / "wsi" / "cmu-1-small-region.svs"
     assert main([f"wsi:{slide}", str(tmp_path / "out"), "roi_um=512", "min_tissue=1"]) == 2
-    assert "gave no ROI; left out: too little tissue 4" in capsys.readouterr().err
+    assert "yielded no ROIs; skipped: too little tissue 4" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

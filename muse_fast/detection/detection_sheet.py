@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.images.drawing import CAPTION, GAP, INK, PALETTE, Sheet, overlay
+from muse_fast.images.drawing import CAPTION, GAP, Sheet, legend, overlay
 
 
 def detection_sheet(
@@ -28,12 +28,9 @@ def detection_sheet(
         truths, predictions: per image ``xy [n, 2]`` and ``label [n]``.
     """
     row_height = cell + CAPTION + GAP
-    sheet = Sheet(3 * GAP + 2 * cell, 2 * GAP + CAPTION + len(images) * row_height)
-    place = GAP
-    for kind, name in enumerate(class_names):
-        sheet.draw.ellipse((place, GAP + 4, place + 10, GAP + 14), fill=PALETTE[kind % len(PALETTE)], outline=INK)
-        sheet.text(place + 16, GAP, name)
-        place += 40 + 8 * len(name)
+    key = legend(class_names)
+    sheet = Sheet(max(3 * GAP + 2 * cell, key.width), 2 * GAP + CAPTION + len(images) * row_height)
+    sheet.canvas.paste(key, (0, GAP))
     for line, (image, name) in enumerate(zip(images, names, strict=True)):
         top = 2 * GAP + CAPTION + line * row_height
         for column, (what, points) in enumerate((("annotated", truths[line]), ("detected", predictions[line]))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 GAP = 10  # pixels between the cells of a sheet
 CAPTION = 22  # height of a line of text
 _BORDER = 4
+_FONT = ImageFont.load_default(14)
 
 
 def overlay(
@@ -38,6 +40,17 @@ def overlay(
     return picture
 
 
+def legend(class_names: Sequence[str]) -> Image.Image:
+    """Draw the colour and name of each class on one line."""
+    widths = [36 + int(_FONT.getlength(name)) for name in class_names]
+    sheet, left = Sheet(GAP + sum(widths), CAPTION), GAP
+    for label, (name, width) in enumerate(zip(class_names, widths, strict=True)):
+        sheet.draw.ellipse((left, 6, left + 12, 18), fill=PALETTE[label % len(PALETTE)], outline=INK)
+        sheet.text(left + 18, 3, name)
+        left += width
+    return sheet.canvas
+
+
 class Sheet:
     """A white canvas for framed pictures and lines of text."""
 
@@ -46,7 +59,7 @@ class Sheet:
         self.draw = ImageDraw.Draw(self.canvas)
 
     def text(self, x: float, y: float, text: str) -> None:
-        self.draw.text((x, y), text, INK, font=ImageFont.load_default(14))
+        self.draw.text((x, y), text, INK, font=_FONT)
 
     def cell(
         self, x: int, y: int, picture: Image.Image, colour: tuple[int, int, int] | None = None, caption: str = ""

@@ -1,4 +1,4 @@
-"""From the parts of all slides to one ROI set: which ROIs are taken, and in which order."""
+"""Sample ROIs from the parts of all slides, and order them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from muse_fast.sources.wsi import Slides
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The ROIs taken of one part: their numbers in it, from top to bottom and left to right."""
+    """The ROIs sampled from one part: their ids in it, from top to bottom and left to right."""
 
     part: Part
     ids: list[int]
 
     @property
-    def left_out(self) -> list[int]:
-        """Numbers of the ROIs that were not sampled."""
+    def not_sampled(self) -> list[int]:
+        """The ids of the other ROIs."""
         return sorted(set(range(len(self.part.rois))) - set(self.ids))
 
     def read(self) -> Iterator[Roi]:
@@ -33,10 +33,11 @@ class Chosen:
 
 
 def choose(parts: Sequence[Part], options: Slides.Options) -> list[Chosen]:
-    """Draw at random, the same number of each group, from all ROIs of all parts.
+    """Sample ROIs of all parts at random, the same number from each group.
 
-    Each ROI has a number that depends on the seed, its slide and its place alone; a group's lowest are taken. So the
-    same are taken however the work was divided, and a larger sample contains a smaller one of the same seed.
+    Each ROI has a number that depends only on the seed, its slide and its position, and a group's lowest numbers are
+    sampled. The sample therefore does not depend on how the work was divided, and a larger sample contains a smaller
+    one of the same seed.
 
     Raises:
         UserError: ``max_rois`` is less than the number of groups.
@@ -47,19 +48,19 @@ def choose(parts: Sequence[Part], options: Slides.Options) -> list[Chosen]:
         if len(part.rois):
             in_group[part.file.group].append(i)
     limit = _per_group(options, len(in_group))
-    taken: dict[int, NDArray[np.bool_]] = {i: np.ones(len(part.rois), bool) for i, part in enumerate(parts)}
+    sampled: dict[int, NDArray[np.bool_]] = {i: np.ones(len(part.rois), bool) for i, part in enumerate(parts)}
     for members in in_group.values():
         together = np.concatenate([numbers[i] for i in members])
         lowest = np.zeros(len(together), bool)
         lowest[np.argsort(together, kind="stable")[:limit]] = True
         ends = np.cumsum([len(numbers[i]) for i in members])
         for i, chosen in zip(members, np.split(lowest, ends[:-1]), strict=True):
-            taken[i] = chosen
-    return [Chosen(part, _in_place_order(part, taken[i])) for i, part in enumerate(parts)]
+            sampled[i] = chosen
+    return [Chosen(part, _by_position(part, sampled[i])) for i, part in enumerate(parts)]
 
 
 def _per_group(options: Slides.Options, groups: int) -> int | None:
-    """The most ROIs of one group; None: all."""
+    """Return the maximum number of ROIs per group; None: all."""
     limits = [] if options.per_group is None else [options.per_group]
     if options.max_rois is not None:
         share = options.max_rois // max(1, groups)
@@ -68,7 +69,7 @@ def _per_group(options: Slides.Options, groups: int) -> int | None:
     return min(limits, default=None)
 
 
-def _in_place_order(part: Part, taken: NDArray[np.bool_]) -> list[int]:
-    ids = np.flatnonzero(taken)
+def _by_position(part: Part, sampled: NDArray[np.bool_]) -> list[int]:
+    ids = np.flatnonzero(sampled)
     x, y = part.rois.origin[ids].T
     return ids[np.lexsort((x, y))].tolist()

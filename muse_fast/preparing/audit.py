@@ -1,4 +1,4 @@
-"""Which slides and patients two sets share: what is tested on must not be trained on."""
+"""Find slides and patients that two sets share: test slides must not be trained on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SLIDE_COLUMNS = ("slide", "slide_name", "image", "wsi", "wsi_name", "name")
 
 
 def read_names(side: str) -> Names:
-    """The slides of a ROI set's folder, a source or a list of names, of one split where ``@SPLIT`` follows.
+    """Read the names of the slides of a ROI set, a source or a list; ``@SPLIT`` at the end selects one split.
 
-    A list is a CSV with a column ``slide``, or a text file with a name a line.
+    A list is a CSV with a column ``slide``, or a text file with one name per line.
 
     Raises:
-        UserError: it is none of these, names no slide, or has no such split.
+        UserError: ``side`` is not one of these, has no such split or contains no slides.
     """
     target, split = _without_split(side)
     if (Path(target) / "roiset.json").is_file():
@@ -35,21 +35,21 @@ def read_names(side: str) -> Names:
     else:
         raise UserError(f"{side}: expected the folder of a ROI set, a source such as brcam2c:DIR, or a file of names")
     if not slides:
-        raise UserError(f"{side} names no slide")
+        raise UserError(f"{side} contains no slides")
     return Names.of(slides)
 
 
 def open_without(spec: str, values: Mapping[str, str]) -> Source:
-    """A source by its options, where ``exclude=SET[,SET ...]`` among them leaves out slides of ``wsi:``: those that
-    share a slide or a patient with one of the sets.
+    """Open a source. The option ``exclude=SET[,SET ...]`` of ``wsi:`` excludes slides that share a slide or a patient
+    with one of the sets.
 
     Raises:
-        UserError: what `open_source` and `read_names` raise; ``exclude`` is given with another source.
+        UserError: raised by `open_source` or `read_names`, or ``exclude`` was set for another source.
     """
     source = open_source(spec, **{key: value for key, value in values.items() if key != "exclude"})
     if "exclude" in values:
         if not isinstance(source, Slides):
-            raise UserError(f"{spec}: exclude={values['exclude']} is for slides (wsi:PATH)")
+            raise UserError(f"{spec}: exclude={values['exclude']} is only for slides (wsi:PATH)")
         source.exclude({side: read_names(side) for side in values["exclude"].split(",") if side})
     return source
 
@@ -79,28 +79,27 @@ def _listed(path: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 where the first shares a slide or a patient with one of the others."""
+    """Return 0, or 1 if the first set shares a slide or a patient with one of the others."""
     parser = argparse.ArgumentParser(
         prog="python -m muse_fast.prepare audit",
-        description="Which slides and TCGA patients two sets share. Exit code 1 if there are any, 0 if none.",
+        description="Print slides and TCGA patients that two sets share. Exit code 1 if there are any, else 0.",
     )
-    what = "folder of a ROI set, SOURCE or file of names; @SPLIT after it takes one split"
-    parser.add_argument("first", metavar="SET", help=what)
-    parser.add_argument("others", metavar="OTHER", nargs="+", help="what it must not share a slide or patient with")
+    parser.add_argument("first", metavar="SET", help="ROI set, SOURCE or file of names; add @SPLIT to select one split")
+    parser.add_argument("others", metavar="OTHER", nargs="+", help="sets to compare it with")
     options = parser.parse_args(argv)
     return audit(options.first, options.others)
 
 
 def audit(first: str, others: Sequence[str]) -> int:
-    """Print what ``first`` shares with each of the others; the exit code."""
+    """Print the slides and patients that ``first`` shares with each of the others; return the exit code."""
     mine = read_names(first)
     any_shared = False
-    print(f"{first}: {len(mine.slides)} slides, {len(mine.patients)} patients of TCGA")
+    print(f"{first}: {len(mine.slides)} slides, {len(mine.patients)} TCGA patients")
     for other in others:
         theirs = read_names(other)
         shared = mine & theirs
         any_shared |= bool(shared.slides or shared.patients)
-        print(f"{other}: {len(theirs.slides)} slides, {len(theirs.patients)} patients of TCGA")
+        print(f"{other}: {len(theirs.slides)} slides, {len(theirs.patients)} TCGA patients")
         print(f"  shared slides   {', '.join(sorted(shared.slides)) or 'none'}")
         print(f"  shared patients {', '.join(sorted(shared.patients)) or 'none'}")
     return exit_codes.FOUND if any_shared else 0

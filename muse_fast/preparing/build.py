@@ -1,4 +1,4 @@
-"""Write a ROI set, with a summary and a contact sheet for the person who made it."""
+"""Write a ROI set, with a summary and a contact sheet for the user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from muse_fast.sources import SourceImage
 
 _SHOWN = 6
 
-# What a source yields, or a ROI that is encoded already.
+# An image of a source, or a ROI that is already encoded.
 Item: TypeAlias = SourceImage | Roi
 
 
@@ -26,11 +26,11 @@ def build_set(
     items: Iterable[Item],
     finish: Callable[[Path], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Write all items to a set; returns its summary, which is written beside.
+    """Write all items to a set, its contact sheet and its summary; return the summary.
 
     Args:
-        items: one at least; an error while they come leaves no set.
-        finish: writes what else belongs into the set's folder, and returns what else belongs into the summary.
+        items: at least one. An error while iterating leaves no set behind.
+        finish: writes further files into the set's folder and returns further entries of the summary.
     """
     tally, shown = Tally(writer.label_names), Sample(_SHOWN)
     with writer:
@@ -65,7 +65,7 @@ def print_summary(out: Path, summary: dict[str, Any], seconds: float) -> None:
     print(f"  classes  {counted(summary['nuclei_per_class'])}")
     print(f"  um/px    {low:g}" + (f" to {high:g}" if high > low else ""))
     print(f"  size     {summary['bytes'] / 1e6:.1f} MB in {seconds:.1f} s")
-    print(f"  left out {counted(summary['dropped'])}")
+    print(f"  skipped  {counted(summary['dropped'])}")
     print(f"  look at  {out / 'contact.png'}")
 
 
@@ -74,7 +74,7 @@ def counted(counts: dict[str, int]) -> str:
 
 
 class Tally:
-    """What the set holds, counted as it is written."""
+    """Counts the contents of a set while it is written."""
 
     def __init__(self, label_names: tuple[str, ...]) -> None:
         self.rois = 0
@@ -109,7 +109,7 @@ class Tally:
 
 
 class Sample:
-    """A few of many images, each as likely as any other, by reservoir sampling."""
+    """A uniform random sample of a stream of images, by reservoir sampling."""
 
     def __init__(self, count: int) -> None:
         self.items: list[Item] = []

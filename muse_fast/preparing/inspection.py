@@ -1,4 +1,4 @@
-"""``python -m muse_fast.prepare inspect DIR``: which dataset a folder is, what it holds, and how to prepare it."""
+"""``python -m muse_fast.prepare inspect DIR``: recognise a dataset, count and check it, and print how to prepare it."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ from muse_fast.sources import Dataset, SourceImage, source_kinds
 from muse_fast.sources.names import patient
 
 _OVERLAYS = 4
-_ALL_UP_TO, _OF_MORE = 10_000, 1_000  # images that are read unless --images says otherwise
+_ALL_UP_TO, _OF_MORE = 10_000, 1_000  # images read by default: all, or some of a larger dataset
 _SHOWN_PROBLEMS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m muse_fast.prepare inspect",
-        description="Tell which dataset a folder is, count it, check its um/px and splits, and draw four overlays.",
+        description="Recognise the dataset in a folder, count it, check its um/px and splits, and draw four overlays.",
     )
-    parser.add_argument("folder", help="a dataset; or KIND:DIR where the layout is known")
-    parser.add_argument("--out", type=Path, help="folder of the overlays (inspect-NAME in the current folder)")
-    parser.add_argument("--images", type=int, help="read so many, evenly spread (all, or 1,000 of more than 10,000)")
+    parser.add_argument("folder", help="folder of a dataset; or KIND:DIR to choose the layout")
+    parser.add_argument("--out", type=Path, help="folder for the overlays (default: inspect-NAME)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        help="number of images to read (default: all, or 1,000 of more than 10,000)",
+    )
     parser.add_argument("options", nargs="*", metavar="key=value", help="settings of the source, for example mpp=0.25")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -48,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inspect(target: str, options: dict[str, str], out: Path | None = None, images: int | None = None) -> int:
-    """Print what a folder holds and write ``overlay-N.png`` and ``report.json`` into ``out``; the exit code.
+    """Print the contents of a folder and write ``overlay-N.png`` and ``report.json`` to ``out``; return the exit code.
 
     Raises:
-        UserError: no such folder, none of the layouts, or the source refuses it.
+        UserError: the folder does not exist, has no known layout, or the source refuses it.
     """
     require(images is None or images > 0, "--images", images, "1 or more")
     kind, _, rest = target.partition(":")
@@ -87,31 +91,31 @@ def inspect(target: str, options: dict[str, str], out: Path | None = None, image
 class _Guess(NamedTuple):
     kind: str
     missing: tuple[str, ...]
-    share: float  # of the layout's patterns that match something
+    share: float  # share of the layout's patterns that match something
 
 
 def recognise(folder: Path) -> str:
-    """The kind of source whose layout a folder has.
+    """Return the kind of source whose layout a folder has.
 
     Raises:
-        UserError: none fits; names the nearest and what it lacks, or the folder below that fits.
+        UserError: no layout fits; names the nearest one and what is missing, or a subfolder that fits.
     """
     guesses = _guesses(folder)
     whole = [guess.kind for guess in guesses if not guess.missing]
     if whole:
         return whole[0]
     nearest = max(guesses, key=lambda guess: (guess.share, len(guess.missing)))
-    # Any folder of TIFFs could be slides: that says less than half of another layout.
+    # Any folder of TIFFs fits wsi, so a partial match of another layout is stronger evidence.
     weak = {"wsi"} if nearest.share > 0 else set()
     for path in _folders(folder):
         for guess in _guesses(path):
             if not guess.missing and guess.kind not in weak:
-                raise UserError(f"{folder} itself is no dataset; {path} is laid out as {guess.kind}: inspect that")
+                raise UserError(f"{folder} is not a dataset, but {path} is laid out as {guess.kind}: inspect that one")
     if nearest.share == 0:
-        raise UserError(f"{folder} is none of the layouts known ({', '.join(source_kinds())}); see docs/datasets.md")
+        raise UserError(f"{folder} has no known layout ({', '.join(source_kinds())}); see docs/datasets.md")
     raise UserError(
-        f"{folder} is none of the layouts known; the nearest is {nearest.kind}, for which there is no "
-        f"{' and no '.join(nearest.missing)}; see docs/datasets.md"
+        f"{folder} has no known layout; the nearest is {nearest.kind}, but {' and '.join(nearest.missing)} "
+        f"{'is' if len(nearest.missing) == 1 else 'are'} missing; see docs/datasets.md"
     )
 
 
@@ -140,7 +144,7 @@ class _Split:
 
 
 class _Census:
-    """What a dataset holds, from reading it one image at a time."""
+    """Counts the contents of a dataset, reading one image at a time."""
 
     def __init__(self, source: Dataset, images: int | None) -> None:
         self.problems: list[str] = []
@@ -155,7 +159,7 @@ class _Census:
             one = self._splits[split]
             one.images += 1
             one.slides.add(slide)
-            who = patient(slide) or slide  # a slide of unknown patient stands for one
+            who = patient(slide) or slide  # without a known patient, each slide counts as one
             one.patients.add(who)
             self._splits_of_patient[who].add(split)
         most = images or (len(source) if len(source) <= _ALL_UP_TO else _OF_MORE)
@@ -208,15 +212,15 @@ class _Census:
         if leaks := self._leaks():
             listed = ", ".join(f"{name} ({' and '.join(splits)})" for name, splits in list(leaks.items())[:5])
             more = f" and {len(leaks) - 5} more" if len(leaks) > 5 else ""
-            yield f"the same patient stands in several splits: {listed}{more}"
+            yield f"the same patient is in several splits: {listed}{more}"
         total = sum((one.nuclei for one in self._splits.values()), Counter[int]())
         absent = [name for label, name in enumerate(self._source.label_names) if not total[label]]
         if absent and total:
-            yield f"no nucleus of class {', '.join(absent)}"
+            yield f"no nuclei of class {', '.join(absent)}"
 
 
 def _readable(source: Dataset, rows: NDArray[np.int64], problems: list[str]) -> Iterator[SourceImage]:
-    """Some images of a dataset; those that cannot be read are passed over and named in ``problems``."""
+    """Yield some images of a dataset. Those that cannot be read are skipped and listed in ``problems``."""
     for row in rows:
         try:
             yield source.read(source.entries[row])
@@ -231,7 +235,7 @@ def _draw(out: Path, shown: Sequence[SourceImage | Roi], label_names: tuple[str,
     paths = []
     for number in range(1, _OVERLAYS + 1):
         path = out / f"overlay-{number}.png"
-        path.unlink(missing_ok=True)  # of an earlier call that had more images
+        path.unlink(missing_ok=True)  # may be left from an earlier call with more images
         if number <= len(shown):
             roi_sheet(path, shown[number - 1 : number], label_names, cell=1024, radius=4.0)
             paths.append(path)
@@ -253,15 +257,15 @@ def _print(report: dict[str, Any], problems: list[str]) -> None:
         numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         print("  " + "  ".join([first.ljust(widths[0]), *numbers]))
     if report["images_read"] < report["images"]:
-        print(f"  nuclei are those of {report['images_read']} of {report['images']} images")
+        print(f"  nuclei counted in {report['images_read']} of {report['images']} images")
     if report["mpp"]:
         low, high = report["mpp"]
         print(f"  um/px    {low:g}" + (f" to {high:g}" if high > low else ""))
     sizes = [f"{width} x {height} px ({count})" for width, height, count in report["sizes"][:4]]
     print(f"  sizes    {', '.join(sizes)}" + (" and others" if len(report["sizes"]) > 4 else ""))
-    print(f"  nuclei   {_scale_words(report['scale'])}; {report['images_without_nuclei']} images without any")
+    print(f"  nuclei   {_scale_words(report['scale'])}; {report['images_without_nuclei']} images without nuclei")
     if report["left_out"]:
-        print(f"  left out {', '.join(f'{reason} {count}' for reason, count in report['left_out'].items())}")
+        print(f"  skipped  {', '.join(f'{reason} {count}' for reason, count in report['left_out'].items())}")
     for warning in report["warnings"]:
         print(f"  warning  {warning}")
     for problem in problems[:_SHOWN_PROBLEMS]:
@@ -275,7 +279,7 @@ def _scale_words(scale: dict[str, float | None]) -> str:
     if scale["nuclei_per_mm2"] is not None:
         words.append(f"{scale['nuclei_per_mm2']:.0f} per mm2")
     if scale["spacing_um"] is not None:
-        words.append(f"{scale['spacing_um']:.1f} um to the nearest other")
+        words.append(f"{scale['spacing_um']:.1f} um to the nearest neighbour")
     if scale["width_um"] is not None:
-        words.append(f"{scale['width_um']:.1f} um wide by their darkness")
-    return ", ".join(words) or "too few to judge the um/px by"
+        words.append(f"{scale['width_um']:.1f} um wide")
+    return ", ".join(words) or "too few to check the um/px"

@@ -1,11 +1,11 @@
-"""The work folder beside a ROI set in the making: one part for each slide, which appears whole or not at all.
+"""The work folder of ``prepare wsi:``, with one part per slide, each written whole or not at all.
 
-    OUT.parts/settings.json        what all parts were made with; others are refused
-    OUT.parts/SLIDE/               a small ROI set of the slide, and beside its files
-        part.json                  the slide's file as it was, its facts, what was dropped, or why it was skipped
+    OUT.parts/settings.json        settings of all parts; a run with other settings is refused
+    OUT.parts/SLIDE/               a small ROI set of the slide, and in addition
+        part.json                  state of the slide's file, facts, dropped squares, or why the slide was skipped
         tissue.geojson  thumbnail.jpg
 
-A run that was killed continues with the slides that have no part. Several machines may share the folder.
+After a kill, a run continues with the slides without a part. Several machines may share the folder.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from muse_fast.sources.cut import Cut, CutSettings, SlideFile, Survey, close_sli
 from muse_fast.sources.wsi import reason_of
 from muse_fast.version import __version__
 
-_SLIDES_UNDER_WAY = 8  # enough that surveys, each by one process, keep no process waiting
+_SLIDES_AT_ONCE = 8  # enough to keep all processes busy: the survey of a slide uses only one
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One slide's finished part.
+    """The finished part of one slide.
 
     Attributes:
-        facts: um per pixel, size, tissue area and the like; empty where the slide was skipped.
-        dropped: number of squares without a ROI, by reason.
-        refused: places ``x, y`` that were read but not kept, by reason.
+        facts: um per pixel, size, tissue area and so on; empty if the slide was skipped.
+        dropped: number of dropped squares, by reason.
+        refused: positions ``x, y`` of squares that were examined but not kept, by reason.
         skipped: why the slide cannot be used; "" if it can.
     """
 
@@ -62,12 +62,12 @@ class Parts:
     """The parts in one folder.
 
     Raises:
-        UserError: the folder's parts were made with other settings; names them.
+        UserError: the parts in the folder were made with other settings; lists the differences.
     """
 
     def __init__(self, folder: Path, settings: CutSettings, quality: int) -> None:
         self.folder, self.settings, self.quality = folder, settings, quality
-        self.rois_written = 0  # by this process, for its progress; several threads count, so it may miss some
+        self.rois_written = 0  # by this process, for the progress bar; approximate, as threads do not lock it
         cut_settings = {one.name: getattr(settings, one.name) for one in fields(CutSettings)}
         made_with = {"program": __version__, "quality": quality, **cut_settings}
         path = folder / "settings.json"
@@ -77,15 +77,15 @@ class Parts:
         if differing := [key for key in {**before, **made_with} if before.get(key) != made_with.get(key)]:
             changed = "; ".join(f"{key}={before.get(key)}, now {made_with.get(key)}" for key in differing)
             raise UserError(
-                f"{folder} holds parts made with other settings ({changed}); give the same settings to continue, "
-                "or remove that folder to start again"
+                f"{folder} contains parts made with other settings ({changed}); use the same settings to continue, "
+                "or remove that folder to start over"
             )
 
     def place(self, file: SlideFile) -> Path:
         return self.folder / file.name
 
     def find(self, file: SlideFile) -> Part | None:
-        """The part of a slide, if it is intact and the slide, its tissue and its nuclei have not changed since."""
+        """Return the part of a slide, if it is intact and the slide, its tissue and its nuclei are unchanged."""
         folder = self.place(file)
         try:
             content = _read_json(folder / "part.json")
@@ -98,7 +98,7 @@ class Parts:
             return None
 
     def write(self, file: SlideFile, pool: Pool) -> None:
-        """Cut one slide and write its part; for a slide that cannot be used the part says why."""
+        """Cut one slide and write its part. If the slide cannot be used, the part says why."""
         surveyed = pool.call(survey, file, self.settings)
         if isinstance(surveyed, UserError):
             self.skip(file, reason_of(surveyed, file.path))
@@ -133,7 +133,7 @@ class Parts:
 
     def _writer(self, file: SlideFile) -> RoiSetWriter:
         place = self.place(file)
-        if place.exists():  # of another state of the slide
+        if place.exists():  # outdated or damaged
             old = place.with_name(f".old-{place.name}")
             shutil.rmtree(old, ignore_errors=True)
             place.rename(old)
@@ -167,7 +167,7 @@ def _facts(file: SlideFile, surveyed: Survey) -> dict[str, Any]:
 
 
 def _inputs(file: SlideFile) -> dict[str, Any]:
-    """What a part depends on besides the settings: its files, by size and time of change, and what the tables say."""
+    """Return what a part depends on besides the settings: its files (size and modification time) and table entries."""
     stamps = {}
     for name in ("path", "tissue", "nuclei"):
         path: Path | None = getattr(file, name)
@@ -180,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove {path.parent} to start again") from error
+        raise UserError(f"{path} cannot be read ({error}); remove {path.parent} to start over") from error
     return dict(content)
 
 
@@ -190,14 +190,14 @@ def make_parts(
     workers: int,
     watch: Callable[[SlideFile | None], None] = lambda file: None,
 ) -> None:
-    """Write the parts that are not there yet, several slides at a time.
+    """Write the missing parts, several slides at a time.
 
     Args:
-        workers: processes; with 0 or 1 everything runs in this one.
-        watch: called with each slide that is done, including those done before, and about once a second with None.
+        workers: number of processes; with 0 or 1, everything runs in this one.
+        watch: called with each finished slide, including those finished before, and about once a second with None.
 
     Raises:
-        OSError: a part cannot be written, for example on a full disk. Parts that are done remain.
+        OSError: a part cannot be written, for example on a full disk. Finished parts remain.
     """
     left: deque[SlideFile] = deque()
     for file in files:
@@ -206,11 +206,11 @@ def make_parts(
         else:
             watch(file)
     while left:
-        # A process that dies, out of memory or by a crash inside a decoder, does not tell by which slide: each of those
-        # that were under way is tried again alone.
-        for file in _make_some(left, parts, workers, min(workers, _SLIDES_UNDER_WAY), watch):
+        # When a process dies, out of memory or by a crash in a decoder, the slide at fault is unknown: each slide in
+        # progress is tried again on its own.
+        for file in _make_some(left, parts, workers, min(workers, _SLIDES_AT_ONCE), watch):
             if _make_some(deque([file]), parts, workers, 1, watch):
-                parts.skip(file, "a process died while it was read: out of memory, or a crash inside the decoder")
+                parts.skip(file, "a process died while reading it: out of memory, or a crash in the decoder")
                 watch(file)
 
 
@@ -218,16 +218,16 @@ def _make_some(
     left: deque[SlideFile],
     parts: Parts,
     workers: int,
-    under_way: int,
+    at_once: int,
     watch: Callable[[SlideFile | None], None],
 ) -> Sequence[SlideFile]:
-    """Write parts until none is ``left`` or a process has died; returns the slides that were under way then."""
+    """Write parts until none are ``left`` or a process dies; return the slides that were in progress then."""
     lost: list[SlideFile] = []
     running: dict[Future[None], SlideFile] = {}
-    with Pool(workers) as pool, ThreadPoolExecutor(max(1, under_way)) as threads:
+    with Pool(workers) as pool, ThreadPoolExecutor(max(1, at_once)) as threads:
         try:
             while running or (left and not lost):
-                while left and not lost and len(running) < max(1, under_way):
+                while left and not lost and len(running) < max(1, at_once):
                     file = left.popleft()
                     running[threads.submit(parts.write, file, pool)] = file
                 done, _ = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
@@ -241,6 +241,6 @@ def _make_some(
                         watch(file)
                 watch(None)
         finally:
-            pool.stop()  # after an error or Ctrl-C no thread may wait any longer
+            pool.stop()  # after an error or Ctrl-C, release waiting threads
             close_slides()
     return lost

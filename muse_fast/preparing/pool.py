@@ -1,4 +1,4 @@
-"""Processes that several threads share, each of which wants its results in order."""
+"""A pool of processes shared by several threads, each of which gets its results in order."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ _Result = TypeVar("_Result")
 
 
 class Pool:
-    """Some processes, or none, and then everything runs where it is called.
+    """``workers`` processes; with 0 or 1, calls run in the calling thread.
 
-    At most two results per process wait at a time, however many threads ask for them.
+    At most two results per process are pending at a time, regardless of the number of threads.
     """
 
     def __init__(self, workers: int) -> None:
         # A fork would copy the locks of running threads.
-        self._executor = ProcessPoolExecutor(workers, get_context("spawn"), _prepare) if workers > 1 else None
+        self._executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) if workers > 1 else None
         self._room = threading.Semaphore(2 * workers)
         self._stopped = False
 
     def call(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """The result of one call.
+        """Call ``function`` in a process and return its result.
 
         Raises:
-            BrokenProcessPool: a process has died, of this call or of another.
+            BrokenProcessPool: a process has died, in this call or another.
         """
         return self._executor.submit(function, *arguments).result() if self._executor else function(*arguments)
 
     def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-        """Results in the order of the items. Errors as of ``call``."""
+        """Yield the results in the order of the items. Raises the same errors as ``call``."""
         if self._executor is None:
             for item in items:
                 if self._stopped:
                     raise CancelledError
                 yield function(item)
             return
-        waiting: deque[Future[_Result]] = deque()
+        pending: deque[Future[_Result]] = deque()
         try:
             for item in items:
-                # A caller with results waiting takes one of them instead of waiting for room, so none waits for ever.
-                while not self._room.acquire(blocking=not waiting):
-                    yield self._next(waiting)
+                # Without room, a caller with pending results takes one of them instead of waiting: no deadlock.
+                while not self._room.acquire(blocking=not pending):
+                    yield self._next(pending)
                 try:
-                    waiting.append(self._executor.submit(function, item))
+                    pending.append(self._executor.submit(function, item))
                 except BaseException:
                     self._room.release()
                     raise
-            while waiting:
-                yield self._next(waiting)
+            while pending:
+                yield self._next(pending)
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()
                 self._room.release()
 
-    def _next(self, waiting: deque[Future[_Result]]) -> _Result:
+    def _next(self, pending: deque[Future[_Result]]) -> _Result:
         self._room.release()
-        return waiting.popleft().result()
+        return pending.popleft().result()
 
     def stop(self) -> None:
-        """Drop what has not begun; its callers get an error."""
+        """Cancel calls that have not started; their callers get an error."""
         self._stopped = True
         if self._executor:
             self._executor.shutdown(wait=False, cancel_futures=True)
@@ -81,14 +81,14 @@ class Pool:
             self._executor.shutdown(cancel_futures=True)
 
 
-def _prepare() -> None:
-    """In a new process: leave Ctrl-C and Slurm's warning to the parent, and end when it does, even by kill -9."""
+def _start_worker() -> None:
+    """Set up a new process: leave Ctrl-C and Slurm's warning to the parent, and die with it, even by kill -9."""
     for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _die_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""What the user looks at after ``prepare wsi:``: a table of all slides, and a picture of each with tissue and ROIs."""
+"""The report of ``prepare wsi:``: a table of all slides, and a picture of each with tissue and ROIs."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Row:
     Attributes:
         status: "used", "skipped" or "excluded".
         reason: why it is not used.
-        dropped: number of squares without a ROI, by reason.
-        picture: path of its picture beside the report.
+        dropped: number of dropped squares, by reason.
+        picture: path of its picture, relative to the report.
     """
 
     file: Path
@@ -56,7 +56,7 @@ class Row:
     picture: str = ""
 
     def cells(self) -> dict[str, Any]:
-        """The values of a line, by column."""
+        """Return the values of the row, by column."""
         facts = ("mpp", "mpp_from", "tissue_mm2", "tissue_from", "nuclei_from")
         return {
             "slide": self.slide,
@@ -72,9 +72,9 @@ class Row:
 
 
 def row_of(chosen: Chosen) -> Row:
-    """The line of a slide that is used."""
+    """Return the row of a slide that is used."""
     part = chosen.part
-    dropped = part.dropped + Counter({NOT_SAMPLED: len(chosen.left_out)})
+    dropped = part.dropped + Counter({NOT_SAMPLED: len(chosen.not_sampled)})
     nuclei = int(part.rois.num_nuclei[chosen.ids].sum())
     picture = f"report/{part.file.name}.jpg"
     return Row(
@@ -108,7 +108,7 @@ def _page(rows: Sequence[Row], columns: Sequence[str], title: str) -> str:
         for name, colour in {**COLOURS, "outline of the tissue": COLOUR}.items()
     )
     head = "".join(f"<th>{html.escape(column.replace('_', ' '))}</th>" for column in ["picture", *columns])
-    lines = "\n".join(_line(row) for row in rows)
+    lines = "\n".join(_html_row(row) for row in rows)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -117,7 +117,7 @@ def _page(rows: Sequence[Row], columns: Sequence[str], title: str) -> str:
     )
 
 
-def _line(row: Row) -> str:
+def _html_row(row: Row) -> str:
     picture = f'<a href="{_url(row)}"><img loading="lazy" src="{_url(row)}" alt=""></a>' if row.picture else ""
     cells = "".join(
         f'<td class="number">{value:g}</td>' if isinstance(value, int | float) else f"<td>{html.escape(value)}</td>"
@@ -131,7 +131,7 @@ def _url(row: Row) -> str:
 
 
 def draw_slide(path: Path, chosen: Chosen) -> None:
-    """Write the thumbnail of a slide with the outlines of its tissue and the squares that were read."""
+    """Write the thumbnail of a slide with the outlines of its tissue and the squares that were examined."""
     part = chosen.part
     with Image.open(part.folder / "thumbnail.jpg") as opened:
         picture = opened.convert("RGB")
@@ -141,7 +141,7 @@ def draw_slide(path: Path, chosen: Chosen) -> None:
     places = {
         "unreadable": part.refused["unreadable"],
         "too few nuclei": part.refused["too few nuclei"],
-        NOT_SAMPLED: origin[chosen.left_out].tolist(),
+        NOT_SAMPLED: origin[chosen.not_sampled].tolist(),
         "in the set": origin[chosen.ids].tolist(),
     }
     for name, corners in places.items():

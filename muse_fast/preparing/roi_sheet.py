@@ -1,4 +1,4 @@
-"""A sheet of ROIs with their nuclei."""
+"""The contact sheet of a ROI set."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import Image
 
-from muse_fast.images.drawing import CAPTION, GAP, INK, PALETTE, Sheet, overlay
+from muse_fast.images.drawing import CAPTION, GAP, Sheet, legend, overlay
 from muse_fast.roiset.records import Roi
 from muse_fast.sources.base import SourceImage
 
@@ -20,22 +20,17 @@ def roi_sheet(
     cell: int = 480,
     radius: float = 3.0,
 ) -> None:
-    """ROIs with a dot on every nucleus, three a row, and the colour of each class.
+    """Draw ROIs with a dot on every nucleus, three per row, and a legend of the classes.
 
     Args:
-        cell: pixels of the longer side of a ROI.
-        radius: of the dots, pixels of the sheet.
+        cell: longer side of a ROI, in pixels of the sheet.
+        radius: of the dots, in pixels of the sheet.
     """
     columns, step = min(3, len(rois)), cell + GAP
-    font = ImageFont.load_default(14)
-    key_width = GAP + sum(36 + int(font.getlength(name)) for name in label_names)
+    key = legend(label_names)
     height = CAPTION + -(-len(rois) // columns) * (step + CAPTION) + GAP
-    sheet = Sheet(max(columns * step + GAP, key_width), height)
-    left = GAP
-    for label, name in enumerate(label_names):
-        sheet.draw.ellipse((left, 6, left + 12, 18), fill=PALETTE[label % len(PALETTE)], outline=INK)
-        sheet.text(left + 18, 3, name)
-        left += 36 + int(font.getlength(name))
+    sheet = Sheet(max(columns * step + GAP, key.width), height)
+    sheet.canvas.paste(key)
     for i, roi in enumerate(rois):
         picture = Image.fromarray(roi.decode() if isinstance(roi, Roi) else roi.image)
         scale = cell / max(picture.size)

@@ -1,9 +1,9 @@
-"""Whether the um per pixel of labelled images is plausible: how far apart their nuclei are, and how wide they look.
+"""Check whether the um per pixel of labelled images is plausible, by the distances and the width of their nuclei.
 
-A wrong scale does not show in training; it spoils it. Two measures do not depend on what the files claim. Nuclei of a
-tissue section lie about 8 um from their nearest neighbour. Around the centre of a nucleus the image darkens: the mean
-optical density in red over circles of growing radius falls to half of its height at about 2.5 um, which takes some
-hundred nuclei of any class to measure (BRCA-M2C: 8.1 um apart, 5.3 um wide). Either is off by what the scale is off.
+A wrong scale spoils training without a visible sign. Two measures reveal it. Nuclei in a tissue section lie about 8 um
+from their nearest neighbour. And the image is darker at nuclei: averaged over some hundred nuclei of any class, the
+optical density of red falls to half of its height about 2.5 um from the centre (BRCA-M2C: 8.1 um apart, 5.3 um wide).
+Both measures are wrong by the same factor as the scale.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from muse_fast.sources.base import SourceImage
 
 WIDTH_UM = (3.5, 9.0)
-SPACING_UM = (4.0, 30.0)  # wide: a few classes alone may be annotated
+SPACING_UM = (4.0, 30.0)  # a wide range, because only some classes may be annotated
 TYPICAL_WIDTH_UM = 5.0
 MAX_PER_MM2 = 20_000
-MIN_CONTRAST = 0.03  # optical density of nuclei over what is around them
-MIN_NUCLEI = 30  # too few for a meaningful mean below that
+MIN_CONTRAST = 0.03  # optical density of nuclei minus that of their surroundings
+MIN_NUCLEI = 30  # fewer are too few for a meaningful mean
 
 _REACH_UM = 10.0
 _BIN_UM = 0.5
@@ -26,7 +26,7 @@ _PER_IMAGE = 256
 
 
 class ScaleCheck:
-    """Collects both measures over images, one at a time."""
+    """Accumulates both measures over images."""
 
     def __init__(self) -> None:
         self._spacing: list[NDArray[np.float64]] = []
@@ -67,7 +67,7 @@ class ScaleCheck:
         self._measured += len(x)
 
     def summary(self) -> dict[str, float | None]:
-        """Nuclei per mm2, median distance to the nearest neighbour in um, width in um and contrast; None: too few."""
+        """Return nuclei per mm2, median distance to the nearest neighbour, width (um) and contrast; None: too few."""
         spacing = np.concatenate(self._spacing) if self._spacing else np.zeros(0)
         width, contrast = self._width() if self._measured >= MIN_NUCLEI else (None, None)
         return {
@@ -78,7 +78,7 @@ class ScaleCheck:
         }
 
     def _width(self) -> tuple[float | None, float]:
-        """Full width at half height of the mean density around a nucleus, and the height."""
+        """Return the full width at half height of the mean density around a nucleus, and the height."""
         filled = self._density[1] > 0
         radius = np.arange(len(filled))[filled] * _BIN_UM
         density = self._density[0][filled] / self._density[1][filled]
@@ -92,7 +92,7 @@ class ScaleCheck:
         return round(float(2 * (radius[i - 1] + part * (radius[i] - radius[i - 1]))), 2), contrast
 
     def warnings(self) -> list[str]:
-        """What is not plausible, in words."""
+        """Describe the values that are not plausible."""
         found = self.summary()
         mpp = float(np.median(self._mpp)) if self._mpp else 0.0
         said = []

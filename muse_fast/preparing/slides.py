@@ -1,6 +1,7 @@
-"""``prepare wsi:PATH``: parts of all slides, then the ROI set and its report from the parts.
+"""``prepare wsi:PATH``: write the parts of all slides, then the ROI set and its report from the parts.
 
-Run again after a kill, it continues. Many processes and machines may write parts; whoever finds all of them assembles.
+After a kill, the same command continues. Several processes and machines may write parts; a run without ``--task``
+writes the missing ones and assembles the set.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ def prepare_slides(
     keep_parts: bool = False,
     share: tuple[int, int] | None = None,
 ) -> int:
-    """Write the ROI set of some slides; returns the exit code.
+    """Write the ROI set of some slides; return the exit code.
 
     Args:
-        keep_parts: do not remove the work folder ``OUT.parts``.
-        share: (i, n): only write the parts of every n-th slide from the i-th on; a later call assembles.
+        keep_parts: keep the work folder ``OUT.parts``.
+        share: (i, n): only write the parts of every n-th slide, starting with the i-th; a later call assembles.
 
     Raises:
-        UserError: no slide can be used, none yields a ROI, or ``out`` exists.
+        UserError: no slide can be used, no slide yields a ROI, or ``out`` exists.
     """
     if out.exists():
-        raise UserError(f"{out} exists already; remove it or choose another place")
+        raise UserError(f"{out} exists already; remove it or choose another folder")
     started = time.monotonic()
     files = source.usable(source.files if share is None else _share(source.files, *share))
-    _print_left_out(source)
+    _print_unused(source)
     if share is None and not files:
         raise UserError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
     parts = Parts(parts_folder(out), source.options, quality)
@@ -56,7 +57,7 @@ def prepare_slides(
     found = [_found(parts, file) for file in files]
     try:
         summary = _assemble(source, found, out, provenance, quality)
-    except _NoRoiError:  # only other settings help, which cannot use these parts
+    except _NoRoiError:  # other settings are needed, and they cannot reuse these parts
         if not keep_parts:
             shutil.rmtree(parts.folder)
         raise
@@ -71,7 +72,7 @@ def prepare_slides(
 
 
 class _NoRoiError(UserError):
-    """All slides are done, and none has a ROI."""
+    """All slides are done, but none has a ROI."""
 
 
 def parts_folder(out: Path) -> Path:
@@ -79,11 +80,11 @@ def parts_folder(out: Path) -> Path:
 
 
 def _share(files: Sequence[SlideFile], task: int, tasks: int) -> list[SlideFile]:
-    """Every ``tasks``-th slide by falling size, so that all shares are of similar size."""
+    """Return every ``tasks``-th slide in descending order of size, so that all shares are of similar size."""
     return sorted(files, key=lambda file: (-file.path.stat().st_size, file.path))[task::tasks]
 
 
-def _print_left_out(source: Slides) -> None:
+def _print_unused(source: Slides) -> None:
     for name, reasons in (("cannot be used", source.refused), ("are excluded", source.excluded)):
         if reasons:
             print(f"{len(reasons)} of {source.found} slides {name}:\n{listed(reasons)}", flush=True)
@@ -104,28 +105,28 @@ def _make_parts(files: Sequence[SlideFile], parts: Parts, workers: int) -> None:
 def _found(parts: Parts, file: SlideFile) -> Part:
     part = parts.find(file)
     if part is None:
-        raise UserError(f"{file.path} changed while it was read; run the same command again")
+        raise UserError(f"{file.path} changed while it was being read; run the same command again")
     return part
 
 
 def _assemble(
     source: Slides, parts: Sequence[Part], out: Path, provenance: dict[str, Any], quality: int
 ) -> dict[str, Any]:
-    """Write the set from the parts; returns its summary."""
+    """Write the set from the parts; return its summary."""
     source.refused |= {part.file.path: part.skipped for part in parts if part.skipped}
     chosen = choose(parts, source.options)
-    left_out = [Row(path, path.stem, "skipped", reason) for path, reason in source.refused.items()]
-    left_out += [Row(path, path.stem, "excluded", reason) for path, reason in source.excluded.items()]
+    unused = [Row(path, path.stem, "skipped", reason) for path, reason in source.refused.items()]
+    unused += [Row(path, path.stem, "excluded", reason) for path, reason in source.excluded.items()]
     used = [row_of(slide) for slide in chosen if not slide.part.skipped]
     dropped = sum((row.dropped for row in used), Counter[str]())
     total = sum(row.rois for row in used)
     if not used:
         raise _NoRoiError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
     if not total:
-        raise _NoRoiError(f"{provenance['source']} gave no ROI; left out: {counted(dropped)}")
+        raise _NoRoiError(f"{provenance['source']} yielded no ROIs; skipped: {counted(dropped)}")
 
     def finish(folder: Path) -> dict[str, Any]:
-        rows = sorted([*used, *left_out], key=lambda row: row.file)
+        rows = sorted([*used, *unused], key=lambda row: row.file)
         write_report(folder, rows, provenance["source"])
         _write_pictures(folder, [slide for slide in chosen if not slide.part.skipped])
         return {
@@ -141,7 +142,7 @@ def _assemble(
 
 
 def _write_pictures(folder: Path, chosen: Sequence[Chosen]) -> None:
-    """Pictures for the report, and the outlines of the tissue, which `tissue=OUT/tissue` takes back."""
+    """Write the pictures of the report, and the outlines of the tissue, which ``tissue=OUT/tissue`` can read."""
     for name in ("report", "tissue"):
         (folder / name).mkdir()
     for slide in chosen:
@@ -151,7 +152,7 @@ def _write_pictures(folder: Path, chosen: Sequence[Chosen]) -> None:
 
 
 def _rois_per_group(rows: Sequence[Row]) -> dict[str, int]:
-    """Empty where there are no groups."""
+    """Count the ROIs per group; empty without groups."""
     counts = Counter[str]()
     for row in rows:
         counts[row.group] += row.rois

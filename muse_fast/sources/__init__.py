@@ -1,7 +1,7 @@
 """Where ROIs come from: public datasets, folders of images with points, procedural images, whole slides.
 
-A source yields one ``SourceImage`` at a time and never holds more than one. ``open_source("brcam2c:DIR")`` opens it.
-Each dataset has its file here; what several need is in ``muse_fast.images``: tables, geojson, instances.
+``open_source("brcam2c:DIR")`` opens a source, which yields one ``SourceImage`` at a time and keeps none in memory. Each
+dataset has a file here; what several of them need is in ``muse_fast.images``: tables, geojson, instances.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Dataset", "Source", "SourceImage", "open_source", "source_kinds"]
 
 
 def source_kinds() -> dict[str, type[Source]]:
-    """The sources by their kind, those whose layouts ask for more before those that ask for less."""
+    """The classes of sources by kind, those with specific layouts first: `inspect` uses the first match."""
     from muse_fast.sources.brcam2c import BrcaM2C
     from muse_fast.sources.cellvit import CellViT
     from muse_fast.sources.consep import CoNSeP
@@ -36,10 +36,10 @@ def source_kinds() -> dict[str, type[Source]]:
 
 
 def open_source(spec: str, **options: Any) -> Source:
-    """Open ``KIND:TARGET`` with options of its class's ``Options``, as text (``"0.5"``) or values.
+    """Open ``KIND:TARGET``. The options are those of the source's ``Options``, as text (``"0.5"``) or values.
 
     Raises:
-        UserError: unknown kind or option (with the nearest known name), or the target cannot be read.
+        UserError: the kind or an option is unknown (names the nearest known one), or the target cannot be read.
     """
     kinds = source_kinds()
     kind, _, target = spec.partition(":")

@@ -1,4 +1,4 @@
-"""What every source of ROIs shares: the images it yields, and the list of them that most know beforehand."""
+"""The base classes of all sources of ROIs, and helpers for reading folders of images."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from muse_fast.runtime.options import Config, setting
 
 SPLITS = ("train", "val", "test")
 Field: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
-_MAX_OUTSIDE = 0.1  # share of outlines whose centre may lie beyond the image they were drawn on
+_MAX_OUTSIDE = 0.1  # largest share of outlines whose centre may lie outside their image
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The tissue around an annotated image: a larger image without annotation, read only when it is needed.
+    """The tissue around an annotated image: a larger image without annotations, read only when needed.
 
     Attributes:
-        path: of the larger image.
-        box: left, top, right and bottom of the annotated image in pixels of the larger one, of level 0 where that is a
-            slide; fractions too.
-        is_slide: the larger image is a slide; only the part that is needed is read.
+        path: the larger image.
+        box: left, top, right and bottom of the annotated image, in pixels of the larger one (level 0 of a slide); may
+            be fractional.
+        is_slide: the larger image is a slide, of which only the required part is read.
     """
 
     path: Path
@@ -42,17 +42,17 @@ class Context:
     is_slide: bool = False
 
     def read(self, choose: Callable[[int, int], tuple[Field, tuple[int, int]]]) -> NDArray[np.uint8]:
-        """Pixels of the larger image, ``[h, w, 3]`` RGB.
+        """Return a resized part of the larger image, ``[h, w, 3]`` RGB.
 
         Args:
-            choose: width and height of the larger image -> left, top, right and bottom of what is to be read, and the
-                width and height to resize it to.
+            choose: maps the width and height of the larger image to the part to read (left, top, right, bottom) and
+                the width and height to resize it to.
 
         Raises:
             UserError: the image or slide is damaged, or does not contain ``box``.
         """
         if self.is_slide:
-            with closing(open_slide(self.path, mpp=1.0)) as slide:  # scales follow from the box alone
+            with closing(open_slide(self.path, mpp=1.0)) as slide:  # the mpp is not used: scales follow from the box
                 self._check(slide.width, slide.height)
                 return slide.resized(*choose(slide.width, slide.height))
         larger = read_image(self.path)
@@ -70,53 +70,53 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """One image and its nuclei, as a source yields it."""
+    """One image of a source and its nuclei."""
 
     name: str
     slide: str
-    split: str  # "" where the source knows no split
+    split: str  # "" if the source has no splits
     image: NDArray[np.uint8]  # [H, W, 3] RGB
     mpp: float  # um per pixel
     xy: NDArray[np.float32]  # [n, 2] pixels of the image
-    label: NDArray[np.int16] | None  # [n], position in the source's label_names, -1 unknown
+    label: NDArray[np.int16] | None  # [n], index into the source's label_names, -1 unknown
     score: NDArray[np.float32] | None  # [n]
     origin: tuple[int, int] = (0, 0)  # x, y of the top-left corner in level-0 pixels of the slide
     context: Context | None = None
 
 
 class Source(ABC):
-    """An iterable of ``SourceImage``. Sources that know their length beforehand have ``len()``.
+    """An iterable of ``SourceImage``, with ``len()`` if the length is known before reading.
 
-    A source's own ``Options`` is all that an option needs: ``key=value``, its check and its messages follow from it.
+    To add an option, add a field to the source's ``Options``, from which parsing, checks and messages follow.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Config):
-        """None, unless the source has its own."""
+        """No options; a source with options overrides this class."""
 
     kind: ClassVar[str]
-    title: ClassVar[str] = ""  # what a person calls it
-    layouts: ClassVar[tuple[tuple[str, ...], ...]] = ()  # each: patterns that all match something in such a folder
+    title: ClassVar[str] = ""  # shown to the user
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = ()  # alternatives: all patterns of one match something
     label_names: tuple[str, ...] = ()
 
     def __init__(self, target: str, options: Options) -> None:
         """
         Args:
-            target: what follows ``KIND:``, mostly a folder.
+            target: the text after ``KIND:``, usually a folder.
         """
-        self.dropped: Counter[str] = Counter()  # what was skipped so far, by reason
+        self.dropped: Counter[str] = Counter()  # number of items skipped so far, by reason
 
     @abstractmethod
     def __iter__(self) -> Iterator[SourceImage]: ...
 
     def slides(self) -> Iterator[tuple[str, str]]:
-        """Slide and split of every image; sources that need not read images for it do not."""
+        """Yield slide and split of every image, without reading the images if the source can."""
         yield from ((item.slide, item.split) for item in self)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image of a data set that has not been read yet."""
+    """One image of a dataset, before it is read."""
 
     name: str
     slide: str
@@ -125,12 +125,12 @@ class Entry:
     labels: Path
     mpp: float
     origin: tuple[int, int] = (0, 0)
-    row: int = 0  # of this image in a file that holds many
+    row: int = 0  # index of the image in a file with many images
     context: Context | None = None
 
 
 class Dataset(Source):
-    """A source that lists its images, in ``entries``, before it reads the first."""
+    """A source that lists all its images in ``entries`` before reading the first."""
 
     entries: list[Entry]
 
@@ -150,7 +150,7 @@ class Dataset(Source):
         return ((entry.slide, entry.split) for entry in self.entries)
 
     def read(self, entry: Entry) -> SourceImage:
-        """Pixels and nuclei of one entry.
+        """Read the pixels and nuclei of one entry.
 
         Raises:
             UserError: a file is missing, damaged or has the wrong content; names the file and the place in it.
@@ -176,15 +176,15 @@ class Dataset(Source):
 
     @abstractmethod
     def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
-        """Nuclei of an image of ``width`` x ``height`` px, all inside it."""
+        """Read the nuclei of an image of ``width`` x ``height`` px; all must lie inside it."""
 
     def _inside(self, nuclei: Points, width: int, height: int, path: Path) -> Points:
-        """Drop the nuclei whose centre lies outside the image: outlines may cross its border.
+        """Drop nuclei whose centre lies outside the image: outlines may cross its border.
 
         Raises:
-            UserError: there are too many of them; the coordinates must be those of something else.
+            UserError: too many lie outside, so the coordinates must belong to something else.
         """
-        # As float32, in which they will be kept: rounding must not put one onto the border, where it is outside.
+        # Test the float32 values that are stored: rounding may put a centre on the border, which counts as outside.
         xy = nuclei.xy.astype(np.float32)
         inside = np.all((xy >= 0) & (xy < (width, height)), axis=1)
         outside = len(xy) - int(inside.sum())
@@ -210,10 +210,10 @@ _Image = TypeVar("_Image", bound=_HasNuclei)
 def read_splits(
     source: Source, splits: Sequence[str], make: Callable[[SourceImage], _Image]
 ) -> dict[str, list[_Image]]:
-    """What ``make`` makes of the images of each of ``splits``, held in memory; "" stands for all images.
+    """Read the images of each of ``splits``, convert them with ``make`` and keep the results; "" means all images.
 
     Raises:
-        UserError: a split has no image, or no nucleus; or what ``make`` raises.
+        UserError: a split has no images or no nuclei, or ``make`` raises it.
     """
     found: dict[str, list[_Image]] = {split: [] for split in splits}
     seen: Counter[str] = Counter()
@@ -224,49 +224,51 @@ def read_splits(
             image = make(item)
             for split in wanted:
                 found[split].append(image)
-    held = ", ".join(f"{count} in {split or 'no split'}" for split, count in sorted(seen.items()))
+    counts = ", ".join(f"{count} in {split or 'no split'}" for split, count in sorted(seen.items()))
     for split, images in found.items():
         if not images:
-            raise UserError(f"no image in the split {split!r}; the source has {held or 'no image at all'}")
+            raise UserError(f"no image in the split {split!r}; the source has {counts or 'no images'}")
         if not any(len(image.xy) for image in images):
-            raise UserError(f"the {len(images)} images of the split {split!r} contain no nucleus")
+            raise UserError(f"the {len(images)} images of the split {split!r} contain no nuclei")
     return found
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files of a folder by name, without the hidden ones that zip files of macOS bring along.
+    """List the image files of a folder by name, without the hidden files that zip files from macOS contain.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder contains no images.
     """
     found = folder.iterdir() if folder.is_dir() else ()
     images = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
     if not images:
-        raise UserError(f"{folder} contains no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{folder} contains no images ({', '.join(IMAGE_SUFFIXES)})")
     return images
 
 
 def pair_files(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Images of one folder, each with the file ``STEM`` + ``suffix`` of another.
+    """Pair each image of one folder with the file ``STEM`` + ``suffix`` of another folder.
 
     Raises:
-        UserError: one of the two is missing.
+        UserError: a file has no partner.
     """
     pairs = [(path, labels / f"{path.stem}{suffix}") for path in list_images(images)]
     found = {path.name for path in labels.glob(f"*{suffix}") if path.name[0] != "."}
     for image, label in pairs:
         if label.name not in found:
-            raise UserError(f"{label} is missing; each image of {images}, such as {image.name}, needs one")
+            raise UserError(f"{label} is missing, the labels of {image}")
     if extra := sorted(found - {label.name for _, label in pairs}):
-        raise UserError(f"{labels / extra[0]}: there is no image of that name in {images}")
+        raise UserError(f"{labels / extra[0]}: {images} has no image of that name")
     return pairs
 
 
-def described(image: Path, table: Mapping[str, MppRow], mpp: float | None) -> MppRow:
-    """The image's row of ``mpp.csv``; where it has none or names no slide, the image is a slide of its own.
+def find_mpp(image: Path, table: Mapping[str, MppRow], mpp: float | None) -> MppRow:
+    """Return um per pixel, slide and split of an image: its row of ``mpp.csv``, or else ``mpp`` and no split.
+
+    Without a slide in its row, the image counts as a slide of its own.
 
     Raises:
-        UserError: neither a row nor ``mpp`` gives the um per pixel.
+        UserError: neither the table nor ``mpp`` gives the um per pixel.
     """
     row = table.get(image.name)
     known = row.mpp if row else mpp
@@ -276,21 +278,21 @@ def described(image: Path, table: Mapping[str, MppRow], mpp: float | None) -> Mp
 
 
 def put_in_split(split_of: dict[str, str], name: str, split: str, where: str) -> None:
-    """Note that the list at ``where`` puts ``name`` into ``split``.
+    """Record in ``split_of`` that the list at ``where`` puts ``name`` into ``split``.
 
     Raises:
-        UserError: a list has put it into a split before.
+        UserError: ``name`` is in a split already.
     """
     if name in split_of:
         raise UserError(f"{where}: {name} is also listed in the split {split_of[name]}")
     split_of[name] = split
 
 
-def need_file(path: Path, hint: str) -> Path:
-    """``path``, if there is such a file.
+def require_file(path: Path, hint: str) -> Path:
+    """Return ``path``.
 
     Raises:
-        UserError: there is none; ``hint`` says what was expected.
+        UserError: it is not a file; ``hint`` says what was expected.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; {hint}")
@@ -298,21 +300,21 @@ def need_file(path: Path, hint: str) -> Path:
 
 
 def mpp_setting(default: float | None = None) -> Any:
-    """The field ``mpp`` of a source's options, um per pixel."""
+    """Declare the option ``mpp`` of a source, um per pixel."""
     low, high = MPP_RANGE
     return setting(default, ge=low, le=high)
 
 
 def split_names(kind: str, text: str, parts: Sequence[str]) -> dict[str, str]:
-    """The split of each of ``parts``, from one name per part such as ``train,val,test``.
+    """Assign a split to each of ``parts``, from one name per part such as ``train,val,test``.
 
     Raises:
-        UserError: not one name for each part.
+        UserError: the number of names differs from the number of parts.
     """
     names = text.split(",")
     if len(names) != len(parts) or not all(names):
         raise UserError(
-            f"{kind}: splits={text} names {len(names)}, expected one for each of {', '.join(parts)}, "
+            f"{kind}: splits={text} has {len(names)} names, expected one for each of {', '.join(parts)}, "
             f"such as splits={','.join((*SPLITS, *'abcdefgh')[: len(parts)])}"
         )
     return dict(zip(parts, names, strict=True))

@@ -11,20 +11,20 @@ import numpy as np
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
 from muse_fast.images.slide import find_slides
-from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, need_file, put_in_split
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, put_in_split, require_file
 
 
 class BrcaM2C(Dataset):
-    """BRCA-M2C: breast patches of TCGA at 0.5 um per pixel with three classes of nuclei.
+    """BRCA-M2C: breast patches from TCGA at 0.5 um per pixel with three classes of nuclei.
 
     An image is called ``{slide}_{x}_{y}_{w}_{h}_{4 * mpp of the slide}.png`` with x, y, w, h in level-0 pixels; its
-    labels are rows ``y x class``. The images were resampled to 0.5 um per pixel whatever the slide had.
+    labels are rows ``y x class``. All images were resampled to 0.5 um per pixel.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Dataset.Options):
         slides: str = ""
-        """Folder with slides of TCGA, which hold the tissue around the images; an image whose slide is missing there
+        """Folder with slides of TCGA, from which the tissue around the images is read; an image whose slide is missing
         has no context."""
 
     kind = "brcam2c"
@@ -44,7 +44,7 @@ class BrcaM2C(Dataset):
         split_of: dict[str, str] = {}
         for split in SPLITS:
             listing = self.folder / f"brca_ds_{split}.txt"
-            need_file(listing, "expected the folder of BRCA-M2C with images/ and labels/")
+            require_file(listing, "expected the folder of BRCA-M2C with images/ and labels/")
             for row, name in enumerate(listing.read_text("utf-8-sig", "replace").split(), start=1):
                 put_in_split(split_of, name, split, f"{listing}, row {row}")
         return split_of
@@ -61,7 +61,7 @@ class BrcaM2C(Dataset):
         return Entry(name, parts["slide"], split, image, labels, self.MPP, (x, y), context=context)
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
-        path = need_file(entry.labels, "an image without nuclei needs an empty file")
+        path = require_file(entry.labels, "an image without nuclei needs an empty file")
         rows = []
         for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), start=1):
             values = line.split()

@@ -1,4 +1,4 @@
-"""The layout in which CellViT++ takes detection datasets."""
+"""The layout of detection datasets for CellViT++."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_bare_points
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Dataset, Entry, mpp_setting, need_file, pair_files, put_in_split
+from muse_fast.sources.base import Dataset, Entry, mpp_setting, pair_files, put_in_split, require_file
 
 
 class CellViT(Dataset):
     """CellViT++'s layout: ``{train,test}/{images/*.png,labels/*.csv}``, rows ``x,y,label`` counted from 0.
 
-    ``label_map.yaml`` names the labels. ``splits/fold_K/{train,val}.csv`` list stems of the train images, one a line;
-    without them all are train.
+    ``label_map.yaml`` names the labels. ``splits/fold_K/{train,val}.csv`` list stems of the train images, one per line;
+    without them, all are in the split train.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class CellViT(Dataset):
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
-        self.label_names = self._read_label_map(need_file(self.folder / "label_map.yaml", f"expected {self.title}"))
+        self.label_names = self._read_label_map(require_file(self.folder / "label_map.yaml", f"expected {self.title}"))
         if options.mpp is None:
             raise UserError(f"{self.folder}: the layout does not state um per pixel; give mpp=NUMBER")
         self.entries = []
@@ -57,7 +57,7 @@ class CellViT(Dataset):
 
         try:
             content = OmegaConf.to_container(OmegaConf.load(path))
-        except Exception as error:  # what PyYAML and OmegaConf raise has no base in common
+        except Exception as error:  # PyYAML's and OmegaConf's errors have no common base
             raise UserError(f"{path}: not readable as YAML ({error})") from error
         if isinstance(content, Mapping) and isinstance(content.get("labels"), Mapping):
             content = content["labels"]
@@ -68,14 +68,16 @@ class CellViT(Dataset):
         return tuple(names[key] for key in wanted)
 
     def _read_fold(self, fold: int, stems: set[str]) -> dict[str, str]:
-        """Split of every train image that the fold lists; empty where there are no folds."""
+        """Return the split of every train image listed in the fold; empty if there are no folds."""
         folds = self.folder / "splits"
         if not folds.is_dir():
             return {}
         split_of: dict[str, str] = {}
         for split in ("train", "val"):
             known = ", ".join(sorted(path.name for path in folds.iterdir())) or "nothing"
-            path = need_file(folds / f"fold_{fold}" / f"{split}.csv", f"{folds} holds {known}; choose with fold=K")
+            path = require_file(
+                folds / f"fold_{fold}" / f"{split}.csv", f"{folds} contains {known}; choose with fold=K"
+            )
             for row, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
                 stem = line.strip().rstrip(",").removesuffix(".png")
                 if not stem:

@@ -21,12 +21,12 @@ class CoNSeP(Dataset):
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Dataset.Options):
         merge: str = setting("yes", choices=("yes", "no"))
-        """``yes`` merges healthy with malignant epithelium (types 3, 4) and fibroblasts, muscle and endothelium (5, 6,
-        7), as HoVer-Net's evaluation does; ``no`` keeps the seven types."""
+        """``yes`` merges healthy with malignant epithelium (types 3, 4), and fibroblasts, muscle and endothelium (5, 6,
+        7), as in HoVer-Net's evaluation; ``no`` keeps all seven types."""
         val: int = setting(0, ge=0, le=26)
-        """Number of images of Train, spread evenly over it, that become the split val."""
+        """Number of images of Train, evenly spread, that form the split val."""
         mpp: float = mpp_setting(0.25)
-        """Um per pixel; the nominal value of 40x."""
+        """Um per pixel; nominally 0.25 at 40x."""
 
     kind = "consep"
     title = "the folder of CoNSeP with Train/ and Test/"
@@ -35,7 +35,7 @@ class CoNSeP(Dataset):
         "other", "inflammatory", "healthy_epithelial", "malignant_epithelial", "fibroblast", "muscle", "endothelial",
     )  # fmt: skip
     MERGED = ("other", "inflammatory", "epithelial", "spindle")
-    _MERGE = np.array([-1, 0, 1, 2, 2, 3, 3, 3], np.int16)  # by type; a nucleus without one is unknown
+    _MERGE = np.array([-1, 0, 1, 2, 2, 3, 3, 3], np.int16)  # by type; a nucleus of type 0 is unknown
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)

@@ -1,7 +1,6 @@
-"""From one slide to its ROIs: a survey finds the squares with tissue, each square is then read and its nuclei found.
+"""From one slide to its ROIs: a survey finds the squares with tissue, then each square is read and its nuclei detected.
 
-Both are plain functions of what they are given, so that they run in any process, and ROIs come out the same whatever
-the number of processes.
+Both steps are pure functions and can run in any process, so the ROIs do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -29,33 +28,33 @@ from muse_fast.runtime.options import setting
 from muse_fast.sources.base import Source
 
 THUMBNAIL_SIDE = 1024
-_HANDLES = 8  # open slides per process; several slides are under way at a time
+_HANDLES = 8  # open slides per process; several slides are processed at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CutSettings(Source.Options):
-    """The options of ``wsi:`` that decide the ROIs of a slide."""
+    """The options of ``wsi:`` on which the ROIs of a slide depend."""
 
     roi_um: float = setting(512.0, ge=16, le=4096)
     """Side of a ROI in um."""
     min_tissue: float = setting(0.5, ge=0, le=1)
-    """Lowest share of tissue in a ROI."""
+    """Minimum share of tissue in a ROI."""
     min_nuclei: int = setting(20, ge=0, le=1_000_000)
-    """Fewest nuclei of a ROI."""
+    """Minimum number of nuclei in a ROI."""
     labels: str = ""
-    """The names of the classes of the user's nuclei, separated by commas."""
+    """Names of the classes of the user's nuclei, separated by commas."""
     multi: str = setting("one", choices=("one", "each"))
-    """In the user's GeoJSON a MultiPolygon is ``one`` nucleus, or ``each`` part of it is, as CellViT writes them."""
+    """In the user's GeoJSON, a MultiPolygon is ``one`` nucleus, or ``each`` part is one, as written by CellViT."""
     detector: str = "default"
-    """Of nuclei: ``default``, ``classical``, ``resnet18`` or a .safetensors file."""
+    """Detector of nuclei: ``default``, ``classical``, ``resnet18`` or a .safetensors file."""
     threshold: float | None = setting(None, ge=0, le=1)
-    """Of the detector, in place of its own."""
+    """Threshold of the detector, instead of its default."""
     per_slide: int | None = setting(None, ge=1, le=1_000_000)
-    """Most ROIs of a slide, drawn at random."""
+    """Maximum number of ROIs per slide, drawn at random."""
     seed: int = setting(0, ge=0, le=2**31)
-    """Of the draws of ``per_slide``, ``per_group`` and ``max_rois``."""
+    """Seed of the draws for ``per_slide``, ``per_group`` and ``max_rois``."""
     max_unreadable_rois: int = setting(20, ge=0, le=1_000_000)
-    """ROIs of a slide that cannot be read; with more, the slide is skipped."""
+    """A slide with more ROIs that cannot be read is skipped."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -64,11 +63,11 @@ class CutSettings(Source.Options):
 
 @dataclass(frozen=True, slots=True)
 class SlideFile:
-    """A slide and what is known of it before it is opened.
+    """A slide file and the settings, tables and files that apply to it, known before it is opened.
 
     Attributes:
-        name: the file's stem, by which what goes with the slide is found; ``slide`` is its name in the set.
-        mpp: um per pixel of level 0; None: the header's.
+        name: the file's stem, which masks and nuclei are named after; ``slide`` is the slide's name in the set.
+        mpp: um per pixel of level 0; None: read it from the header.
     """
 
     path: Path
@@ -84,7 +83,7 @@ class SlideFile:
 
 @dataclass(frozen=True, slots=True)
 class Square:
-    """A place for a ROI, in level-0 pixels; its nuclei where the user has given them."""
+    """A candidate for a ROI, in level-0 pixels, with its nuclei if they come from the user's file."""
 
     path: Path
     mpp: float
@@ -96,12 +95,11 @@ class Square:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a slide offers.
+    """The squares with tissue of a slide.
 
     Attributes:
-        squares: in the order in which they are to be examined.
-        dropped: number of squares that are out already, and of objects in the user's file that are not nuclei, by
-            reason.
+        squares: in the order in which they are examined.
+        dropped: number of squares dropped so far, and of objects in the user's file that are not nuclei, by reason.
         tissue: ``[h, w]`` bool, the mask with pixels of ``MASK_UM``.
         thumbnail: ``[h, w, 3]`` uint8 RGB, at most ``THUMBNAIL_SIDE`` a side.
     """
@@ -118,19 +116,19 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A square's pixels ``[side, side, 3]``, or the JPEG made of them, and its nuclei."""
+    """The pixels of a square, ``[side, side, 3]`` or as JPEG, and its nuclei."""
 
     image: NDArray[np.uint8] | bytes
     nuclei: Points
 
 
 Examine = Callable[[Square], Found | UserError]
-# As ``map``, which is one; ``pool.Pool.map`` shares the work out.
+# ``map``, or ``Pool.map``, which distributes the work over processes.
 OrderedMap = Callable[[Examine, Iterable[Square]], Iterable[Found | UserError]]
 
 
 def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
-    """Find tissue and squares of a slide; an error is returned, so that it reaches other processes as it is."""
+    """Find the tissue and squares of a slide. Errors are returned, so that they reach other processes unchanged."""
     try:
         slide = open_slide(file.path, file.mpp)
         try:
@@ -172,7 +170,7 @@ def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
 
 
 def _thumbnail(slide: Slide, overview: NDArray[np.uint8], max_unreadable_px: int) -> NDArray[np.uint8]:
-    """The overview reduced, or a finer one of a small slide."""
+    """Reduce the overview, or read a finer one of a small slide."""
     if max(overview.shape) < THUMBNAIL_SIDE:
         um = max(slide.width, slide.height) * slide.mpp / THUMBNAIL_SIDE
         overview = slide.thumbnail(max(slide.mpp, um), max_unreadable_px)
@@ -182,36 +180,36 @@ def _thumbnail(slide: Slide, overview: NDArray[np.uint8], max_unreadable_px: int
 
 
 def _share(mask: NDArray[np.bool_], square: Square) -> float:
-    """Share of tissue in a square."""
+    """Return the share of tissue in a square."""
     corners = (square.x, square.y, square.x + square.side, square.y + square.side)
     left, top, right, bottom = (round(value * square.mpp / MASK_UM) for value in corners)
     return float(mask[top : max(bottom, top + 1), left : max(right, left + 1)].mean())
 
 
 def priorities(seed: int, name: str, origins: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """A number drawn for each place of a slide; the lowest are taken first, here and over all slides.
+    """Draw a number for each square of a slide. Sampling within and over slides takes the lowest numbers.
 
-    It depends on the seed, the slide's name and the place alone.
+    The numbers depend only on the seed, the slide's name and the square's position.
     """
     texts = (f"{seed}/{name}/{x}/{y}".encode() for x, y in origins.tolist())
     digests = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") for text in texts]
     return np.array(digests, np.uint64)
 
 
-# Handles do not survive the way to another process; each process keeps its own.
+# Open slides cannot be sent to another process, so each process keeps its own.
 _opened = lru_cache(maxsize=_HANDLES)(open_slide)
 
 
 def close_slides() -> None:
-    """Forget the slides that this process holds open."""
+    """Close the slides that this process has open."""
     _opened.cache_clear()
 
 
 def examine(square: Square, settings: CutSettings) -> Found | UserError:
-    """Pixels and nuclei of a square; the error where it cannot be read."""
+    """Read a square and detect its nuclei; return the error if it cannot be read."""
     side = square.side
     reach_um = 0.0 if square.nuclei is not None else load_finder(settings.detector).reach_um
-    margin = math.ceil(reach_um / square.mpp)  # a nucleus at the border sees both
+    margin = math.ceil(reach_um / square.mpp)  # a nucleus at the border is detected with the tissue on both sides
     try:
         slide = _opened(square.path, square.mpp)
         block = slide.read(square.x - margin, square.y - margin, side + 2 * margin, side + 2 * margin)
@@ -224,14 +222,14 @@ def examine(square: Square, settings: CutSettings) -> Found | UserError:
 
 
 def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> Points:
-    """Nuclei of the pixels of a square and its margin."""
+    """Return the nuclei of a square and its margin: the user's, or detected ones."""
     if square.nuclei is not None:
         return square.nuclei
     return load_finder(settings.detector)(block, square.mpp, threshold=settings.threshold)
 
 
 def examine_to_jpeg(square: Square, settings: CutSettings, quality: int) -> Found | UserError:
-    """``examine`` with the pixels as JPEG, of a fifth of the bytes, where there are nuclei enough."""
+    """``examine`` with the pixels as JPEG, a fifth of the bytes; without pixels if there are too few nuclei."""
     found = examine(square, settings)
     if isinstance(found, UserError):
         return found
@@ -244,8 +242,8 @@ class Cut:
     """The ROIs of a surveyed slide, one by one.
 
     Attributes:
-        dropped: number of squares without a ROI so far, by reason.
-        refused: places ``x, y`` that were read but not kept, by reason.
+        dropped: number of squares dropped so far, by reason.
+        refused: positions ``x, y`` of squares that were examined but not kept, by reason.
     """
 
     def __init__(self, survey: Survey, settings: CutSettings, quality: int | None = None) -> None:
@@ -259,20 +257,20 @@ class Cut:
         self.refused: dict[str, list[tuple[int, int]]] = {"too few nuclei": [], "unreadable": []}
 
     def rois(self, ordered_map: OrderedMap = map) -> Iterator[tuple[Square, Found]]:
-        """Examine the squares in their order.
+        """Examine the squares in order.
 
         Raises:
-            UserError: more squares than ``max_unreadable_rois`` cannot be read.
+            UserError: more than ``max_unreadable_rois`` squares cannot be read.
         """
         limit = self._settings.per_slide
-        candidates = [square for square in self._squares if self._may_do(square)]
+        candidates = [square for square in self._squares if self._worth_reading(square)]
         kept = examined = 0
         for square, found in zip(candidates, ordered_map(self._examine, candidates), strict=False):
             examined += 1
             if isinstance(found, UserError):
                 self._refuse(square, "unreadable")
                 if (count := self.dropped["unreadable"]) > self._settings.max_unreadable_rois:
-                    raise UserError(f"{found}; {count} ROIs of it cannot be read, copy the slide again")
+                    raise UserError(f"{found}; {count} of its ROIs cannot be read, copy the slide again")
             elif self._enough(found.nuclei, square):
                 yield square, found
                 kept += 1
@@ -281,8 +279,8 @@ class Cut:
         if examined < len(candidates):
             self.dropped["beyond per_slide"] += len(candidates) - examined
 
-    def _may_do(self, square: Square) -> bool:
-        """False for a square that need not be read: the user's nuclei in it are too few."""
+    def _worth_reading(self, square: Square) -> bool:
+        """Return False for a square with too few of the user's nuclei, which need not be read."""
         return square.nuclei is None or self._enough(square.nuclei, square)
 
     def _enough(self, nuclei: Points, square: Square) -> bool:

@@ -11,25 +11,25 @@ from muse_fast.finders.learned import load_finder
 from muse_fast.images.image_files import read_image
 from muse_fast.images.mpp import MppRow, read_mpp_table
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Source, SourceImage, described, list_images, mpp_setting
+from muse_fast.sources.base import Source, SourceImage, find_mpp, list_images, mpp_setting
 
 
 class Images(Source):
-    """Every image (png, jpg, tif) of the folders is a ROI and, unless ``mpp.csv`` says otherwise, a slide of its own.
+    """Every image (png, jpg, tif) in the folders is a ROI and, unless ``mpp.csv`` says otherwise, a slide of its own.
 
-    The um per pixel comes from ``mpp.csv`` of the folder (``image,mpp[,slide][,split]``), else from the option ``mpp``.
+    The um per pixel comes from the folder's ``mpp.csv`` (``image,mpp[,slide][,split]``), else from the option ``mpp``.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Source.Options):
         mpp: float | None = mpp_setting()
-        """Um per pixel of the images without a row in ``mpp.csv``."""
+        """Um per pixel of images without a row in ``mpp.csv``."""
         min_nuclei: int = setting(20, ge=0, le=1_000_000)
-        """An image with fewer nuclei is skipped."""
+        """Images with fewer nuclei are skipped."""
         detector: str = "default"
-        """``default``, ``classical``, ``resnet18`` or a .safetensors file."""
+        """Detector of nuclei: ``default``, ``classical``, ``resnet18`` or a .safetensors file."""
         threshold: float | None = setting(None, ge=0, le=1)
-        """Of the detector, in place of its own."""
+        """Threshold of the detector, instead of its default."""
 
     kind = "images"
     title = "a folder of plain images, whose nuclei are detected"
@@ -48,7 +48,7 @@ class Images(Source):
         for path in list_images(folder):
             if path.stem in self._images:
                 raise UserError(f"{path}: {self._images[path.stem][0]} has the same stem, which names the ROI")
-            self._images[path.stem] = path, described(path, table, self._options.mpp)
+            self._images[path.stem] = path, find_mpp(path, table, self._options.mpp)
 
     def __len__(self) -> int:
         return len(self._images)

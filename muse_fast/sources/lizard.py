@@ -19,16 +19,16 @@ _MAX_ID = 2**31 - 1
 class Lizard(Dataset):
     """Lizard: colon tiles at 20x with instance maps in MATLAB files.
 
-    The PNGs, the ``.mat`` of the same stem and ``info.csv`` (``Filename,Source,Split``) are found wherever they lie
-    below the folder, as the zip files nest them in several ways.
+    The PNGs, the ``.mat`` files of the same stem and ``info.csv`` (``Filename,Source,Split``) may lie anywhere below
+    the folder, because the zip files nest them in several ways.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Dataset.Options):
         splits: str = ",".join(SPLITS)
-        """The names of the splits 1, 2 and 3 of ``info.csv``."""
+        """Names for the splits 1, 2 and 3 of ``info.csv``."""
         mpp: float = mpp_setting(0.5)
-        """Um per pixel; the nominal value of 20x."""
+        """Um per pixel; nominally 0.5 at 20x."""
 
     kind = "lizard"
     title = "the folder of Lizard with PNGs, .mat files and info.csv"
@@ -62,7 +62,7 @@ class Lizard(Dataset):
         return found
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
-        """``class`` has a row per nucleus, in the order of ``id``, which need be neither gapless nor ascending."""
+        """``class`` has a row per nucleus, in the order of ``id``, which may have gaps and need not ascend."""
         path = entry.labels
         content = read_mat(path, ("inst_map", "class"), ("id",))
         instances = integer_map(content["inst_map"], (height, width), _MAX_ID, f"{path}: inst_map")
@@ -78,7 +78,7 @@ class Lizard(Dataset):
         known = place < len(ids)
         known[known] = ids[order][place[known]] == numbers[known]
         if not known.all():
-            raise UserError(f"{path}: nucleus {numbers[~known][0]} of inst_map is not among id, so it has no class")
+            raise UserError(f"{path}: nucleus {numbers[~known][0]} of inst_map is not in id, so it has no class")
         label = kinds[order[place]] - 1
         if (label < 0).any():
             raise UserError(
@@ -88,7 +88,7 @@ class Lizard(Dataset):
 
 
 def _read_info(path: Path, names: dict[str, str]) -> dict[str, str]:
-    """Split of every file by ``info.csv``."""
+    """Read the split of every file from ``info.csv``."""
     split_of: dict[str, str] = {}
     for row, values in read_rows(path, ("Filename", "Source", "Split")):
         stem, part = values["Filename"].removesuffix(".png"), values["Split"]

@@ -1,4 +1,4 @@
-"""The samples that the authors' code makes for pretraining."""
+"""Pretraining samples made by the MUSE authors' code."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from muse_fast.images.image_files import read_image
 from muse_fast.images.points import Points
 from muse_fast.images.tables import read_rows
 from muse_fast.roiset.records import check_image
-from muse_fast.sources.base import Dataset, Entry, mpp_setting, need_file
+from muse_fast.sources.base import Dataset, Entry, mpp_setting, require_file
 
 
 class Muse(Dataset):
     """MUSE's own pretraining samples: ``samples/*.h5`` of 2048 px at 0.25 um per pixel, listed by ``metadata.csv``.
 
-    A sample holds ``patch``, pixels ``[H, W, 3]`` uint8 or the bytes of a JPEG, and ``cell``, ``[n, 2]`` x, y.
+    A sample contains ``patch``, pixels ``[H, W, 3]`` uint8 or the bytes of a JPEG, and ``cell``, ``[n, 2]`` x, y.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Dataset.Options):
         mpp: float = mpp_setting(0.25)
-        """Um per pixel. The authors' builder assumes 0.25 for a slide whose header does not state it; where that was
-        wrong, give the true one."""
+        """Um per pixel. The authors' builder assumes 0.25 for a slide whose header does not state it; if that is wrong,
+        set the true value."""
 
     kind = "muse"
     title = "a folder of MUSE samples with samples/ and metadata.csv"
     layouts = (
         ("metadata.csv", "samples/*.h5"),
-        ("mpp_*-size_*.npy",),  # their evaluation cache, to say why it is refused
+        ("mpp_*-size_*.npy",),  # the evaluation cache, recognised to explain why it is refused
     )
     COLUMNS = ("sample_name", "wsi_name", "patch_id", "n_cell")
     CACHE = re.compile(r"mpp_[\d.]+-size_\d+.*\.npy")
@@ -44,7 +44,7 @@ class Muse(Dataset):
     def __init__(self, target: str, options: Options) -> None:
         self._refuse_cache(Path(target))
         super().__init__(target, options)
-        self._metadata = need_file(self.folder / "metadata.csv", f"expected {self.title}")
+        self._metadata = require_file(self.folder / "metadata.csv", f"expected {self.title}")
         self.entries, self._num_cells = [], []
         names = set()
         for row, values in read_rows(self._metadata, self.COLUMNS):
@@ -59,7 +59,7 @@ class Muse(Dataset):
         found = {path.stem for path in (self.folder / "samples").glob("*.h5")}
         if lost := sorted(names - found):
             raise UserError(
-                f"{self.folder / 'samples' / lost[0]}.h5 is missing, one of {len(lost)} that {self._metadata} lists"
+                f"{self.folder / 'samples' / lost[0]}.h5 is missing, one of {len(lost)} listed in {self._metadata}"
             )
         if extra := sorted(found - names):
             raise UserError(f"{self.folder / 'samples' / extra[0]}.h5 is not listed in {self._metadata}")
@@ -70,7 +70,7 @@ class Muse(Dataset):
             if self.CACHE.fullmatch(cache.name):
                 raise UserError(
                     f"{cache} is the evaluation cache of the authors' code: a pickle, which could run any code when "
-                    "loaded, so it is not read; give the dataset it was made from (brcam2c:, ocelot: or puma:DIR)"
+                    "loaded, so it is not read; use the dataset it was made from (brcam2c:, ocelot: or puma:DIR)"
                 )
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""Slides and patients by name, in the form in which sets are compared.
+"""Names of slides and patients, normalised to compare sets.
 
-A slide of TCGA is known by its barcode, ``TCGA-XX-XXXX-...``, up to the first dot and in either case; its first twelve
-characters are the patient. Other slides are compared by whole name.
+A slide of TCGA is identified by its barcode, ``TCGA-XX-XXXX-...``, up to the first dot and in either case; the first
+twelve characters are the patient. Other slides are compared by their full name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE
 
 
 def slide_name(name: str) -> str:
-    """The form in which slides are compared: no folder, no suffix of a slide's file, TCGA's up to the first dot."""
+    """Normalise the name of a slide: without folder and file suffix; for TCGA up to the first dot, in upper case."""
     name = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
     if name.lower().endswith(slide_suffixes()):
         name = name[: name.rindex(".")]
@@ -24,7 +24,7 @@ def slide_name(name: str) -> str:
 
 
 def patient(name: str) -> str | None:
-    """``TCGA-XX-XXXX`` of a slide of TCGA, None for others."""
+    """Return ``TCGA-XX-XXXX`` for a slide of TCGA, None for others."""
     found = _PATIENT.match(slide_name(name))
     return found[0] if found else None
 
@@ -45,7 +45,7 @@ class Names:
         return Names(self.slides & other.slides, self.patients & other.patients)
 
     def reason(self, slide: str) -> str:
-        """What of this set a slide has in common with it; "" for nothing."""
+        """Name the slide or patient that ``slide`` shares with this set; "" if neither."""
         if (name := slide_name(slide)) in self.slides:
             return f"slide {name}"
         return f"patient {found}" if (found := patient(slide)) in self.patients else ""

@@ -10,15 +10,15 @@ from muse_fast.images.image_files import image_size
 from muse_fast.images.mpp import check_mpp
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_bare_points
-from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, need_file
+from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, require_file
 
 
 class Ocelot(Dataset):
     """OCELOT 1.0.1: the cell patches, 1024 px at about 0.2 um per pixel from six organs of TCGA.
 
-    ``metadata.json`` states slide, place and um per pixel of each; labels are rows ``x,y,label`` without a header in a
-    CSV that is empty where there is no cell. The tissue patch around a cell patch is its context, where it was
-    unpacked: it has about a quarter of the pixels per um. Splits that were not unpacked are skipped.
+    ``metadata.json`` states slide, position and um per pixel of each; labels are rows ``x,y,label`` in a CSV without a
+    header, empty if there are no cells. The tissue patch around a cell patch, with about a quarter of the pixels per
+    um, is its context if it was unpacked. Splits that were not unpacked are skipped.
     """
 
     kind = "ocelot"
@@ -28,7 +28,7 @@ class Ocelot(Dataset):
 
     def __init__(self, target: str, options: Dataset.Options) -> None:
         super().__init__(target, options)
-        self._metadata = need_file(self.folder / "metadata.json", f"expected {self.title}")
+        self._metadata = require_file(self.folder / "metadata.json", f"expected {self.title}")
         try:
             content = json.loads(self._metadata.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
@@ -36,7 +36,7 @@ class Ocelot(Dataset):
         pairs = self._value(content, "sample_pairs", dict)
         here = [split for split in SPLITS if (self.folder / "images" / split / "cell").is_dir()]
         if not here:
-            raise UserError(f"{self.folder / 'images'} has none of train/cell, val/cell and test/cell")
+            raise UserError(f"{self.folder / 'images'} contains neither train/cell nor val/cell nor test/cell")
         self.entries = [entry for name in sorted(pairs) if (entry := self._entry(pairs, name)).split in here]
         for split in here:
             self._check_files(split)
@@ -89,7 +89,7 @@ class Ocelot(Dataset):
         return Context(path, ((left - x0) * across, (top - y0) * down, (right - x0) * across, (bottom - y0) * down))
 
     def _value(self, content: Any, *path: Any) -> Any:
-        """The value at ``key, type, key, type, ...`` of nested mappings."""
+        """Look up a value in nested mappings; ``path`` is ``key, type, key, type, ...``."""
         walked = []
         for key, kind in zip(path[::2], path[1::2], strict=True):
             walked.append(key)
@@ -99,15 +99,15 @@ class Ocelot(Dataset):
         return content
 
     def _check_files(self, split: str) -> None:
-        """Images and metadata must name each other."""
+        """Check that images and metadata list the same names."""
         listed = {entry.name for entry in self.entries if entry.split == split}
         folder = self.folder / "images" / split / "cell"
         found = {path.stem for path in folder.glob("*.jpg") if path.name[0] != "."}
         if lost := sorted(listed - found):
-            raise UserError(f"{folder / lost[0]}.jpg is missing, one of {len(lost)} that {self._metadata} lists")
+            raise UserError(f"{folder / lost[0]}.jpg is missing, one of {len(lost)} listed in {self._metadata}")
         if extra := sorted(found - listed):
             raise UserError(f"{folder / extra[0]}.jpg is not in {self._metadata} as {split}")
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
-        path = need_file(entry.labels, "an image without nuclei has an empty CSV")
+        path = require_file(entry.labels, "an image without nuclei needs an empty CSV")
         return read_bare_points(path, width, height, range(1, 3))

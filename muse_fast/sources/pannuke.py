@@ -24,15 +24,15 @@ class PanNuke(Dataset):
 
     Three layouts are read: the zip files as unpacked (``Fold 1/images/fold1/images.npy`` and
     ``Fold 1/masks/fold1/masks.npy``), flat folds (``fold0/images.npy``, ``fold0/masks.npy``), and CellViT's conversion
-    (``fold0/images/0_17.png``, ``fold0/labels/0_17.npy``). The arrays are mapped, never read whole.
+    (``fold0/images/0_17.png``, ``fold0/labels/0_17.npy``). The arrays are memory-mapped.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Dataset.Options):
         splits: str = ",".join(SPLITS)
-        """One split for each fold that is there, in their order."""
+        """Names of the splits, one for each fold present, in order."""
         mpp: float = mpp_setting(0.25)
-        """Um per pixel; the nominal value."""
+        """Um per pixel; nominally 0.25 at 40x."""
 
     kind = "pannuke"
     title = "the folder of PanNuke with its folds"
@@ -59,7 +59,7 @@ class PanNuke(Dataset):
         return self._maps[path]
 
     def _folds(self) -> dict[str, tuple[Path, Path]]:
-        """Images and labels of every fold by its name, of the first layout that matches anything."""
+        """Find images and labels of every fold, by its name, in the first layout that matches anything."""
         for layout in self.layouts:
             images, labels = (self._by_fold(pattern) for pattern in layout)
             for fold in images.keys() ^ labels.keys():
@@ -67,10 +67,12 @@ class PanNuke(Dataset):
                 raise UserError(f"{there[fold]} exists, but {fold} has no {pattern}")
             if images:
                 return {fold: (images[fold], labels[fold]) for fold in sorted(images)}
-        raise UserError(f"{self.folder} has no fold of PanNuke: none of {', '.join(one[0] for one in self.layouts)}")
+        raise UserError(
+            f"{self.folder} contains no fold of PanNuke, expected {' or '.join(one[0] for one in self.layouts)}"
+        )
 
     def _by_fold(self, pattern: str) -> dict[str, Path]:
-        """The stacked array, or the folder of single files, of every fold."""
+        """Find the stacked array, or the folder of single files, of every fold."""
         found = {}
         for path in self.folder.glob(pattern):
             fold = path.relative_to(self.folder).parts[0].replace(" ", "").lower()
@@ -83,7 +85,7 @@ class PanNuke(Dataset):
             raise UserError(f"{images} has the shape {list(shape)}, expected [N, H, W, 3]")
         expected = (*shape[:3], len(self.label_names) + 1)
         if (found := self._mapped(masks).shape) != expected:
-            raise UserError(f"{masks} has the shape {list(found)}, expected {list(expected)} as {images} has")
+            raise UserError(f"{masks} has the shape {list(found)}, expected {list(expected)} to match {images}")
         for row in range(shape[0]):
             name = f"{fold}_{row:05d}"
             yield Entry(name, name, split, images, masks, mpp, row=row)

@@ -1,4 +1,4 @@
-"""``roiset:DIR[,DIR ...]``: ROI sets that were prepared before, to be evaluated on or joined into one."""
+"""``roiset:DIR[,DIR ...]``: prepared ROI sets, to evaluate on or to join into one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from muse_fast.sources.base import Source, SourceImage
 
 
 class Prepared(Source):
-    """The ROIs of one ROI set after the other, with all that is known of them.
+    """The ROIs of one ROI set after the other, with all their annotations.
 
-    The classes are those of all sets, by name. Slides of one name in several sets are one slide.
+    The classes of all sets are merged by name. Slides of the same name in several sets are one slide.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Source.Options):
         split: str = ""
-        """The split of the ROIs that have none."""
+        """Split of the ROIs without one."""
 
     kind = "roiset"
-    title = "a ROI set, or several"
+    title = "one or more ROI sets"
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
@@ -41,9 +41,9 @@ class Prepared(Source):
                 yield from ((slide, split or self._split) for slide in each.slides_of(split))
 
     def rois(self) -> Iterator[Roi]:
-        """The ROIs with their JPEGs as they are, and labels numbered as in ``label_names``."""
+        """Yield the ROIs with unchanged JPEGs and labels renumbered to ``label_names``."""
         for each in self._sets:
-            # The last place is what label -1, unknown, finds.
+            # Label -1, unknown, indexes the last element and stays -1.
             places = np.array([*map(self.label_names.index, each.label_names), -1], np.int16)
             for i in range(len(each)):
                 roi = each[i]

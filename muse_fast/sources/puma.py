@@ -28,20 +28,20 @@ CLASSES = (
 class Puma(Dataset):
     """PUMA (Zenodo, version 5): melanoma ROIs of 1024 px with outlines of ten classes of nuclei.
 
-    A ROI's context image, five times as long a side around the same middle, is used where it was unpacked. Splits come
-    from ``split/{train,val,test}.json`` of the paper's code, if present.
+    A ROI's context image, five times as wide around the same centre, is used if it was unpacked. Splits come from
+    ``split/{train,val,test}.json`` of the paper's code, if present.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Dataset.Options):
         mpp: float | None = mpp_setting()
-        """Um per pixel; required where the TIFFs do not state it, because no page states the scanner's reliably."""
+        """Um per pixel; required if the TIFFs do not state it, because PUMA's pages do not state it reliably."""
         coarse: str = setting("muse", choices=("muse", "til", "none"))
-        """``muse``: three classes as in the paper's code, tumour, lymphocytes alone as TILs, and all others, plasma
-        cells too; ``til`` counts plasma cells among the TILs; ``none`` keeps all ten classes."""
+        """``muse``: three classes as in the paper's code: tumour, TILs (only lymphocytes), and all others, including
+        plasma cells; ``til`` counts plasma cells as TILs; ``none`` keeps all ten classes."""
         centre: str = setting("area", choices=("area", "vertices"))
-        """``area``: the centroid by area moments, as in the paper's code; ``vertices``: the mean of the outline's
-        vertices, as in the challenge's evaluation."""
+        """``area``: the centroid of the outline's area, as in the paper's code; ``vertices``: the mean of its vertices,
+        as in the challenge's evaluation."""
 
     kind = "puma"
     title = f"the folder of PUMA with {IMAGES}/ and {LABELS}/"
@@ -66,7 +66,7 @@ class Puma(Dataset):
         if mpp is None:
             raise UserError(
                 f"{path}: the TIFF does not state um per pixel, and PUMA's pages do not state it reliably; give "
-                "mpp=NUMBER (a scan at 40x has 0.22 to 0.25)"
+                "mpp=NUMBER (0.22 to 0.25 for a scan at 40x)"
             )
         return Entry(path.stem, path.stem, split, path, labels, mpp, context=self._context(path))
 
@@ -81,7 +81,7 @@ class Puma(Dataset):
         return Context(larger, (left, top, left + inner[0], top + inner[1]))
 
     def _split_of(self, stems: set[str]) -> dict[str, str]:
-        """Split of every ROI that ``split/*.json`` lists."""
+        """Return the split of every ROI listed in ``split/*.json``."""
         split_of: dict[str, str] = {}
         for split in SPLITS:
             path = self.folder / "split" / f"{split}.json"

@@ -1,4 +1,4 @@
-"""Folders of images with the nuclei of each in a file of the same stem beside it: CSV points, or QuPath's GeoJSON."""
+"""Folders of images with a sidecar file each, of the same stem, for the nuclei: CSV points or QuPath's GeoJSON."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from muse_fast.images.mpp import read_mpp_table
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_points
 from muse_fast.runtime.options import setting
-from muse_fast.sources.base import Dataset, Entry, described, list_images, mpp_setting
+from muse_fast.sources.base import Dataset, Entry, find_mpp, list_images, mpp_setting
 
 
-class Beside(Dataset):
-    """What such folders share.
+class _Sidecar(Dataset):
+    """Images with sidecar files.
 
     The um per pixel comes from ``mpp.csv`` (``image,mpp[,slide][,split]``), else from the option ``mpp``.
     """
@@ -26,12 +26,12 @@ class Beside(Dataset):
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Dataset.Options):
         mpp: float | None = mpp_setting()
-        """Um per pixel of the images without a row in ``mpp.csv``."""
+        """Um per pixel of images without a row in ``mpp.csv``."""
         labels: str = ""
-        """The names of the classes, for example ``lymphocyte,tumour,stromal``."""
+        """Names of the classes, for example ``lymphocyte,tumour,stromal``."""
 
-    suffixes: ClassVar[tuple[str, ...]]  # of the file beside an image
-    EMPTY: ClassVar[str]  # what that file holds for an image without nuclei
+    suffixes: ClassVar[tuple[str, ...]]  # of the sidecar file
+    EMPTY: ClassVar[str]  # content of the file for an image without nuclei
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
@@ -44,10 +44,10 @@ class Beside(Dataset):
             if stems[path.stem] > 1:
                 file = path.stem + self.suffixes[0]
                 raise UserError(f"{path}: another image has the same stem, so {file} could belong to either")
-            beside, row = self._beside(path), described(path, table, options.mpp)
-            self.entries.append(Entry(path.name, row.slide, row.split, path, beside, row.mpp))
+            sidecar, row = self._find_sidecar(path), find_mpp(path, table, options.mpp)
+            self.entries.append(Entry(path.name, row.slide, row.split, path, sidecar, row.mpp))
 
-    def _beside(self, path: Path) -> Path:
+    def _find_sidecar(self, path: Path) -> Path:
         found = [path.with_name(path.stem + suffix) for suffix in self.suffixes]
         found = [file for file in found if file.is_file()]
         if not found:
@@ -59,30 +59,30 @@ class Beside(Dataset):
         return found[0]
 
 
-class CsvPoints(Beside):
-    """Images with a CSV each, with the header ``x,y[,label][,score]``."""
+class CsvPoints(_Sidecar):
+    """Images with a CSV file each, with the header ``x,y[,label][,score]``."""
 
     kind = "points"
     title = "a folder of images with a CSV of points each"
     layouts = tuple((f"*{suffix}", "*.csv") for suffix in (".png", ".jpg", ".tif"))
     suffixes = (".csv",)
-    EMPTY = "the header alone"
+    EMPTY = "only the header"
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         return read_points(entry.labels, width, height, len(self.label_names))
 
 
-class QuPath(Beside):
-    """Images with QuPath's export each: ``STEM.geojson`` or ``STEM.geojson.gz``, points or outlines in image pixels.
+class QuPath(_Sidecar):
+    """Images with a QuPath export each: ``STEM.geojson`` or ``STEM.geojson.gz``, points or outlines in image pixels.
 
-    Detections are the nuclei; where a file has none, annotations are. Classes are those of ``labels``, or else all
-    that the files name, in alphabetical order.
+    Detections are nuclei; in a file without detections, annotations are. The classes are those of ``labels``, or else
+    all that the files contain, in alphabetical order.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
-    class Options(Beside.Options):
+    class Options(_Sidecar.Options):
         multi: str = setting("one", choices=("one", "each"))
-        """``one``: a MultiPolygon is one nucleus; ``each``: every part of it is one, as CellViT writes them."""
+        """``one``: a MultiPolygon is one nucleus; ``each``: each of its parts is one, as written by CellViT."""
 
     kind = "qupath"
     title = "a folder of images with QuPath's GeoJSON each"

@@ -12,7 +12,7 @@ from muse_fast.sources.base import Source, SourceImage, mpp_setting
 
 
 class Synthetic(Source):
-    """``synthetic:N``: N procedural images, the first 70 % train, then 15 % val, then 15 % test."""
+    """``synthetic:N``: N procedural images, 70 % train, 15 % val and 15 % test, in that order."""
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(Source.Options):

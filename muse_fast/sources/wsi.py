@@ -1,4 +1,4 @@
-"""``wsi:PATH``: which slides there are, what goes with each, and which cannot be used."""
+"""``wsi:PATH``: whole slides, the tables and files that belong to them, and which of them cannot be used."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ from muse_fast.sources.cut import Cut, CutSettings, SlideFile, close_slides, sur
 from muse_fast.sources.names import Names
 
 _T = TypeVar("_T")
-_PROBES = 8  # slides opened at a time to look at their headers
-_LISTED = 20  # slides named in one message
+_PROBES = 8  # slides opened at a time to check their headers
+_LISTED = 20  # slides listed in one message
 
 
 def usable_cpus() -> int:
-    """Cores that this process may use: what Slurm gave the task, else what the system allows."""
+    """Return the number of cores of this process, as allocated by Slurm or else allowed by the system."""
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))
 
 
 class Slides(Source):
-    """``wsi:PATH``: a slide, or the slides of a folder and the folders within, cut into squares of tissue with nuclei.
+    """``wsi:PATH``: a slide, or the slides in a folder and its subfolders, cut into squares of tissue with nuclei.
 
-    The um per pixel comes from ``mpp.csv`` (``image,mpp[,slide][,split]``) beside the slides or given as ``mpp_csv``,
-    then from the option ``mpp``, then from the header.
+    The um per pixel comes from ``mpp_csv`` or the ``mpp.csv`` in the folder (``image,mpp[,slide][,split]``), then from
+    the option ``mpp``, then from the header.
 
     Attributes:
         found: number of slides at ``PATH``.
-        files: those that are left before any is opened.
-        refused: why a slide is skipped, by its file; complete once ``usable`` has been called.
-        excluded: the same for those that ``exclude`` left out.
+        files: the slides neither refused nor excluded so far.
+        refused: why slides are skipped, by file; complete after ``usable``.
+        excluded: why slides were removed by ``exclude``, by file.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(CutSettings):
         mpp: float | None = mpp_setting()
-        """Um per pixel of the slides without a row in ``mpp.csv``."""
+        """Um per pixel of slides without a row in ``mpp.csv``."""
         mpp_csv: str = ""
-        """In place of the ``mpp.csv`` beside the slides."""
+        """File to use instead of the ``mpp.csv`` in the folder of the slides."""
         tissue: str = ""
-        """Folder of masks (PNG) or outlines (GeoJSON), named as the slides."""
+        """Folder of masks (PNG) or outlines (GeoJSON), named like the slides."""
         nuclei: str = ""
-        """Folder of CSV, GeoJSON or HDF5, named as the slides; without it nuclei are detected."""
+        """Folder of CSV, GeoJSON or HDF5 files, named like the slides; without it, nuclei are detected."""
         groups: str = ""
         """CSV ``slide,group``."""
         per_group: int | None = setting(None, ge=1, le=10**9)
-        """Most ROIs of a group, drawn at random."""
+        """Maximum number of ROIs per group, drawn at random."""
         max_rois: int | None = setting(None, ge=1, le=10**9)
-        """Most ROIs in all, the same number of each group."""
+        """Maximum number of ROIs, shared equally among the groups."""
         workers: int | None = setting(None, ge=0, le=1024)
-        """Processes; the ROIs are the same with any number."""
+        """Number of processes; the ROIs do not depend on it."""
 
     kind = "wsi"
     title = "whole slides"
@@ -72,7 +72,7 @@ class Slides(Source):
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
         given = bool(options.groups) or options.per_group is None
-        require(given, "per_group", options.per_group, "groups=FILE beside it, a CSV slide,group")
+        require(given, "per_group", options.per_group, "groups=FILE with it, a CSV slide,group")
         load_finder(options.detector)  # fail now, not after hours of work
         self.options, self.label_names = options, options.label_names
         self.workers = usable_cpus() if options.workers is None else options.workers
@@ -84,20 +84,19 @@ class Slides(Source):
         self._table = self._mpp_table(options.mpp_csv)
         self._groups = read_groups(Path(options.groups)) if options.groups else {}
         self._tissue, self._nuclei = _folder("tissue", options.tissue), _folder("nuclei", options.nuclei)
-        self.files = self._described(paths)
+        self.files = self._describe_all(paths)
         if self._tissue and all(file.tissue is None for file in self.files):
-            raise UserError(f"tissue={options.tissue}: no file is named as a slide ({', '.join(TISSUE_SUFFIXES)})")
+            raise UserError(f"tissue={options.tissue}: no file is named like a slide ({', '.join(TISSUE_SUFFIXES)})")
 
     def _mpp_table(self, given: str) -> dict[str, MppRow]:
-        beside = self._root / "mpp.csv"
-        path = Path(given) if given else beside
-        return read_mpp_file(path) if given or beside.is_file() else {}
+        path = Path(given) if given else self._root / "mpp.csv"
+        return read_mpp_file(path) if given or path.is_file() else {}
 
-    def _described(self, paths: Sequence[Path]) -> list[SlideFile]:
+    def _describe_all(self, paths: Sequence[Path]) -> list[SlideFile]:
         files: dict[str, SlideFile] = {}
         for path in paths:
             if path.stem in files:
-                self.refused[path] = f"{files[path.stem].path} has the same name; slides need names of their own"
+                self.refused[path] = f"{files[path.stem].path} has the same name; names of slides must be unique"
                 continue
             try:
                 files[path.stem] = self._describe(path)
@@ -108,10 +107,10 @@ class Slides(Source):
         return list(files.values())
 
     def _describe(self, path: Path) -> SlideFile:
-        """What the tables and folders say of a slide.
+        """Look up a slide in the tables and folders.
 
         Raises:
-            UserError: its group or its nuclei are missing there.
+            UserError: its group or its nuclei are missing.
         """
         name = path.stem
         row = _row(self._table, path.relative_to(self._root).as_posix(), path.name, name)
@@ -120,18 +119,18 @@ class Slides(Source):
         slide = row.slide if row and row.slide else name
         group = _row(self._groups, slide, path.name, name)
         if self.options.groups and group is None:
-            raise UserError(f"it has no row in groups={self.options.groups}")
-        nuclei = _beside(self._nuclei, name, NUCLEI_SUFFIXES)
+            raise UserError(f"not listed in groups={self.options.groups}")
+        nuclei = _find(self._nuclei, name, NUCLEI_SUFFIXES)
         if self._nuclei and nuclei is None:
             raise UserError(f"nuclei={self._nuclei} has no file {name} with suffix {', '.join(NUCLEI_SUFFIXES)}")
-        tissue = _beside(self._tissue, name, TISSUE_SUFFIXES)
+        tissue = _find(self._tissue, name, TISSUE_SUFFIXES)
         return SlideFile(path, name, slide, row.split if row else "", group or "", mpp, mpp_from, tissue, nuclei)
 
     def exclude(self, names: Mapping[str, Names]) -> None:
-        """Leave out the slides that share a slide or a patient with sets of ``names``, each by what it is called.
+        """Exclude slides that share a slide or a patient with one of the sets in ``names``, keyed by their titles.
 
         Raises:
-            UserError: no slide is left.
+            UserError: no slide remains.
         """
         for file in self.files:
             for side, others in names.items():
@@ -143,13 +142,13 @@ class Slides(Source):
             raise UserError(f"no slide can be used\n{listed(self.refused | self.excluded)}")
 
     def slides(self) -> Iterator[tuple[str, str]]:
-        """Slide and split of all slides but the excluded ones, without opening them."""
+        """Yield slide and split of all slides except the excluded ones, without opening them."""
         yield from ((file.slide, file.split) for file in self.files)
 
     def usable(self, files: Sequence[SlideFile]) -> list[SlideFile]:
-        """Those of ``files`` whose header can be used; ``refused`` says why the others cannot.
+        """Return the files with a usable header, and list the others in ``refused``.
 
-        All are opened once before the work begins, so that what is wrong is reported then and not hours later.
+        All slides are opened once before the work begins: a problem is reported now, not after hours of work.
         """
         with ThreadPoolExecutor(_PROBES) as threads:
             problems = list(threads.map(self._problem, files))
@@ -166,11 +165,11 @@ class Slides(Source):
         slide.close()
         side = round(self.options.roi_um / slide.mpp)
         if side > MAX_SIDE:
-            return f"roi_um={self.options.roi_um:g} is {side} px, expected {MAX_SIDE} at most"
+            return f"roi_um={self.options.roi_um:g} is {side} px, expected at most {MAX_SIDE}"
         return "" if side else f"roi_um={self.options.roi_um:g} is less than a pixel of {slide.mpp:g} um"
 
     def __iter__(self) -> Iterator[SourceImage]:
-        """The ROIs of all usable slides, one slide after the other, in this process; without sampling over slides."""
+        """Yield the ROIs of all usable slides, slide by slide, in this process and without sampling over slides."""
         files = self.usable(self.files)
         if not files:
             raise UserError(f"no slide can be used\n{listed(self.refused)}")
@@ -199,14 +198,14 @@ class Slides(Source):
 
 
 def listed(reasons: Mapping[Path, str]) -> str:
-    """Slides and reasons, a line each, the first twenty."""
+    """List slides and reasons, one per line, at most the first twenty."""
     lines = [f"  {path}: {reason}" for path, reason in list(reasons.items())[:_LISTED]]
     more = len(reasons) - len(lines)
     return "\n".join([*lines, f"  and {more} more"] if more else lines)
 
 
 def reason_of(error: UserError, path: Path) -> str:
-    """The message without the slide's path, which precedes every reason where they are listed."""
+    """Return the message without the slide's path, which the list of reasons shows anyway."""
     return str(error).removeprefix(f"{path}: ")
 
 
@@ -221,7 +220,7 @@ def _folder(option: str, text: str) -> Path | None:
     return Path(text)
 
 
-def _beside(folder: Path | None, name: str, suffixes: Sequence[str]) -> Path | None:
-    """The file of a slide in a folder of masks or nuclei."""
+def _find(folder: Path | None, name: str, suffixes: Sequence[str]) -> Path | None:
+    """Find the file of a slide in a folder of masks or nuclei."""
     paths = (folder / f"{name}{suffix}" for suffix in suffixes) if folder else ()
     return next((path for path in paths if path.is_file()), None)

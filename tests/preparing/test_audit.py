@@ -50,7 +50,7 @@ def test_the_official_split_of_brcam2c(shared_data: Path, capsys: pytest.Capture
     for one, other in (("train", "test"), ("val", "test")):
         code, said = audit(capsys, f"{source}@{one}", f"{source}@{other}")
         assert code == 0 and "shared patients none" in said
-    assert audit(capsys, f"{source}@test", f"{source}@train", source)[0] == 1  # any of the others counts
+    assert audit(capsys, f"{source}@test", f"{source}@train", source)[0] == 1  # one of the others is enough
     code, said = audit(capsys, f"{source}@tests", source)
     assert code == 2 and "no split 'tests', it has test, train, val" in said
 
@@ -79,11 +79,11 @@ def test_roi_sets_and_lists(tmp_path: Path, rois: str, capsys: pytest.CaptureFix
 
 def test_slides_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "a@b").mkdir()
-    (tmp_path / "a@b" / "case.svs").write_text("no slide")
-    assert read_names(f"wsi:{tmp_path / 'a@b'}").slides == {"case"}  # an @ in a path that exists names no split
+    (tmp_path / "a@b" / "case.svs").write_text("not a slide")
+    assert read_names(f"wsi:{tmp_path / 'a@b'}").slides == {"case"}  # an @ in an existing path does not select a split
 
 
-def test_exclude_takes_what_audit_takes(tmp_path: Path, rois: str) -> None:
+def test_exclude_accepts_the_same_sets_as_audit(tmp_path: Path, rois: str) -> None:
     (tmp_path / "in").mkdir()
     for name in ("TCGA-AA-0001-02Z", "case.1", "other", "case.2"):
         (tmp_path / "in" / f"{name}.svs").write_text("is not opened")
@@ -102,13 +102,13 @@ def test_exclude_takes_what_audit_takes(tmp_path: Path, rois: str) -> None:
     ]  # fmt: skip
     with pytest.raises(UserError, match="absent: expected the folder of a ROI set"):
         open_without(spec, {"exclude": "absent"})
-    with pytest.raises(UserError, match=r"synthetic:3: exclude=absent is for slides \(wsi:PATH\)"):
+    with pytest.raises(UserError, match=r"synthetic:3: exclude=absent is only for slides \(wsi:PATH\)"):
         open_without("synthetic:3", {"exclude": "absent"})
 
 
-def test_what_names_nothing_is_refused(tmp_path: Path) -> None:
+def test_sets_without_slides_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: expected the folder of a ROI set, a source"):
         read_names("nowhere")
     (tmp_path / "empty.csv").write_text("slide\n")
-    with pytest.raises(UserError, match="names no slide"):
+    with pytest.raises(UserError, match="contains no slides"):
         read_names(str(tmp_path / "empty.csv"))

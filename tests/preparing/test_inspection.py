@@ -1,4 +1,4 @@
-"""``prepare inspect``: what it recognises, counts, warns of and draws."""
+"""``prepare inspect``: recognition of layouts, counts, warnings and overlays."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_overlays_have_a_dot_on_every_nucleus(tmp_path: Path) -> None:
 def test_patients_in_two_splits_of_the_real_brcam2c(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Cut to the images of a few slides: the two patients of the official leak and two others."""
+    """Reduced to the images of a few slides: the two patients of the official leak and some others."""
     for part in ("images", "labels"):
         (tmp_path / "brca").mkdir(exist_ok=True)
         (tmp_path / "brca" / part).symlink_to(shared_data / "brcam2c" / part)
@@ -109,9 +109,9 @@ def test_patients_in_two_splits_of_the_real_brcam2c(
     assert {one: sorted(splits) for one, splits in of_patient.items() if len(splits) > 1} == leaks
 
 
-def test_an_image_that_cannot_be_read_does_not_end_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_image_does_not_stop_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = DATASETS["ocelot"](tmp_path / "ocelot")
-    tiny.files["001"][0].write_bytes(b"no image")
+    tiny.files["001"][0].write_bytes(b"not an image")
     code, report = inspected(tiny)
     assert code == 2
     assert (report["images"], report["images_read"], report["images_unreadable"]) == (4, 3, 1)
@@ -120,26 +120,30 @@ def test_an_image_that_cannot_be_read_does_not_end_it(tmp_path: Path, capsys: py
     assert "001.jpg: not a readable image" in printed
 
 
-def test_a_part_of_many_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_some_images_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = DATASETS["pannuke_flat"](tmp_path / "pannuke")
     _, report = inspected(tiny, "--images", "2")
     assert (report["images"], report["images_read"]) == (4, 2)
-    assert "nuclei are those of 2 of 4 images" in capsys.readouterr().out
+    assert "nuclei counted in 2 of 4 images" in capsys.readouterr().out
     assert len(list(Path("inspect-pannuke").glob("overlay-*.png"))) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "gone", "message"),
     [
-        ("ocelot", "metadata.json", "the nearest is ocelot, for which there is no metadata.json"),
-        ("brcam2c", "brca_ds_val.txt", "the nearest is brcam2c, for which there is no brca_ds_val.txt"),
-        ("cellvit", "label_map.yaml", "the nearest is cellvit, for which there is no label_map.yaml"),
-        ("muse", "metadata.csv", "the nearest is muse, for which there is no metadata.csv"),
-        ("puma", "01_training_dataset_geojson_nuclei", "no 01_training_dataset_geojson_nuclei/*_nuclei.geojson"),
-        ("lizard", "Lizard_Labels/info.csv", "the nearest is lizard, for which there is no **/info.csv"),
+        ("ocelot", "metadata.json", "the nearest is ocelot, but metadata.json is missing"),
+        ("brcam2c", "brca_ds_val.txt", "the nearest is brcam2c, but brca_ds_val.txt is missing"),
+        ("cellvit", "label_map.yaml", "the nearest is cellvit, but label_map.yaml is missing"),
+        ("muse", "metadata.csv", "the nearest is muse, but metadata.csv is missing"),
+        (
+            "puma",
+            "01_training_dataset_geojson_nuclei",
+            "training_dataset_geojson_nuclei/*_nuclei.geojson is missing",
+        ),
+        ("lizard", "Lizard_Labels/info.csv", "the nearest is lizard, but **/info.csv is missing"),
     ],
 )
-def test_the_nearest_layout_and_what_it_lacks(
+def test_the_nearest_layout_and_missing_files_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, gone: str, message: str
 ) -> None:
     folder = DATASETS[name](tmp_path / name).folder
@@ -149,12 +153,12 @@ def test_the_nearest_layout_and_what_it_lacks(
     assert message in capsys.readouterr().err
 
 
-def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_are_not_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = DATASETS["consep"](tmp_path / "zip" / "CoNSeP")
     (tmp_path / "empty").mkdir()
     for argv, message in (
-        ([str(tmp_path / "zip")], "zip/CoNSeP is laid out as consep: inspect that"),
-        ([str(tmp_path / "empty")], "empty is none of the layouts known (brcam2c, ocelot"),
+        ([str(tmp_path / "zip")], "zip/CoNSeP is laid out as consep: inspect that one"),
+        ([str(tmp_path / "empty")], "empty has no known layout (brcam2c, ocelot"),
         ([str(tmp_path / "absent")], "absent is not a folder"),
         ([str(tiny.folder), "merg=no"], "consep: no setting 'merg'; did you mean 'merge'?"),
         ([str(tiny.folder), "merge"], "'merge': expected key=value"),
@@ -165,7 +169,7 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [path.name for path in tmp_path.glob("inspect-*")] == []
 
 
-def test_a_scale_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_scale_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = DATASETS["puma"](tmp_path / "puma")
     assert main(["inspect", str(tiny.folder)]) == 2
     printed = capsys.readouterr()
@@ -173,13 +177,13 @@ def test_a_scale_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "the TIFF does not state um per pixel" in printed.err
 
 
-def test_the_evaluation_cache_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_evaluation_cache_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "mpp_0.25-size_512-valid_224.npy", np.zeros(1))
     assert main(["inspect", str(tmp_path)]) == 2
     assert "is the evaluation cache of the authors' code: a pickle" in capsys.readouterr().err
 
 
-def test_a_kind_that_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kind_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder may fit several layouts."""
     tiny = DATASETS["points"](tmp_path / "points")
     assert main(["inspect", tiny.spec, "mpp=0.25"]) == 0

@@ -1,4 +1,4 @@
-"""Parts: what they depend on, what becomes of slides that fail, and runs that are killed."""
+"""Parts: their inputs, slides that fail, and killed runs."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def slide_files(folder: Path) -> list[SlideFile]:
 
 
 def states(folder: Path) -> dict[str, int]:
-    """When each part was finished; one that a kill has left unnamed is none."""
+    """When each part was finished; hidden folders left by a kill do not count."""
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*/part.json")}
 
 
-def test_finished_parts_are_left_alone(cohort: Path, tmp_path: Path) -> None:
+def test_finished_parts_are_kept(cohort: Path, tmp_path: Path) -> None:
     files, parts = slide_files(cohort), Parts(tmp_path / "parts", SETTINGS, 95)
     make_parts(files[:2], parts, workers=1)
     before = states(parts.folder)
@@ -61,12 +61,12 @@ def test_finished_parts_are_left_alone(cohort: Path, tmp_path: Path) -> None:
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     Parts(tmp_path, SETTINGS, 95)
-    with pytest.raises(UserError, match=r"other settings \(quality=95, now 90; seed=0, now 1\); give the same"):
+    with pytest.raises(UserError, match=r"other settings \(quality=95, now 90; seed=0, now 1\); use the same"):
         Parts(tmp_path, replace(SETTINGS, seed=1), 90)
     assert Parts(tmp_path, SETTINGS, 95).quality == 95
 
 
-def test_what_has_changed_is_done_anew(cohort: Path, tmp_path: Path) -> None:
+def test_changed_slides_are_done_again(cohort: Path, tmp_path: Path) -> None:
     for name in ("s0.tif", "s1.tif"):
         shutil.copy(cohort / name, tmp_path / name)
     (file, other), parts = slide_files(tmp_path), Parts(tmp_path / "parts", SETTINGS, 95)
@@ -89,7 +89,7 @@ def test_what_has_changed_is_done_anew(cohort: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["part.json", "index.bin", "shard-00000.bin", "roiset.json"])
-def test_a_damaged_part_is_done_anew(cohort: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_part_is_done_again(cohort: Path, tmp_path: Path, name: str) -> None:
     file, parts = slide_files(cohort)[0], Parts(tmp_path, SETTINGS, 95)
     make_parts([file], parts, workers=1)
     damaged = parts.place(file) / name
@@ -99,10 +99,10 @@ def test_a_damaged_part_is_done_anew(cohort: Path, tmp_path: Path, name: str) ->
     assert parts.find(file) is not None
 
 
-def test_a_slide_over_its_budget_is_skipped(cohort: Path, tmp_path: Path) -> None:
-    """Some of its ROIs were written already."""
+def test_a_slide_with_too_many_unreadable_rois_is_skipped(cohort: Path, tmp_path: Path) -> None:
+    """Although some of its ROIs were already written."""
     bad = write_slide(tmp_path / "bad.tif", page_with_tissue(), compression="zlib")
-    damage(bad, 9)  # of six a row
+    damage(bad, 9)  # six tiles per row
     settings = replace(SETTINGS, roi_um=100, min_tissue=0)
     files = [*slide_files(tmp_path), slide_files(cohort)[0]]
     lenient = Parts(tmp_path / "lenient", settings, 95)
@@ -116,7 +116,7 @@ def test_a_slide_over_its_budget_is_skipped(cohort: Path, tmp_path: Path) -> Non
     make_parts(files, parts, workers=1)
     part, other = parts.find(files[0]), parts.find(files[1])
     assert part is not None and len(part.rois) == 0
-    assert f"{count} ROIs of it cannot be read, copy the slide again" in part.skipped and str(bad) not in part.skipped
+    assert f"{count} of its ROIs cannot be read, copy the slide again" in part.skipped and str(bad) not in part.skipped
     assert other is not None and not other.skipped and len(other.rois) > 5
     before = states(parts.folder)
     make_parts(files, parts, workers=1)
@@ -124,7 +124,7 @@ def test_a_slide_over_its_budget_is_skipped(cohort: Path, tmp_path: Path) -> Non
 
 
 def kill_reader(self: Parts, file: SlideFile, pool: Pool) -> None:
-    """As where the decoder crashes: the process that reads s1 dies."""
+    """Imitate a crash in the decoder: the process that reads s1 dies."""
     if file.name == "s1":
         pool.call(os.kill, _a_process(pool), signal.SIGKILL)
         time.sleep(5)
@@ -140,7 +140,7 @@ def _a_process(pool: Pool) -> int:
 WRITE = Parts.write
 
 
-def test_a_slide_that_kills_its_reader_is_skipped(
+def test_a_slide_that_crashes_its_reader_is_skipped(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Parts, "write", kill_reader)
@@ -149,7 +149,7 @@ def test_a_slide_that_kills_its_reader_is_skipped(
     found = [parts.find(file) for file in files]
     assert [part.skipped.split(":")[0] if part else None for part in found] == [
         "",
-        "a process died while it was read",
+        "a process died while reading it",
         "",
         "",
     ]
@@ -179,8 +179,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("unbroken") / "set"
+def complete_set(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("complete_set") / "set"
     assert main(arguments(cohort, out, "workers=1", "max_rois=150")) == 0
     assert len(RoiSet(out)) == 150 and RoiSet(out).verify() == []
     assert not out.with_name("set.parts").exists()
@@ -188,10 +188,10 @@ def unbroken(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_as_an_unbroken_one(
-    cohort: Path, tmp_path: Path, unbroken: dict[str, bytes]
+def test_a_run_killed_three_times_makes_the_same_set(
+    cohort: Path, tmp_path: Path, complete_set: dict[str, bytes]
 ) -> None:
-    """kill -9 at random moments; finished slides are not done again, and no process is left over."""
+    """kill -9 at random times; finished slides are not done again, and no process survives."""
     rng, out, done = random.Random(0), tmp_path / "set", {}
     parts = tmp_path / "set.parts"
     for round_ in range(3):
@@ -202,7 +202,7 @@ def test_a_run_killed_three_times_ends_as_an_unbroken_one(
             assert run.poll() is None
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        assert run.poll() is None  # it is killed in the middle
+        assert run.poll() is None  # still running when killed
         run.kill()
         run.wait()
         _wait_until_gone(run.pid)
@@ -213,13 +213,13 @@ def test_a_run_killed_three_times_ends_as_an_unbroken_one(
     assert 3 <= len(done) < 7
     assert main(arguments(cohort, out, "workers=2", "max_rois=150", "--keep-parts")) == 0
     assert states(parts).items() >= done.items()
-    assert contents(out) == unbroken
-    assert json.loads(unbroken["summary.json"])["rois"] == 150
+    assert contents(out) == complete_set
+    assert json.loads(complete_set["summary.json"])["rois"] == 150
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "set.parts"]
 
 
 def _wait_until_gone(session: int) -> None:
-    """Until no process of the killed run is left."""
+    """Wait until no process of the killed run is left."""
     deadline = time.monotonic() + 300
     while any(_session(path) == session for path in Path("/proc").glob("[0-9]*")):
         assert time.monotonic() < deadline
@@ -234,7 +234,9 @@ def _session(process: Path) -> int | None:
     return int(session) if state != "Z" else None
 
 
-def test_shares_of_several_tasks_make_the_same_set(cohort: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+def test_shares_of_several_tasks_make_the_same_set(
+    cohort: Path, tmp_path: Path, complete_set: dict[str, bytes]
+) -> None:
     out = tmp_path / "set"
     for task in (1, 0):
         assert main(arguments(cohort, out, "workers=1", "max_rois=150", "--task", f"{task}/2")) == 0
@@ -243,9 +245,9 @@ def test_shares_of_several_tasks_make_the_same_set(cohort: Path, tmp_path: Path,
     assert len(done) == 6
     assert main(arguments(cohort, out, "workers=1", "max_rois=150", "--keep-parts")) == 0
     assert states(tmp_path / "set.parts") == done
-    assert contents(out) == unbroken
+    assert contents(out) == complete_set
     shutil.rmtree(out)
     assert main(arguments(cohort, out, "workers=1", "max_rois=60")) == 0
     fewer = RoiSet(out)
     assert len(fewer) == 60
-    assert all(fewer[i].jpeg in unbroken["shard-00000.bin"] for i in range(60))
+    assert all(fewer[i].jpeg in complete_set["shard-00000.bin"] for i in range(60))

@@ -1,4 +1,4 @@
-"""Processes shared by threads: order, errors, and no process that outlives its parent."""
+"""The process pool: order, errors, and no process outlives its parent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def die(x: int) -> int:
 
 
 def test_results_come_in_order_to_many_threads() -> None:
-    """More threads than results may wait: none waits for ever."""
+    """More threads than pending results are allowed; none deadlocks."""
     with Pool(2) as pool, ThreadPoolExecutor(7) as threads:
         runs = [threads.submit(lambda n=n: list(pool.map(slow_square, range(n)))) for n in range(12)]  # type: ignore[misc]
         assert [run.result(300) for run in runs] == [[x * x for x in range(n)] for n in range(12)]
@@ -36,7 +36,7 @@ def test_results_come_in_order_to_many_threads() -> None:
         some = pool.map(slow_square, range(100))
         assert [next(some) for _ in range(5)] == [0, 1, 4, 9, 16]
         some.close()  # type: ignore[attr-defined]
-        assert list(pool.map(slow_square, range(20))) == [x * x for x in range(20)]  # its room is free again
+        assert list(pool.map(slow_square, range(20))) == [x * x for x in range(20)]  # closing freed its room
 
 
 def test_without_processes() -> None:
@@ -45,7 +45,7 @@ def test_without_processes() -> None:
         assert pool.call(slow_square, 3) == 9
 
 
-def test_a_process_that_dies_is_told() -> None:
+def test_a_process_that_dies_raises() -> None:
     with Pool(2) as pool, pytest.raises(BrokenProcessPool):
         list(pool.map(die, range(10)))
 

@@ -1,4 +1,4 @@
-"""The check of a claimed um/px: both measures on discs of known size, and true and false claims on real images."""
+"""The check of um/px: both measures on discs of known size, and right and wrong scales on real images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_images_of_several_scales_add_up() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_claim_wrong_by_two_on_real_images(shared_data: Path, factor: float) -> None:
+def test_a_scale_wrong_by_a_factor_of_two_on_real_images(shared_data: Path, factor: float) -> None:
     source = open_source(f"brcam2c:{shared_data / 'brcam2c'}")
     assert isinstance(source, Dataset)
     items = [source.read(entry) for entry in source.entries[::10]]
@@ -64,8 +64,8 @@ def test_a_claim_wrong_by_two_on_real_images(shared_data: Path, factor: float) -
     assert fitting == pytest.approx(0.5, rel=0.25)
 
 
-def test_points_that_lie_elsewhere(shared_data: Path) -> None:
-    """x and y swapped: the points no longer lie on nuclei."""
+def test_points_that_miss_the_nuclei(shared_data: Path) -> None:
+    """x and y are swapped: the points no longer lie on nuclei."""
     source = open_source(f"brcam2c:{shared_data / 'brcam2c'}")
     assert isinstance(source, Dataset)
     items = [source.read(entry) for entry in source.entries[::10]]
@@ -73,14 +73,14 @@ def test_points_that_lie_elsewhere(shared_data: Path) -> None:
     assert any("x and y swapped" in warning for warning in check(*swapped).warnings())
 
 
-def test_crowds_and_deserts() -> None:
+def test_nuclei_too_dense_or_too_sparse() -> None:
     assert any("per mm2, expected at most" in one for one in check(discs(0.1, 4.0, 6.0, 512)).warnings())
     assert any("lie 3.0 um from their nearest" in one for one in check(discs(0.1, 2.0, 3.0)).warnings())
     far = [replace(discs(0.5, 6.0, 40.0), name=str(i)) for i in range(4)]
     assert any("lie 40.0 um from their nearest" in one for one in check(*far).warnings())
 
 
-def test_too_few_say_nothing() -> None:
+def test_too_few_nuclei_give_no_warnings() -> None:
     one = discs(0.25, 6.0, 11.0)
     few = replace(one, xy=one.xy[:5])
     none = replace(one, xy=one.xy[:0])

@@ -1,4 +1,4 @@
-"""``images:``: folders of plain images, nuclei detected."""
+"""``images:``: folders of plain images whose nuclei are detected."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_mistakes(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"field0.png: 2 um/px is too coarse"):
         list(open_source(f"images:{first}", mpp=2))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty contains no image"):
+    with pytest.raises(UserError, match="empty contains no images"):
         open_source(f"images:{tmp_path / 'empty'}")
     Image.new("RGB", (9, 9)).save(second / "field0.jpg")
     with pytest.raises(UserError, match=r"field0.jpg: .*a/field0.png has the same stem"):

@@ -1,4 +1,4 @@
-"""Options of sources: the docs describe every one of them."""
+"""The docs describe every option of every source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.parametrize("kind", source_kinds())
 def test_the_docs_describe_every_option(kind: str) -> None:
-    """In the section that shows the source's command, between backticks."""
+    """Between backticks, in the section with the source's command."""
     page = re.sub("```.*?```", "", (DOCS / ("prepare.md" if kind == "wsi" else "datasets.md")).read_text(), flags=re.S)
     sections = [page] if kind == "wsi" else [text for text in page.split("\n## ") if f" {kind}:" in text]
     code = " ".join(re.findall("`([^`]+)`", "\n".join(sections)))

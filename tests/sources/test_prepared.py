@@ -1,4 +1,4 @@
-"""ROI sets as a source: what they hold comes back, and several become one with the same bytes."""
+"""ROI sets as a source: their contents come back, and several are joined with the same bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from muse_fast.sources import open_source
 
 
 def write(out: Path, names: Sequence[str], labels: Sequence[Sequence[int]], split: str = "", mpp: float = 0.25) -> Path:
-    """A ROI for each list of labels, with a nucleus for each of them."""
+    """Write a ROI for each list of labels, with a nucleus for each label."""
     with RoiSetWriter(out, provenance={}, label_names=names, quality=80) as writer:
         for seed, of_roi in enumerate(labels):
             image, xy, _ = synthetic_image(seed, 160, mpp)
@@ -33,7 +33,7 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     return first, write(tmp_path / "b", ("long", "flat"), [[0, 1, 0]], mpp=0.5)
 
 
-def test_what_a_set_holds_comes_back(two: tuple[Path, Path]) -> None:
+def test_the_contents_of_a_set_come_back(two: tuple[Path, Path]) -> None:
     source = open_source(f"roiset:{two[0]}")
     roiset, items = RoiSet(two[0]), list(source)
     assert source.label_names == ("round", "long") and len(source) == len(items) == 2  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def test_joined_sets_have_the_same_jpegs(two: tuple[Path, Path], tmp_path: Path)
     np.testing.assert_array_equal(joined[2].xy, parts[2].xy)
 
 
-def test_damage_is_named_and_leaves_nothing(
+def test_a_damaged_set_is_named_and_nothing_is_written(
     two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shard = two[1] / "shard-00000.bin"
@@ -84,6 +84,6 @@ def test_damage_is_named_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_no_set_there(tmp_path: Path) -> None:
+def test_a_missing_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path / "none")):
         open_source(f"roiset:{tmp_path / 'none'}")

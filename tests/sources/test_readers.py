@@ -1,4 +1,4 @@
-"""The readers of public datasets, on tiny copies in their exact layouts: what was planted comes out."""
+"""The readers of public datasets, on tiny datasets in their exact layouts: they return the planted nuclei."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Tiny:
 # ---------------------------------------------------------------------------------------------------------- all of them
 
 
-def test_what_was_planted_comes_out(tiny: Tiny) -> None:
+def test_the_planted_nuclei_are_read(tiny: Tiny) -> None:
     source = opened(tiny)
     found = by_name(source)
     assert len(source) == len(found) == len(tiny.boxes)
@@ -55,7 +55,7 @@ def test_what_was_planted_comes_out(tiny: Tiny) -> None:
     assert not source.dropped
 
 
-def test_slides_are_told_without_reading_an_image(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slides_are_listed_without_reading_images(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     source = opened(tiny)
     expected = [(item.slide, item.split) for item in source]
     monkeypatch.setattr(Dataset, "read", lambda *_: pytest.fail("an image was read"))
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_named(tiny: Tiny, which: int, how: str) -> None:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["image", "labels"])
 def test_a_missing_file_is_named(tiny: Tiny, which: int) -> None:
-    """``points:`` alone cannot know of an image that is not there."""
+    """Only ``points:`` cannot notice a missing image."""
     name = max(tiny.boxes, key=lambda name: len(tiny.boxes[name]))
     path = tiny.files[name][which]
     path.unlink()
@@ -100,7 +100,7 @@ def test_a_missing_file_is_named(tiny: Tiny, which: int) -> None:
         list(opened(tiny))
 
 
-def test_no_folder(tiny: Tiny) -> None:
+def test_folders_that_are_missing_or_empty(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"nowhere is not a folder; expected "):
         open_source(f"{tiny.kind}:{tiny.folder / 'nowhere'}", **tiny.options)
     (tiny.folder / "empty").mkdir()
@@ -108,7 +108,7 @@ def test_no_folder(tiny: Tiny) -> None:
         open_source(f"{tiny.kind}:{tiny.folder / 'empty'}", **tiny.options)
 
 
-def test_evaluation_takes_labelled_sources(tmp_path: Path) -> None:
+def test_evaluation_on_labelled_sources(tmp_path: Path) -> None:
     for name in ("ocelot", "pannuke_flat"):
         tiny = build(name, tmp_path)
         tiles = tiles_by_split(opened(tiny), size=32, mpp=0.5)
@@ -125,7 +125,7 @@ def test_evaluation_takes_labelled_sources(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- ocelot
 
 
-def test_ocelot_place_and_splits(tmp_path: Path) -> None:
+def test_ocelot_positions_and_splits(tmp_path: Path) -> None:
     tiny = build("ocelot", tmp_path)
     assert [item.origin for item in opened(tiny)] == [(1000, 70), (2000, 70), (3000, 70), (4000, 70)]
     for part in ("images", "annotations"):
@@ -155,7 +155,7 @@ def test_ocelot_metadata(tmp_path: Path, change: Callable[[dict], Any], message:
         opened(tiny)
 
 
-def test_ocelot_image_that_metadata_lacks(tmp_path: Path) -> None:
+def test_ocelot_image_missing_in_the_metadata(tmp_path: Path) -> None:
     tiny = build("ocelot", tmp_path)
     path = tiny.folder / "metadata.json"
     content = json.loads(path.read_text())
@@ -198,7 +198,7 @@ def test_ocelot_harmless_variants(tmp_path: Path, text: str) -> None:
 def test_cellvit_folds(tmp_path: Path) -> None:
     tiny = build("cellvit", tmp_path)
     assert [item.split for item in opened(tiny, fold=0)] == ["val", "train", "test"]
-    with pytest.raises(UserError, match=r"fold_7/train.csv is missing; .* holds fold_0, fold_1; choose with fold=K"):
+    with pytest.raises(UserError, match=r"fold_7/train.csv is missing; .* contains fold_0, fold_1; choose with fold=K"):
         opened(tiny, fold=7)
     listing = tiny.folder / "splits" / "fold_1" / "val.csv"
     for text, message in (
@@ -270,7 +270,7 @@ def test_muse_bad_samples(tmp_path: Path, change: dict[str, Any], message: str) 
     [
         ("DX0,0,6", "DX0,0,six", r"metadata.csv, row 2: .*DX0_0 has n_cell 'six', expected a count"),
         ("DX1_1,", "DX0_0,", r"metadata.csv, row 3: .*DX0_0 is listed twice"),
-        ("DX1_1,", "DX1_9,", r"DX1_9.h5 is missing, one of 1 that .*metadata.csv lists"),
+        ("DX1_1,", "DX1_9,", r"DX1_9.h5 is missing, one of 1 listed in .*metadata.csv"),
         ("wsi_name", "wsi", r"metadata.csv, row 1: the header is 'sample_name,wsi,patch_id,n_cell', expected"),
         ("DX2_2,TCGA-AA-0001-01Z-00-DX2,", "DX2_2,,", r"metadata.csv, row 4: a value is missing, expected sample_name"),
     ],
@@ -283,7 +283,7 @@ def test_muse_metadata(tmp_path: Path, old: str, new: str, message: str) -> None
         opened(tiny)
 
 
-def test_muse_sample_that_is_not_listed(tmp_path: Path) -> None:
+def test_muse_sample_missing_in_the_metadata(tmp_path: Path) -> None:
     tiny = build("muse", tmp_path)
     path = tiny.folder / "metadata.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:3]) + "\n")

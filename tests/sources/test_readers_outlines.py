@@ -1,4 +1,4 @@
-"""Readers of outlines and instance maps, on tiny copies of the datasets: classes, splits, and what is refused."""
+"""Readers of outlines and instance maps, on tiny datasets: classes, splits and refused files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.tiny_datasets import build, by_name, feature, opened, write_g
 
 
 def test_puma_coarse_classes(tmp_path: Path) -> None:
-    """Planted in turn: tumour, lymphocyte, plasma cell. The paper's code puts plasma cells among the others."""
+    """Planted alternately: tumour, lymphocyte, plasma cell. In the paper's code, plasma cells belong to the others."""
     tiny = build("puma", tmp_path)
     for coarse, expected in (("muse", [0, 1, 2]), ("til", [0, 1, 1])):
         source = opened(tiny, coarse=coarse)
@@ -36,7 +36,7 @@ def test_puma_centre_by_vertices(tmp_path: Path) -> None:
     name = "training_set_metastatic_roi_002"
     (box,) = tiny.boxes[name]
     item = by_name(opened(tiny, centre="vertices"))[name]
-    # Five vertices on the upper side, the first of them twice, and two on the lower.
+    # Five vertices on the upper side, the first one twice, and two on the lower side.
     mean_x = (5 * box.centre[0] + box.x0 + box.x1 + box.x0) / 8
     np.testing.assert_allclose(item.xy, [[mean_x, (6 * box.y0 + 2 * box.y1) / 8]], atol=1e-5)
 
@@ -53,7 +53,7 @@ def test_puma_um_per_pixel(tmp_path: Path) -> None:
         )
     assert [item.mpp for item in open_source(tiny.spec)] == pytest.approx([0.22] * 3, rel=1e-3)
     assert {item.mpp for item in open_source(tiny.spec, mpp=0.25)} == {0.25}
-    Image.fromarray(tiny.images[name]).save(path, dpi=(72, 72))  # what programs write that know no scale
+    Image.fromarray(tiny.images[name]).save(path, dpi=(72, 72))  # written by programs that do not know the scale
     with pytest.raises(UserError, match=r"roi_003.tif: the TIFF does not state"):
         open_source(tiny.spec)
 
@@ -91,8 +91,8 @@ def test_puma_bad_features(tmp_path: Path) -> None:
             list(opened(tiny))
 
 
-def test_outlines_over_the_border_and_of_something_else(tmp_path: Path) -> None:
-    """One centre beyond the border is left out and counted; many mean other coordinates, those of a slide perhaps."""
+def test_outlines_across_the_border_and_wrong_coordinates(tmp_path: Path) -> None:
+    """One centre outside the image is dropped and counted; many mean wrong coordinates, such as those of a slide."""
     tiny = build("puma", tmp_path)
     name = "training_set_metastatic_roi_001"
     boxes, path = tiny.boxes[name], tiny.files[name][1]
@@ -179,10 +179,10 @@ def test_pannuke_folds_and_splits(tmp_path: Path) -> None:
     assert {item.name: item.split for item in opened(tiny, splits="test,train,val")} == {
         "fold1_00000": "test", "fold1_00001": "test", "fold2_00000": "train", "fold3_00000": "val",
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"pannuke: splits=train names 1, expected one for each of fold1, fold2, fold3"):
+    with pytest.raises(UserError, match=r"splits=train has 1 names, expected one for each of fold1, fold2, fold3"):
         opened(tiny, splits="train")
     (tiny.folder / "Fold 3").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"names 3, expected one for each of fold1, fold2, such as splits=train,val"):
+    with pytest.raises(UserError, match=r"3 names, expected one for each of fold1, fold2, such as splits=train,val"):
         opened(tiny)
     assert len(opened(tiny, splits="train,test")) == 3
 
@@ -270,7 +270,7 @@ def test_lizard_without_ids_counts_in_order(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"consep_1.mat: 7 classes for 8 nuclei"):
         list(opened(tiny))
     savemat(path, {key: content[key] if key == "inst_map" else content[key][1:] for key in ("inst_map", "class", "id")})
-    with pytest.raises(UserError, match=r"consep_1.mat: nucleus 40 of inst_map is not among id, so it has no class"):
+    with pytest.raises(UserError, match=r"consep_1.mat: nucleus 40 of inst_map is not in id, so it has no class"):
         list(opened(tiny))
     content["class"][0] = 0
     savemat(path, {key: content[key] for key in ("inst_map", "class", "id")})
@@ -296,7 +296,7 @@ def test_lizard_info(tmp_path: Path, old: str, new: str, message: str) -> None:
         opened(tiny)
 
 
-def test_lizard_splits_and_doubles(tmp_path: Path) -> None:
+def test_lizard_splits_and_duplicates(tmp_path: Path) -> None:
     tiny = build("lizard", tmp_path)
     assert [item.split for item in opened(tiny, splits="a,b,c")] == ["a", "b", "c"]
     (tiny.folder / "copy").mkdir()
@@ -309,7 +309,7 @@ def test_lizard_splits_and_doubles(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- qupath
 
 
-def test_qupath_classes_named_or_found(tmp_path: Path) -> None:
+def test_qupath_classes_from_the_option_or_the_files(tmp_path: Path) -> None:
     tiny = build("qupath", tmp_path)
     assert opened(tiny).label_names == ("Lymphocyte", "Stroma", "Tumor: Positive")
     source = opened(tiny, labels="Tumor: Positive,Stroma,Lymphocyte")
@@ -319,7 +319,7 @@ def test_qupath_classes_named_or_found(tmp_path: Path) -> None:
         list(opened(tiny, labels="Lymphocyte,Tumor: Positive"))
 
 
-def test_qupath_objects_that_are_no_nuclei(tmp_path: Path) -> None:
+def test_qupath_objects_that_are_not_nuclei(tmp_path: Path) -> None:
     tiny = build("qupath", tmp_path)
     boxes, path = tiny.boxes["tile0.png"], tiny.files["tile0.png"][1]
     nuclei = [feature(box, "A", "detection") for box in boxes]

@@ -1,4 +1,4 @@
-"""Sources: what each yields, and that every mistake in a user's files is named with file and row."""
+"""Sources: the images they yield, and errors that name the file and row of a mistake."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_real_brcam2c(shared_data: Path) -> None:
         np.testing.assert_array_equal(item.xy, rows[:, [1, 0]])
         np.testing.assert_array_equal(item.label, rows[:, 2] - 1)
         assert item.name in (folder / f"brca_ds_{item.split}.txt").read_text()
-        # The points lie on nuclei, which are darker in red than the rest; a swap of x and y would not.
+        # The points lie on nuclei, which are darker in red than the rest; with x and y swapped they would not.
         column, row = item.xy.astype(int).T
         red = item.image[..., 0].astype(float)
         assert red[row, column].mean() < red.mean() - 10
@@ -166,7 +166,7 @@ def test_mpp_of_points(points: Path) -> None:
     (points / "mpp.csv").write_text("image,mpp,slide,split\na.png,0.4,S1,val\n")
     (item,) = open_source(f"points:{points}")
     assert (item.mpp, item.slide, item.split) == (0.4, "S1", "val")
-    (item,) = open_source(f"points:{points}", mpp=0.3)  # what is said of one image goes before what is said of all
+    (item,) = open_source(f"points:{points}", mpp=0.3)  # the table of images takes precedence over the option
     assert item.mpp == 0.4
     for text, message in (
         ("image,mpp\na.png,40\n", "row 2: mpp is '40', expected um per pixel, 0.05 to 5"),
@@ -188,7 +188,7 @@ def test_points_folder_mistakes(points: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="same stem"):
         open_source(f"points:{points}", mpp=0.5)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="contains no image"):
+    with pytest.raises(UserError, match="contains no images"):
         open_source(f"points:{tmp_path / 'empty'}", mpp=0.5)
     with pytest.raises(UserError, match="is not a folder"):
         open_source(f"points:{tmp_path / 'absent'}", mpp=0.5)
@@ -206,7 +206,7 @@ def test_truncated_image_is_named(points: Path, suffix: str) -> None:
 
 
 def test_damaged_jpeg_is_refused(points: Path) -> None:
-    """Eight bytes of a scan overwritten: Pillow would return an image with grey in it."""
+    """Eight bytes of a scan are overwritten: Pillow would return an image that is partly grey."""
     (points / "a.png").unlink()
     write_image(points / "a.jpg", 200, 200)
     data = bytearray((points / "a.jpg").read_bytes())
@@ -217,7 +217,7 @@ def test_damaged_jpeg_is_refused(points: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "CMYK"])
-def test_images_that_are_no_rgb_are_refused(points: Path, mode: str) -> None:
+def test_images_that_are_not_rgb_are_refused(points: Path, mode: str) -> None:
     (points / "a.png").unlink()
     Image.new(mode, (30, 20)).save(points / "a.tif")
     with pytest.raises(UserError, match=rf"a.tif: {mode}, 30 x 20 px; expected 8-bit RGB"):
@@ -264,7 +264,7 @@ def test_mistakes_in_source_and_options(spec: str, options: dict[str, str], mess
         open_source(spec, **options)
 
 
-def test_slides_are_those_of_the_images(shared_data: Path) -> None:
+def test_slides_match_the_images(shared_data: Path) -> None:
     source = open_source(f"brcam2c:{shared_data / 'brcam2c'}")
     slides = list(source.slides())
     assert len(slides) == 120 and slides == [(item.slide, item.split) for item in source]

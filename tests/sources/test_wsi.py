@@ -1,4 +1,4 @@
-"""The source ``wsi:``: which slides are used, what goes with each, the grid, and nuclei that do not depend on it."""
+"""The source ``wsi:``: usable slides, their tables and files, and nuclei that do not depend on the grid."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_mpp_comes_from_table_then_option_then_header(slide: Path, tmp_path: Pat
     assert first(mpp=0.45).mpp == 0.45
 
 
-def test_rows_of_folders_within(tmp_path: Path, tissue: np.ndarray) -> None:
+def test_rows_for_slides_in_subfolders(tmp_path: Path, tissue: np.ndarray) -> None:
     write_slide(tmp_path / "one" / "a.tif", tissue[:300, :300], None)
     write_slide(tmp_path / "two" / "b.tif", tissue[:300, :300], None)
     (tmp_path / "mpp.csv").write_text("image,mpp\none/a.tif,0.4\nb.tif,0.3\n")
@@ -69,20 +69,20 @@ def test_rows_of_folders_within(tmp_path: Path, tissue: np.ndarray) -> None:
 def test_bad_slides_do_not_stop_the_others(slide: Path, tissue: np.ndarray) -> None:
     folder = slide.parent
     write_slide(folder / "nothing.tif", tissue[:300, :300], None)
-    (folder / "broken.svs").write_bytes(b"no slide")
+    (folder / "broken.svs").write_bytes(b"not a slide")
     write_slide(folder / "within" / "slide.tif", tissue[:300, :300])
     source = opened(folder, roi_um=100)
     assert {item.slide for item in source} == {"slide"}
-    told = {path.relative_to(folder).as_posix(): reason for path, reason in source.refused.items()}
-    assert set(told) == {"nothing.tif", "broken.svs", "within/slide.tif"}
-    assert told["broken.svs"].startswith("OpenSlide cannot read it")
-    assert told["nothing.tif"].startswith("the header does not give um per pixel; give mpp=NUMBER")
-    assert "slide.tif has the same name" in told["within/slide.tif"]
+    reasons = {path.relative_to(folder).as_posix(): reason for path, reason in source.refused.items()}
+    assert set(reasons) == {"nothing.tif", "broken.svs", "within/slide.tif"}
+    assert reasons["broken.svs"].startswith("OpenSlide cannot read it")
+    assert reasons["nothing.tif"].startswith("the header does not give um per pixel; give mpp=NUMBER")
+    assert "slide.tif has the same name" in reasons["within/slide.tif"]
 
 
-def test_when_none_can_be_used_all_are_told(tmp_path: Path, tissue: np.ndarray) -> None:
+def test_all_reasons_are_listed_when_no_slide_can_be_used(tmp_path: Path, tissue: np.ndarray) -> None:
     write_slide(tmp_path / "nothing.tif", tissue[:300, :300], None)
-    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    (tmp_path / "broken.svs").write_bytes(b"not a slide")
     with pytest.raises(UserError) as caught:
         list(opened(tmp_path))
     lines = str(caught.value).splitlines()
@@ -92,7 +92,7 @@ def test_when_none_can_be_used_all_are_told(tmp_path: Path, tissue: np.ndarray) 
 
 
 def test_a_roi_too_large_to_hold_is_refused(slide: Path) -> None:
-    with pytest.raises(UserError, match=r"slide.tif: roi_um=4096 is 40960 px, expected 16384 at most"):
+    with pytest.raises(UserError, match=r"slide.tif: roi_um=4096 is 40960 px, expected at most 16384"):
         list(opened(slide, mpp=0.1, roi_um=4096))
 
 
@@ -117,7 +117,7 @@ def test_excluded_slides(tmp_path: Path, tissue: np.ndarray) -> None:
         ({"per_group": 3}, "per_group=3: expected groups=FILE"),
         ({"groups": "absent.csv"}, "absent.csv: no such file"),
         ({"tissue": "absent"}, "tissue=absent: expected a folder"),
-        ({"exclude": "absent"}, "wsi: no setting 'exclude'"),  # `prepare` alone takes it
+        ({"exclude": "absent"}, "wsi: no setting 'exclude'"),  # only `prepare` accepts it
         ({"mpp_csv": "absent.csv"}, "absent.csv: no such file"),
         ({"per_slide": 0}, "per_slide=0: expected 1 to"),
     ],
@@ -134,7 +134,7 @@ def test_groups(tmp_path: Path, tissue: np.ndarray) -> None:
     table.write_text("slide,group\na,BRCA\nb.tif,LUAD\n")
     source = opened(tmp_path, groups=str(table))
     assert [(file.name, file.group) for file in source.files] == [("a", "BRCA"), ("b", "LUAD")]
-    assert list(source.refused.values()) == [f"it has no row in groups={table}"]
+    assert list(source.refused.values()) == [f"not listed in groups={table}"]
     table.write_text("slide,group\na,BRCA\na,LUAD\n")
     with pytest.raises(UserError, match=r"groups.csv, row 3: a is also in the group BRCA"):
         opened(tmp_path, groups=str(table))
@@ -143,7 +143,7 @@ def test_groups(tmp_path: Path, tissue: np.ndarray) -> None:
 # ------------------------------------------------------------------------------------------ the user's own files
 
 
-def test_own_nuclei_take_the_place_of_the_detector(slide: Path, tmp_path: Path) -> None:
+def test_own_nuclei_replace_the_detector(slide: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cells"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def test_own_nuclei_take_the_place_of_the_detector(slide: Path, tmp_path: Path) 
 
 
 def test_own_geojson_of_one_multipolygon(tmp_path: Path, tissue: np.ndarray) -> None:
-    """One nucleus in two parts, or two nuclei; what is not a nucleus is counted."""
+    """One nucleus in two parts, or two nuclei; other objects are counted."""
     slide = write_slide(tmp_path / "slides" / "slide.tif", tissue[:300, :300])
     squares = [[[[x, 20], [x + 10, 20], [x + 10, 30], [x, 30], [x, 20]]] for x in (40, 80)]
     two = {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": squares}}
@@ -186,10 +186,10 @@ def test_own_tissue(slide: Path, tmp_path: Path) -> None:
 
     folder = tmp_path / "masks"
     folder.mkdir()
-    with pytest.raises(UserError, match="no file is named as a slide"):
+    with pytest.raises(UserError, match="no file is named like a slide"):
         opened(slide, tissue=str(folder))
     mask = np.zeros((11, 15), np.uint8)
-    mask[2:4, 4:8] = 1  # of 100 px each
+    mask[2:4, 4:8] = 1  # mask pixels of 100 px
     Image.fromarray(mask).save(folder / "slide.png")
     items = list(opened(slide, roi_um=100, min_tissue=0.9, min_nuclei=0, tissue=str(folder)))
     assert [item.origin for item in items] == [(400, 200), (600, 200)]
@@ -215,7 +215,7 @@ def test_rois_are_pixels_of_the_slide(slide: Path, tissue: np.ndarray) -> None:
 
 
 def test_nuclei_do_not_depend_on_the_grid(slide: Path, tissue: np.ndarray) -> None:
-    """Those of all ROIs together are those of one detection on the whole, at ROI borders too."""
+    """The nuclei of all ROIs together are those of one detection on the whole slide, also at the borders of ROIs."""
     together = np.concatenate([item.xy + item.origin for item in opened(slide, **EVERYTHING, detector="classical")])
     whole, _ = detect_nuclei(tissue, 0.5)
     whole = whole[(whole < [1400, 1000]).all(axis=1)]
@@ -223,7 +223,7 @@ def test_nuclei_do_not_depend_on_the_grid(slide: Path, tissue: np.ndarray) -> No
     assert {tuple(p) for p in together.tolist()} == {tuple(p) for p in whole.tolist()}
 
 
-def test_limits_drop_and_count(slide: Path) -> None:
+def test_dropped_squares_are_counted(slide: Path) -> None:
     source = opened(slide, roi_um=100, min_tissue=0.99, min_nuclei=10**6)
     assert list(source) == []
     assert set(source.dropped) == {"too little tissue", "too few nuclei"}
@@ -231,7 +231,7 @@ def test_limits_drop_and_count(slide: Path) -> None:
     assert list(opened(slide, roi_um=2048)) == []  # the slide is smaller
 
 
-def test_few_of_each_slide_are_drawn_at_random(slide: Path) -> None:
+def test_per_slide_draws_at_random(slide: Path) -> None:
     everything = {item.origin for item in opened(slide, roi_um=100)}
     draws = []
     for seed in (0, 0, 1):
@@ -249,7 +249,7 @@ def test_few_of_each_slide_are_drawn_at_random(slide: Path) -> None:
 
 def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarray) -> None:
     path = write_slide(tmp_path / "slide.tif", tissue, compression="zlib")
-    damage(path, 9)  # of 6 columns: x 768 to 1023, y 256 to 511, in which lie parts of 3 x 2 squares and of 2 margins
+    damage(path, 9)  # of 6 columns: x 768 to 1023, y 256 to 511, which overlaps 3 x 2 squares and 2 margins
     source = opened(path, **EVERYTHING)
     images = {item.origin: item.image for item in source}
     lost = source.dropped["unreadable"]
@@ -263,10 +263,10 @@ def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarra
     assert len(list(Cut(surveyed, settings).rois())) == 35 - lost
     source = opened(path, **EVERYTHING, max_unreadable_rois=lost - 1)
     assert len(list(source)) < 35 - lost
-    assert f"{lost} ROIs of it cannot be read, copy the slide again" in source.refused[path]
+    assert f"{lost} of its ROIs cannot be read, copy the slide again" in source.refused[path]
     source = opened(path, **EVERYTHING, max_unreadable_rois=0)
     assert list(source) == []
-    assert source.refused[path].startswith("unreadable at")  # already for the overview
+    assert source.refused[path].startswith("unreadable at")  # the overview already fails
 
 
 def test_cpus(monkeypatch: pytest.MonkeyPatch, slide: Path) -> None:
