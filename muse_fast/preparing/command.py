@@ -24,7 +24,7 @@ from muse_fast.version import __version__
 
 
 def main(argv: Sequence[str]) -> int:
-    args = argument_parser().parse_intermixed_args(argv)  # options may stand before or after key=value
+    args = argument_parser().parse_intermixed_args(argv)  # options may come before or after key=value
     with written_to(args.out):
         return prepare(args)
 
@@ -64,13 +64,13 @@ def prepare(args: argparse.Namespace) -> int:
     """Write the ROI set of one source; returns the exit code.
 
     Raises:
-        UserError: the source cannot be used, holds no ROI, or the set exists; nothing half-written remains.
+        UserError: the source cannot be used or yields no ROIs, or the set exists. Nothing half-written is left.
     """
     options = key_values(args.options)
     source = open_without(args.source, options)
-    told = ", ".join(f"{key}={value}" for key, value in options.items()) or "default settings"
-    print(f"prepare {args.source} -> {args.out}  ({told})", flush=True)
-    options.pop("workers", None)  # the set is the same with any number
+    shown = ", ".join(f"{key}={value}" for key, value in options.items()) or "default settings"
+    print(f"prepare {args.source} -> {args.out}  ({shown})", flush=True)
+    options.pop("workers", None)  # the set does not depend on their number
     provenance = {
         "program": f"muse_fast {__version__}",
         "source": args.source,
@@ -92,7 +92,7 @@ def _prepare_images(source: Source, out: Path, provenance: dict[str, Any], quali
     started = time.monotonic()
     writer = RoiSetWriter(out, provenance=provenance, label_names=source.label_names, quality=quality)
     total = len(source) if isinstance(source, Sized) else None
-    items = source.rois() if isinstance(source, Prepared) else source  # JPEGs that exist are not made anew
+    items = source.rois() if isinstance(source, Prepared) else source  # existing JPEGs are not encoded again
     images = track(_some(items, source, provenance["source"]), total, "ROIs")
     summary = build_set(writer, images, lambda folder: {"dropped": dict(source.dropped)})
     print_summary(out, summary, time.monotonic() - started)
@@ -100,14 +100,14 @@ def _prepare_images(source: Source, out: Path, provenance: dict[str, Any], quali
 
 
 def _some(items: Iterable[Item], source: Source, spec: str) -> Iterator[Item]:
-    """What a source gives.
+    """Yield the items of a source.
 
     Raises:
-        UserError: at the end, if there was none.
+        UserError: at the end, if there were none.
     """
-    none = True
+    empty = True
     for item in items:
-        none = False
+        empty = False
         yield item
-    if none:
-        raise UserError(f"{spec} gave no ROI; left out: {counted(source.dropped)}")
+    if empty:
+        raise UserError(f"{spec} yielded no ROIs; skipped: {counted(source.dropped)}")
