@@ -179,7 +179,7 @@ def _timm_config(arch: str, backbone: Mapping[str, Tensor]) -> dict[str, Any]:
 
     name, side = find_arch(arch).timm, stored_image_size(arch, backbone)
     if not name:
-        raise UserError(f"--format timm: timm has no architecture that equals {arch}; use safetensors")
+        raise UserError(f"--format timm: timm has no architecture like {arch}; use safetensors")
     known: Any = timm.get_pretrained_cfg(name)
     return {
         "architecture": name,
