@@ -145,7 +145,7 @@ def run_finetune(subject: Subject, options: TuneConfig, progress: ShowProgress) 
 
 
 def _linear_row(features: str, prefix: str, result: LinearResult) -> Row:
-    unstable = f", step {result.step:.1f} x the stable" if result.step > 1 else ""
+    unstable = f", lr {result.step:.1f} x the largest stable" if result.step > 1 else ""
     details = {"epoch": result.epoch, "step_over_stable": result.step}
     return Row(features, f"{prefix}epoch {result.epoch + 1}{unstable}", result.test, result.val, details)
 
