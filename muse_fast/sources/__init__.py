@@ -6,6 +6,7 @@ dataset has a file here; what several of them need is in ``muse_fast.images``: t
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from muse_fast.errors import UserError, did_you_mean
@@ -36,7 +37,7 @@ def source_kinds() -> dict[str, type[Source]]:
 
 
 def open_source(spec: str, **options: Any) -> Source:
-    """Open ``KIND:TARGET``. The options are those of the source's ``Options``, as text (``"0.5"``) or values.
+    """Open ``KIND:PATH``. The options are those of the source's ``Options``, as text (``"0.5"``) or values.
 
     Raises:
         UserError: the kind or an option is unknown (names the nearest known one), or the target cannot be read.
@@ -45,6 +46,8 @@ def open_source(spec: str, **options: Any) -> Source:
     kind, _, target = spec.partition(":")
     if kind not in kinds or not target:
         hint = did_you_mean(kind, kinds) if kind not in kinds else ""
-        raise UserError(f"{spec!r} is not a source, expected KIND:TARGET with KIND one of {', '.join(kinds)}{hint}")
+        if Path(spec).is_dir():
+            hint = f"; `python -m muse_fast.prepare inspect {spec}` suggests one"
+        raise UserError(f"{spec!r} is not a source, expected KIND:PATH with KIND one of {', '.join(kinds)}{hint}")
     source = kinds[kind]
     return source(target, load_settings(source.Options, items=options, prefix=f"{kind}: "))

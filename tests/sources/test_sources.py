@@ -247,8 +247,8 @@ def test_synthetic_splits_and_repeats() -> None:
     ("spec", "options", "message"),
     [
         ("brcam2:x", {}, r"did you mean 'brcam2c'"),
-        ("synthetic", {}, r"expected KIND:TARGET"),
-        ("synthetic:", {}, r"expected KIND:TARGET"),
+        ("synthetic", {}, r"expected KIND:PATH"),
+        ("synthetic:", {}, r"expected KIND:PATH"),
         ("synthetic:0", {}, r"1 or more"),
         ("synthetic:many", {}, r"1 or more"),
         ("synthetic:2", {"sise": "64"}, r"synthetic: no setting 'sise'; did you mean 'size'\?"),
@@ -268,3 +268,8 @@ def test_slides_match_the_images(shared_data: Path) -> None:
     source = open_source(f"brcam2c:{shared_data / 'brcam2c'}")
     slides = list(source.slides())
     assert len(slides) == 120 and slides == [(item.slide, item.split) for item in source]
+
+
+def test_a_folder_without_a_kind_gets_a_hint_at_inspect(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"`python -m muse_fast.prepare inspect {tmp_path}` suggests one"):
+        open_source(str(tmp_path))
