@@ -52,7 +52,7 @@ def make_nuclei(images: int, side: int) -> PackedNuclei:
 
 
 @pytest.mark.parametrize("drop", [False, True], ids=["no-drop", "drop-path"])
-@pytest.mark.parametrize(("arch", "sizes"), [*SIZES, pytest.param("resnet50", (64, 32), id="resnet50-64-32")])
+@pytest.mark.parametrize(("arch", "sizes"), [*SIZES[:3], pytest.param("resnet50", (64, 32), id="resnet50-64-32")])
 def test_one_pass_over_two_resolutions_equals_two_passes(arch: str, sizes: tuple[int, int], drop: bool) -> None:
     """CLS and nucleus rows, gradients of weights and images, and running statistics, which depend on the order."""
     packed = build_backbone(arch, drop_path=0.4, image_size=sizes[0]).train()

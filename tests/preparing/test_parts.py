@@ -171,7 +171,7 @@ def test_a_full_disk_stops_the_run(cohort: Path, tmp_path: Path, monkeypatch: py
 
 
 def arguments(cohort: Path, out: Path, *more: str) -> list[str]:
-    return [f"wsi:{cohort}", str(out), "roi_um=32", "min_nuclei=1", "per_slide=40", *more]
+    return [f"wsi:{cohort}", str(out), "roi_um=32", "min_nuclei=1", "per_slide=40", "detector=classical", *more]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -201,7 +201,7 @@ def test_a_run_killed_three_times_makes_the_same_set(
         while len(states(parts)) <= round_ and time.monotonic() < deadline:
             assert run.poll() is None
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.05))
         assert run.poll() is None  # still running when killed
         run.kill()
         run.wait()
