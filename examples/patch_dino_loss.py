@@ -61,13 +61,13 @@ def by_function(features: Tensor, prototypes: Tensor) -> Tensor:
     return kernels.dino_loss(student_logits, teacher_logits, center, *PAIRS_AND_TEMPS).mean()
 
 
-module = kernels.DINOLoss(PROTOTYPES, CROPS, STUDENT_TEMP).to(DEVICE)
-module.center.copy_(center)  # in training: module.update_center(teacher_logits), once per step
+module = kernels.DINOLoss(PROTOTYPES, CROPS, student_temp=STUDENT_TEMP).to(DEVICE)
+module.center.copy_(center)  # in training: module(..., update_center=True)
 
 
 def by_module(features: Tensor, prototypes: Tensor) -> Tensor:
     """The same as a module that keeps centre and pairs."""
-    return module(features @ prototypes.T, teacher @ teacher_prototypes.T, TEACHER_TEMP)
+    return module(features @ prototypes.T, teacher @ teacher_prototypes.T, teacher_temp=TEACHER_TEMP)
 
 
 def without_logits(features: Tensor, prototypes: Tensor) -> Tensor:

@@ -107,6 +107,15 @@ def check_pairs(
         raise ValueError(f"{op}: temperatures must be positive, got {student_temp} and {teacher_temp}")
 
 
+def check_temperature(op: str, name: str, temp: float) -> None:
+    """Reject what cannot be a temperature of DINO, above all an epoch."""
+    if not 0 < temp <= 1:
+        raise ValueError(
+            f"{op}: {name} must be above 0 and at most 1, got {temp}; where DINO's own loss takes the epoch, pass the "
+            "teacher's temperature in that epoch"
+        )
+
+
 def check_one_device(op: str, tensors: tuple[Tensor, ...]) -> None:
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:

@@ -38,7 +38,7 @@ def dino_loss(
     Args:
         student_logits: ``[Ns, K]`` floating point.
         teacher_logits: ``[Nt, K]`` floating point.
-        center: ``[K]``.
+        center: ``[K]``, or ``[1, K]`` or ``[1, 1, K]`` as checkpoints of DINO and iBOT have it.
         teacher_rows, student_rows: ``[P]`` int64, valid rows of the two (not checked on CUDA). A row may be in any
             number of pairs; a pair with a negative row is padding, and its loss is 0.
         student_temp, teacher_temp: temperatures, above 0.
@@ -50,9 +50,10 @@ def dino_loss(
     Raises:
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
     """
+    center = _as_vector(center)
     arguments = DinoLoss(student_logits, teacher_logits, center, teacher_rows, student_rows, student_temp, teacher_temp)
     arguments.check()
-    if _runs_triton("dino_loss", backend, student_logits, teacher_logits, center):
+    if runs_triton("dino_loss", backend, student_logits, teacher_logits, center):
         from .fused.dino_loss import dino_loss_fwd
 
         return dino_loss_fwd(*arguments)[0]
@@ -81,8 +82,7 @@ def linear_dino_loss(
         student_W: ``[K, d]`` prototypes, the weight of the last layer.
         teacher_z: ``[Nt, d]``.
         teacher_W: ``[K, d]``.
-        center: ``[K]``.
-        teacher_rows, student_rows, student_temp, teacher_temp, backend: see :func:`dino_loss`.
+        center, teacher_rows, student_rows, student_temp, teacher_temp, backend: see :func:`dino_loss`.
 
     Returns:
         ``[P]`` float32 (float64 for float64 students), not reduced. The gradient flows to ``student_z`` and
@@ -91,10 +91,10 @@ def linear_dino_loss(
     Raises:
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
     """
-    features = (student_z, student_W, teacher_z, teacher_W, center)
+    features = (student_z, student_W, teacher_z, teacher_W, _as_vector(center))
     arguments = LinearDinoLoss(*features, teacher_rows, student_rows, student_temp, teacher_temp)
     arguments.check()
-    if _runs_triton("linear_dino_loss", backend, *features):
+    if runs_triton("linear_dino_loss", backend, *features):
         from .fused.linear_dino_loss import linear_dino_loss as fused
 
         return fused(arguments)
@@ -122,14 +122,20 @@ def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float, *, b
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
     """
     check_soft_cross_entropy(student_logits, target, temp)
-    if _runs_triton("soft_cross_entropy", backend, student_logits, target):
+    if runs_triton("soft_cross_entropy", backend, student_logits, target):
         from .fused.soft_cross_entropy import soft_cross_entropy as fused
 
         return fused(student_logits, target, temp)
     return reference.soft_cross_entropy(student_logits, target, temp)
 
 
-def _runs_triton(op: str, backend: str | None, *tensors: Tensor) -> bool:
+def _as_vector(center: Tensor) -> Tensor:
+    """Return ``[1, ..., 1, K]`` as ``[K]``; the checks reject other shapes."""
+    return center.flatten() if center.dim() > 1 and center.shape[:-1].numel() == 1 else center
+
+
+def runs_triton(op: str, backend: str | None, *tensors: Tensor) -> bool:
+    """Return True if Triton runs ``op`` on these tensors, False if plain PyTorch does."""
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return _choose_triton(op, backend, tensors[0].device.type, double)
 

@@ -23,8 +23,8 @@ def dino_loss(
     """Store softmax and log-softmax, and gather both into pairs."""
     precision = torch.promote_types(student_logits.dtype, torch.float32)
     centred = teacher_logits.detach().to(precision) - center.detach().to(precision)
-    target = F.softmax(_sharpen(centred, teacher_temp), dim=-1)
-    log_prediction = F.log_softmax(_sharpen(student_logits.to(precision), student_temp), dim=-1)
+    target = F.softmax(sharpen(centred, teacher_temp), dim=-1)
+    log_prediction = F.log_softmax(sharpen(student_logits.to(precision), student_temp), dim=-1)
     if not len(target) or not len(log_prediction):  # then all pairs are padding
         return log_prediction[:0].sum() + log_prediction.new_zeros(len(student_rows))
     padding = (teacher_rows < 0) | (student_rows < 0)
@@ -32,7 +32,7 @@ def dino_loss(
     return loss.masked_fill(padding, 0)
 
 
-def _sharpen(logits: Tensor, temperature: float) -> Tensor:
+def sharpen(logits: Tensor, temperature: float) -> Tensor:
     """Subtract the largest logit, then divide by the temperature: a shift common to a row must not cost digits."""
     return (logits - logits.detach().amax(dim=-1, keepdim=True)) / temperature
 
@@ -58,5 +58,5 @@ def linear_dino_loss(
 def soft_cross_entropy(student_logits: Tensor, target: Tensor, temp: float) -> Tensor:
     """Store the log-softmax."""
     precision = torch.promote_types(student_logits.dtype, torch.float32)
-    log_prediction = F.log_softmax(_sharpen(student_logits.to(precision), temp), dim=-1)
+    log_prediction = F.log_softmax(sharpen(student_logits.to(precision), temp), dim=-1)
     return -(target.detach().to(precision) * log_prediction).sum(dim=-1)

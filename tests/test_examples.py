@@ -28,6 +28,20 @@ def test_patch_dino_loss() -> None:
     assert max(map(float, losses.values())) - min(map(float, losses.values())) < 1e-3
 
 
+def test_swap_dino_loss() -> None:
+    """Losses stay the same and memory shrinks; the script fails otherwise."""
+    command = [sys.executable, ROOT / "examples" / "swap_dino_loss.py", "6"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "+    dino_loss = kernels.DINOLoss(PROTOTYPES, CROPS)" in finished.stdout
+    losses = [line.split() for line in finished.stdout.splitlines() if line.startswith("step")]
+    assert [step for _, step, *_ in losses] == ["0:", "3:", "5:"]
+    for _, _, _, before, _, after, _ in losses:
+        assert abs(float(after) / float(before) - 1) < 1e-4
+    memory = next(line.split() for line in finished.stdout.splitlines() if line.startswith("peak memory"))
+    assert float(memory[8]) < 0.7 * float(memory[5])
+
+
 def test_nuclei_are_coloured_by_their_principal_components() -> None:
     spec = importlib.util.spec_from_file_location("nuclei_picture", ROOT / "examples" / "nuclei_picture.py")
     picture = importlib.util.module_from_spec(spec)

@@ -105,6 +105,18 @@ def test_functions_check_their_arguments(op: str) -> None:
             getattr(kernels, op)(*arguments[:place], wrong, *arguments[place + 1 :])
 
 
+@pytest.mark.parametrize("op", ["dino_loss", "linear_dino_loss"])
+def test_functions_accept_the_center_of_a_checkpoint(op: str) -> None:
+    """``[1, K]`` in DINO's and DINOv2's, ``[1, 1, K]`` in iBOT's."""
+    *features, center, teacher_rows, student_rows, student_temp, teacher_temp = ARGUMENTS[op]()
+    rest = teacher_rows, student_rows, student_temp, teacher_temp
+    expected = getattr(kernels, op)(*features, center, *rest)
+    for shape in ((1, 7), (1, 1, 7)):
+        assert torch.equal(getattr(kernels, op)(*features, center.view(shape), *rest), expected)
+    with pytest.raises(ValueError, match=op):
+        getattr(kernels, op)(*features, center.view(7, 1), *rest)
+
+
 USE = """
 import torch
 import kernels
@@ -123,8 +135,9 @@ def check(**options):
         torch.testing.assert_close(loss, uniform)
 
 check()
-kernels.DINOLoss(8, 2)(zeros, teacher, 0.04)
-kernels.IBOTPatchLoss(8)(zeros, teacher, torch.eye(2, dtype=torch.bool), 0.04)
+kernels.DINOLoss(8, 2)(zeros, teacher, teacher_temp=0.04)
+kernels.iBOTPatchLoss(8).forward_masked(zeros, teacher, torch.eye(2, dtype=torch.bool), teacher_temp=0.04)
+kernels.sinkhorn_knopp(teacher, 0.04)
 loaded = [name for name in sys.modules if name.startswith("muse_fast")]
 assert not loaded, loaded
 """
