@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 SANITIZED_TESTS := tests/ops/test_match_nuclei.py tests/ops/test_sample_nuclei.py tests/ops/test_dino_loss.py tests/images/test_jpeg.py
+# Many tests wait for processes that they have started: three workers keep two cores busy.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .PHONY: demo picture test test-fast test-heavy lint format type-check sanitize torture bench-ops detector clean
@@ -24,10 +26,10 @@ $(DEMO)/rois/roiset.json: | .venv/.run
 		$(DEMO)/rois roi_um=128
 
 test: .venv/.test lint type-check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not heavy"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not heavy"
 
 test-fast: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not heavy"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not heavy"
 
 # The tests of the ops must catch bugs planted in them, each of which takes a build or a run of its own; and hypothesis
 # searches for counterexamples at random.

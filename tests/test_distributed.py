@@ -21,6 +21,8 @@ from muse_fast.training.report import read_metrics
 from muse_fast.views.loader import StepSampler, ViewDataset, load_views
 from tests.support.ranks import Ranks, counted_collectives
 from tests.support.toy_runs import (
+    MIDWAY,
+    STEPS,
     Change,
     Runs,
     assert_same_bits,
@@ -34,7 +36,6 @@ from tests.support.toy_runs import (
 # The other choice of each setting. In single precision only a gentle run is comparable: see `Change.smooth`.
 PLAIN = ("loss.centering=ema", "loss.logit_free=false", "head.input_norm=false", "head.hidden_dim=256", "optim.lr=1e-5")
 ENGINES = ("ddp", "fsdp")
-MIDWAY = 36  # a checkpoint while prototypes are still frozen, hence without their moments
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,8 @@ def test_two_ranks_equal_one_in_single_precision(runs: Runs, engine: str) -> Non
     assert_same_losses(two, one, 1e-6, keys=["loss"])
     assert_same_losses(two, one, 2e-6)
     assert_same_weights(two, one, 1e-5)
-    assert training_rows(one)[-1]["loss"] < 0.99 * training_rows(one)[0]["loss"]
+    if STEPS >= 60:  # in fewer the loss of so gentle a run changes less than from batch to batch
+        assert training_rows(one)[-1]["loss"] < 0.99 * training_rows(one)[0]["loss"]
 
 
 @pytest.mark.slow
@@ -127,7 +129,7 @@ def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
 def test_a_checkpoint_continues_on_any_number_of_ranks(runs: Runs, tmp_path: Path, before: str, after: str) -> None:
     unbroken = runs("fp64", before)
     resumed = resume(runs, unbroken, after, tmp_path)
-    assert [row["step"] for row in training_rows(resumed)] == list(range(MIDWAY + 1, 61))
+    assert [row["step"] for row in training_rows(resumed)] == list(range(MIDWAY + 1, STEPS + 1))
     assert_same_losses(resumed, unbroken, 1e-12)
     assert_same_weights(resumed, unbroken, 1e-12)
 

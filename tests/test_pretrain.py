@@ -244,7 +244,7 @@ def test_a_run_with_larger_views_starts_from_another(
 def test_refused_starts(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = workplace / "refused"
     for settings, said in (
-        ([f"model.init={workplace / 'nowhere'}"], f"model.init={workplace / 'nowhere'}: no run"),
+        ([f"model.init={workplace / 'nowhere'}"], f"model.init={workplace / 'nowhere'}: it is not a run"),
         ([f"model.init={unbroken}", "head.prototypes=32"], "head.prototypes=16 (here 32)"),
         ([f"model.init={unbroken}", "model.arch=vit_small"], "model.arch=vit_tiny (here vit_small)"),
     ):

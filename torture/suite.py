@@ -14,9 +14,13 @@ from torture.harness import Outcome
 ROOT = Path(__file__).parents[1]
 
 
-def tests(*selection: str) -> Outcome:
-    """Run tests: each is an injected fault, survived if the test passes. Skipped tests do not count."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+def tests(*selection: str, **variables: str) -> Outcome:
+    """Run tests: each is an injected fault, survived if the test passes. Skipped tests do not count.
+
+    Args:
+        variables: added to their environment.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | variables
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
         options = ["-q", "-p", "no:cacheprovider", "--tb=line", f"--junitxml={results}"]

@@ -47,7 +47,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 # In the paper the first variant beats the second.
 EXPECTED = ((BOTH, NUCLEUS), (NUCLEUS, IMAGE), (BOTH, FIXED_20X), (BOTH, FIXED_40X), (BOTH, UNTRAINED))
-_FREE = ("data.workers", "data.roiset", "train.device")  # settings in which a finished run may differ from the others
 
 
 def cut(rois: Path, scales: Sequence[float]) -> tuple[Tiles, int]:
@@ -86,7 +85,7 @@ def trained(out: Path, config: str, settings: Sequence[str]) -> Row:
     """
     log = out.with_name(f"{out.name}.log")
     if (out / "summary.json").exists():
-        refuse_other_settings(find_start(out, "auto") or out, load_config(config, settings), _FREE)
+        refuse_other_settings(find_start(out, "auto") or out, load_config(config, settings))
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file, contextlib.redirect_stdout(file):
@@ -116,7 +115,7 @@ def scores(backbone: Backbone, tiles: Tiles, num_classes: int, device: str, seed
         subject = Subject(backbone, by_split, {split: one.to(device) for split, one in sets.items()}, num_classes)
         of_scale = found[f"{mpp:g}"] = {}
         for task in ("knn", "linear"):
-            for row in TASKS[task].run(subject, TASKS[task].options(seed=seed), lambda *_: None):
+            for row in TASKS[task].run(subject, TASKS[task].config(seed=seed), lambda *_: None):
                 if "on test" not in row.selection:
                     figures = {"accuracy": row.test["accuracy"], "balanced": row.test["balanced_accuracy"]}
                     of_scale[f"{task} {row.features}"] = figures

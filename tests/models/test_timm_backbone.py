@@ -266,7 +266,7 @@ def test_files_that_do_not_fit_are_refused(stored: dict[str, Tensor], tmp_path: 
     with pytest.raises(UserError, match="git-LFS pointer"):
         load_timm(f"{SMALL}@{file}", image_size=224)
     (tmp_path / "f.safetensors").write_bytes(b"none")
-    with pytest.raises(UserError, match=r"f\.safetensors: not a sound"):
+    with pytest.raises(UserError, match=r"f\.safetensors: not a valid"):
         load_timm(f"{SMALL}@{tmp_path}/f.safetensors", image_size=224)
 
 

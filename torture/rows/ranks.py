@@ -27,7 +27,7 @@ _HUNG_STEP = 5  # counted from 1
 
 
 def same_numbers(scale: Scale) -> Outcome:
-    return tests("tests/test_distributed.py", "-k", "two_ranks_equal_one")
+    return tests("tests/test_distributed.py", "-k", "two_ranks_equal_one", MUSE_FAST_TOY_STEPS="60")
 
 
 # ---------------------------------------------------------------------------------------------------------------- T3
