@@ -333,12 +333,27 @@ def multi_crop_loss(
         pairs = crop_pairs(num_images, num_globals, num_crops, student_logits.device)
         return dino_loss(student_logits, teacher_logits, center, *pairs, student_temp, teacher_temp).sum() / num_pairs
     targets = centered_softmax(teacher_logits, center, teacher_temp).unflatten(0, (num_globals, num_images))
-    of_local_crops = targets.sum(dim=0)
-    total = of_local_crops.new_zeros(())
-    for crop, logits in enumerate(student_logits.unflatten(0, (num_crops, num_images))):
-        others = targets[:crop].sum(dim=0) + targets[crop + 1 :].sum(dim=0) if crop < num_globals else of_local_crops
-        total = total + soft_cross_entropy(logits, others, student_temp, backend="torch").sum()
-    return total / num_pairs
+    students = student_logits.unflatten(0, (num_crops, num_images))
+    return sum_over_crops(students, targets, student_temp, skip_own=True, backend="torch") / num_pairs
+
+
+def sum_over_crops(
+    student_logits: Tensor, targets: Tensor, student_temp: float, *, skip_own: bool, backend: str | None = None
+) -> Tensor:
+    """Return the sum of the cross-entropies of all pairs of crops, which is linear in the target.
+
+    Args:
+        student_logits: ``[S, B, K]``.
+        targets: ``[T, B, K]`` probabilities.
+        skip_own: do not compare crop s of the student with crop s of the teacher.
+    """
+    of_all = targets.sum(dim=0)
+    total = of_all.new_zeros(())
+    for crop, logits in enumerate(student_logits):
+        skips = skip_own and crop < len(targets)
+        target = targets[:crop].sum(dim=0) + targets[crop + 1 :].sum(dim=0) if skips else of_all
+        total = total + soft_cross_entropy(logits, target, student_temp, backend=backend).sum()
+    return total
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .functional import soft_cross_entropy
-from .modules import multi_crop_loss, sum_over_lists
+from .modules import multi_crop_loss, sum_over_crops, sum_over_lists
 
 Patch = tuple[str, str, Callable[..., Any]]  # the module, the dotted name in it, what takes its place
 
@@ -101,17 +101,12 @@ def _dinov2_forward(
 def _dinov3_forward(self: Any, student_logits: Tensor, teacher_probs: Tensor, ignore_diagonal: bool = False) -> Tensor:
     """Return the mean over all pairs of crops, of ``[S, B, K]`` logits and ``[T, B, K]`` probabilities.
 
-    With ``ignore_diagonal``, student s is not compared with teacher s. The cross-entropy is linear in its target.
+    With ``ignore_diagonal``, student s is not compared with teacher s.
     """
-    of_all = teacher_probs.sum(dim=0)
-    losses = []
-    for crop, logits in enumerate(student_logits):
-        excludes_one = ignore_diagonal and crop < len(teacher_probs)
-        target = teacher_probs[:crop].sum(dim=0) + teacher_probs[crop + 1 :].sum(dim=0) if excludes_one else of_all
-        losses.append(soft_cross_entropy(logits, target, self.student_temp).sum())
     diagonal = min(len(student_logits), len(teacher_probs)) if ignore_diagonal else 0
     num_pairs = len(student_logits) * len(teacher_probs) - diagonal
-    return torch.stack(losses).sum() / (num_pairs * student_logits.shape[1])
+    total = sum_over_crops(student_logits, teacher_probs, self.student_temp, skip_own=ignore_diagonal)
+    return total / (num_pairs * student_logits.shape[1])
 
 
 def _ibot_forward(

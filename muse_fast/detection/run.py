@@ -41,7 +41,13 @@ from muse_fast.training.report import (
     read_back,
     read_metrics,
 )
-from muse_fast.training.run import find_start, refuse_other_settings, report_non_finite, report_stopped
+from muse_fast.training.run import (
+    find_start,
+    print_precision_note,
+    refuse_other_settings,
+    report_non_finite,
+    report_stopped,
+)
 from muse_fast.version import __version__
 from muse_fast.views.loader import StepSampler, load_batches
 
@@ -240,9 +246,7 @@ def _announce(
     )
     print(f"  run    {config.optim.epochs} epochs = {tuner.steps} steps of {config.optim.batch_size} images, to {out}")
     print(f"  from   {weights}" if start is None else f"  resume {start}, step {tuner.step}")
-    emulated = tuner.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    if config.train.precision == "bf16" and emulated:
-        print("  note   this CPU emulates bf16, which is many times slower: train.precision=fp32")
+    print_precision_note(config.train.precision, tuner.device)
 
 
 def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: float) -> None:

@@ -31,6 +31,7 @@ from muse_fast.training.memory import explained_out_of_memory
 from muse_fast.training.report import RunReport, StopSignal, Stopwatch, collected_between_steps, read_back
 from muse_fast.training.run import (
     find_start,
+    print_precision_note,
     refuse_other_settings,
     report_non_finite,
     report_stalled,
@@ -123,7 +124,7 @@ def _run(
             save_it = step % train.checkpoint_every == 0 or step == steps
             values = trainer.train_step(*micro_batches, measure=log_it)
             # From here on, at some steps, the host waits for the device, and ranks wait for each other.
-            told_to_stop = False
+            asked_to_stop = False
             try:
                 if log_it:
                     trainer.check()
@@ -132,12 +133,12 @@ def _run(
                 if step == steps or (train.eval_every and step % train.eval_every == 0):
                     report.evaluation(step, _evaluate(trainer, probe))
                 if log_it or distributed.world_size() == 1:
-                    told_to_stop = distributed.any_rank(stop.received is not None, trainer.device)
-                if save_it or told_to_stop:
+                    asked_to_stop = distributed.any_rank(stop.received is not None, trainer.device)
+                if save_it or asked_to_stop:
                     trainer.save(out)
             except NonFiniteError as error:
                 return report_non_finite(out, config.seed, error)
-            if told_to_stop and step < steps:
+            if asked_to_stop and step < steps:
                 return report_stopped(out, stop.received or "another rank was told to stop", step)
     backbone = trainer.teacher_backbone()
     if distributed.is_main():
@@ -224,9 +225,7 @@ def _announce(
         print(f"  from   {config.model.init}")
     if start is not None:
         print(f"  resume {start}, step {trainer.step}")
-    emulated = trainer.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    if config.train.precision == "bf16" and emulated:
-        print("  note   this CPU emulates bf16, which is many times slower: train.precision=fp32")
+    print_precision_note(config.train.precision, trainer.device)
 
 
 def _probe(dataset: ViewDataset, roi_ids: np.ndarray[Any, Any], count: int, batch_size: int) -> list[Views]:

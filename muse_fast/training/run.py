@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.atomic import write_json
@@ -40,6 +42,12 @@ def refuse_other_settings(start: Path, config: Config) -> None:
     changed = [f"{k}={now[k]} (was {then.get(k)})" for k in now if now[k] != then.get(k)]
     if changed:
         raise UserError(f"{start} belongs to a run with other settings: {', '.join(changed)}; choose another --out")
+
+
+def print_precision_note(precision: str, device: torch.device) -> None:
+    """Tell the user if the device only emulates bf16."""
+    if precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        print("  note   this CPU emulates bf16, which is many times slower: train.precision=fp32")
 
 
 def report_non_finite(out: Path, seed: int, error: NonFiniteError) -> int:
