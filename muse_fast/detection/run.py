@@ -152,6 +152,7 @@ def _run(tuner: Finetuner, out: Path, train: Sequence[LabelledImage], val: Seque
         sampler,
         workers=config.data.workers,
         named=lambda numbers: f"images {', '.join(train[number].name for number in numbers)}",
+        batch_bytes=dataset.batch_bytes(sampler.size),
         pin_memory=tuner.device.type == "cuda",
         timeout=config.data.timeout,
     )

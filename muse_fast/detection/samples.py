@@ -197,6 +197,10 @@ class LfovDataset(Dataset["LfovBatch | UserError"]):
             epochs=torch.tensor([epoch for epoch, _ in samples]),
         )
 
+    def batch_bytes(self, samples: int) -> int:
+        """Bytes of the images and places of a batch."""
+        return samples * self.size**2 * (3 + 3 + 1)
+
     def sample(self, epoch: int, number: int) -> LfovSample:
         """The sample of ``images[number]`` in ``epoch``."""
         rng = np.random.default_rng([self.seed, epoch, number])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from muse_fast.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+WHITE = max((1 - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))  # the largest value, 2.64
 
 
 def normalise(views: Tensor) -> Tensor:
@@ -21,3 +26,39 @@ def denormalise(views: Tensor) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=views.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=views.device).view(3, 1, 1)
     return ((views.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Images ``[..., 3, R, R]`` as a network takes them: uint8 are normalised, floating ones are so already.
+
+    Raises:
+        UserError: images of another dtype.
+    """
+    if images.dtype == torch.uint8:
+        return normalise(images)
+    if not images.is_floating_point():
+        raise UserError(f"images are {images.dtype}; expected uint8 RGB, or floats normalised by ImageNet's statistics")
+    return images
+
+
+class Normaliser:
+    """`normalised` for the callers of one network, with a warning if their floats look unnormalised.
+
+    Only the first images are looked at, as that makes the host wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._looked = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.is_floating_point() and images.numel() and not self._looked:
+            self._looked = True
+            low, high = (float(value) for value in images.detach().aminmax())
+            # A normalised image with all values in 0..1 would be nearly one grey; beyond white there are none.
+            if low >= 0 and (high <= 1 or WHITE + 0.01 < high <= 255):
+                warnings.warn(
+                    f"the values of these images lie within {low:g}..{high:g}, as if not normalised; pass uint8 RGB, "
+                    "or floats / 255 from which ImageNet's mean was subtracted, divided by its standard deviation",
+                    stacklevel=3,
+                )
+        return normalised(images)

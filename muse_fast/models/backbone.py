@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from muse_fast.images.imagenet import Normaliser, normalised
 from muse_fast.models.archs import find_arch
 from muse_fast.models.decoder import build_decoder, unify
 
@@ -20,8 +21,10 @@ class Features(NamedTuple):
 class Backbone(nn.Module):
     """MUSE backbone; build it with `build_backbone` or `muse_fast.load_backbone`.
 
-    Images are float ``[I, 3, R, R]``, normalised with the ImageNet mean and standard deviation, R a multiple of 16
-    from 32 to 1024; otherwise UserError. State-dict names are those of the published checkpoints.
+    Images are RGB ``[I, 3, R, R]``, R a multiple of 16 from 32 to 1024; otherwise UserError. uint8 images are
+    normalised here with the ImageNet mean and standard deviation; floating ones must be normalised already. The first
+    call of `cls`, `dense_map` or `nucleus_features` warns if they look as if they were not. State-dict names are those
+    of the published checkpoints.
 
     Attributes:
         arch: its name in `muse_fast.models.ARCHS`.
@@ -39,28 +42,29 @@ class Backbone(nn.Module):
         self.decoder = build_decoder(found.widths, found.strides)
         self.image_dim, self.dense_dim = found.image_dim, found.dense_dim
         self.finetune_lr = found.finetune_lr
+        self._normalised = Normaliser()
 
     def forward(self, images: Tensor) -> Features:
-        cls, encoded = self.encoder([images])
+        cls, encoded = self.encoder([normalised(images)])
         return Features(cls, self.decoder(encoded)[0])
 
     def cls(self, images: Tensor) -> Tensor:
         """Image features ``[I, image_dim]``; the decoder does not run."""
-        return self.encoder([images])[0]
+        return self.encoder([self._normalised(images)])[0]
 
     def dense_map(self, images: Tensor) -> Tensor:
         """The unified map ``[I, D, R/4, R/4]``."""
-        return unify(self(images).levels)
+        return unify(self(self._normalised(images)).levels)
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
         """One feature per nucleus, ``[N, D]``: the unified map sampled bilinearly, without computing the map.
 
         Args:
-            images: ``[I, 3, R, R]``.
+            images: ``[I, 3, R, R]``, uint8 or normalised floats.
             xy: ``[N, 2]`` float32, pixels of the image, origin at its top-left corner.
             image_index: ``[N]`` int64, the image of each point.
         """
-        _, encoded = self.encoder([images])
+        _, encoded = self.encoder([self._normalised(images)])
         return self.decoder.nucleus_rows(encoded, [(xy, image_index)], [images.shape[-1]])
 
 

@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from muse_fast import ops
 from muse_fast.errors import UserError, did_you_mean
-from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD, Normaliser
 from muse_fast.models.official import read_pth
 from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
 
@@ -44,9 +44,9 @@ class Spec(NamedTuple):
 class TimmBackbone(nn.Module):
     """A timm network with `nucleus_features`; built by `load_timm`.
 
-    Images are float ``[I, 3, R, R]``, normalised with the ImageNet mean and standard deviation as for our backbones;
-    this class converts them to the network's own statistics. If R is not a multiple of the coarsest stride (or patch
-    size), images are enlarged bicubically to the next multiple; positions scale with them.
+    Images are uint8 ``[I, 3, R, R]``, or floats normalised with the ImageNet mean and standard deviation, as for our
+    backbones; this class converts them to the network's own statistics. If R is not a multiple of the coarsest stride
+    (or patch size), images are enlarged bicubically to the next multiple; positions scale with them.
 
     Args:
         network: accepts square images of ``side``.
@@ -74,6 +74,7 @@ class TimmBackbone(nn.Module):
         self.finetune_lr = 4e-5 if "resnet" in arch else 1e-5
         self.side = side
         self.align_corners = align_corners
+        self._normalised = Normaliser()
         strides = [stage["reduction"] for stage in _feature_info(network)]
         self.plain = len(set(strides)) == 1
         last = len(strides) - 1
@@ -110,7 +111,8 @@ class TimmBackbone(nn.Module):
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
         """One feature per nucleus, ``[N, D]``; see `muse_fast.models.Backbone.nucleus_features`."""
         side = images.shape[-1]
-        return torch.cat([self._read(one, xy, image_index, side) for one in self.maps(images)], dim=1)
+        maps = self.maps(self._normalised(images))
+        return torch.cat([self._read(one, xy, image_index, side) for one in maps], dim=1)
 
     def _read(self, one: Tensor, xy: Tensor, image_index: Tensor, side: int) -> Tensor:
         if not self.align_corners:  # `sample_nuclei` aligns corners, so shift the points to compensate

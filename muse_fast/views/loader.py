@@ -63,9 +63,13 @@ class StepSampler(Sampler[list[Sample]]):
     def __len__(self) -> int:
         return (self.stop_step - self.start_step) * self.accumulate
 
+    @property
+    def size(self) -> int:
+        """Samples per micro-batch of this rank."""
+        return self.batch_size // self.world_size // self.accumulate
+
     def __iter__(self) -> Iterator[list[Sample]]:
-        share = self.batch_size // self.world_size
-        size = share // self.accumulate
+        share, size = self.batch_size // self.world_size, self.size
         for step in range(self.start_step, self.stop_step):
             start = step * self.batch_size + self.rank * share
             for first in range(start, start + share, size):
@@ -91,6 +95,13 @@ class ViewDataset(Dataset["Views | PlannedViews | UserError"]):
             return collate([self.views(*sample) for sample in samples])
         except UserError as error:
             return error  # as a value: raised in a worker, it would arrive wrapped in the worker's traceback
+
+    def batch_bytes(self, samples: int) -> int:
+        """Bytes of the images of a batch; of plans, those of whole JPEGs, though they hold only the rows in use."""
+        if self.planned:
+            return samples * sum(self.roiset.info["shards"].values()) // len(self.roiset)
+        pixels = 2 * self.config.global_size**2 + self.config.num_locals * self.config.local_size**2
+        return samples * pixels * 3 * torch.float32.itemsize
 
     def plan(self, epoch: int, roi_id: int) -> Plan:
         """Draw the boxes and colours of the views of one ROI."""
@@ -158,14 +169,15 @@ def load_views(
 
     Raises:
         UserError: damaged data, named by path and ROI id, in the step that would have used it; or a worker died or
-            stalled, with the ROIs that it was reading.
+            stalled, with the ROIs that it was reading; or shared memory is too small for the workers' batches.
     """
     planned = ViewDataset(dataset.roiset, dataset.config, dataset.seed, planned=backend != "cpu")
 
     def named(roi_ids: Sequence[int]) -> str:
         return f"ROIs {roi_ids} of {dataset.roiset.path}"
 
-    with closing(load(planned, sampler, workers, pin_memory, timeout, named)) as items:
+    batch_bytes = planned.batch_bytes(sampler.size)
+    with closing(load(planned, sampler, workers, pin_memory, timeout, named, batch_bytes)) as items:
         batches: UntilError[Any] = UntilError(items)
         with closing(iter(batches)) as loaded:
             if backend == "cpu":
@@ -182,6 +194,7 @@ def load_batches(
     *,
     workers: int,
     named: Callable[[Sequence[int]], str],
+    batch_bytes: int,
     pin_memory: bool = False,
     timeout: int = STALLED_AFTER,
 ) -> Generator[_Batch]:
@@ -189,8 +202,9 @@ def load_batches(
 
     Args:
         named: turns item numbers into a name for messages.
+        batch_bytes: size of a batch, nearly.
     """
-    for batch in load(dataset, sampler, workers, pin_memory, timeout, named):
+    for batch in load(dataset, sampler, workers, pin_memory, timeout, named, batch_bytes):
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import shutil
 import signal
 import sys
 import threading
@@ -18,8 +20,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from muse_fast.errors import UserError
+from muse_fast.runtime import distributed
 
 STALLED_AFTER = 300  # seconds without a batch before a worker counts as stalled
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps the batches that workers hand over
+_AHEAD = 2  # batches that a worker prepares before they are asked for
 _POLL = 1.0  # seconds after which torch checks that its workers are alive
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process receives when its parent dies
 
@@ -34,14 +39,21 @@ def load(
     pin_memory: bool,
     timeout: int,
     named: Callable[[Sequence[int]], str],
+    batch_bytes: int,
 ) -> Generator[_Batch]:
     """Yield the items of ``dataset`` in the sampler's order.
 
+    Args:
+        batch_bytes: size of an item, nearly.
+
     Raises:
-        UserError: a worker died or produced nothing for ``timeout`` seconds; names it and what it was reading.
+        UserError: the workers' batches do not fit into shared memory; or a worker died or produced nothing for
+            ``timeout`` seconds; names it and what it was reading.
     """
+    if workers:
+        check_shared_memory(workers, batch_bytes)
     batches: Any = _iterate(_loader(dataset, sampler, workers, pin_memory))
-    pool = _Workers(getattr(batches, "_workers", []), timeout)
+    pool = _Workers(getattr(batches, "_workers", []), timeout, batch_bytes)
     for number in count():
         with pool.killed_when_stalled():
             while True:
@@ -56,6 +68,38 @@ def load(
                     if "timed out" not in str(error):
                         raise
         yield batch
+
+
+def check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Check that shared memory has room for all batches that workers prepare, those of this machine's other ranks too.
+
+    Without room, torch's workers lose batches or die by SIGBUS. Containers often have only 64 MiB.
+
+    Raises:
+        UserError: it is too small; says how much is needed.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return
+    room, own = shutil.disk_usage(SHARED_MEMORY), _bytes_ahead(workers, batch_bytes)
+    needed = own * distributed.local_world_size()
+    if own > room.free or needed > room.total:  # other ranks may have filled their share of what is not free
+        raise UserError(
+            f"data.workers={workers}: the batches that loader processes prepare, {batch_bytes / 2**20:,.1f} MiB each, "
+            f"need {math.ceil(needed / 2**20):,} MiB in {SHARED_MEMORY}, which has {room.free // 2**20:,} of "
+            f"{room.total // 2**20:,} MiB free; {_more_shared_memory(needed)}"
+        )
+
+
+def _bytes_ahead(workers: int, batch_bytes: int) -> int:
+    """Bytes of the batches that a rank's workers prepare, and of the one in use."""
+    return (workers * _AHEAD + 1) * batch_bytes
+
+
+def _more_shared_memory(needed: int) -> str:
+    return (
+        f"enlarge it (docker run --shm-size={math.ceil(needed / 2**30)}g, or --ipc=host), lower data.workers, or set "
+        "data.workers=0 to read in the process itself"
+    )
 
 
 def _iterate(loader: DataLoader[_Batch]) -> Iterator[_Batch]:
@@ -74,9 +118,10 @@ class _Workers:
     stopped worker never hands it over. A program with a stopped worker would not exit either.
     """
 
-    def __init__(self, processes: Sequence[BaseProcess], timeout: int) -> None:
-        self._processes, self._timeout = processes, timeout
+    def __init__(self, processes: Sequence[BaseProcess], timeout: int, batch_bytes: int) -> None:
+        self._processes, self._timeout, self._batch_bytes = processes, timeout, batch_bytes
         self._states: list[str] = []  # of the processes, when the time was up
+        self._no_room = False  # for a batch in shared memory, when the time was up
 
     @contextmanager
     def killed_when_stalled(self) -> Iterator[None]:
@@ -92,6 +137,7 @@ class _Workers:
 
     def _time_out(self) -> None:
         self._states = [_state(process.pid) for process in self._processes]
+        self._no_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < self._batch_bytes
         self._kill()
 
     def _kill(self) -> None:
@@ -108,7 +154,6 @@ class _Workers:
             culprits = [worker for worker, state in enumerate(self._states) if state in "TD"]
         else:
             culprits = [worker for worker, process in enumerate(self._processes) if not process.is_alive()]
-        code = self._processes[culprits[0]].exitcode or 0 if culprits else 0
         self._kill()
         # Workers receive batches in turn.
         ahead = range(number, number + len(self._processes))
@@ -118,14 +163,16 @@ class _Workers:
         who = f"loader process {worker} of {len(self._processes)} (pid {self._processes[worker].pid})"
         at = f"at or before {named(items)}"
         again = "the newest checkpoint is intact: start again to continue"
+        needed = _bytes_ahead(len(self._processes), self._batch_bytes) * distributed.local_world_size()
+        no_room = f"{SHARED_MEMORY} was full: {_more_shared_memory(needed)}"
         if self._states:
             state = {"T": " (stopped)", "D": " (waiting for a disk)"}.get(self._states[worker], "")
-            return UserError(
-                f"{who} produced nothing for {self._timeout} s{state}, {at}; "
-                f"if it is only slow, raise data.timeout; {again}"
-            )
+            advice = no_room if self._no_room else "if it is only slow, raise data.timeout"
+            return UserError(f"{who} produced nothing for {self._timeout} s{state}, {at}; {advice}; {again}")
+        code = self._processes[worker].exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return UserError(f"{who} {how}, {at}; if memory ran out, lower data.workers; {again}")
+        advice = no_room if code == -signal.SIGBUS else "if memory ran out, lower data.workers"
+        return UserError(f"{who} {how}, {at}; {advice}; {again}")
 
 
 def _state(pid: int | None) -> str:
@@ -142,6 +189,7 @@ def _loader(dataset: Dataset[_Batch], sampler: _Samples, workers: int, pin_memor
         batch_size=None,  # the sampler yields whole batches
         sampler=sampler,
         num_workers=workers,
+        prefetch_factor=_AHEAD if workers else None,
         pin_memory=pin_memory,
         timeout=_POLL if workers else 0,
         # Its own generator: otherwise each new iterator draws a seed from the global stream, and drop path in a resumed

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from muse_fast.errors import UserError
+from muse_fast.images.image_files import read_image
+from muse_fast.images.imagenet import Normaliser, normalise
 from muse_fast.models.archs import ARCHS
 from muse_fast.models.backbone import build_backbone
 
@@ -74,6 +77,56 @@ def test_nucleus_features_sample_the_dense_map(tiny):
     grid = (2 * xy / 96 - 1)[:, None, None]
     expected = F.grid_sample(dense[image_index], grid, mode="bilinear", align_corners=True)[..., 0, 0]
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+
+
+def calls(backbone, images):
+    """Each public function of a backbone on images."""
+    xy, image_index = torch.tensor([[10.0, 20.0]]), torch.zeros(1, dtype=torch.int64)
+    return {
+        "cls": lambda: backbone.cls(images),
+        "dense_map": lambda: backbone.dense_map(images),
+        "nucleus_features": lambda: backbone.nucleus_features(images, xy, image_index),
+    }
+
+
+@pytest.mark.parametrize("name", ["cls", "dense_map", "nucleus_features"])
+def test_uint8_images_are_normalised_as_in_training(tiny, name):
+    """By the published statistics, written out; the same as floats that were normalised before."""
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = calls(tiny, (pixels / 255 - mean) / std)[name]()
+        found = calls(tiny, pixels)[name]()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(calls(tiny, pixels / 255)[name](), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["cls", "dense_map", "nucleus_features"])
+@pytest.mark.parametrize("scale", [1, 255])
+def test_floats_that_look_unnormalised_warn_once(name, scale):
+    backbone = build_backbone("vit_tiny").eval()
+    with torch.no_grad():
+        call = calls(backbone, torch.rand(1, 3, 64, 64) * scale)[name]
+        with pytest.warns(UserWarning, match="as if not normalised; pass uint8 RGB"):
+            call()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()
+        with pytest.raises(UserError, match=r"torch\.int64; expected uint8 RGB, or floats normalised"):
+            calls(backbone, torch.ones(1, 3, 64, 64, dtype=torch.int64))[name]()
+
+
+def test_normalised_images_do_not_warn(shared_data):
+    """Glass is the brightest there is, and all of its values are positive."""
+    tissue = normalise(torch.from_numpy(read_image(shared_data / "kumar" / "test_1_sample.jpg")).permute(2, 0, 1)[None])
+    glass = normalise(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for images in (tissue, glass, torch.zeros(0, 3, 64, 64)):
+            assert Normaliser()(images) is images
 
 
 def test_images_without_nuclei(tiny):

@@ -312,6 +312,18 @@ def test_settings_of_a_spec(tmp_path: Path) -> None:
     assert gated.backbone.network.num_prefix_tokens == 3
 
 
+def test_uint8_images_are_normalised_and_unnormalised_floats_warn() -> None:
+    pixels, nuclei = pictures(64), points(64, 4)
+    with torch.no_grad():
+        backbone = load("resnet10t", image_size=64)
+        found = backbone.nucleus_features(pixels, *nuclei)
+        torch.testing.assert_close(found, backbone.nucleus_features(normalise(pixels), *nuclei))
+        backbone = load("resnet10t", image_size=64)
+        with pytest.warns(UserWarning, match="as if not normalised"):
+            wrong = backbone.nucleus_features(pixels / 255, *nuclei)
+    assert not torch.allclose(found, wrong, rtol=1e-2, atol=1e-3)
+
+
 def test_images_of_another_size_are_refused() -> None:
     backbone = load("resnet10t", image_size=64)
     for images in (torch.zeros(1, 3, 96, 96), torch.zeros(1, 3, 64, 32)):
