@@ -198,12 +198,12 @@ def test_bad_slides_are_named_and_the_others_predicted(tmp_path: Path, capsys: p
     damaged = write_slide(tmp_path / "in" / "damaged.tif", page_with_tissue(), compression="zlib")
     damage(damaged, 7, 8, 9)
     out = tmp_path / "out"
-    assert classical("--out", out, tmp_path / "in", "tissue=false", "tile=256", "max_unreadable_tiles=1") == 2
+    assert classical("--out", out, tmp_path / "in", "tissue=false", "tile=256") == 2
     refused = summary(out)["refused"]
     assert list(refused) == ["a.tif", "broken.svs", "damaged.tif", "scaleless.tif"]
     assert "has the same name" in refused["a.tif"]
     assert "OpenSlide cannot read it" in refused["broken.svs"]
-    assert "2 tiles cannot be read" in refused["damaged.tif"] or "unreadable at" in refused["damaged.tif"]
+    assert "more than max_unreadable=0.05 of the slide cannot be read" in refused["damaged.tif"]
     assert "header does not give um per pixel" in refused["scaleless.tif"]
     assert {path.name for path in out.iterdir()} == {"a", "z", "summary.json", "predict.json"}
     assert all(len(positions(out / path.stem)) for path in good)
@@ -211,13 +211,16 @@ def test_bad_slides_are_named_and_the_others_predicted(tmp_path: Path, capsys: p
     assert "4 of 6 inputs could not be used" in error and "broken.svs" in error
 
 
-def test_damaged_tiles_within_the_limit_are_counted(tmp_path: Path) -> None:
+def test_damage_within_the_limit_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The damaged part lies in several tiles."""
     slide = write_slide(tmp_path / "s.tif", page_with_tissue(), compression="zlib")
     damage(slide, 8)  # of 256 px, at 512, 256
-    assert classical("--out", tmp_path / "out", slide, "tile=256") == 0
+    assert classical("--out", tmp_path / "out", slide, "tile=256", "max_unreadable=0.1") == 0
     found = summary(tmp_path / "out" / "s")
-    assert 1 <= found["unreadable_tiles"] <= 9
+    assert found["unreadable_mm2"] == summary(tmp_path / "out")["unreadable_mm2"] == 0.016384  # 128 um a side
     assert found["nuclei"] > 300
+    assert "1/1 s.tif: 0.0164 mm2 unreadable" in (said := capsys.readouterr().out)
+    assert "0.0164 mm2 of 1 inputs cannot be read: s.tif" in said
 
 
 @pytest.mark.parametrize("field", ["score", "xy"])

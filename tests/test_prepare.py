@@ -194,10 +194,10 @@ def test_slides_and_groups_are_balanced(tmp_path: Path) -> None:
     assert main(["audit", str(tmp_path / "out"), str(tmp_path / "tested.txt")]) == 0
 
 
-def test_a_slide_with_too_many_unreadable_rois_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slide_with_too_much_damage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_slide(tmp_path / "in" / "bad.tif", page_with_tissue(0, 600, 700, 512), compression="zlib")
     damage(path, 4)
-    assert main([f"wsi:{path}", str(tmp_path / "out"), "roi_um=64", "max_unreadable_rois=0"]) == 2
+    assert main([f"wsi:{path}", str(tmp_path / "out"), "roi_um=64"]) == 2
     assert f"no slide can be used\n  {path}: unreadable at" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

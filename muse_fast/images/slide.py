@@ -19,7 +19,8 @@ from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
 from muse_fast.images.mpp import check_mpp, tiff_mpp
 
 _BAND_PIXELS = 16_000_000
-_UNREADABLE_PIXELS = 256  # side below which an unreadable part of the overview is not divided further
+_PIECE = 256  # pixels: damage is narrowed down to squares of this side, the tiles of most files
+_UNREADABLE = (160, 160, 160)  # grey in overviews: neither tissue nor glass
 
 
 class Level(NamedTuple):
@@ -28,6 +29,52 @@ class Level(NamedTuple):
     width: int
     height: int
     downsample: float  # level-0 pixels per pixel, by which positions are converted
+
+
+class Lost:
+    """The parts of a slide that could not be read.
+
+    Args:
+        limit: share of ``area``, in level-0 pixels, that may be lost.
+
+    Attributes:
+        boxes: left, top, right and bottom of each part, in level-0 pixels.
+        reason: the first error; "" if nothing is lost.
+    """
+
+    def __init__(self, limit: float = 1.0, area: float = math.inf) -> None:
+        self.boxes: list[tuple[int, int, int, int]] = []
+        self.reason = ""
+        self._limit, self._area, self._lost = limit, area, 0
+
+    def add(self, box: tuple[int, int, int, int], error: Exception) -> None:
+        """Add a part and why it could not be read.
+
+        Raises:
+            UserError: more than the limit is lost.
+        """
+        left, top, right, bottom = box
+        self.boxes.append(box)
+        self.reason = self.reason or str(error)
+        self._lost += (right - left) * (bottom - top)
+        if self._limit < 1 and self._lost > self._limit * self._area:
+            raise UserError(
+                f"{self.reason}; more than max_unreadable={self._limit:g} of the slide cannot be read, copy it again"
+            )
+
+    def mask(self, shape: tuple[int, ...], step: float) -> NDArray[np.bool_]:
+        """``[h, w]`` bool: pixels with sides of ``step`` level-0 pixels whose centre is lost."""
+        mask = np.zeros(shape, bool)
+        for left, top, right, bottom in np.round(np.array(self.boxes).reshape(-1, 4) / step).astype(int):
+            mask[top:bottom, left:right] = True
+        return mask
+
+
+class Overview(NamedTuple):
+    """A whole slide at low resolution: ``[h, w, 3]`` uint8 RGB, grey where it is lost."""
+
+    pixels: NDArray[np.uint8]
+    lost: Lost
 
 
 class Slide(ABC):
@@ -113,46 +160,65 @@ class Slide(ABC):
         box = near[0] / downsample, near[1] / downsample, far[0] / downsample, far[1] / downsample
         return np.array(pixels.resize(size, Image.Resampling.BICUBIC, box=box))
 
-    def thumbnail(self, um: float, max_unreadable_px: float = 0) -> NDArray[np.uint8]:
-        """The slide at about ``um`` per pixel, ``[ceil(H * mpp / um), ceil(W * mpp / um), 3]`` RGB.
+    def salvage(self, x: int, y: int, width: int, height: int, level: int, lost: Lost) -> NDArray[np.uint8]:
+        """Like `read`, but damaged parts come from finer levels; what none can give is white and is added to ``lost``.
 
         Raises:
-            UserError: more than ``max_unreadable_px`` pixels of level 0 cannot be read; up to that many are left white.
+            UserError: too much is lost.
+        """
+        try:
+            return self.read(x, y, width, height, level)
+        except UserError as damage:
+            error = damage
+        downsample = self.levels[level].downsample
+        ratio = downsample / self.levels[level - 1].downsample if level else 1.0
+        piece = max(1, min(_PIECE, int(math.sqrt(_BAND_PIXELS) / ratio)))
+        column, row = _middle(x / downsample, width, piece), _middle(y / downsample, height, piece)
+        if column and (width >= height or not row):
+            left = self.salvage(x, y, column, height, level, lost)
+            right = self.salvage(x + round(column * downsample), y, width - column, height, level, lost)
+            return np.concatenate([left, right], axis=1)
+        if row:
+            upper = self.salvage(x, y, width, row, level, lost)
+            lower = self.salvage(x, y + round(row * downsample), width, height - row, level, lost)
+            return np.concatenate([upper, lower])
+        if level:
+            fine = self.salvage(x, y, math.ceil(width * ratio), math.ceil(height * ratio), level - 1, lost)
+            box = (0, 0, width * ratio, height * ratio)
+            return np.asarray(Image.fromarray(fine).resize((width, height), Image.Resampling.BOX, box))
+        lost.add((max(x, 0), max(y, 0), min(x + width, self.width), min(y + height, self.height)), error)
+        return np.full((height, width, 3), 255, np.uint8)
+
+    def overview(self, um: float, max_unreadable: float = 1.0) -> Overview:
+        """The slide at about ``um`` per pixel, ``[ceil(H * mpp / um), ceil(W * mpp / um), 3]``.
+
+        Raises:
+            UserError: more than the share ``max_unreadable`` of the slide is lost.
         """
         columns, rows = math.ceil(self.width * self.mpp / um), math.ceil(self.height * self.mpp / um)
-        step = um / self.mpp  # level-0 pixels per pixel of the thumbnail
+        step = um / self.mpp  # level-0 pixels per pixel of the overview
         level = self._coarsest(step)
         downsample = self.levels[level].downsample
         width = round(columns * step / downsample)
         rows_per_band = max(1, int(_BAND_PIXELS / width / (step / downsample)))
-        bands, damage = [], _Damage(max_unreadable_px)
+        bands, lost = [], Lost(max_unreadable, self.width * self.height)
         for top in range(0, rows, rows_per_band):
             count = min(rows_per_band, rows - top)
             height = max(1, round(count * step / downsample))
-            band = self._read_or_white(0, round(top * step), width, height, level, damage)
+            band = self.salvage(0, round(top * step), width, height, level, lost)
             bands.append(np.asarray(Image.fromarray(band).resize((columns, count), Image.Resampling.BOX)))
-        return np.concatenate(bands)
+        pixels = np.concatenate(bands)
+        pixels[lost.mask(pixels.shape[:2], step)] = _UNREADABLE
+        return Overview(pixels, lost)
+
+    def thumbnail(self, um: float) -> NDArray[np.uint8]:
+        """The pixels of the `overview`, for a picture."""
+        return self.overview(um).pixels
 
     def _coarsest(self, downsample: float) -> int:
         """The coarsest level that is at least as fine as ``downsample``; else level 0."""
         fine = (number for number, level in enumerate(self.levels) if level.downsample <= downsample)
         return max(fine, default=0)
-
-    def _read_or_white(self, x: int, y: int, width: int, height: int, level: int, damage: _Damage) -> NDArray[np.uint8]:
-        """Like ``read``, but unreadable parts are white; halving narrows them down."""
-        downsample = self.levels[level].downsample
-        try:
-            return self.read(x, y, width, height, level)
-        except UserError as error:
-            if max(width, height) <= _UNREADABLE_PIXELS:
-                damage.add(width * height * downsample**2, error)
-                return np.full((height, width, 3), 255, np.uint8)
-        axis, half = int(width >= height), max(width, height) // 2
-        sizes = [(half, height), (width - half, height)] if axis else [(width, half), (width, height - half)]
-        shift = round(half * downsample)
-        places = [(x, y), (x + shift, y) if axis else (x, y + shift)]
-        halves = (self._read_or_white(*place, *size, level, damage) for place, size in zip(places, sizes, strict=True))
-        return np.concatenate(list(halves), axis=axis)
 
 
 class OpenSlideSlide(Slide):
@@ -224,10 +290,10 @@ class ImageSlide(Slide):
     def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
         return cut_block(self._pixels, x, y, width, height)
 
-    def thumbnail(self, um: float, max_unreadable_px: float = 0) -> NDArray[np.uint8]:
+    def overview(self, um: float, max_unreadable: float = 1.0) -> Overview:
         size = math.ceil(self.width * self.mpp / um), math.ceil(self.height * self.mpp / um)
         covered = (0, 0, min(self.width, size[0] * um / self.mpp), min(self.height, size[1] * um / self.mpp))
-        return np.asarray(Image.fromarray(self._pixels).resize(size, Image.Resampling.BOX, covered))
+        return Overview(np.asarray(Image.fromarray(self._pixels).resize(size, Image.Resampling.BOX, covered)), Lost())
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -302,13 +368,7 @@ def cut_block(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int
     return block
 
 
-class _Damage:
-    """Counter of the unreadable pixels of a slide, with a limit."""
-
-    def __init__(self, limit: float) -> None:
-        self._left = limit
-
-    def add(self, pixels: float, error: UserError) -> None:
-        self._left -= pixels
-        if self._left < 0:
-            raise error
+def _middle(start: float, length: int, piece: int) -> int:
+    """Where to cut a span of pixels: at the multiple of ``piece`` nearest to its middle; 0 if none is inside."""
+    cut = round((start + length / 2) / piece) * piece - round(start)
+    return cut if 0 < cut < length else 0

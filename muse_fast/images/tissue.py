@@ -15,16 +15,22 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.images.geojson import Polygon, read_shapes, write_outlines
 from muse_fast.images.image_files import open_image
+from muse_fast.images.slide import Lost
 
 MASK_UM = 8.0  # side of a mask pixel
 SUFFIXES = (".geojson", ".json", ".png")
 COLOUR = (0, 190, 230)  # of the outlines
+
+_SPECK_UM = 100.0  # a piece with a smaller area than a square of this side is dirt on the glass
+_LEAST_UM = 300.0  # shorter side of an image in which specks can be told: smaller ones are cut out of tissue
 
 _SHAPE_TOLERANCE = 0.02  # relative, of the aspect ratio of a mask and its slide
 
 
 def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
     """The tissue mask of a thumbnail: colour saturation above Otsu's threshold, gaps closed, specks removed.
+
+    A thumbnail too small to tell a speck from a piece of tissue that its border cuts is all tissue.
 
     Args:
         thumbnail: ``[h, w, 3]`` uint8 RGB.
@@ -36,6 +42,8 @@ def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
     from scipy.ndimage import binary_closing, label
     from skimage.filters import threshold_otsu
 
+    if min(thumbnail.shape[:2]) * um < _LEAST_UM:
+        return np.ones(thumbnail.shape[:2], bool)
     high = thumbnail.max(axis=2).astype(np.float32)
     saturation = (high - thumbnail.min(axis=2)) / np.maximum(high, 1)
     saturation[high < 40] = 0  # pen and holes in the scan are black
@@ -44,9 +52,54 @@ def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
     reach = max(1, round(20 / um))
     mask = binary_closing(np.pad(mask, reach), iterations=reach)[reach:-reach, reach:-reach]
     parts, _ = label(mask)
-    large = np.bincount(parts.ravel()) * um**2 >= 100.0**2
+    large = np.bincount(parts.ravel()) * um**2 >= _SPECK_UM**2
     large[0] = False  # part 0 is the background
     return large[parts]
+
+
+class Damage:
+    """How much of the searched part of a slide is unreadable, and how much of it may be.
+
+    Both are masks with pixels of ``MASK_UM``, so what is met twice (in the overview, in overlapping tiles) counts once.
+
+    Args:
+        searched: ``[h, w]`` bool: the tissue and all that may be tissue, or the whole slide.
+        step: level-0 pixels per pixel of the mask.
+        limit: share of ``searched`` that may be unreadable, below 1.
+    """
+
+    def __init__(self, searched: NDArray[np.bool_], step: float, limit: float) -> None:
+        self._searched, self._step, self._limit = searched, step, limit
+        self._unreadable = np.zeros_like(searched)
+
+    @property
+    def unreadable_mm2(self) -> float:
+        return _mm2(self._unreadable)
+
+    @property
+    def readable_mm2(self) -> float:
+        """Area of what is searched and not known to be unreadable."""
+        return _mm2(self._searched) - self.unreadable_mm2
+
+    def add(self, lost: Lost) -> None:
+        """Count what could not be read.
+
+        Raises:
+            UserError: more than the limit of the searched area is unreadable.
+        """
+        if not lost.boxes:
+            return
+        self._unreadable |= lost.mask(self._searched.shape, self._step) & self._searched
+        unreadable, searched = self.unreadable_mm2, _mm2(self._searched)
+        if unreadable > self._limit * searched:
+            raise UserError(
+                f"{lost.reason}; {unreadable:.3g} of {searched:.3g} mm2 to search cannot be read, more than "
+                f"max_unreadable={self._limit:g}; copy the slide again"
+            )
+
+
+def _mm2(mask: NDArray[np.bool_]) -> float:
+    return int(np.count_nonzero(mask)) * MASK_UM**2 / 1e6
 
 
 def read_tissue(path: Path, shape: tuple[int, int], step: float) -> NDArray[np.bool_]:

@@ -36,9 +36,7 @@ class CellFiles:
         counts: nuclei written, by class.
     """
 
-    def __init__(
-        self, folder: Path, page: Slide, name: str, class_names: Sequence[str], compress: bool, max_unreadable_px: float
-    ) -> None:
+    def __init__(self, folder: Path, page: Slide, name: str, class_names: Sequence[str], compress: bool) -> None:
         self.counts = np.zeros(len(class_names), np.int64)
         self._names, self._folder = class_names, folder
         self._size = page.width, page.height
@@ -49,7 +47,7 @@ class CellFiles:
         ]
         self._csv_classes = [_csv_cell(class_name) for class_name in class_names]
         um = max(page.mpp, max(page.width, page.height) * page.mpp / OVERLAY_SIDE)
-        self._picture = page.thumbnail(um, max_unreadable_px)
+        self._picture = page.thumbnail(um)
         self._shrink = um / page.mpp
         self._radius = min(max(_DOT_UM / um, 1.0), 5.0)
         with ExitStack() as opened:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from muse_fast.errors import UserError
 from muse_fast.images.mpp import read_mpp_file
-from muse_fast.images.slide import Level, Slide, find_slides, open_slide
+from muse_fast.images.slide import Level, Lost, Slide, find_slides, open_slide
 
 SAME_SCALE = 0.02  # relative difference in um per pixel below which pixels are not resampled
 OVERLAY = "overlay.png"  # predict may write it next to slides; it is not one
@@ -90,15 +90,16 @@ class Scale:
             max(1, math.floor(side / shrink)) for side, shrink in zip(self._level[:2], self._shrink, strict=True)
         )
 
-    def read(self, page: Slide, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, page: Slide, x: int, y: int, width: int, height: int, lost: Lost) -> NDArray[np.uint8]:
         """``[height, width, 3]`` RGB with the corner at ``x``, ``y``, in pixels of this scale, all of it on the page.
 
-        A pixel does not depend on the piece in which it is read.
+        A pixel does not depend on the piece in which it is read. Damage is treated as by `Slide.salvage`.
         """
         left, first_x, columns = self._span(x, width, self._shrink[0], self._level.width)
         top, first_y, rows = self._span(y, height, self._shrink[1], self._level.height)
-        block = page.read(first_x, first_y, columns, rows, self._number)
-        box = (left, top, left + width * self._shrink[0], top + height * self._shrink[1])
+        block = page.salvage(first_x, first_y, columns, rows, self._number, lost)
+        right, bottom = left + width * self._shrink[0], top + height * self._shrink[1]
+        box = (left, top, min(right, columns), min(bottom, rows))  # a page may be less than a pixel of this scale
         if box == (0, 0, columns, rows) == (0, 0, width, height):
             return block
         return np.asarray(Image.fromarray(block).resize((width, height), Image.Resampling.BICUBIC, box))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
-from muse_fast.images.slide import Slide
+from muse_fast.images.slide import Lost, Slide
 from muse_fast.predicting.detectors import TileDetector
 from muse_fast.predicting.files import CellFiles
 from muse_fast.predicting.pages import PageFile, Scale
@@ -40,7 +40,6 @@ class Tally:
     """Statistics of a page, other than its nuclei."""
 
     tiles: int = 0
-    unreadable: int = 0
     detecting: float = 0.0  # seconds in the detector
     seconds: float = 0.0  # from the first tile to the last
 
@@ -52,7 +51,7 @@ class Prediction:
         file: the page; every reading thread opens its own.
         everywhere: look for nuclei outside tissue too.
         tile: side of a tile in pixels; None: the default of the detector.
-        max_unreadable_tiles: number of tiles that may be damaged.
+        max_unreadable: share of the tissue, or of the page, that may be unreadable.
 
     Attributes:
         page: open, for the calling thread.
@@ -60,7 +59,6 @@ class Prediction:
         radius: pixels within which two points of different tiles are one nucleus.
         tissue: where to look for nuclei.
         tiles: those with tissue.
-        max_unreadable_px: level-0 pixels in ``max_unreadable_tiles`` tiles.
 
     Raises:
         UserError: the page cannot be used, or the tiles are too small.
@@ -73,7 +71,7 @@ class Prediction:
         *,
         everywhere: bool,
         tile: int | None,
-        max_unreadable_tiles: int,
+        max_unreadable: float,
     ) -> None:
         self._file, self._detector = file, detector
         self.page = page = file.open()
@@ -83,9 +81,7 @@ class Prediction:
         margin = math.ceil(detector.reach_um / self._scale.mpp + self.radius)
         side = tile or detector.tile_size
         grid = Grid(self._scale, side, margin)
-        self._max_unreadable_tiles = max_unreadable_tiles
-        self.max_unreadable_px = max_unreadable_tiles * side**2 * math.prod(self.step)
-        self.tissue = Tissue(page, everywhere, self.max_unreadable_px)
+        self.tissue = Tissue(page, everywhere, max_unreadable)
         self.tiles = [tile for tile in grid.tiles() if self._has_tissue(tile)]
         self._local, self._pages, self._lock = threading.local(), [page], threading.Lock()
 
@@ -97,14 +93,14 @@ class Prediction:
         """Find the nuclei and write them to ``files``; call ``done`` with the tiles so far after each batch.
 
         Raises:
-            UserError: too many tiles are unreadable, or the detector returns NaNs.
+            UserError: too much is unreadable, or the detector returns NaNs.
         """
         tally, started = Tally(), time.perf_counter()
         writer = _Writer(self, files)
         with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
             read = _map_ahead(reading, self._read, self.tiles, batch + readers)
             try:
-                results = self._detect(_batches(self._readable(read, tally), batch), tally)
+                results = self._detect(_batches(self._counted(read), batch), tally)
                 for count in _map_ahead(writing, writer.add, results, _MAX_UNWRITTEN):
                     tally.tiles += count
                     done(tally.tiles)
@@ -115,13 +111,10 @@ class Prediction:
         tally.seconds = time.perf_counter() - started
         return tally
 
-    def _read(self, tile: Tile) -> tuple[Tile, _Pixels | UserError]:
-        """Pixels ``[H, W, 3]`` of a tile, or the error if they are damaged."""
-        x, y = tile.x, tile.y
-        try:
-            return tile, self._scale.read(self._thread_page(), x.start, y.start, x.length, y.length)
-        except UserError as error:
-            return tile, error
+    def _read(self, tile: Tile) -> tuple[Tile, _Pixels, Lost]:
+        """Pixels ``[H, W, 3]`` of a tile, white where they are lost."""
+        x, y, lost = tile.x, tile.y, Lost()
+        return tile, self._scale.read(self._thread_page(), x.start, y.start, x.length, y.length, lost), lost
 
     def _thread_page(self) -> Slide:
         """The page as opened by this thread: an error would close a shared handle for the other threads too."""
@@ -135,16 +128,10 @@ class Prediction:
         own: Slide = self._local.page
         return own
 
-    def _readable(
-        self, read: Iterable[tuple[Tile, _Pixels | UserError]], tally: Tally
-    ) -> Iterator[tuple[Tile, _Pixels]]:
-        """The tiles that are not damaged; raises an error if too many are."""
-        for tile, pixels in read:
-            if isinstance(pixels, UserError):
-                tally.unreadable += 1
-                if tally.unreadable > self._max_unreadable_tiles:
-                    raise UserError(f"{pixels}; {tally.unreadable} tiles cannot be read; copy the slide again")
-                continue
+    def _counted(self, read: Iterable[tuple[Tile, _Pixels, Lost]]) -> Iterator[tuple[Tile, _Pixels]]:
+        """The tiles, with what is lost in them counted; raises an error if it is too much."""
+        for tile, pixels, lost in read:
+            self.tissue.damage.add(lost)
             yield tile, pixels
 
     def _detect(

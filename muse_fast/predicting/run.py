@@ -47,8 +47,8 @@ class PredictConfig(Config):
     device: str = setting("auto", may_change=True)
     gzip: bool = False
     """Write cells.geojson.gz."""
-    max_unreadable_tiles: int = setting(20, ge=0)
-    """Damaged tiles of a slide that are skipped; with more, the slide is given up."""
+    max_unreadable: float = setting(0.05, ge=0, lt=1)
+    """Share of the tissue, or of the page, that may be unreadable; with more, the slide is given up."""
 
 
 def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictConfig) -> None:
@@ -84,6 +84,10 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
     total = _total(done) | {"refused": {path.name: reason for path, reason in refused.items()}}
     atomic.write_json(out / _SUMMARY, total | made_with)
     print(f"{out}: {total['nuclei']:,} nuclei of {len(done)} inputs in {time.monotonic() - started:.0f} s")
+    if damaged := [one["file"] for one in done if one["unreadable_mm2"]]:
+        print(f"{total['unreadable_mm2']:.3g} mm2 of {len(damaged)} inputs cannot be read: {', '.join(damaged)}")
+    if empty := total["nothing_found"]:
+        print(f"{len(empty)} of {len(done)} inputs have no nuclei:\n{listed(empty)}")
     if refused:
         raise UserError(f"{len(refused)} of {len(pages)} inputs could not be used\n{listed(refused)}")
 
@@ -151,11 +155,11 @@ def _predict_page(
         detector,
         everywhere=not settings.tissue,
         tile=settings.tile,
-        max_unreadable_tiles=settings.max_unreadable_tiles,
+        max_unreadable=settings.max_unreadable,
     )
     with found, atomic.new_folder(out) as folder:
         page = found.page
-        files = CellFiles(folder, page, file.name, detector.class_names, settings.gzip, found.max_unreadable_px)
+        files = CellFiles(folder, page, file.name, detector.class_names, settings.gzip)
         readers = settings.readers or min(8, usable_cpus())
         with closing(files), ProgressBar(file.name) as bar:
             tally = found.run(
@@ -178,7 +182,8 @@ def _predict_page(
             "area_mm2": round(area, 6),
             "nuclei_per_mm2": round(nuclei / area, 2) if area else 0.0,
             "tiles": tally.tiles,
-            "unreadable_tiles": tally.unreadable,
+            "unreadable_mm2": round(found.tissue.damage.unreadable_mm2, 6),
+            "nothing_found": _nothing_found(nuclei, area, page.mpp),
             "seconds": round(seconds, 3),
             "nuclei_per_second": round(nuclei / seconds, 1),
             "mm2_per_second": round(area / seconds, 4),
@@ -188,6 +193,15 @@ def _predict_page(
         }
         atomic.write_json(folder / _SUMMARY, summary)
     return summary
+
+
+def _nothing_found(nuclei: int, area: float, mpp: float) -> str:
+    """The likely reason if there are no nuclei in an area (mm2), else ""."""
+    if nuclei:
+        return ""
+    if not area:
+        return "no tissue found; if there is some, tissue=false searches everywhere"
+    return f"no nuclei found on {area:.3g} mm2: is {mpp:g} um/px right, and is it H&E?"
 
 
 def _fingerprint(weights: str) -> str:
@@ -203,13 +217,16 @@ def _fingerprint(weights: str) -> str:
 
 def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Totals over all pages."""
-    nuclei, area, seconds = (sum(one[key] for one in summaries) for key in ("nuclei", "area_mm2", "seconds"))
+    keys = ("nuclei", "area_mm2", "unreadable_mm2", "seconds")
+    nuclei, area, unreadable, seconds = (sum(one[key] for one in summaries) for key in keys)
     names = summaries[0]["class_names"] if summaries else []
     return {
         "inputs": len(summaries),
         "nuclei": nuclei,
         "nuclei_per_class": {name: sum(one["nuclei_per_class"][name] for one in summaries) for name in names},
         "area_mm2": round(area, 6),
+        "unreadable_mm2": round(unreadable, 6),
+        "nothing_found": {one["file"]: one["nothing_found"] for one in summaries if one["nothing_found"]},
         "seconds": round(seconds, 3),
         "nuclei_per_second": round(nuclei / seconds, 1) if seconds else 0.0,
         "mm2_per_second": round(area / seconds, 4) if seconds else 0.0,
@@ -217,7 +234,10 @@ def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _describe(summary: dict[str, Any]) -> str:
-    return (
+    damage = f"{summary['unreadable_mm2']:.3g} mm2 unreadable, " if summary["unreadable_mm2"] else ""
+    if summary["nothing_found"]:
+        return damage + summary["nothing_found"]
+    return damage + (
         f"{summary['nuclei']:,} nuclei, {summary['nuclei_per_mm2']:,.0f} per mm2 on {summary['area_mm2']:.2f} mm2, "
         f"{summary['seconds']:.1f} s, {summary['nuclei_per_second']:,.0f} nuclei/s, "
         f"detector busy {100 * summary['detector_busy']:.0f} %"

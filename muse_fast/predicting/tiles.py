@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from muse_fast.errors import require
 from muse_fast.images.slide import Slide
-from muse_fast.images.tissue import MASK_UM, tissue_mask
+from muse_fast.images.tissue import MASK_UM, Damage, tissue_mask
 from muse_fast.predicting.pages import Scale
 
 ALIGNMENT = 32  # pixels: the coarsest stride of the networks
@@ -74,36 +74,41 @@ class Tissue:
     """The part of a page in which to look for nuclei.
 
     Args:
-        everywhere: the whole page, without a mask.
-        max_unreadable_px: in level-0 pixels, see `Slide.thumbnail`.
+        everywhere: the whole page.
+        max_unreadable: share of it that may be unreadable.
 
     Attributes:
-        area_mm2: of the tissue, or of the page.
+        damage: what of it is unreadable so far: what the overview lacks, which may be tissue, and what is added.
+
+    Raises:
+        UserError: too much of it is unreadable.
     """
 
-    def __init__(self, page: Slide, everywhere: bool, max_unreadable_px: float) -> None:
+    def __init__(self, page: Slide, everywhere: bool, max_unreadable: float) -> None:
         from scipy.ndimage import binary_dilation
 
         self._pitch = MASK_UM / page.mpp  # level-0 pixels per pixel of the mask
-        self._mask = None
-        area = page.width * page.height * page.mpp**2
-        if not everywhere:
-            mask = tissue_mask(page.thumbnail(MASK_UM, max_unreadable_px), MASK_UM)
-            area = min(area, float(mask.sum()) * MASK_UM**2)  # mask pixels extend beyond the page
-            self._mask = binary_dilation(mask, iterations=_RIM)
-        self.area_mm2 = area / 1e6
+        self._page_mm2 = page.width * page.height * page.mpp**2 / 1e6
+        overview = page.overview(MASK_UM, max_unreadable)
+        shape = overview.pixels.shape[:2]
+        mask = np.ones(shape, bool) if everywhere else tissue_mask(overview.pixels, MASK_UM)
+        unreadable = overview.lost.mask(shape, self._pitch)
+        self._mask = binary_dilation(mask & ~unreadable, iterations=_RIM)
+        self.damage = Damage(mask | unreadable, self._pitch, max_unreadable)
+        self.damage.add(overview.lost)
+
+    @property
+    def area_mm2(self) -> float:
+        """Area of the tissue, or of the page, without what is unreadable."""
+        return min(self._page_mm2, self.damage.readable_mm2)  # mask pixels extend beyond the page
 
     def overlaps(self, left: float, top: float, right: float, bottom: float) -> bool:
         """Whether there is tissue in a rectangle, in level-0 pixels."""
-        if self._mask is None:
-            return True
         columns = slice(math.floor(left / self._pitch), math.ceil(right / self._pitch))
         rows = slice(math.floor(top / self._pitch), math.ceil(bottom / self._pitch))
         return bool(self._mask[rows, columns].any())
 
     def contains(self, xy: NDArray[Any]) -> NDArray[np.bool_]:
         """Which of the points ``[n, 2]`` on the page, in level-0 pixels, lie in tissue."""
-        if self._mask is None:
-            return np.ones(len(xy), bool)
         column, row = np.floor(xy / self._pitch).astype(np.int64).T
         return self._mask[row, column]

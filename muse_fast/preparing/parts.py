@@ -122,7 +122,7 @@ class Parts:
                 step = MASK_UM / surveyed.mpp
                 write_tissue(writer.folder / "tissue.geojson", surveyed.tissue, step)
                 Image.fromarray(surveyed.thumbnail).save(writer.folder / "thumbnail.jpg", quality=90)
-                self._describe(writer.folder, file, _facts(file, surveyed), cut)
+                self._describe(writer.folder, file, _facts(file, surveyed, cut), cut)
         except UserError as error:
             self.skip(file, reason_of(error, file.path))
 
@@ -153,7 +153,7 @@ class Parts:
         atomic.write_json(folder / "part.json", content)
 
 
-def _facts(file: SlideFile, surveyed: Survey) -> dict[str, Any]:
+def _facts(file: SlideFile, surveyed: Survey, cut: Cut) -> dict[str, Any]:
     return {
         "mpp": surveyed.mpp,
         "mpp_from": file.mpp_from,
@@ -161,6 +161,8 @@ def _facts(file: SlideFile, surveyed: Survey) -> dict[str, Any]:
         "height": surveyed.height,
         "side": surveyed.side,
         "tissue_mm2": round(float(surveyed.tissue.sum()) * MASK_UM**2 / 1e6, 4),
+        "unreadable_mm2": round(cut.damage.unreadable_mm2, 4),
+        "nothing_found": cut.nothing_found(),
         "tissue_from": file.tissue.name if file.tissue else "colour",
         "nuclei_from": file.nuclei.name if file.nuclei else "detector",
     }

@@ -29,7 +29,8 @@ COLOURS = {
 _STYLE = """
 body { font: 14px sans-serif; margin: 2em; } table { border-collapse: collapse; }
 th, td { border: 1px solid #ccc; padding: 4px 8px; text-align: left; vertical-align: top; }
-td.number { text-align: right; } img { max-width: 320px; max-height: 320px; } .skipped, .excluded { background: #fee; }
+td.number { text-align: right; } img { max-width: 320px; max-height: 320px; }
+.skipped, .excluded, .empty { background: #fee; }
 """
 
 
@@ -38,8 +39,8 @@ class Row:
     """One slide in the report.
 
     Attributes:
-        status: "used", "skipped" or "excluded".
-        reason: why it is not used.
+        status: "used", "empty" if it has no ROI, "skipped" or "excluded".
+        reason: why it is not used or empty.
         dropped: number of dropped squares, by reason.
         picture: path of its picture, relative to the report.
     """
@@ -57,7 +58,7 @@ class Row:
 
     def cells(self) -> dict[str, Any]:
         """Return the values of the row, by column."""
-        facts = ("mpp", "mpp_from", "tissue_mm2", "tissue_from", "nuclei_from")
+        facts = ("mpp", "mpp_from", "tissue_mm2", "unreadable_mm2", "tissue_from", "nuclei_from")
         return {
             "slide": self.slide,
             "file": str(self.file),
@@ -72,16 +73,18 @@ class Row:
 
 
 def row_of(chosen: Chosen) -> Row:
-    """Return the row of a slide that is used."""
+    """Return the row of a slide that could be used."""
     part = chosen.part
+    nothing: str = part.facts["nothing_found"]
     dropped = part.dropped + Counter({NOT_SAMPLED: len(chosen.not_sampled)})
     nuclei = int(part.rois.num_nuclei[chosen.ids].sum())
     picture = f"report/{part.file.name}.jpg"
     return Row(
         part.file.path,
         part.file.slide,
-        "used",
-        group=part.file.group,
+        "empty" if nothing else "used",
+        nothing,
+        part.file.group,
         facts=part.facts,
         rois=len(chosen.ids),
         nuclei=nuclei,

@@ -65,9 +65,11 @@ def prepare_slides(
         shutil.rmtree(parts.folder)
     print_summary(out, summary, time.monotonic() - started)
     print(f"           {out / 'report.html'}")
-    if skipped := summary["skipped"]:
-        print(f"skipped {len(skipped)} of {source.found} slides:")
-        print(listed(source.refused))
+    if summary["unreadable_mm2"]:
+        print(f"  damage   {summary['unreadable_mm2']:g} mm2 of the tissue cannot be read, see report.csv")
+    for name, reasons in (("are empty", summary["nothing_found"]), ("were skipped", summary["skipped"])):
+        if reasons:
+            print(f"{len(reasons)} of {source.found} slides {name}:\n{listed(reasons)}")
     return 0
 
 
@@ -120,10 +122,13 @@ def _assemble(
     used = [row_of(slide) for slide in chosen if not slide.part.skipped]
     dropped = sum((row.dropped for row in used), Counter[str]())
     total = sum(row.rois for row in used)
+    empty = {row.file: row.reason for row in used if row.status == "empty"}
     if not used:
         raise _NoRoiError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
     if not total:
-        raise _NoRoiError(f"{provenance['source']} yielded no ROIs; skipped: {counted(dropped)}")
+        raise _NoRoiError(
+            f"{provenance['source']} yielded no ROIs; skipped: {counted(dropped)}\n{listed(source.refused | empty)}"
+        )
 
     def finish(folder: Path) -> dict[str, Any]:
         rows = sorted([*used, *unused], key=lambda row: row.file)
@@ -131,6 +136,8 @@ def _assemble(
         _write_pictures(folder, [slide for slide in chosen if not slide.part.skipped])
         return {
             "dropped": dict(dropped),
+            "unreadable_mm2": round(sum(row.facts["unreadable_mm2"] for row in used), 4),
+            "nothing_found": _texts(empty),
             "rois_per_group": _rois_per_group(used),
             "skipped": _texts(source.refused),
             "excluded": _texts(source.excluded),

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.nuclei_files import read_nuclei
 from muse_fast.images.points import Points
-from muse_fast.images.slide import Slide, open_slide
-from muse_fast.images.tissue import MASK_UM, read_tissue, tissue_mask
+from muse_fast.images.slide import Lost, Slide, open_slide
+from muse_fast.images.tissue import MASK_UM, Damage, read_tissue, tissue_mask
 from muse_fast.roiset.records import encode_jpeg
 from muse_fast.runtime.options import setting
 from muse_fast.sources.base import Source
@@ -53,8 +54,8 @@ class CutSettings(Source.Options):
     """Maximum number of ROIs per slide, drawn at random."""
     seed: int = setting(0, ge=0, le=2**31)
     """Seed of the draws for ``per_slide``, ``per_group`` and ``max_rois``."""
-    max_unreadable_rois: int = setting(20, ge=0, le=1_000_000)
-    """A slide with more ROIs that cannot be read is skipped."""
+    max_unreadable: float = setting(0.05, ge=0, lt=1)
+    """Share of the tissue that may be unreadable; with more, the slide is skipped."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -101,6 +102,7 @@ class Survey:
         squares: in the order in which they are examined.
         dropped: number of squares dropped so far, and of objects in the user's file that are not nuclei, by reason.
         tissue: ``[h, w]`` bool, the mask with pixels of ``MASK_UM``.
+        damage: what of the tissue, or of what may be tissue, the overview lacks.
         thumbnail: ``[h, w, 3]`` uint8 RGB, at most ``THUMBNAIL_SIDE`` a side.
     """
 
@@ -111,6 +113,7 @@ class Survey:
     squares: list[Square]
     dropped: Counter[str]
     tissue: NDArray[np.bool_]
+    damage: Damage
     thumbnail: NDArray[np.uint8]
 
 
@@ -122,9 +125,9 @@ class Found:
     nuclei: Points
 
 
-Examine = Callable[[Square], Found | UserError]
+Examine = Callable[[Square], Found | Lost]
 # ``map``, or ``Pool.map``, which distributes the work over processes.
-OrderedMap = Callable[[Examine, Iterable[Square]], Iterable[Found | UserError]]
+OrderedMap = Callable[[Examine, Iterable[Square]], Iterable[Found | Lost]]
 
 
 def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
@@ -143,10 +146,19 @@ def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
 
 def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
     side = round(settings.roi_um / slide.mpp)
-    max_unreadable_px = settings.max_unreadable_rois * side**2
-    overview = slide.thumbnail(MASK_UM, max_unreadable_px)
     step = MASK_UM / slide.mpp
-    mask = tissue_mask(overview, MASK_UM) if file.tissue is None else read_tissue(file.tissue, overview.shape[:2], step)
+    if file.tissue is None:
+        overview, lost = slide.overview(MASK_UM, settings.max_unreadable)
+        unreadable = lost.mask(overview.shape[:2], step)
+        mask = tissue_mask(overview, MASK_UM) & ~unreadable
+        searched = mask | unreadable
+    else:  # damage beside the tissue does not matter
+        overview, lost = slide.overview(MASK_UM)
+        mask = searched = read_tissue(file.tissue, overview.shape[:2], step)
+    if not settings.min_tissue:
+        searched = np.ones_like(mask)
+    damage = Damage(searched, step, settings.max_unreadable)
+    damage.add(lost)
     given, dropped = None, Counter[str]()
     if file.nuclei is not None:
         given, dropped = read_nuclei(
@@ -156,7 +168,7 @@ def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
     for y in range(0, slide.height - side + 1, side):
         for x in range(0, slide.width - side + 1, side):
             square = Square(file.path, slide.mpp, x, y, side)
-            if _share(mask, square) < settings.min_tissue:
+            if _share(searched, square) < settings.min_tissue:
                 dropped["too little tissue"] += 1
             else:
                 squares.append(square)
@@ -165,15 +177,15 @@ def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
     if settings.per_slide is not None:
         order = priorities(settings.seed, file.name, np.array([(s.x, s.y) for s in squares]).reshape(-1, 2))
         squares = [squares[i] for i in np.argsort(order, kind="stable")]
-    picture = _thumbnail(slide, overview, max_unreadable_px)
-    return Survey(slide.width, slide.height, slide.mpp, side, squares, dropped, mask, picture)
+    picture = _thumbnail(slide, overview)
+    return Survey(slide.width, slide.height, slide.mpp, side, squares, dropped, mask, damage, picture)
 
 
-def _thumbnail(slide: Slide, overview: NDArray[np.uint8], max_unreadable_px: int) -> NDArray[np.uint8]:
+def _thumbnail(slide: Slide, overview: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Reduce the overview, or read a finer one of a small slide."""
     if max(overview.shape) < THUMBNAIL_SIDE:
         um = max(slide.width, slide.height) * slide.mpp / THUMBNAIL_SIDE
-        overview = slide.thumbnail(max(slide.mpp, um), max_unreadable_px)
+        overview = slide.thumbnail(max(slide.mpp, um))
     picture = Image.fromarray(overview)
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return np.asarray(picture)
@@ -205,18 +217,20 @@ def close_slides() -> None:
     _opened.cache_clear()
 
 
-def examine(square: Square, settings: CutSettings) -> Found | UserError:
-    """Read a square and detect its nuclei; return the error if it cannot be read."""
-    side = square.side
+def examine(square: Square, settings: CutSettings) -> Found | Lost:
+    """Read a square and detect its nuclei; return what of it is lost if it cannot be read."""
+    side, lost = square.side, Lost()
     reach_um = 0.0 if square.nuclei is not None else load_finder(settings.detector).reach_um
     margin = math.ceil(reach_um / square.mpp)  # a nucleus at the border is detected with the tissue on both sides
     try:
         slide = _opened(square.path, square.mpp)
-        block = slide.read(square.x - margin, square.y - margin, side + 2 * margin, side + 2 * margin)
-    except UserError as error:
-        return error
-    except (OSError, MemoryError) as error:
-        return UserError(f"{square.path}: {type(error).__name__} ({error})")
+        block = slide.salvage(square.x - margin, square.y - margin, side + 2 * margin, side + 2 * margin, 0, lost)
+    except (UserError, OSError, MemoryError) as error:
+        known = isinstance(error, UserError)
+        reason = error if known else UserError(f"{square.path}: {type(error).__name__} ({error})")
+        lost.add((square.x, square.y, square.x + side, square.y + side), reason)
+    if lost.boxes:
+        return lost
     image = np.ascontiguousarray(block[margin : margin + side, margin : margin + side])
     return Found(image, _detect(block, square, settings).within(margin, margin, side))
 
@@ -228,10 +242,10 @@ def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> 
     return load_finder(settings.detector)(block, square.mpp, threshold=settings.threshold)
 
 
-def examine_to_jpeg(square: Square, settings: CutSettings, quality: int) -> Found | UserError:
+def examine_to_jpeg(square: Square, settings: CutSettings, quality: int) -> Found | Lost:
     """``examine`` with the pixels as JPEG, a fifth of the bytes; without pixels if there are too few nuclei."""
     found = examine(square, settings)
-    if isinstance(found, UserError):
+    if isinstance(found, Lost):
         return found
     assert not isinstance(found.image, bytes)
     enough = len(found.nuclei) >= settings.min_nuclei
@@ -244,37 +258,39 @@ class Cut:
     Attributes:
         dropped: number of squares dropped so far, by reason.
         refused: positions ``x, y`` of squares that were examined but not kept, by reason.
+        damage: what of the tissue is unreadable so far.
     """
 
     def __init__(self, survey: Survey, settings: CutSettings, quality: int | None = None) -> None:
-        self._squares, self._settings = survey.squares, settings
+        self._survey, self._settings = survey, settings
         self._examine: Examine = (
             partial(examine, settings=settings)
             if quality is None
             else partial(examine_to_jpeg, settings=settings, quality=quality)
         )
         self.dropped = survey.dropped.copy()
+        self.damage = deepcopy(survey.damage)
+        self._kept = self._nuclei = 0
         self.refused: dict[str, list[tuple[int, int]]] = {"too few nuclei": [], "unreadable": []}
 
     def rois(self, ordered_map: OrderedMap = map) -> Iterator[tuple[Square, Found]]:
         """Examine the squares in order.
 
         Raises:
-            UserError: more than ``max_unreadable_rois`` squares cannot be read.
+            UserError: too much of the tissue cannot be read.
         """
         limit = self._settings.per_slide
-        candidates = [square for square in self._squares if self._worth_reading(square)]
-        kept = examined = 0
+        candidates = [square for square in self._survey.squares if self._worth_reading(square)]
+        examined = 0
         for square, found in zip(candidates, ordered_map(self._examine, candidates), strict=False):
             examined += 1
-            if isinstance(found, UserError):
+            if isinstance(found, Lost):
                 self._refuse(square, "unreadable")
-                if (count := self.dropped["unreadable"]) > self._settings.max_unreadable_rois:
-                    raise UserError(f"{found}; {count} of its ROIs cannot be read, copy the slide again")
+                self.damage.add(found)
             elif self._enough(found.nuclei, square):
                 yield square, found
-                kept += 1
-                if kept == limit:
+                self._kept += 1
+                if self._kept == limit:
                     break
         if examined < len(candidates):
             self.dropped["beyond per_slide"] += len(candidates) - examined
@@ -283,7 +299,26 @@ class Cut:
         """Return False for a square with too few of the user's nuclei, which need not be read."""
         return square.nuclei is None or self._enough(square.nuclei, square)
 
+    def nothing_found(self) -> str:
+        """The likely reason if ``rois`` yielded nothing, else ""."""
+        slide, settings, count = self._survey, self._settings, len(self._survey.squares)
+        if self._kept:
+            return ""
+        if slide.side > min(slide.width, slide.height):
+            width, height = slide.width * slide.mpp, slide.height * slide.mpp
+            return f"smaller than a ROI: {width:.0f} x {height:.0f} um, roi_um={settings.roi_um:g}"
+        if not slide.tissue.any():
+            return "no tissue found; tissue=FOLDER takes yours, min_tissue=0 searches everywhere"
+        if not count:
+            return f"no square has enough tissue for min_tissue={settings.min_tissue:g}"
+        if self.dropped["unreadable"] == count:
+            return f"none of the {count} squares with tissue can be read"
+        if not self._nuclei:
+            return f"no nuclei found in {count} squares with tissue: is {slide.mpp:g} um/px right, and is it H&E?"
+        return f"none of {count} squares with tissue has min_nuclei={settings.min_nuclei} nuclei"
+
     def _enough(self, nuclei: Points, square: Square) -> bool:
+        self._nuclei += len(nuclei)
         if len(nuclei) >= self._settings.min_nuclei:
             return True
         self._refuse(square, "too few nuclei")

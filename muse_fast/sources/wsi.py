@@ -197,7 +197,7 @@ class Slides(Source):
             self.dropped += cut.dropped
 
 
-def listed(reasons: Mapping[Path, str]) -> str:
+def listed(reasons: Mapping[Path, str] | Mapping[str, str]) -> str:
     """List slides and reasons, one per line, at most the first twenty."""
     lines = [f"  {path}: {reason}" for path, reason in list(reasons.items())[:_LISTED]]
     more = len(reasons) - len(lines)

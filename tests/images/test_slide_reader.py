@@ -68,12 +68,14 @@ def test_predict_reads_it(folders: dict[str, Path], tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_it_is_found_and_its_damaged_parts_are_white(folders: dict[str, Path]) -> None:
+def test_it_is_found_and_its_damaged_parts_are_known(folders: dict[str, Path]) -> None:
     assert find_slides(folders["npy"]) == [folders["npy"] / "a.npy"]
     pixels = np.load(folders["npy"] / "a.npy")
     pixels[0, 0] = (1, 2, 3)
     np.save(folders["npy"] / "a.npy", pixels)
     slide = open_slide(folders["npy"] / "a.npy")
     with pytest.raises(UserError, match=r"a.npy: unreadable at 0, 0"):
-        slide.thumbnail(2.0)
-    assert (slide.thumbnail(2.0, max_unreadable_px=256 * 256)[:40, :40] == 255).all()
+        slide.overview(2.0, 0)
+    overview = slide.overview(2.0)
+    assert overview.lost.boxes == [(0, 0, 256, 256)]
+    assert np.ptp(overview.pixels[:64, :64], axis=(0, 1)).tolist() == [0, 0, 0]

@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 5000, 4000
 
 
 def page(width: int = WIDTH, height: int = HEIGHT) -> SimpleNamespace:
-    def thumbnail(um: float, max_unreadable_px: float = 0) -> np.ndarray:
+    def thumbnail(um: float) -> np.ndarray:
         return np.full((-int(-height * 0.25 // um), -int(-width * 0.25 // um), 3), 230, np.uint8)
 
     return SimpleNamespace(width=width, height=height, mpp=0.25, thumbnail=thumbnail)
@@ -36,7 +36,7 @@ def cells(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def write(folder: Path, parts: list[tuple[np.ndarray, ...]], compress: bool = False, name: str = "slide") -> Path:
     folder.mkdir(exist_ok=True)
-    files = CellFiles(folder, page(), name, NAMES, compress, 0)
+    files = CellFiles(folder, page(), name, NAMES, compress)
     for part in parts:
         files.write(*part)
     files.finish()

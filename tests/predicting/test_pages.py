@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.images.slide import ImageSlide
+from muse_fast.images.slide import ImageSlide, Lost
 from muse_fast.predicting.pages import PageFile, Scale, find_pages
 from tests.support.planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 
@@ -32,7 +32,7 @@ def test_dots_are_found_to_half_a_pixel(slide: Path, dots: np.ndarray, mpp: floa
     page = PageFile(slide, None).open()
     scale = Scale(page, mpp)
     assert (scale.mpp == pytest.approx(mpp)) == (mpp not in (0.253, 0.99))
-    image = scale.read(page, 0, 0, scale.width, scale.height)
+    image = scale.read(page, 0, 0, scale.width, scale.height, Lost())
     found = DotDetector(mpp)._detect(255.0 - image[..., 0]).xy * scale.step
     assert_same_places(found, dots, 0.5)
 
@@ -50,9 +50,9 @@ def test_the_level_is_fine_enough(slide: Path) -> None:
 def test_pieces_agree_with_the_whole(slide: Path, mpp: float) -> None:
     page = PageFile(slide, None).open()
     scale = Scale(page, mpp)
-    whole = scale.read(page, 0, 0, scale.width, scale.height).astype(int)
+    whole = scale.read(page, 0, 0, scale.width, scale.height, Lost()).astype(int)
     for x, y, side in ((0, 0, 100), (37, 91, 64), (scale.width - 90, scale.height - 90, 90), (50, scale.height - 1, 1)):
-        piece = scale.read(page, x, y, side, side)
+        piece = scale.read(page, x, y, side, side, Lost())
         # Rounding in the filter. In a coarser level OpenSlide places pixels at whole level-0 pixels, and blurs between.
         assert np.abs(piece - whole[y : y + side, x : x + side]).max() <= (1 if scale._number == 0 else 16)
 

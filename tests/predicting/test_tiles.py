@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from muse_fast.errors import UserError
+from muse_fast.images.slide import Lost, Overview
 from muse_fast.predicting.tiles import ALIGNMENT, Grid, Tissue
 
 
@@ -34,13 +35,13 @@ def test_tiles_too_small_for_a_core_are_refused() -> None:
 def test_tissue() -> None:
     thumbnail = np.full((50, 60, 3), 245, np.uint8)
     thumbnail[10:30, 20:50] = (200, 90, 150)
-    page = SimpleNamespace(width=960, height=800, mpp=0.5, thumbnail=lambda um, unreadable: thumbnail)
-    tissue = Tissue(page, everywhere=False, max_unreadable_px=0)
+    page = SimpleNamespace(width=960, height=800, mpp=0.5, overview=lambda um, limit: Overview(thumbnail, Lost()))
+    tissue = Tissue(page, everywhere=False, max_unreadable=0)
     assert tissue.area_mm2 == pytest.approx(20 * 30 * 64e-6)
     xy = np.array([[320, 160], [799.9, 479.9], [288, 200], [287.9, 200], [500, 511.9], [500, 512], [959.9, 799.9]])
     assert tissue.contains(xy).tolist() == [True, True, True, False, True, False, False]  # a rim of 2 mask pixels
     assert tissue.overlaps(0, 0, 289, 200)
     assert not tissue.overlaps(0, 0, 288, 800)
-    everywhere = Tissue(page, everywhere=True, max_unreadable_px=0)
+    everywhere = Tissue(page, everywhere=True, max_unreadable=0)
     assert everywhere.area_mm2 == pytest.approx(0.48 * 0.4)
     assert everywhere.contains(xy).all() and everywhere.overlaps(0, 0, 1, 1)

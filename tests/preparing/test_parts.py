@@ -22,6 +22,7 @@ from muse_fast.preparing.parts import Parts, make_parts
 from muse_fast.preparing.pool import Pool
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.sources.cut import CutSettings, SlideFile
+from tests.support.planted import write_pyramid
 from tests.support.small_slides import damage, page_with_tissue, write_slide
 
 SETTINGS = CutSettings(roi_um=64, min_nuclei=1)
@@ -99,9 +100,9 @@ def test_a_damaged_part_is_done_again(cohort: Path, tmp_path: Path, name: str) -
     assert parts.find(file) is not None
 
 
-def test_a_slide_with_too_many_unreadable_rois_is_skipped(cohort: Path, tmp_path: Path) -> None:
+def test_a_slide_with_too_much_damage_is_skipped(cohort: Path, tmp_path: Path) -> None:
     """Although some of its ROIs were already written."""
-    bad = write_slide(tmp_path / "bad.tif", page_with_tissue(), compression="zlib")
+    bad = write_pyramid(tmp_path / "bad.tif", page_with_tissue(), 0.5, (4,), compression="zlib")
     damage(bad, 9)  # six tiles per row
     settings = replace(SETTINGS, roi_um=100, min_tissue=0)
     files = [*slide_files(tmp_path), slide_files(cohort)[0]]
@@ -111,12 +112,14 @@ def test_a_slide_with_too_many_unreadable_rois_is_skipped(cohort: Path, tmp_path
     assert part is not None and not part.skipped
     count = part.dropped["unreadable"]
     assert count > 1 and len(part.refused["unreadable"]) == count and len(part.rois) > 5
+    assert part.facts["unreadable_mm2"] == 0.0164  # 128 um a side
 
-    parts = Parts(tmp_path / "strict", replace(settings, max_unreadable_rois=count - 1), 95)
+    parts = Parts(tmp_path / "strict", replace(settings, max_unreadable=0.03), 95)
     make_parts(files, parts, workers=1)
     part, other = parts.find(files[0]), parts.find(files[1])
     assert part is not None and len(part.rois) == 0
-    assert f"{count} of its ROIs cannot be read, copy the slide again" in part.skipped and str(bad) not in part.skipped
+    assert "of 0.415 mm2 to search cannot be read, more than max_unreadable=0.03; copy" in part.skipped
+    assert part.skipped.startswith("unreadable at 768, 256, level 0")
     assert other is not None and not other.skipped and len(other.rois) > 5
     before = states(parts.folder)
     make_parts(files, parts, workers=1)

@@ -257,16 +257,16 @@ def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarra
     for (x, y), image in images.items():
         np.testing.assert_array_equal(image, tissue[y : y + 200, x : x + 200])
 
-    settings = CutSettings(roi_um=100, min_tissue=0, min_nuclei=0, max_unreadable_rois=lost)
+    settings = CutSettings(roi_um=100, min_tissue=0, min_nuclei=0)
     surveyed = survey(SlideFile(path, "slide", "slide"), settings)
     assert not isinstance(surveyed, UserError)
-    assert len(list(Cut(surveyed, settings).rois())) == 35 - lost
-    source = opened(path, **EVERYTHING, max_unreadable_rois=lost - 1)
-    assert len(list(source)) < 35 - lost
-    assert f"{lost} of its ROIs cannot be read, copy the slide again" in source.refused[path]
-    source = opened(path, **EVERYTHING, max_unreadable_rois=0)
+    cut = Cut(surveyed, settings)
+    assert len(list(cut.rois())) == 35 - lost
+    assert cut.damage.unreadable_mm2 == pytest.approx(0.128**2)  # once, though it lies in several squares
+    source = opened(path, **EVERYTHING, max_unreadable=0.03)
     assert list(source) == []
-    assert source.refused[path].startswith("unreadable at")  # the overview already fails
+    assert source.refused[path].startswith("unreadable at 768, 256, level 0")
+    assert source.refused[path].endswith("more than max_unreadable=0.03 of the slide cannot be read, copy it again")
 
 
 def test_cpus(monkeypatch: pytest.MonkeyPatch, slide: Path) -> None:

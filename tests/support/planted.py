@@ -38,16 +38,24 @@ def page_of_dots(width: int, height: int, xy: NDArray[np.float64], sigma: float)
     return np.repeat((255 - 200 * density.clip(0, 1)).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
-def write_pyramid(path: Path, image: NDArray[np.uint8], mpp: float, factors: tuple[int, ...] = ()) -> Path:
-    """Write a tiled TIFF with levels reduced by ``factors``, with only whole pixels at the far sides."""
+def write_pyramid(
+    path: Path, image: NDArray[np.uint8], mpp: float, factors: tuple[int, ...] = (), compression: str | None = None
+) -> Path:
+    """Write a tiled TIFF with levels reduced by ``factors``, with only whole pixels at the far sides.
+
+    A path that ends in ``.svs`` gets the description by which OpenSlide takes it for a slide of Aperio.
+    """
     resolution = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
+    aperio = f"Aperio Image Library v1\r\n{image.shape[1]}x{image.shape[0]}|AppMag = 20|MPP = {mpp}"
+    described = {"description": aperio, "metadata": None} if path.suffix == ".svs" else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tifffile.TiffWriter(path) as file:
-        file.write(image, tile=(256, 256), photometric="rgb", **resolution)
+        file.write(image, tile=(256, 256), photometric="rgb", compression=compression, **resolution, **described)
         for factor in factors:
             height, width = image.shape[0] // factor, image.shape[1] // factor
             whole = Image.fromarray(image[: height * factor, : width * factor])
             level = np.asarray(whole.resize((width, height), Image.Resampling.BOX))
-            file.write(level, tile=(256, 256), photometric="rgb", subfiletype=1)
+            file.write(level, tile=(256, 256), photometric="rgb", compression=compression, subfiletype=1, **described)
     return path
 
 

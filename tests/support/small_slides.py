@@ -32,10 +32,11 @@ def write_slide(path: Path, image: np.ndarray, mpp: Mpp = 0.5, **settings: objec
     return path
 
 
-def damage(path: Path, *tiles: int) -> None:
-    """Overwrite the beginning of some tiles of a compressed slide."""
+def damage(path: Path, *tiles: int, level: int = 0) -> None:
+    """Overwrite the beginning of some tiles of a level of a compressed slide; without ``tiles`` of all."""
     with tifffile.TiffFile(path) as file:
-        offsets = [file.pages[0].dataoffsets[tile] for tile in tiles]
+        stored = file.pages[level].dataoffsets
+    offsets = [stored[tile] for tile in tiles] or stored
     content = bytearray(path.read_bytes())
     for offset in offsets:
         content[offset : offset + 40] = bytes(40)
