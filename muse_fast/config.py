@@ -12,6 +12,8 @@ from muse_fast.runtime.options import MAX_SEED, Config, load_settings, setting
 DATA_BACKENDS = ("cpu", "dali", "cuda")
 ATTENTION = ("sdpa", "xformers", "varlen")
 RECOMPUTE = ("none", "selective", "full")
+POS_EMBED_RESIZE = ("scale_factor", "size")
+RESIZE_UNRECORDED = "size"  # the rule of weights from before the setting existed
 PRECISIONS = ("bf16", "fp32", "fp64")
 PARALLEL = ("ddp", "fsdp")
 CENTERINGS = ("ema", "sinkhorn")
@@ -85,6 +87,10 @@ class ModelConfig(Config):
     recompute: str = setting("none", choices=RECOMPUTE, may_change=True)
     """Activations of a ViT layer that backward recomputes instead of storing them: ``none``, ``selective`` (all but
     matmuls and attention) or ``full``."""
+    pos_embed_resize: str = setting("scale_factor", choices=POS_EMBED_RESIZE, before=RESIZE_UNRECORDED)
+    """Scale by which a ViT resizes its position embedding to views of g x g patches that are not ``global_size``:
+    ``scale_factor`` (g + 0.1) / stored, because the paper trains by DINO's recipe and DINO does so, or ``size``
+    g / stored, which aligns the borders of both grids. The weights get used to the rule, so exports record it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

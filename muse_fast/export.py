@@ -5,7 +5,9 @@ timm           a folder: the encoder as timm loads it (config.json, model.safete
 muse-official  a .pth in the layout of the published files: {"teacher": {"module.backbone.NAME": tensor}}
 
 `load_backbone` reads each of them, with bit-identical weights; the command checks this before it renames the export to
-its final name.
+its final name. An official .pth keeps its stored position embedding, and the export records that load_backbone has to
+resample it; only timm, which does not, gets the resampled one. To other image sizes, timm resizes it by a rule of its
+own, with antialiasing.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,26 +23,32 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from muse_fast.models.archs import find_arch
-from muse_fast.models.official import EXACT, PREFIX
+from muse_fast.models.official import EXACT, PREFIX, RESIZE
 from muse_fast.models.weights import (
+    COMPAT,
     ENCODER,
     POS_EMBED,
     TIMM_CONFIG,
     TIMM_DECODER,
     TIMM_WEIGHTS,
+    as_used,
+    default_compat,
     find_checkpoint,
     is_timm_folder,
     load_backbone,
     stored_image_size,
 )
 from muse_fast.runtime import atomic, checkpoint
+from muse_fast.runtime.options import recorded_settings
 from muse_fast.runtime.tensors import write_tensors
 from muse_fast.version import __version__
 
 WHICH = ("teacher", "student")
+BACKBONE = "backbone."  # prefix of the backbone's tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +58,25 @@ class Trained:
     arch: str
     tensors: dict[str, Tensor]  # backbone.*; of a checkpoint also image_head.*, nucleus_head.*, center.{image,nucleus}
     record: dict[str, str]  # its origin and how it was trained
+    compat: str  # how to use the position embedding, see `load_backbone`
+    pos_embed_resize: str  # rule by which a ViT resizes it
 
     def origin(self) -> str:
         """Return the record as one line."""
         return ", ".join(f"{key} {value}" for key, value in self.record.items() if key != "head")
 
     def metadata(self) -> dict[str, str]:
-        return {"arch": self.arch, **self.record, "muse_fast": __version__, "torch": torch.__version__}
+        use = {COMPAT: self.compat, RESIZE: self.pos_embed_resize}
+        return {"arch": self.arch, **self.record, **use, "muse_fast": __version__, "torch": torch.__version__}
 
     def backbone(self) -> dict[str, Tensor]:
-        """Return the backbone's tensors under the names of its state dict."""
-        prefix = "backbone."
-        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        """Return the backbone's stored tensors under the names of its state dict."""
+        return {name.removeprefix(BACKBONE): t for name, t in self.tensors.items() if name.startswith(BACKBONE)}
+
+    def as_used(self) -> Trained:
+        """Return it with the position embedding that `load_backbone` uses."""
+        used = {f"{BACKBONE}{name}": tensor for name, tensor in as_used(self.backbone(), self.compat).items()}
+        return replace(self, tensors=self.tensors | used, compat="exact")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,27 +127,31 @@ def read_network(source: str, which: str) -> Trained:
     if path.is_dir() and not is_timm_folder(path):
         folder = find_checkpoint(path)
         state = checkpoint.read_state(folder)
-        views = state["config"]["views"]
+        config = recorded_settings(PretrainConfig, state["config"])
         centers = checkpoint.read_tensors(folder, "state")
         return Trained(
-            arch=state["config"]["model"]["arch"],
+            arch=config["model.arch"],
             tensors=checkpoint.read_tensors(folder, which)
             | {name.replace("/", "."): value for name, value in centers.items() if name.startswith("center/")},
             record={
                 "network": which,
                 "step": str(state["step"]),
-                "image_size": str(views["global_size"]),
-                "mpp": f"{views['global_mpp_min']}-{views['global_mpp_max']}",
+                "image_size": str(config["views.global_size"]),
+                "mpp": f"{config['views.global_mpp_min']}-{config['views.global_mpp_max']}",
                 "head": json.dumps(state["config"]["head"]),
             },
+            compat="exact",
+            pos_embed_resize=config["model.pos_embed_resize"],
         )
     if which != "teacher":
         raise UserError(f"{source}: --which {which} needs a run or a checkpoint; other weights contain one network")
-    backbone = load_backbone(None, source)
+    backbone = load_backbone(None, source, compat="exact")
     return Trained(
         arch=backbone.arch,
-        tensors={f"backbone.{name}": value for name, value in backbone.state_dict().items()},
+        tensors={f"{BACKBONE}{name}": value for name, value in backbone.state_dict().items()},
         record={"source": Path(source).name},
+        compat=default_compat(source),
+        pos_embed_resize=backbone.pos_embed_resize,
     )
 
 
@@ -141,6 +160,7 @@ def write_safetensors(network: Trained, path: Path) -> None:
 
 
 def write_timm(network: Trained, folder: Path) -> None:
+    network = network.as_used()
     backbone = network.backbone()
     config = _timm_config(network.arch, backbone)
     encoder = {name.removeprefix(ENCODER): t for name, t in backbone.items() if name.startswith(ENCODER)}
@@ -151,8 +171,10 @@ def write_timm(network: Trained, folder: Path) -> None:
 
 
 def write_official(network: Trained, path: Path) -> None:
-    teacher = {f"{PREFIX}{name}": tensor for name, tensor in network.backbone().items()}
-    torch.save({"teacher": teacher, EXACT: torch.tensor(True)}, path)
+    content: dict[str, Any] = {"teacher": {f"{PREFIX}{name}": tensor for name, tensor in network.backbone().items()}}
+    if network.compat == "exact":
+        content |= {EXACT: torch.tensor(True), RESIZE: network.pos_embed_resize}
+    torch.save(content, path)
 
 
 class Format(NamedTuple):
@@ -168,7 +190,7 @@ FORMATS = {
         ".pth",
         write_official,
         'torch.load("{}", weights_only=True)["teacher"], or load_backbone. The authors\' code resamples the position '
-        "embedding of every file that it loads, load_backbone only that of their files",
+        "embedding of every file that it loads, load_backbone only that of files that come from theirs",
     ),
 }
 
@@ -206,10 +228,11 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 
 def _check(network: Trained, written: Path) -> None:
     """Read ``written`` back; raise UserError unless the backbone is the same."""
-    found = load_backbone(network.arch, written).state_dict()
-    wrong = [
-        name for name, tensor in network.backbone().items() if not torch.equal(found[name], tensor.to(found[name]))
-    ]
+    backbone = load_backbone(network.arch, written)
+    found, expected = backbone.state_dict(), network.as_used().backbone()
+    wrong = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor.to(found[name]))]
+    if backbone.pos_embed_resize != network.pos_embed_resize:
+        wrong.append(RESIZE)
     if wrong:
         raise UserError(f"{written}: reading it back returned other values for {wrong[0]}; check the disk")
 

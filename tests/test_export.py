@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from muse_fast import load_backbone
@@ -21,7 +22,7 @@ from muse_fast.errors import UserError
 from muse_fast.export import FORMATS, export, main
 from muse_fast.images.imagenet import normalise
 from muse_fast.models.backbone import Backbone, build_backbone
-from muse_fast.models.official import official_pos_embed
+from muse_fast.models.official import EXACT, official_pos_embed
 from muse_fast.models.weights import POS_EMBED
 from muse_fast.pretraining.distill import Network
 from muse_fast.runtime import checkpoint
@@ -41,10 +42,12 @@ class Run:
     state: dict[str, dict[str, Tensor]]
 
 
-def saved_run(folder: Path, arch: str, size: int = 224) -> Run:
+def saved_run(folder: Path, arch: str, size: int = 224, *more: str) -> Run:
     """Save a run in which student and teacher differ in every tensor and no tensor has its initial value."""
     small = ["head.hidden_dim=8", "head.bottleneck_dim=4", "head.prototypes=16"]
-    config = load_config(None, [f"model.arch={arch}", f"views.global_size={size}", "views.global_mpp_max=0.6", *small])
+    config = load_config(
+        None, [f"model.arch={arch}", f"views.global_size={size}", "views.global_mpp_max=0.6", *small, *more]
+    )
     with torch.device("meta"):
         teacher = fill(Network(config, 0.0))
     state = {
@@ -131,6 +134,44 @@ def test_a_run_at_another_size_keeps_its_position_embedding(tmp_path: Path) -> N
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["scale_factor", "size"])
+def test_every_export_keeps_the_rule_of_its_position_embedding(rule: str, tmp_path: Path) -> None:
+    trained = saved_run(tmp_path / "run", "vit_tiny", 224, f"model.pos_embed_resize={rule}")
+    images = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        expected = trained.teacher.backbone.cls(images)
+        assert torch.equal(load_backbone(None, trained.folder).cls(images), expected)
+        for kind, name in NAMES.items():
+            export(str(trained.folder), tmp_path / name, kind)
+            loaded = load_backbone(None, tmp_path / name)
+            assert loaded.pos_embed_resize == rule
+            assert torch.equal(loaded.cls(images), expected), kind
+            # of an export too
+            export(str(tmp_path / name), tmp_path / f"again_{name}", kind)
+            assert torch.equal(load_backbone(None, tmp_path / f"again_{name}").cls(images), expected), kind
+
+
+def test_what_does_not_record_the_rule_resizes_by_size(run: Run, tmp_path: Path) -> None:
+    """Checkpoints and exports from before the setting existed."""
+    tensors = run.teacher.backbone.state_dict()
+    save_file(tensors, tmp_path / "x.safetensors")
+    content = {"teacher": {f"module.backbone.{name}": value for name, value in tensors.items()}, EXACT: True}
+    torch.save(content, tmp_path / "x.pth")
+    config = dataclasses.asdict(run.config)
+    del config["model"]["pos_embed_resize"]
+    checkpoint.save(tmp_path / "run", 7, run.state, {"step": 7, "config": config}, keep_every=0)
+    export(str(tmp_path / "run"), tmp_path / "x", "timm")
+    for name in ("x.safetensors", "x.pth", "run", "x"):
+        assert load_backbone(None, tmp_path / name).pos_embed_resize == "size", name
+
+
+def test_a_rule_of_another_version_is_refused(run: Run, tmp_path: Path) -> None:
+    for key, value in {"pos_embed_resize": "antialias", "pos_embed_compat": "later"}.items():
+        save_file(run.teacher.backbone.state_dict(), tmp_path / "x.safetensors", {key: value})
+        with pytest.raises(UserError, match=rf"x\.safetensors: records .*{key}={value}.*expected"):
+            load_backbone(None, tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_safetensors_contain_heads_centres_and_their_origin(run: Run, tmp_path: Path, which: str) -> None:
     out = tmp_path / "x.safetensors"
@@ -162,7 +203,8 @@ def test_the_published_layout(run: Run, tmp_path: Path) -> None:
     }
     assert len(state) == len(content["teacher"]) == 232
     assert all(torch.equal(state[name], value) for name, value in run.teacher.backbone.state_dict().items())
-    assert all(isinstance(value, (Tensor, dict)) for value in content.values())
+    assert content["pos_embed_resize"] == "scale_factor"
+    assert all(isinstance(value, (Tensor, dict, str)) for value in content.values())
     # The file contains only the backbone, not the storage of the whole checkpoint.
     size = sum(value.numel() * value.element_size() for value in state.values())
     assert (tmp_path / "x.pth").stat().st_size < 1.01 * size
@@ -171,18 +213,39 @@ def test_the_published_layout(run: Run, tmp_path: Path) -> None:
     assert torch.equal(moved, official_pos_embed(state[POS_EMBED]))
 
 
-def test_other_weights_than_checkpoints_are_converted(run: Run, tmp_path: Path) -> None:
-    """A published file is exported as load_backbone reads it, including its position embedding."""
-    backbone = build_backbone("vit_tiny")
-    torch.save({"teacher": {f"module.backbone.{n}": t for n, t in backbone.state_dict().items()}}, tmp_path / "a.pth")
-    expected = load_backbone(None, tmp_path / "a.pth").state_dict()
-    assert not torch.equal(expected[POS_EMBED], backbone.state_dict()[POS_EMBED])
+def save_published(path: Path) -> Backbone:
+    """Save a file in the layout of the authors, and return the network with its tensors as stored."""
+    backbone = build_backbone("vit_tiny").eval()
+    torch.save({"teacher": {f"module.backbone.{n}": t for n, t in backbone.state_dict().items()}}, path)
+    return backbone
+
+
+def test_other_weights_than_checkpoints_are_converted(tmp_path: Path) -> None:
+    """load_backbone uses every export of a published file as it uses that file, also at other image sizes."""
+    backbone = save_published(tmp_path / "a.pth")
+    expected, images = load_backbone(None, tmp_path / "a.pth"), torch.randn(1, 3, 96, 96)
+    assert not torch.equal(expected.state_dict()[POS_EMBED], backbone.state_dict()[POS_EMBED])
     last = tmp_path / "a.pth"
     for kind, name in NAMES.items():
         export(str(last), tmp_path / name, kind)
-        found = load_backbone(None, tmp_path / name).state_dict()
-        assert all(torch.equal(found[tensor], value) for tensor, value in expected.items()), kind
+        found = load_backbone(None, tmp_path / name)
+        assert all(torch.equal(found.state_dict()[tensor], value) for tensor, value in expected.state_dict().items())
+        with torch.inference_mode():
+            assert torch.equal(found.cls(images), expected.cls(images)), kind
         last = tmp_path / name
+    in_timm = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).state_dict()
+    assert torch.equal(in_timm["pos_embed"], expected.state_dict()[POS_EMBED])
+
+
+def test_a_published_file_is_exported_with_its_stored_position_embedding(tmp_path: Path) -> None:
+    """The authors' code resamples it once, also if it comes by way of a safetensors file."""
+    backbone = save_published(tmp_path / "a.pth")
+    export(str(tmp_path / "a.pth"), tmp_path / "b.pth", "muse-official")
+    export(str(tmp_path / "b.pth"), tmp_path / "b.safetensors", "safetensors")
+    export(str(tmp_path / "b.safetensors"), tmp_path / "c.pth", "muse-official")
+    for name in ("b.pth", "c.pth"):
+        teacher = torch.load(tmp_path / name, weights_only=True)["teacher"]
+        assert torch.equal(teacher[f"module.backbone.{POS_EMBED}"], backbone.state_dict()[POS_EMBED]), name
 
 
 def test_mistakes_are_named_and_leave_nothing(run: Run, tmp_path: Path) -> None:

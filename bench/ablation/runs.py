@@ -100,7 +100,9 @@ def trained(out: Path, config: str, settings: Sequence[str]) -> Row:
 def untrained(config: PretrainConfig) -> Backbone:
     """Build the network that the variants of a seed start from."""
     torch.manual_seed(config.seed)
-    return build_backbone(config.model.arch, image_size=config.views.global_size).eval()
+    model = config.model
+    backbone = build_backbone(model.arch, image_size=config.views.global_size, pos_embed_resize=model.pos_embed_resize)
+    return backbone.eval()
 
 
 def scores(backbone: Backbone, tiles: Tiles, num_classes: int, device: str, seed: int) -> dict[str, Row]:

@@ -89,12 +89,12 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def position(self, grid: int) -> Tensor:
-        """Return the position embedding for ``grid x grid`` tokens, resized bicubically if it has another size."""
+        """Return the position embedding for ``grid x grid`` tokens, resized as in DINO if it has another size."""
         stored = math.isqrt(self.pos_embed.shape[1] - 1)
         if stored == grid:
             return self.pos_embed
         patches = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (stored, stored))
-        patches = F.interpolate(patches, size=(grid, grid), mode="bicubic")
+        patches = F.interpolate(patches, scale_factor=(grid + 0.1) / stored, mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, images: Tensor) -> list[Tensor]:

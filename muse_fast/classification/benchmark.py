@@ -161,7 +161,8 @@ def _networks(job: Benchmark, options: TaskConfig) -> Iterator[Network]:
         if options.baseline and not weights.startswith("random"):
             seed, image_size = _origin(Path(weights), options.seed)
             torch.manual_seed(seed)
-            yield Network(f"{weights} untrained", build_backbone(backbone.arch, image_size=image_size).eval())
+            untrained = build_backbone(backbone.arch, image_size=image_size, pos_embed_resize=backbone.pos_embed_resize)
+            yield Network(f"{weights} untrained", untrained.eval())
 
 
 def _networks_of_timm(weights: str, job: Benchmark, options: TaskConfig) -> Iterator[Network]:

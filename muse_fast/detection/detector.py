@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from muse_fast import ops
+from muse_fast.config import RESIZE_UNRECORDED
 from muse_fast.errors import UserError, require
 from muse_fast.images.imagenet import normalise
 from muse_fast.images.points import Points, non_maximum_suppression
@@ -53,6 +54,8 @@ class DetectorSpec:
     """Padding beyond the border of an image, see `muse_fast.images.squares`."""
     image_size: int = 224
     """Side in pixels that a ViT stores its position embedding for."""
+    pos_embed_resize: str = "scale_factor"
+    """Rule by which a ViT resizes it to other sides, see `muse_fast.models.vit.resampling`."""
     stride: int = 8
     """Pixels between proposals."""
     hidden_dim: int = 256
@@ -222,9 +225,11 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     state = checkpoint.read_state(folder)
     if STEM not in state:
         raise UserError(f"{folder} is a checkpoint of pretraining, not a detector; run muse_fast.finetune on it first")
-    spec = DetectorSpec(**{**state[STEM], "class_names": tuple(state[STEM]["class_names"])})
+    recorded = {"pos_embed_resize": RESIZE_UNRECORDED, **state[STEM]}
+    spec = DetectorSpec(**{**recorded, "class_names": tuple(recorded["class_names"])})
     with torch.device("meta"):  # no memory and no random draws for values that the file replaces
-        detector = Detector(build_backbone(spec.arch, image_size=spec.image_size), spec)
+        backbone = build_backbone(spec.arch, image_size=spec.image_size, pos_embed_resize=spec.pos_embed_resize)
+        detector = Detector(backbone, spec)
     detector = detector.to_empty(device="cpu")
     detector.load_state_dict(checkpoint.read_tensors(folder, STEM))
     return detector.to(device).eval()

@@ -113,6 +113,7 @@ def new_detector(
         sample_size=config.data.sample_size,
         surroundings=config.data.surroundings,
         image_size=backbone.image_size,
+        pos_embed_resize=backbone.pos_embed_resize,
         **dataclasses.asdict(config.detector),
     )
     return Detector(backbone, spec)

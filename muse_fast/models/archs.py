@@ -26,7 +26,7 @@ OPTIONAL = ("model.attention", "model.recompute", "train.compile")
 class Arch:
     build: Callable[..., Encoder]
     """Builds the encoder with random weights. Its keywords are those of `muse_fast.models.backbone.build_backbone`:
-    ``drop_path``, ``image_size``, ``attention`` and ``recompute``; it may ignore some of them."""
+    ``drop_path``, ``image_size``, ``attention``, ``recompute`` and ``pos_embed_resize``; it may ignore some of them."""
     widths: tuple[int, ...]
     """Channels of the four maps that the decoder receives, finest first."""
     strides: tuple[int, ...]

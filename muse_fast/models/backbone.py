@@ -29,16 +29,25 @@ class Backbone(nn.Module):
     Attributes:
         arch: its name in `muse_fast.models.ARCHS`.
         image_size: side in pixels that a ViT stores its position embedding for.
+        pos_embed_resize: rule by which a ViT resizes it to other sides, see `muse_fast.models.vit.resampling`.
         image_dim: width of the image feature (C for a ViT, 2048 for ResNet-50).
         dense_dim: width D of the unified map and of a nucleus row (C for a ViT, 1024 for ResNet-50).
         finetune_lr: learning rate of the published fine-tuning for nucleus classification.
     """
 
-    def __init__(self, arch: str, drop_path: float, image_size: int, attention: str, recompute: str) -> None:
+    def __init__(
+        self, arch: str, drop_path: float, image_size: int, attention: str, recompute: str, pos_embed_resize: str
+    ) -> None:
         super().__init__()
-        self.arch, self.image_size = arch, image_size
+        self.arch, self.image_size, self.pos_embed_resize = arch, image_size, pos_embed_resize
         found = find_arch(arch)
-        self.encoder = found.build(drop_path=drop_path, image_size=image_size, attention=attention, recompute=recompute)
+        self.encoder = found.build(
+            drop_path=drop_path,
+            image_size=image_size,
+            attention=attention,
+            recompute=recompute,
+            pos_embed_resize=pos_embed_resize,
+        )
         self.decoder = build_decoder(found.widths, found.strides)
         self.image_dim, self.dense_dim = found.image_dim, found.dense_dim
         self.finetune_lr = found.finetune_lr
@@ -69,7 +78,13 @@ class Backbone(nn.Module):
 
 
 def build_backbone(
-    arch: str, *, drop_path: float = 0.0, image_size: int = 224, attention: str = "sdpa", recompute: str = "none"
+    arch: str,
+    *,
+    drop_path: float = 0.0,
+    image_size: int = 224,
+    attention: str = "sdpa",
+    recompute: str = "none",
+    pos_embed_resize: str = "scale_factor",
 ) -> Backbone:
     """Build a backbone with random weights from torch's global generator.
 
@@ -80,5 +95,6 @@ def build_backbone(
         image_size: side in pixels that a ViT stores its position embedding for (any allowed side runs).
         attention: backend of a ViT, see `muse_fast.models.attention`.
         recompute: activations that the backward of a ViT recomputes: ``none``, ``selective`` or ``full``.
+        pos_embed_resize: rule by which a ViT resizes its position embedding, see `muse_fast.models.vit.resampling`.
     """
-    return Backbone(arch, drop_path, image_size, attention, recompute)
+    return Backbone(arch, drop_path, image_size, attention, recompute, pos_embed_resize)

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muse_fast.config import RESIZE_UNRECORDED
 from muse_fast.errors import UserError
 
 PREFIX = "module.backbone."
-EXACT = "exact_pos_embed"  # key of our exports, next to "teacher"
+EXACT = "exact_pos_embed"  # key of our exports, next to "teacher": the tensors are used as stored
+RESIZE = "pos_embed_resize"  # key of our exports: the rule by which the position embedding is resized to other sizes
 GIT_LFS_POINTER = b"version https://git-lfs"
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Official(NamedTuple):
 
     tensors: dict[str, Tensor]  # of the teacher's backbone, with our names, on the CPU
     compat: str  # how to use its position embedding: "exact" for our exports, "muse_official" for the authors' files
+    pos_embed_resize: str  # that of the authors' code is "scale_factor"
 
 
 def read_official(path: Path) -> Official:
@@ -49,15 +52,18 @@ def read_official(path: Path) -> Official:
     ignored = sorted(name for name in teacher if not name.startswith(PREFIX))
     if ignored:
         log.info("%s: skipped %d tensors outside the backbone: %s", path, len(ignored), ", ".join(ignored))
-    return Official(tensors, "exact" if EXACT in content else "muse_official")
+    if EXACT in content:
+        return Official(tensors, "exact", content.get(RESIZE, RESIZE_UNRECORDED))
+    return Official(tensors, "muse_official", "scale_factor")
 
 
 def official_pos_embed(pos_embed: Tensor) -> Tensor:
-    """The position embedding ``[1, 1 + g * g, C]`` as the authors' evaluation code uses it.
+    """The position embedding ``[1, 1 + g * g, C]`` as the authors' evaluation code loads it.
 
     Their loader is meant to skip the resize if the size already fits, but compares with the wrong number of patches, so
     every embedding is resampled bicubically by (g + 0.1) / g. The shape stays the same but the values change, and their
-    published results were computed with the changed values.
+    published results were computed with the changed values. Their network resizes the result to images of other sizes
+    by the rule ``scale_factor`` of `muse_fast.models.vit.resampling`.
     """
     grid = math.isqrt(pos_embed.shape[1] - 1)
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]

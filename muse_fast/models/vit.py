@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from muse_fast.config import POS_EMBED_RESIZE
+from muse_fast.errors import require
 from muse_fast.models.attention import Layout, attend
 from muse_fast.models.encoder import Encoder, check_image_size, check_images, conv_flops
 
@@ -27,24 +29,36 @@ DEPTH = 12
 TAPPED_LAYERS = (2, 5, 8, 11)
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
+def resize_pos_embed(pos_embed: Tensor, grid: int, rule: str) -> Tensor:
     """Resize a position embedding ``[1, 1 + h * h, C]`` to ``[1, 1 + grid * grid, C]``; CLS does not change.
 
-    Bicubic without antialiasing, as in DINO and MUSE; an embedding of the right size is returned as is.
+    Bicubic without antialiasing, see `resampling` for ``rule``; an embedding of the right size is returned as is.
     """
     old = math.isqrt(pos_embed.shape[1] - 1)
     if old == grid:
         return pos_embed
-    # The resize is linear and separable, so one small matrix, the resized identity, serves both axes. Its backward is a
-    # matmul, deterministic on a GPU, unlike that of F.interpolate(mode="bicubic").
-    identity = torch.eye(old, dtype=torch.float64, device=pos_embed.device)
-    axis = F.interpolate(identity[None, None], size=(grid, old), mode="bicubic", align_corners=False)[0, 0]
-    axis = axis.to(pos_embed.dtype)  # [grid, h]
+    # The resize is linear and separable, so one small matrix serves both axes. Its backward is a matmul, deterministic
+    # on a GPU, unlike that of F.interpolate(mode="bicubic").
+    axis = resampling(old, grid, rule, pos_embed.device).to(pos_embed.dtype)
     patches = pos_embed[0, 1:].unflatten(0, (old, old))  # [h, h, C]
     with torch.autocast(pos_embed.device.type, enabled=False):
         patches = torch.einsum("yi,ijc->yjc", axis, patches)
         patches = torch.einsum("xj,yjc->yxc", axis, patches)
     return torch.cat([pos_embed[:, :1], patches.flatten(0, 1)[None]], dim=1)
+
+
+def resampling(old: int, new: int, rule: str, device: torch.device | None = None) -> Tensor:
+    """The weights ``[new, old]``, float64, by which an axis of ``old`` cells is resized bicubically to ``new``.
+
+    The middle of new cell i lies at ``(i + 1/2) / s - 1/2`` old cells. The scale s is, by ``rule``,
+
+        scale_factor    ``(new + 0.1) / old``, as in DINO, MUSE and the default of DINOv2: the new cells leave
+                        out the last 0.1 of a new cell
+        size            ``new / old``: the new cells cover the old ones exactly
+    """
+    identity = torch.eye(old, dtype=torch.float64, device=device)[None, None]
+    target: dict[str, Any] = {"size": (new, old)} if rule == "size" else {"scale_factor": ((new + 0.1) / old, 1.0)}
+    return F.interpolate(identity, **target, mode="bicubic", align_corners=False)[0, 0]
 
 
 class PatchEmbed(nn.Module):
@@ -139,12 +153,19 @@ class VisionTransformer(nn.Module):
         image_size: side in pixels that the position embedding is stored for; it is resized on the fly for other sides.
         attention: backend of `muse_fast.models.attention.attend`.
         recompute: activations that the backward of a layer recomputes: ``none``, ``selective`` or ``full``.
+        pos_embed_resize: rule of `resize_pos_embed` for these sides; UserError if there is no such rule.
     """
 
-    def __init__(self, dim: int, heads: int, image_size: int, attention: str, recompute: str) -> None:
+    def __init__(
+        self, dim: int, heads: int, image_size: int, attention: str, recompute: str, pos_embed_resize: str
+    ) -> None:
         super().__init__()
         check_image_size(image_size)
+        require(
+            pos_embed_resize in POS_EMBED_RESIZE, "pos_embed_resize", pos_embed_resize, " or ".join(POS_EMBED_RESIZE)
+        )
         self.dim = dim
+        self.pos_embed_resize = pos_embed_resize
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // PATCH) ** 2, dim))
         self.patch_embed = PatchEmbed(dim)
@@ -187,7 +208,7 @@ class VisionTransformer(nn.Module):
         """``[I, 3, R, R]`` -> CLS and patch tokens with their positions, ``[I, 1 + T, C]``."""
         check_images(images)
         cls = self.cls_token.expand(images.shape[0], -1, -1)
-        positions = resize_pos_embed(self.pos_embed, images.shape[-1] // PATCH)
+        positions = resize_pos_embed(self.pos_embed, images.shape[-1] // PATCH, self.pos_embed_resize)
         return torch.cat([cls, self.patch_embed(images)], dim=1) + positions
 
 
@@ -206,9 +227,10 @@ class ViTEncoder(Encoder):
         image_size: int = 224,
         attention: str = "sdpa",
         recompute: str = "none",
+        pos_embed_resize: str = "scale_factor",
     ) -> None:
         super().__init__()
-        self.encoder = VisionTransformer(dim, heads, image_size, attention, recompute)
+        self.encoder = VisionTransformer(dim, heads, image_size, attention, recompute, pos_embed_resize)
         self.drop_rates = [drop_path * layer / (DEPTH - 1) for layer in range(DEPTH) for _ in range(2)]
 
     @property

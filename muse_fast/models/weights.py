@@ -11,13 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from muse_fast.config import POS_EMBED_RESIZE, RESIZE_UNRECORDED, PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.models.archs import ARCHS, find_arch
 from muse_fast.models.backbone import Backbone, build_backbone
-from muse_fast.models.official import official_pos_embed, read_official
-from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
+from muse_fast.models.official import RESIZE, official_pos_embed, read_official
+from muse_fast.runtime.options import recorded_settings
+from muse_fast.runtime.tensors import load_strictly, read_metadata, read_safetensors, some
 
 COMPATS = ("exact", "muse_official")
+COMPAT = "pos_embed_compat"  # key of an export's metadata, next to RESIZE
 ENCODER = "encoder.encoder."  # prefix of timm's names
 POS_EMBED = f"{ENCODER}pos_embed"
 TIMM_CONFIG, TIMM_WEIGHTS, TIMM_DECODER = "config.json", "model.safetensors", "decoder.safetensors"  # an export's files
@@ -32,8 +35,9 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
         weights: a run folder (its newest checkpoint), a checkpoint folder, any export (``.safetensors``, ``.pth``
             or timm folder), an official ``.pth`` file, or ``"random:vit_small"``; None or ``"random"`` draws random
             weights for ``arch`` from torch's global generator.
-        compat: ``"exact"`` uses the stored position embedding; ``"muse_official"`` resamples it as the
-            authors' code does. Default: ``"muse_official"`` for a ``.pth`` that is not our export, else ``"exact"``.
+        compat: ``"exact"`` uses the stored position embedding; ``"muse_official"`` does what the authors' code does: it
+            resamples the embedding once, and resizes it to images of other sizes by DINO's rule (``scale_factor``).
+            Default: ``"muse_official"`` for an official ``.pth`` and what was exported from it, else ``"exact"``.
 
     Raises:
         UserError: unknown arch or compat, no such path, a damaged file or one of another kind, weights of another arch,
@@ -57,15 +61,32 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
             f"{path}: contains a {found_arch}, not the requested {arch}. Request {found_arch}, or omit the name."
         )
 
-    if compat is None:
-        compat = found.compat
-    if compat == "muse_official" and POS_EMBED in tensors:
-        tensors = {**tensors, POS_EMBED: official_pos_embed(tensors[POS_EMBED])}
+    if found.compat not in COMPATS or found.pos_embed_resize not in POS_EMBED_RESIZE:
+        raise UserError(
+            f"{path}: records {COMPAT}={found.compat} and {RESIZE}={found.pos_embed_resize}; expected "
+            f"{' or '.join(COMPATS)}, and {' or '.join(POS_EMBED_RESIZE)}. Export it again with this version"
+        )
+    compat = compat or found.compat
+    rule = "scale_factor" if compat == "muse_official" else found.pos_embed_resize
     with torch.device("meta"):  # no memory and no random draws for values that the file replaces
-        backbone = build_backbone(found_arch, image_size=stored_image_size(found_arch, tensors))
+        size = stored_image_size(found_arch, tensors)
+        backbone = build_backbone(found_arch, image_size=size, pos_embed_resize=rule)
     backbone = backbone.to_empty(device="cpu")
     load_strictly(backbone, tensors, str(path))
+    backbone.load_state_dict(as_used(backbone.state_dict(), compat))
     return backbone.eval()
+
+
+def as_used(tensors: Mapping[str, Tensor], compat: str) -> Mapping[str, Tensor]:
+    """The tensors of a backbone as `load_backbone` uses those that are stored."""
+    if compat == "exact" or POS_EMBED not in tensors:
+        return tensors
+    return {**tensors, POS_EMBED: official_pos_embed(tensors[POS_EMBED])}
+
+
+def default_compat(weights: str | Path) -> str:
+    """The ``compat`` that `load_backbone` uses for ``weights`` if none is given; raises as it does."""
+    return "exact" if str(weights).partition(":")[0] == "random" else _read(Path(weights)).compat
 
 
 def infer_arch(tensors: Mapping[str, Tensor]) -> str | None:
@@ -90,20 +111,21 @@ class _Found(NamedTuple):
     tensors: Mapping[str, Tensor]  # of the backbone, with our names
     arch: str | None = None  # if the source records one
     compat: str = "exact"  # how to use the position embedding
+    pos_embed_resize: str = RESIZE_UNRECORDED  # rule by which a ViT resizes it to other sizes
 
 
 def _read(path: Path) -> _Found:
     if not path.exists():
         raise UserError(f"weights {path} do not exist; pass a run, a checkpoint, a .safetensors, a .pth or random:ARCH")
     if is_timm_folder(path):
-        return _Found(_read_timm(path))
+        return _Found(_read_timm(path), None, *_read_use(path / TIMM_WEIGHTS))
     if path.is_dir():
         return _read_checkpoint(path)
     if path.suffix == ".safetensors":
-        return _Found(_strip(read_safetensors(path)))
+        return _Found(_strip(read_safetensors(path)), None, *_read_use(path))
     if path.suffix == ".pth":
         official = read_official(path)
-        return _Found(official.tensors, compat=official.compat)
+        return _Found(official.tensors, None, official.compat, official.pos_embed_resize)
     raise UserError(
         f"weights {path}: unknown kind {path.suffix!r}; expected a folder, a .safetensors or an official .pth"
     )
@@ -113,8 +135,9 @@ def _read_checkpoint(folder: Path) -> _Found:
     from muse_fast.runtime import checkpoint
 
     folder = find_checkpoint(folder)
-    arch = checkpoint.read_state(folder)["config"]["model"]["arch"]
-    return _Found(_strip(checkpoint.read_tensors(folder, "teacher")), arch)
+    config = recorded_settings(PretrainConfig, checkpoint.read_state(folder)["config"])
+    tensors = _strip(checkpoint.read_tensors(folder, "teacher"))
+    return _Found(tensors, config["model.arch"], pos_embed_resize=config["model.pos_embed_resize"])
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -143,6 +166,12 @@ def _read_timm(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: {TIMM_DECODER} is missing; a timm model has no decoder, which nuclei need")
     encoder = {f"{ENCODER}{name}": tensor for name, tensor in read_safetensors(folder / TIMM_WEIGHTS).items()}
     return encoder | read_safetensors(folder / TIMM_DECODER)
+
+
+def _read_use(path: Path) -> tuple[str, str]:
+    """How to use the position embedding of an export: ``compat`` and ``pos_embed_resize``."""
+    metadata = read_metadata(path)
+    return metadata.get(COMPAT, "exact"), metadata.get(RESIZE, RESIZE_UNRECORDED)
 
 
 def _strip(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -35,6 +35,7 @@ class Network(nn.Module):
             image_size=config.views.global_size,
             attention=model.attention,
             recompute=model.recompute,
+            pos_embed_resize=model.pos_embed_resize,
         )
         widths = (head.hidden_dim, head.bottleneck_dim, head.prototypes)
         self.image_head = DINOHead(self.backbone.image_dim, *widths, input_norm=head.input_norm)

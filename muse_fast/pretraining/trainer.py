@@ -34,7 +34,7 @@ from muse_fast.pretraining.losses import (
 from muse_fast.pretraining.parallel import gradient_sync, parallelise, shard
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
-from muse_fast.runtime.options import flatten
+from muse_fast.runtime.options import flatten, recorded_settings
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import apply_schedule, build_optimizer, load_moments, moments
 from muse_fast.training.schedules import Schedule, schedule_at
@@ -269,21 +269,24 @@ class Trainer:
         load_moments(self.student, self.optimizer, checkpoint.read_tensors(folder, "optimizer"))
 
     def start_from(self, folder: Path) -> None:
-        """Load weights, teacher and centres of the checkpoint ``folder``, position embeddings resized; not the step.
+        """Load weights, teacher and centres of the checkpoint ``folder``, but not the step.
+
+        Position embeddings are resized by the rule of that run, so that its network sees the new global views as usual.
 
         Raises:
             CheckpointError: a file is damaged.
             UserError: the checkpoint has another architecture or other heads.
         """
-        then = dict(flatten(checkpoint.read_state(folder)["config"]))
+        then = recorded_settings(PretrainConfig, checkpoint.read_state(folder)["config"])
         now = dict(flatten(dataclasses.asdict(self.config)))
         other = [key for key in now if key.startswith(("model.arch", "head.")) and now[key] != then.get(key)]
         if other:
             settings = ", ".join(f"{key}={then.get(key)} (here {now[key]})" for key in other)
             raise UserError(f"model.init={folder} comes from a run with {settings}; use the same settings")
         grid = self.config.views.global_size // find_arch(self.config.model.arch).strides[-1]
+        rule = then["model.pos_embed_resize"]
         self._load_networks(
-            folder, lambda name, value: resize_pos_embed(value, grid) if name.endswith("pos_embed") else value
+            folder, lambda name, value: resize_pos_embed(value, grid, rule) if name.endswith("pos_embed") else value
         )
 
     def _load_networks(self, folder: Path, fit: Callable[[str, Tensor], Tensor]) -> None:
@@ -305,7 +308,10 @@ class Trainer:
         if not self._sharded:
             return self.teacher.backbone
         state = {name: full(t) for name, t in self.teacher.backbone.state_dict().items()}
-        backbone = build_backbone(self.config.model.arch, image_size=self.config.views.global_size).to(self.device)
+        model = self.config.model
+        backbone = build_backbone(
+            model.arch, image_size=self.config.views.global_size, pos_embed_resize=model.pos_embed_resize
+        ).to(self.device)
         backbone.load_state_dict(state)
         return backbone.requires_grad_(False)
 

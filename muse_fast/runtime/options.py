@@ -29,7 +29,7 @@ _Config = TypeVar("_Config", bound="Config")
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "whole numbers"}
 CONFIGS = Path(__file__).parents[1] / "configs"  # shipped with the package
 MAX_SEED = 2**32 - 1  # of both numpy's and torch's generators
-_RANGE, _MAY_CHANGE = "range", "may_change"  # keys of a field's metadata
+_RANGE, _MAY_CHANGE, _BEFORE = "range", "may_change", "before"  # keys of a field's metadata
 
 
 # -------------------------------------------------------------------------------------------------------- declaration
@@ -78,16 +78,18 @@ class Range:
         return ", ".join(parts) + (f" {self.unit}" if self.unit else "")
 
 
-def setting(default: _T, *, may_change: bool = False, **bounds: Any) -> _T:
+def setting(default: _T, *, may_change: bool = False, before: _T | None = None, **bounds: Any) -> _T:
     """Return a dataclass field with a range.
 
     Args:
         default: None if the setting is optional; None is never out of range.
         may_change: whether a run may continue with another value, because the setting changes what a run shows or how
             it computes, but not its numbers.
+        before: what runs did before the setting existed, if that is not the default; see `recorded_settings`.
         bounds: see `Range`.
     """
-    field: _T = dataclasses.field(default=default, metadata={_RANGE: Range(**bounds), _MAY_CHANGE: may_change})
+    metadata = {_RANGE: Range(**bounds), _MAY_CHANGE: may_change, _BEFORE: before}
+    field: _T = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
@@ -178,6 +180,26 @@ def fixed_settings(settings: Config, prefix: str = "") -> Iterator[tuple[str, An
             yield from fixed_settings(value, f"{prefix}{field.name}.")
         elif not field.metadata.get(_MAY_CHANGE):
             yield f"{prefix}{field.name}", value
+
+
+def recorded_settings(kind: type[Config], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a checkpoint records, by dotted key, and what applied before later ones existed.
+
+    Args:
+        recorded: nested, as in the checkpoint; it may lack settings of ``kind``.
+    """
+    return {**_before(kind), **dict(flatten(recorded))}
+
+
+def _before(kind: type[Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            values |= _before(hints[field.name], f"{prefix}{field.name}.")
+        elif field.metadata.get(_BEFORE) is not None:
+            values[f"{prefix}{field.name}"] = field.metadata[_BEFORE]
+    return values
 
 
 def config_file(name: str | Path) -> Path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,8 +23,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file to the CPU; raises UserError if it is damaged."""
-    try:
+    with _refuse_damage(path):
         return load_file(path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read what `write_tensors` wrote beside the tensors; raises UserError if the file is damaged."""
+    with _refuse_damage(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _refuse_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
     except SafetensorError as error:
         raise UserError(f"{path}: not a valid .safetensors file ({error}); copy or download it again") from error
 

@@ -10,7 +10,7 @@ from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.distributed import is_main, wait_for_all
-from muse_fast.runtime.options import Config, fixed_settings, flatten
+from muse_fast.runtime.options import Config, fixed_settings, recorded_settings
 from muse_fast.training.guard import NonFiniteError
 
 
@@ -37,7 +37,7 @@ def find_start(out: Path, resume: str) -> Path | None:
 
 def refuse_other_settings(start: Path, config: Config) -> None:
     """Refuse to continue from ``start`` with different settings, except for those that may change."""
-    then = dict(flatten(checkpoint.read_state(start)["config"]))
+    then = recorded_settings(type(config), checkpoint.read_state(start)["config"])
     now = dict(fixed_settings(config))
     changed = [f"{k}={now[k]} (was {then.get(k)})" for k in now if now[k] != then.get(k)]
     if changed:

@@ -141,6 +141,20 @@ def test_a_saved_detector_loads_again(detector: Detector, tmp_path: Path) -> Non
         assert np.array_equal(loaded.detect(image)[0].xy, detector.eval().detect(image)[0].xy)
 
 
+@pytest.mark.parametrize("rule", ["scale_factor", "size", None])
+def test_a_detector_keeps_the_rule_of_its_position_embedding(rule: str | None, tmp_path: Path) -> None:
+    """None: a checkpoint from before the rule could be chosen."""
+    expected = rule or "size"
+    spec = {name: value for name, value in asdict(SPEC).items() if name != "pos_embed_resize"}
+    detector = Detector(build_backbone("vit_tiny", pos_embed_resize=expected), SPEC).eval()
+    state = {STEM: spec | ({"pos_embed_resize": rule} if rule else {}), "step": 3}
+    folder = checkpoint.save(tmp_path, 3, {STEM: detector.state_dict()}, state, keep_every=0)
+    loaded, images = load_detector(folder), torch.randn(1, 3, 64, 64)
+    assert loaded.spec.pos_embed_resize == expected
+    with torch.inference_mode():
+        assert torch.equal(loaded(images).logits, detector(images).logits)
+
+
 def test_invalid_input_is_refused(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"uint8 \[B, 3, H, W\], got torch.float32"):
         detector.detect(torch.zeros(1, 3, 64, 64))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import build_backbone
 from muse_fast.models.official import official_pos_embed, read_official
 from muse_fast.models.weights import POS_EMBED, load_backbone
 from tests.support.filled import fill
+from tests.support.published import dino_pos_embed, keys_weights
 
 
 def write_official(path, model, **extra):
@@ -72,31 +71,49 @@ def test_published_names_of_the_vit(tmp_path):
     assert shapes["decoder.hyper_feats.conv_list.0.layer.0.weight"] == (96, 96, 1, 1)
 
 
-def keys_cubic(t, a=-0.75):
-    if t <= 1:
-        return (a + 2) * t**3 - (a + 3) * t**2 + 1
-    return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
-
-
 @pytest.mark.parametrize("grid", [14, 32])
 def test_position_quirk(grid):
     table = torch.randn(1, 1 + grid * grid, 6, dtype=torch.float64)
     moved = official_pos_embed(table)
-    maps = table[:, 1:].reshape(1, grid, grid, 6).permute(0, 3, 1, 2)
-    expected = F.interpolate(maps, scale_factor=(grid + 0.1) / grid, mode="bicubic", align_corners=False)
     assert moved.shape == table.shape
-    torch.testing.assert_close(moved[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, -1, 6))
+    torch.testing.assert_close(moved, dino_pos_embed(table, grid))
     assert torch.equal(moved[:, 0], table[:, 0])
 
-    # The same by hand along the rows: Keys' cubic with a = -0.75 at (i + 1/2) / s - 1/2, s = (g + 0.1) / g.
+    # The same along the rows, with the weights of Keys' cubic.
     signal = torch.rand(grid, dtype=torch.float64)
     table = signal.repeat_interleave(grid)[None, :, None]  # every column is the signal
     rows = official_pos_embed(torch.cat([table[:, :1], table], dim=1))[0, 1:, 0].reshape(grid, grid)[:, 0]
-    for i in range(grid):
-        at = (i + 0.5) * grid / (grid + 0.1) - 0.5
-        taps = range(math.floor(at) - 1, math.floor(at) + 3)
-        by_hand = sum(keys_cubic(abs(at - j)) * signal[min(max(j, 0), grid - 1)].item() for j in taps)
-        assert rows[i].item() == pytest.approx(by_hand, rel=1e-9)
+    weights = torch.tensor(keys_weights(grid, grid, (grid + 0.1) / grid), dtype=torch.float64)
+    torch.testing.assert_close(rows, weights @ signal, rtol=1e-9, atol=0)
+
+
+@torch.inference_mode()
+def tokens(backbone, images):
+    """Patches with their positions, before the first layer."""
+    return backbone.encoder.encoder.embed(images)
+
+
+@pytest.mark.parametrize("side", [96, 224, 304])
+def test_official_files_are_used_as_by_the_authors_code_at_every_size(side, tmp_path):
+    """Their loader resamples the table to its own size, their network that one to the image, both by DINO's formula."""
+    model = randomised("vit_tiny")
+    write_official(tmp_path / "a.pth", model)
+    loaded = load_backbone(None, tmp_path / "a.pth")
+    exact = load_backbone(None, tmp_path / "a.pth", compat="exact")
+    stored, grid = model.state_dict()[POS_EMBED], side // 16
+    resampled = dino_pos_embed(stored, 14)
+    images = torch.randn(1, 3, side, side)
+    for backbone, table in ((loaded, resampled), (exact, stored)):
+        expected = build_backbone("vit_tiny", image_size=side).eval()  # which needs no resize
+        table = table if grid == 14 else dino_pos_embed(table, grid)
+        expected.load_state_dict(model.state_dict() | {POS_EMBED: table})
+        torch.testing.assert_close(tokens(backbone, images), tokens(expected, images), rtol=0, atol=1e-6)
+        with torch.inference_mode():
+            torch.testing.assert_close(backbone.cls(images), expected.cls(images), rtol=0, atol=1e-5)
+    by_size = build_backbone("vit_tiny", pos_embed_resize="size").eval()
+    by_size.load_state_dict(loaded.state_dict())
+    off = (tokens(by_size, images) - tokens(loaded, images)).abs().max()
+    assert off == 0 if side == 224 else off > 1e-3
 
 
 def test_quirk_is_the_default_only_for_pth(tmp_path):

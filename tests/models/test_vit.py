@@ -1,4 +1,4 @@
-"""The ViT against timm, and its position embedding against F.interpolate."""
+"""The ViT against timm, and its position embedding against DINO's formula."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from muse_fast.errors import UserError
-from muse_fast.models.vit import VisionTransformer, ViTEncoder, resize_pos_embed
+from muse_fast.models.backbone import build_backbone
+from muse_fast.models.vit import VisionTransformer, ViTEncoder, resampling, resize_pos_embed
+from tests.support.published import dino_pos_embed, keys_weights
+
+SIZES = [(14, 6), (14, 13), (14, 32), (32, 14), (14, 64)]
 
 
-def build(dim=192, heads=3):
-    return VisionTransformer(dim, heads, image_size=224, attention="sdpa", recompute="none")
+def build(dim=192, heads=3, rule="scale_factor"):
+    return VisionTransformer(dim, heads, image_size=224, attention="sdpa", recompute="none", pos_embed_resize=rule)
 
 
 def taps_of(model, images, scales=None):
@@ -54,39 +58,70 @@ def test_timm_weights_load_by_name_and_reproduce_its_tokens(name, dim, heads):
 
 @pytest.mark.parametrize("side", [96, 256])
 def test_tokens_at_other_sizes_equal_timm(side):
-    """timm antialiases its own resize, so it uses our resized embedding."""
+    """timm resizes by a rule of its own, so it gets the embedding that DINO's formula gives."""
     reference = timm_vit("vit_tiny")
     model = build().eval()
     model.load_state_dict(reference.state_dict())
     grid = side // 16
-    reference.pos_embed.data = resize_pos_embed(reference.pos_embed.data, grid)
+    reference.pos_embed.data = dino_pos_embed(reference.pos_embed.data, grid)
     reference.patch_embed.grid_size = (grid, grid)
     images = torch.randn(1, 3, side, side)
     with torch.no_grad():
         torch.testing.assert_close(taps_of(model, images)[-1][:, 0], reference(images), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("old", "new"), [(14, 6), (14, 13), (14, 32), (32, 14), (14, 64)])
-def test_pos_embed_resize_is_bicubic(old, new):
-    table = torch.randn(1, 1 + old * old, 5, dtype=torch.float64)
-    patches = table[:, 1:].reshape(1, old, old, 5).permute(0, 3, 1, 2)
-    expected = F.interpolate(patches, size=(new, new), mode="bicubic").permute(0, 2, 3, 1).reshape(1, new * new, 5)
-    resized = resize_pos_embed(table, new)
-    torch.testing.assert_close(resized[:, 1:], expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(resized[:, 0], table[:, 0])
+@pytest.mark.parametrize(("old", "new"), SIZES)
+def test_pos_embed_is_resized_as_in_dino(old, new):
+    """Values, and the gradient that arrives at the stored table."""
+    table = torch.randn(1, 1 + old * old, 5, dtype=torch.float64, requires_grad=True)
+    resized, expected = resize_pos_embed(table, new, "scale_factor"), dino_pos_embed(table, new)
+    torch.testing.assert_close(resized, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), table)[0] for x in (resized, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert (resize_pos_embed(table, new, "size") - expected).abs().max() > 1e-3  # the rules differ
 
 
-def test_pos_embed_of_the_right_size_is_untouched():
+@pytest.mark.parametrize(("rule", "extra"), [("scale_factor", 0.1), ("size", 0.0)])
+def test_resampling_is_keys_cubic(rule, extra):
+    """Along each axis by itself, so of tables that are not square too."""
+    for old, new in [*SIZES, (1, 2), (5, 1)]:
+        expected = torch.tensor(keys_weights(old, new, (new + extra) / old), dtype=torch.float64)
+        torch.testing.assert_close(resampling(old, new, rule), expected, rtol=0, atol=1e-12)
+    columns, rows = resampling(14, 9, rule), resampling(10, 20, rule)
+    maps = torch.randn(1, 3, 10, 14, dtype=torch.float64)
+    scale = {"scale_factor": ((20 + extra) / 10, (9 + extra) / 14)} if extra else {"size": (20, 9)}
+    expected = F.interpolate(maps, **scale, mode="bicubic")
+    torch.testing.assert_close(rows @ maps @ columns.T, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["scale_factor", "size"])
+def test_pos_embed_of_the_right_size_is_untouched(rule):
     table = torch.randn(1, 197, 8)
-    assert resize_pos_embed(table, 14) is table
+    assert resize_pos_embed(table, 14, rule) is table
 
 
-def test_pos_embed_resize_keeps_float32_under_autocast():
+def test_the_rule_matters_only_at_other_sizes():
+    by_rule = [build(rule=rule).eval() for rule in ("scale_factor", "size")]
+    by_rule[1].load_state_dict(by_rule[0].state_dict())
+    with torch.no_grad():
+        one, other = (taps_of(model, torch.ones(1, 3, 224, 224))[-1] for model in by_rule)
+        assert torch.equal(one, other)
+        one, other = (taps_of(model, torch.ones(1, 3, 96, 96))[-1] for model in by_rule)
+        assert (one - other).abs().max() > 1e-3
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(UserError, match="pos_embed_resize=timm: expected scale_factor or size"):
+        build_backbone("vit_tiny", pos_embed_resize="timm")
+
+
+@pytest.mark.parametrize("rule", ["scale_factor", "size"])
+def test_pos_embed_resize_keeps_float32_under_autocast(rule):
     table = torch.randn(1, 197, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(resize_pos_embed(table, 6), resize_pos_embed(table, 6).float())
-        under_autocast = resize_pos_embed(table, 6)
-    assert torch.equal(under_autocast, resize_pos_embed(table, 6))
+        under_autocast = resize_pos_embed(table, 6, rule)
+    assert torch.equal(under_autocast, resize_pos_embed(table, 6, rule))
 
 
 @pytest.mark.parametrize("side", [32, 96, 208, 304])

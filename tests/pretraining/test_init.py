@@ -35,12 +35,22 @@ def test_only_weights_teacher_and_centres_are_loaded(origin: tuple[Trainer, Path
     assert trainer.step == 0 and not trainer.optimizer.state
     for ours, theirs in ((trainer.student, source.student), (trainer.teacher, source.teacher)):
         expected = theirs.state_dict()
-        expected[POS_EMBED] = resize_pos_embed(expected[POS_EMBED], side // 16)
+        expected[POS_EMBED] = resize_pos_embed(expected[POS_EMBED], side // 16, "scale_factor")
         assert expected[POS_EMBED].shape[1] == 1 + (side // 16) ** 2
         assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
     assert not torch.equal(trainer.student.image_head.prototypes_v, trainer.teacher.image_head.prototypes_v)
     assert all(torch.equal(trainer.centers[name], center) for name, center in source.centers.items())
     assert trainer.centers["image"].any()
+
+
+def test_position_embeddings_are_resized_by_the_rule_of_the_origin(tmp_path: Path) -> None:
+    source = Trainer(toy("model.pos_embed_resize=size"), CPU)
+    folder = source.save(tmp_path)
+    assert folder is not None
+    trainer = Trainer(toy("views.global_size=96"), CPU)
+    trainer.start_from(folder)
+    stored = source.teacher.state_dict()[POS_EMBED]
+    assert torch.equal(trainer.teacher.state_dict()[POS_EMBED], resize_pos_embed(stored, 6, "size"))
 
 
 def test_the_optimiser_starts_fresh(origin: tuple[Trainer, Path]) -> None:

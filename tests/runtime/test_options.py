@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from muse_fast.errors import UserError, require
-from muse_fast.runtime.options import Config, key_values, load_settings, setting, split_settings, split_source_options
+from muse_fast.runtime.options import (
+    Config,
+    key_values,
+    load_settings,
+    recorded_settings,
+    setting,
+    split_settings,
+    split_source_options,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,3 +124,23 @@ def test_arguments_are_split_into_settings_and_others(tmp_path: Path) -> None:
 def test_an_item_without_key_or_equals_is_refused(item: str) -> None:
     with pytest.raises(UserError, match=f"'{item}': expected key=value"):
         key_values([item])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaterConfig(Config):
+    side: SideConfig = field(default_factory=SideConfig)
+    rule: str = setting("new", choices=("new", "old"), before="old")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OuterConfig(Config):
+    inner: LaterConfig = field(default_factory=LaterConfig)
+    clip: bool = setting(True, before=False)
+
+
+def test_a_record_is_completed_by_what_applied_before_a_setting_existed() -> None:
+    old = {"inner": {"side": {"low": 0.5}}}
+    assert recorded_settings(OuterConfig, old) == {"inner.side.low": 0.5, "inner.rule": "old", "clip": False}
+    new = {"inner": {"rule": "new"}, "clip": True}
+    assert recorded_settings(OuterConfig, new) == {"inner.rule": "new", "clip": True}
+    assert OuterConfig().inner.rule == "new"
