@@ -1,7 +1,7 @@
 """One-to-one pairs of predicted and true points, by the rules of published evaluations.
 
 The rules differ in which points choose first and which partner they prefer, so they find different numbers of pairs for
-the same points. All except `by_total_distance` only consider candidates, the pairs within the radius.
+the same points. Those of type `Rule` choose among candidates, the pairs within the radius.
 """
 
 from __future__ import annotations
@@ -70,17 +70,25 @@ def by_confidence(near: Candidates, predictions: Points, truths: Points) -> Pair
     return _greedy(near.take(order))
 
 
-def by_raster(near: Candidates, predictions: Points, truths: Points, nearest: int = 50) -> Pairs:
-    """True points choose, in raster order; each takes the nearest free prediction.
+def by_raster(predictions: Points, truths: Points, radius: float) -> Pairs:
+    """True points choose, in raster order; each takes the nearest free prediction closer than ``radius`` pixels.
 
-    A true point considers only its ``nearest`` candidates, free or not. Ties: at equal position, the earlier true
-    point; at equal distance, the first prediction in raster order.
+    A true point considers only its 50 nearest predictions, free or not. As in MCSpatNet's code, SciPy's query ranks
+    them, and equally near ones come in its order, which depends on the tree: predictions as (y, x) in raster order.
     """
-    truth = _raster_rank(truths.xy)[near.truth]
-    order = np.lexsort((_raster_rank(predictions.xy)[near.prediction], near.distance, truth))
-    near, truth = near.take(order), truth[order]
-    position = np.arange(len(truth)) - np.searchsorted(truth, truth)  # among the candidates of its true point
-    return _greedy(near.take(position < nearest))
+    if not len(predictions.xy) or not len(truths.xy):
+        return _as_pairs([])
+    rows, chooses = _raster_order(predictions.xy), _raster_order(truths.xy)
+    yx, true_yx = (np.asarray(xy[:, ::-1], np.float64) for xy in (predictions.xy[rows], truths.xy[chooses]))
+    _, nearest = KDTree(yx, leafsize=2048).query(true_yx, k=50, distance_upper_bound=radius)  # closer than that
+    free = np.ones(len(rows) + 1, bool)
+    free[-1] = False  # what the query returns when there are no more
+    pairs = []
+    for truth, candidates in zip(chooses.tolist(), nearest, strict=True):
+        for candidate in candidates[free[candidates]][:1].tolist():
+            free[candidate] = False
+            pairs.append((int(rows[candidate]), truth))
+    return _as_pairs(pairs)
 
 
 def by_truth(near: Candidates, predictions: Points, truths: Points) -> Pairs:
@@ -152,8 +160,6 @@ def _as_pairs(pairs: list[tuple[int, int]]) -> Pairs:
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def _raster_rank(xy: NDArray[Any]) -> NDArray[np.int64]:
-    """Position of every point in raster order."""
-    rank = np.empty(len(xy), np.int64)
-    rank[np.lexsort((xy[:, 0], xy[:, 1]))] = np.arange(len(xy))
-    return rank
+def _raster_order(xy: NDArray[Any]) -> NDArray[np.int64]:
+    """The rows of ``xy`` from top to bottom, and from left to right at equal height."""
+    return np.lexsort((xy[:, 0], xy[:, 1]))

@@ -3,7 +3,7 @@
 | name | radius | pairs | figures |
 |---|---|---|---|
 | ``ocelot`` | <= 3 um (15 px at 0.2) | per class, by confidence | of sums over images, rounded to 4 decimals |
-| ``mcspatnet`` | < 3.048 um (6 px at 0.508) | per class, true points row by row | of sums |
+| ``mcspatnet`` | < 6 px at 20x (about 3 um) | per class, true points row by row | of sums |
 | ``promptnucseg`` | <= 3 um (12 px at 0.25) | per class, by confidence | of sums |
 | ``puma`` | < 3.75 um (15 px at 0.25) | per class, true points in their order | means over files, of seen classes |
 | ``hovernet`` | <= 3 um (12 px at 0.25) | any class, least total distance | of sums, see below |
@@ -18,13 +18,20 @@ A figure of 0 / 0 is set to 0, or to 1 for ``mcspatnet``, as in the published co
 return NaN there). The mean of F1 is over all classes; for ``puma`` over those that occur in any file, true or
 predicted; for ``hovernet`` over those that occur in the truth.
 
-Not reproduced: rounding to pixels, which merges points (``mcspatnet``); a placeholder at the origin for images without
-nuclei (``hovernet``); float32 distances and figures (``ocelot``, ``promptnucseg``). PUMA's scores were computed on ROIs
-at 40x; if these have 0.23 um/px, its 15 px are 3.45 um.
+Not reproduced:
+
+- ``mcspatnet``: an image without predictions of a class adds its missed nuclei six times, because two nested loops run
+  over the radii from 1 to 6 px; here they count once. Points are rounded to pixels there, which merges those in one.
+- ``hovernet``: a placeholder at the origin for images without nuclei.
+- ``ocelot``, ``promptnucseg``: float32 distances and figures.
+
+The 6 px of ``mcspatnet`` are pixels, not um: 6 for every image whose um/px is closest to that of 20x (0.5), 12 at 40x,
+3 at 10x. PUMA's scores were computed on ROIs at 40x; if these have 0.23 um/px, its 15 px are 3.45 um.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +59,8 @@ Counts = NDArray[np.int64]
 Figures = NDArray[np.float64]
 """``[..., 3]``: precision, recall and F1."""
 
+MPP_AT_20X = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
@@ -59,6 +68,7 @@ class Protocol:
 
     name: str
     radius_um: float
+    """Maximal distance of a pair."""
     count: Callable[[Points, Points, float, int], Counts]
     """Predictions and truth of one image, radius in pixels, number of classes -> ``[classes + 1, 3]``; the last row is
     detection."""
@@ -68,6 +78,15 @@ class Protocol:
     """Average figures over images instead of computing them from summed counts."""
     occurs: Callable[[NDArray[Any]], NDArray[np.bool_]] = lambda counts: np.ones(counts.shape[:-1], bool)
     """Which classes are included in the mean F1, from their counts ``[..., 3]`` over all images."""
+    pixels_at_20x: float | None = None
+    """For a radius in pixels, not um: that of an image at 20x; half as many at 10x, twice as many at 40x."""
+
+    def radius(self, mpp: float, radius_um: float | None = None) -> float:
+        """Radius in pixels of an image at ``mpp`` um per pixel, by default the protocol's own."""
+        if radius_um is None and self.pixels_at_20x is not None:
+            return self.pixels_at_20x * 2.0 ** round(math.log2(MPP_AT_20X / mpp))
+        # Rounded, so that 3 um at 0.2 um/px are exactly 15 px.
+        return round((self.radius_um if radius_um is None else radius_um) / mpp, 9)
 
 
 def find_protocol(name: str) -> Protocol:
@@ -93,6 +112,16 @@ def _per_class(
     return _counts(
         tp, _sizes(predictions, num_classes) - tp, _sizes(truths, num_classes) - tp, detected, predictions, truths
     )
+
+
+def _class_by_class(predictions: Points, truths: Points, radius: float, num_classes: int) -> Counts:
+    """Count the pairs `by_raster` of each class by itself, and for detection those of all points."""
+    tp = np.zeros(num_classes, np.int64)
+    for number in range(num_classes):
+        predicted, true = (points.take(points.classes() == number) for points in (predictions, truths))
+        tp[number] = len(by_raster(predicted, true, radius))
+    fp, fn = (_sizes(points, num_classes) - tp for points in (predictions, truths))
+    return _counts(tp, fp, fn, by_raster(predictions, truths, radius), predictions, truths)
 
 
 def _positions_first(predictions: Points, truths: Points, radius: float, num_classes: int) -> Counts:
@@ -153,9 +182,10 @@ PROTOCOLS = {
         Protocol("ocelot", 3.0, partial(_per_class, rule=by_confidence, strict=False), _rounded),
         Protocol(
             "mcspatnet",
-            3.048,
-            partial(_per_class, rule=by_raster, strict=True),
+            3.0,
+            _class_by_class,
             partial(_harmonic, undefined=1.0),
+            pixels_at_20x=6,
         ),
         Protocol(
             "promptnucseg",

@@ -119,9 +119,7 @@ def _evaluate(
     draws: int,
     seed: int,
 ) -> Scores:
-    radius = protocol.radius_um if radius_um is None else radius_um
-    # Rounded, so that 3 um at 0.2 um/px are exactly 15 px.
-    images = zip(predictions, truths, (round(radius / mpp, 9) for mpp in scales), strict=True)
+    images = zip(predictions, truths, (protocol.radius(mpp, radius_um) for mpp in scales), strict=True)
     counts = np.stack([protocol.count(*image, num_classes) for image in images])  # [images, classes + 1, 3]
     once = np.ones((1, len(counts)), np.int64)
     (figures,), (mean_f1,) = _figures(protocol, counts, once)
@@ -136,6 +134,7 @@ def _evaluate(
         Score(int(tp), int(fp), int(fn), float(precision), float(recall), float(f1), interval)
         for (tp, fp, fn), (precision, recall, f1), interval in zip(counts.sum(axis=0), figures, intervals, strict=True)
     )
+    radius = protocol.radius_um if radius_um is None else radius_um
     return Scores(protocol.name, radius, len(counts), tuple(classes), float(mean_f1), mean_interval, detection)
 
 

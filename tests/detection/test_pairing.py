@@ -134,6 +134,14 @@ def test_mcspatnet_considers_the_fifty_nearest_predictions() -> None:
     assert found["ocelot"] == found["puma"] == found["max-matching"] == 51
 
 
+def test_mcspatnet_takes_equally_near_predictions_in_the_order_of_scipy() -> None:
+    """Both predictions are sqrt(5) from A, and SciPy returns the lower one first, the only one that B can pair with."""
+    predictions, a, b = points((3, 0), (2, 3)), (4, 2), (3, 3)
+    assert hits(predictions, points(a, b))["mcspatnet"] == 1
+    assert hits(predictions, points(b, a))["mcspatnet"] == 1  # A is higher in the image and chooses first
+    assert hits(points((3.001, 0), (2, 3)), points(a, b))["mcspatnet"] == 2  # the upper one is nearer to A
+
+
 def test_an_image_too_large_for_all_distances_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairing, "MAX_DISTANCES", 5)
     two, three = points((0, 0), (9, 0)), points((0, 0), (9, 0), (18, 0))
