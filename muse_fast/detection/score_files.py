@@ -23,6 +23,7 @@ from muse_fast.images.mpp import check_mpp
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_class_names, read_points
 from muse_fast.runtime.atomic import write_json
+from muse_fast.runtime.options import split_list
 from muse_fast.runtime.progress_bar import ProgressBar
 from muse_fast.version import __version__
 
@@ -102,7 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _read(args: argparse.Namespace) -> tuple[list[Points], list[Points], list[str]]:
     """Read points per image, and the names of the classes; no names if only detection can be scored."""
     predicted, true = _matching_files(args.predictions, args.truth)
-    classes = [name for name in args.classes.split(",") if name]
+    classes = split_list(args.classes)
     tables = {path: read_points(path, math.inf, math.inf, len(classes)) for path in predicted + true}
     labelled = not args.ignore_labels and any(points.label is not None for points in tables.values())
     for path, points in tables.items():

@@ -1,7 +1,11 @@
 """GeoJSON as QuPath, CellViT and TIAToolbox write it: points and outlines in pixels, x right, y down.
 
-The type of an object is ``objectType`` or, in older files, ``object_type``, inside ``properties`` or next to them. Its
-class is ``properties.classification``: a string, or a mapping with ``name`` or ``names`` (QuPath's composite classes).
+The type of an object is ``objectType`` or, in older files, ``object_type``, inside ``properties`` or next to them;
+before QuPath 0.3 it was the ``id``. Its class is ``properties.classification``: a string, or a mapping with ``name`` or
+``names`` (QuPath's composite classes). TIAToolbox has it in ``properties.type``.
+
+Positions in a file count from a point of the slide. Files that are written here record it: ``muse_fast.origin`` of the
+FeatureCollection is the level-0 pixel at which they begin. QuPath does not keep the record, nor needs it.
 """
 
 from __future__ import annotations
@@ -29,10 +33,22 @@ SUFFIXES = (".geojson", ".geojson.gz")
 # A polygon is its outline and then its holes, each a ring ``[n, 2]`` float64.
 Polygon = list[NDArray[np.float64]]
 
-_KINDS = ("Point", "MultiPoint", "Polygon", "MultiPolygon")
-MAX_AREA_UM2 = 2000.0  # a disc 50 um across; larger outlines are tissue, not nuclei
-_MAX_PARTS = 20  # of a MultiPolygon that may be one nucleus
-_NOT_NUCLEI = {"tile": "tile", "tmaCore": "TMA core", "root": "root object"}
+MULTI = ("auto", "one", "each")  # see `read_geojson_points`
+
+_GEOMETRIES = ("Point", "MultiPoint", "Polygon", "MultiPolygon")
+_MAX_AREA_UM2 = 2000.0  # a disc 50 um across; larger outlines are tissue, not nuclei
+_MAX_PARTS, _MAX_GAP_UM = 4, 2.0  # of a MultiPolygon that is one nucleus, cut by a drawn line or a tile
+_DETECTED = ("detection", "cell")
+_REGIONS = {"tile": "tile", "tmaCore": "TMA core", "root": "root object"}  # neither nuclei nor outlines of tissue
+_KINDS = {kind: kind for kind in (*_DETECTED, "annotation", *_REGIONS)} | {
+    "tma_core": "tmaCore",
+    "PathDetectionObject": "detection",
+    "PathCellObject": "cell",
+    "PathAnnotationObject": "annotation",
+    "PathTileObject": "tile",
+    "TMACoreObject": "tmaCore",
+    "PathRootObject": "root",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +56,24 @@ class Shape:
     """One feature of a file.
 
     Attributes:
-        points: ``[n, 2]`` float64.
+        points, polygons: in level-0 pixels.
         label: name of the class, "" if it has none.
         kind: QuPath's object type, such as "detection" or "annotation", "" if the file does not give it.
         where: the feature's position in the file, for messages.
+        several: it is a MultiPoint or MultiPolygon.
     """
 
-    points: NDArray[np.float64]
+    points: NDArray[np.float64]  # [n, 2]
     polygons: list[Polygon] = field(default_factory=list)
     label: str = ""
     kind: str = ""
     where: str = ""
+    several: bool = False
+
+    @property
+    def ignored(self) -> bool:
+        """Whether QuPath ignores its class, whose name then ends with an asterisk (``Ignore*``)."""
+        return self.label.endswith("*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +81,7 @@ class GeoPoints:
     """The nuclei of a file as points."""
 
     path: Path
-    xy: NDArray[np.float64]  # [n, 2] pixels: the point, or the centroid of the outline
+    xy: NDArray[np.float64]  # [n, 2] level-0 pixels: the point, or the centroid of the outline
     label: list[str]  # [n] name of the class, "" if it has none
     where: list[str]  # [n] position in the file, for messages
     left_out: Counter[str]  # number of objects that are not nuclei, by reason
@@ -77,37 +100,39 @@ class GeoPoints:
         return np.array([position[name] for name in self.label], np.int16)
 
 
-def read_geojson_points(path: Path, multi: str = "one", max_area: float = math.inf) -> GeoPoints:
+def read_geojson_points(path: Path, mpp: float, multi: str = "auto", origin: tuple[float, float] = (0, 0)) -> GeoPoints:
     """The nuclei in a file: its detections and cells or, if it has none, its annotations.
 
-    A cell is placed by the outline of its nucleus if it has one. Objects of a class that QuPath ignores, whose name
-    ends with an asterisk (``Ignore*``), are not nuclei.
+    A cell is placed by the outline of its nucleus if it has one. Objects of a class that QuPath ignores and outlines
+    above 2,000 um2 are not nuclei.
 
     Args:
-        multi: ``one``: a MultiPolygon is one nucleus in parts; ``each``: each part is a nucleus. A MultiPoint is always
-            several nuclei.
-        max_area: in square pixels; larger outlines are not nuclei.
+        mpp: um per pixel.
+        multi: ``one``: a MultiPolygon is one nucleus in parts; ``each``: each part is a nucleus, as in files of
+            CellViT, where all nuclei of a class are one feature; ``auto``: it is one nucleus if it has at most 4 parts
+            with gaps of at most 2 um, unless the file is one of CellViT. A MultiPoint is always several nuclei.
+        origin: see `read_shapes`.
 
     Raises:
-        UserError: as in :func:`read_shapes`, or a MultiPolygon has too many parts to be one nucleus; names file and
-            feature.
+        UserError: as in :func:`read_shapes`.
     """
-    shapes = list(read_shapes(path, nuclei=True))
-    detected = any(shape.kind in ("detection", "cell") for shape in shapes)
+    shapes = list(read_shapes(path, origin=origin, nuclei=True))
+    detected = any(shape.kind in _DETECTED for shape in shapes)
     left_out: Counter[str] = Counter()
-    xy, label, where = [], [], []
+    kept = []
     for shape in shapes:
         if reason := _reason_to_skip(shape, detected):
             left_out[reason] += 1
-            continue
-        if multi == "one" and len(shape.polygons) > _MAX_PARTS:
-            raise UserError(
-                f"{path}, {shape.where}: a MultiPolygon of {len(shape.polygons)} parts is hardly one nucleus; "
-                "give multi=each to count every part as one, as CellViT writes them"
-            )
-        outlines = [shape.polygons] if multi == "one" and shape.polygons else [[one] for one in shape.polygons]
+        else:
+            kept.append(shape)
+    if multi == "auto" and _one_feature_per_class(kept, mpp):
+        multi = "each"
+    xy, label, where = [], [], []
+    for shape in kept:
+        together = multi == "one" or (multi == "auto" and _is_one_nucleus(shape, mpp))
+        outlines = [shape.polygons] if together and shape.polygons else [[one] for one in shape.polygons]
         found = [(point, 0.0) for point in shape.points] + [centroid_and_area(polygons) for polygons in outlines]
-        small = [point for point, area in found if area <= max_area]
+        small = [point for point, area in found if area <= _MAX_AREA_UM2 / mpp**2]
         if len(small) < len(found):
             left_out["outline too large for a nucleus"] += len(found) - len(small)
         xy += small
@@ -118,25 +143,68 @@ def read_geojson_points(path: Path, multi: str = "one", max_area: float = math.i
 
 def _reason_to_skip(shape: Shape, detected: bool) -> str:
     """Why a feature is not a nucleus, "" if it is one."""
-    if shape.kind in _NOT_NUCLEI:
-        return _NOT_NUCLEI[shape.kind]
+    if shape.kind in _REGIONS:
+        return _REGIONS[shape.kind]
     if detected and shape.kind == "annotation":
         return "annotation beside detections"
-    return "ignored class" if shape.label.endswith("*") else ""
+    return "ignored class" if shape.ignored else ""
 
 
-def read_shapes(path: Path, *, nuclei: bool = False) -> Iterator[Shape]:
+def _one_feature_per_class(shapes: Sequence[Shape], mpp: float) -> bool:
+    """Whether the MultiPolygons of a file have a class of their own each, and one of them is not one nucleus."""
+    several = [shape for shape in shapes if shape.several and shape.polygons]
+    labels = [shape.label for shape in shapes]
+    return len(several) == len(labels) == len({*labels}) and any(
+        len(shape.polygons) == 1 or not _is_one_nucleus(shape, mpp) for shape in several
+    )
+
+
+def _is_one_nucleus(shape: Shape, mpp: float) -> bool:
+    """Whether the parts of a feature are few, and connected once they grow by half of the largest gap."""
+    if not 1 < len(shape.polygons) <= _MAX_PARTS:
+        return len(shape.polygons) == 1
+    grown = _geometry(shape.polygons).buffer(_MAX_GAP_UM / mpp / 2)
+    return bool(grown.geom_type == "Polygon")
+
+
+def read_tissue_outlines(path: Path, origin: tuple[float, float] = (0, 0)) -> tuple[list[Polygon], list[Polygon]]:
+    """The outlines of tissue in a file, and those of areas that are not, whose class is ignored (``Ignore*``).
+
+    Detections, cells, tiles and TMA cores are neither.
+
+    Args:
+        origin: see `read_shapes`.
+
+    Raises:
+        UserError: as in :func:`read_shapes`, or there is no outline of tissue.
+    """
+    annotations = [shape for shape in read_shapes(path, origin=origin) if shape.kind not in (*_DETECTED, *_REGIONS)]
+    tissue, ignored = (
+        [polygon for shape in annotations if shape.ignored == which for polygon in shape.polygons]
+        for which in (False, True)
+    )
+    if not tissue:
+        raise UserError(
+            f"{path}: no polygons, expected outlines of tissue: annotations, of a class without an asterisk"
+        )
+    return tissue, ignored
+
+
+def read_shapes(path: Path, *, origin: tuple[float, float] = (0, 0), nuclei: bool = False) -> Iterator[Shape]:
     """The features with points or polygons in a file, plain or gzipped; others, such as lines, are skipped.
 
     The file may contain a ``FeatureCollection``, a list of features, one feature or a bare geometry.
 
     Args:
+        origin: level-0 pixel at which positions begin in a file that does not record it.
         nuclei: use the outline of the nucleus, not of the cell, in QuPath's cells.
 
     Raises:
         UserError: the file does not exist or is not GeoJSON; names file and feature.
     """
-    for number, feature in enumerate(_features(path), start=1):
+    features, recorded = _read(path)
+    shift = np.array(origin if recorded is None else recorded, np.float64)
+    for number, feature in enumerate(features, start=1):
         where = f"{path}, feature {number}"
         if not isinstance(feature, dict):
             raise UserError(f"{where}: expected a GeoJSON feature, found {type(feature).__name__}")
@@ -144,13 +212,13 @@ def read_shapes(path: Path, *, nuclei: bool = False) -> Iterator[Shape]:
         if nuclei and feature.get("nucleusGeometry"):
             geometry = feature["nucleusGeometry"]
         properties = feature.get("properties") or {}
-        label = _class_name(properties.get("classification"))
-        named = (place.get(key) for place in (properties, feature) for key in ("objectType", "object_type"))
-        kind = str(next(filter(None, named), ""))
+        label, kind = _class_name(properties), _kind(feature, properties)
         for part in geometry.get("geometries", [geometry]) if isinstance(geometry, dict) else []:
-            if isinstance(part, dict) and part.get("type") in _KINDS:
+            if isinstance(part, dict) and part.get("type") in _GEOMETRIES:
                 points, polygons = _parse(part["type"], part.get("coordinates"), where)
-                yield Shape(points, polygons, label, kind, f"feature {number}")
+                moved = [[ring + shift for ring in polygon] for polygon in polygons]
+                several = part["type"].startswith("Multi")
+                yield Shape(points + shift, moved, label, kind, f"feature {number}", several)
 
 
 def centroid_and_area(polygons: Sequence[Polygon]) -> tuple[NDArray[np.float64], float]:
@@ -158,25 +226,52 @@ def centroid_and_area(polygons: Sequence[Polygon]) -> tuple[NDArray[np.float64],
 
     An outline that crosses itself is repaired first; one without area has the centroid of its line.
     """
-    shape = shapely.MultiPolygon([(outline, holes) for outline, *holes in polygons])
-    if not shape.is_valid:
-        shape = shapely.make_valid(shape, method="structure", keep_collapsed=True)
+    shape = _geometry(polygons)
     return np.array([shape.centroid.x, shape.centroid.y]), shape.area
 
 
-def write_outlines(path: Path, polygons: list[Polygon], name: str, colour: tuple[int, int, int]) -> None:
-    """Write polygons as QuPath annotations of the class ``name``. The same polygons give the same bytes."""
+def share_inside(polygons: Sequence[Polygon], box: tuple[float, float, float, float]) -> float:
+    """Area of polygons in a box (left, top, right, bottom), as a share of their own or of the box's, if smaller."""
+    whole, frame = shapely.union_all([_geometry([polygon]) for polygon in polygons]), shapely.box(*box)
+    smaller = min(whole.area, frame.area)
+    return float(shapely.intersection(whole, frame).area / smaller) if smaller else 1.0
+
+
+def _geometry(polygons: Sequence[Polygon]) -> Any:
+    """Polygons as one shape of shapely, repaired if they cross themselves."""
+    shape = shapely.MultiPolygon([(outline, holes) for outline, *holes in polygons])
+    return shape if shape.is_valid else shapely.make_valid(shape, method="structure", keep_collapsed=True)
+
+
+def qupath_record(origin: tuple[int, int]) -> dict[str, Any]:
+    """Members of a FeatureCollection whose positions begin at the level-0 pixel ``origin``, as in QuPath."""
+    return {"type": "FeatureCollection", "muse_fast": {"frame": "qupath", "origin": list(origin)}}
+
+
+def write_outlines(
+    path: Path,
+    polygons: list[Polygon],
+    name: str,
+    colour: tuple[int, int, int],
+    origin: tuple[int, int] = (0, 0),
+) -> None:
+    """Write polygons as QuPath annotations of the class ``name``. The same polygons give the same bytes.
+
+    Args:
+        polygons: in level-0 pixels.
+        origin: the level-0 pixel from which QuPath counts.
+    """
     features = [
         {
             "type": "Feature",
             "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{path.stem}/{name}/{number}")),
-            "geometry": {"type": "Polygon", "coordinates": [_closed(ring) for ring in polygon]},
+            "geometry": {"type": "Polygon", "coordinates": [_closed(ring - origin) for ring in polygon]},
             "properties": {"objectType": "annotation", "classification": {"name": name, "color": list(colour)}},
         }
         for number, polygon in enumerate(polygons)
     ]
     with replacing(path) as temporary:
-        text = json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False)
+        text = json.dumps(qupath_record(origin) | {"features": features}, allow_nan=False)
         temporary.write_text(text + "\n")
 
 
@@ -185,7 +280,8 @@ def _closed(ring: NDArray[np.float64]) -> list[list[float]]:
     return positions if positions[0] == positions[-1] else [*positions, positions[0]]
 
 
-def _features(path: Path) -> list[Any]:
+def _read(path: Path) -> tuple[list[Any], tuple[float, float] | None]:
+    """The features of a file, and the level-0 pixel at which its positions begin, if it says so."""
     try:
         data = path.read_bytes()
         content = json.loads((gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig"))
@@ -195,19 +291,43 @@ def _features(path: Path) -> list[Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}), expected GeoJSON") from error
     if isinstance(content, list):
-        return content
+        return content, None
     if isinstance(content, dict) and isinstance(content.get("features"), list):
-        return content["features"]
-    if isinstance(content, dict) and content.get("type") in ("Feature", "GeometryCollection", *_KINDS):
-        return [content]
+        return content["features"], _recorded_origin(path, content.get("muse_fast"))
+    if isinstance(content, dict) and content.get("type") in ("Feature", "GeometryCollection", *_GEOMETRIES):
+        return [content], None
     raise UserError(f"{path}: expected GeoJSON: a FeatureCollection, a list of features, a feature or a geometry")
 
 
-def _class_name(classification: Any) -> str:
-    if isinstance(classification, dict):
-        names = classification.get("names") or ()
-        classification = classification.get("name") or ": ".join(map(str, names))
-    return str(classification or "")
+def _recorded_origin(path: Path, record: Any) -> tuple[float, float] | None:
+    if record is None:
+        return None
+    try:
+        x, y = map(float, record["origin"])
+    except (TypeError, ValueError, KeyError):
+        x = y = math.nan
+    if not (math.isfinite(x) and math.isfinite(y)):
+        raise UserError(f"{path}: muse_fast is {record!r}, expected its origin [x, y] in level-0 pixels")
+    return x, y
+
+
+def _kind(feature: dict[str, Any], properties: dict[str, Any]) -> str:
+    named = (place.get(key) for place in (properties, feature) for key in ("objectType", "object_type"))
+    # `type` and `id` name it only if their value is a type of object: they also have other uses.
+    other = (value for value in (properties.get("type"), feature.get("id")) if str(value) in _KINDS)
+    kind = str(next(filter(None, (*named, *other)), ""))
+    return _KINDS.get(kind, kind)
+
+
+def _class_name(properties: dict[str, Any]) -> str:
+    found = properties.get("classification")
+    if isinstance(found, dict):
+        names = found.get("names") or ()
+        found = found.get("name") or ": ".join(map(str, names))
+    kind = properties.get("type")  # of the nucleus in TIAToolbox, but of the object in some files for QuPath
+    if not found and isinstance(kind, str | int) and kind not in _KINDS:
+        found = str(kind)
+    return str(found or "")
 
 
 def _parse(kind: str, coordinates: Any, where: str) -> tuple[NDArray[np.float64], list[Polygon]]:

@@ -1,4 +1,4 @@
-"""The user's files of the nuclei of a whole slide: CSV, GeoJSON from QuPath, or HDF5, all in level-0 pixels."""
+"""The user's files of the nuclei of a whole slide: CSV and HDF5 in level-0 pixels, GeoJSON in those of QuPath."""
 
 from __future__ import annotations
 
@@ -9,38 +9,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
-from muse_fast.images.geojson import MAX_AREA_UM2, read_geojson_points
 from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
-from muse_fast.images.points import Points
-from muse_fast.images.points_csv import read_points
+from muse_fast.images.geojson import read_geojson_points
+from muse_fast.images.points import Points, drop_outside
+from muse_fast.images.points_csv import read_named_points, read_points_and_names
+from muse_fast.images.slide import Slide
 
 SUFFIXES = (".csv", *GEOJSON_SUFFIXES, ".json", ".h5", ".hdf5")
 HDF5_KEY = "prediction"  # the dataset that the authors' sample builder reads: [n, 2 or more], x and y first
+_NO_LABELS = "name of a class, as labels= is not given"
 
 
 def read_nuclei(
-    path: Path, width: int, height: int, mpp: float, label_names: tuple[str, ...] = (), multi: str = "one"
+    path: Path, slide: Slide, label_names: tuple[str, ...] = (), multi: str = "auto", frame: str = "qupath"
 ) -> tuple[Points, Counter[str]]:
-    """The nuclei of a slide, and the number of objects in the file that are not nuclei, by reason.
+    """The nuclei of a slide in level-0 pixels, and how much of the file was left out, by reason.
 
     Args:
-        path: a CSV with the header ``x,y[,label][,score]``, GeoJSON, or HDF5.
-        width, height: of the slide, level-0 pixels.
-        mpp: um per pixel of level 0.
-        label_names: names of the classes in a GeoJSON; empty: classes are not read.
+        path: a CSV as `read_named_points` reads it, GeoJSON, or HDF5.
+        label_names: names of the classes; empty: names are not read.
         multi: see `read_geojson_points`, which decides which objects are nuclei.
+        frame: of a GeoJSON that does not record its origin, see `Slide.frame`.
 
     Raises:
-        UserError: the file cannot be read, or a nucleus is outside the slide or of an unknown class; names the file.
+        UserError: the file cannot be read, too many nuclei are outside the slide, one in a CSV is, or one is of an
+            unknown class; names the file.
     """
-    suffix = path.suffix.lower()
+    suffix, left_out = path.suffix.lower(), Counter[str]()
     if suffix == ".csv":
-        return read_points(path, width, height, len(label_names)), Counter()
+        if label_names:
+            return read_named_points(path, slide.width, slide.height, label_names), left_out
+        nuclei, names = read_points_and_names(path, slide.width, slide.height)
+        left_out[_NO_LABELS] = len(nuclei) if len(names) > 1 else 0
+        return nuclei, +left_out
     if suffix in (".h5", ".hdf5"):
-        return Points(_inside(path, _read_hdf5(path), width, height)), Counter()
-    points = read_geojson_points(path, multi, MAX_AREA_UM2 / mpp**2)
-    label = points.labels(label_names) if label_names else None
-    return Points(_inside(path, points.xy, width, height), label), points.left_out
+        within = slide.frame("level0")
+        nuclei = Points(_read_hdf5(path))
+    else:
+        within = slide.frame(frame)
+        found = read_geojson_points(path, slide.mpp, multi, within.origin)
+        nuclei = Points(found.xy, found.labels(label_names) if label_names else None)
+        left_out += found.left_out
+        if not label_names and len({*found.label} - {""}) > 1:
+            left_out[_NO_LABELS] = sum(map(bool, found.label))
+    nuclei, outside = drop_outside(nuclei, within.box, path, within.area, within.expected)
+    left_out["nucleus outside the slide"] = outside
+    return nuclei, +left_out
 
 
 def _read_hdf5(path: Path) -> NDArray[np.float64]:
@@ -55,19 +69,13 @@ def _read_hdf5(path: Path) -> NDArray[np.float64]:
                     f"{path}: {HDF5_KEY!r} is {'missing' if shape is None else f'of shape {list(shape)}'}, expected a "
                     f"dataset {HDF5_KEY!r} [n, 2 or more] with x, y in level-0 pixels first; found {', '.join(file)}"
                 )
-            return np.asarray(table[:, :2], np.float64)
+            xy = np.asarray(table[:, :2], np.float64)
     except (OSError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a readable HDF5 file of numbers ({error})") from error
-
-
-def _inside(path: Path, xy: NDArray[np.float64], width: int, height: int) -> NDArray[np.float32]:
-    inside = ((xy >= 0) & (xy < (width, height))).all(axis=1)  # false for NaN as well
-    if not inside.all():
-        row = int(np.argmin(inside))
-        raise UserError(
-            f"{path}: nucleus {row + 1} is at x, y = {xy[row, 0]:g}, {xy[row, 1]:g}, expected level-0 pixels, "
-            f"0 <= x < {width} and 0 <= y < {height}"
-        )
-    return np.minimum(xy, np.nextafter(np.array([width, height], np.float32), np.float32(0))).astype(np.float32)
+    finite = np.isfinite(xy).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise UserError(f"{path}: nucleus {row + 1} is at x, y = {xy[row, 0]:g}, {xy[row, 1]:g}, expected numbers")
+    return xy

@@ -1,12 +1,17 @@
-"""The nuclei of one image as points, and non-maximum suppression."""
+"""The nuclei of one image as points: those inside it, and non-maximum suppression."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from muse_fast.errors import UserError
+
+_MAX_OUTSIDE = 0.1  # largest share of outlines whose centre may lie outside their image
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,32 @@ class Points:
         """The points inside a square, in pixels of that square; its right and lower borders are outside."""
         xy = self.xy - np.array([x, y], np.float32)
         return Points(xy, self.label, self.score).take(np.all((xy >= 0) & (xy < side), axis=1))
+
+
+def drop_outside(
+    points: Points, box: tuple[float, float, float, float], path: Path, area: str, expected: str
+) -> tuple[Points, int]:
+    """The points inside a box (left, top, right, bottom), as float32, and the number of those outside.
+
+    Outlines may cross the border of an image, so the centre of a few may lie outside.
+
+    Args:
+        path, area, expected: for the message: the file, what the box is, and what the positions should be.
+
+    Raises:
+        UserError: more than a tenth lie outside, and more than one: the positions belong to something else.
+    """
+    left, top, right, bottom = box
+    # Test the float32 values that are stored: rounding may put a centre on the border, which counts as outside.
+    xy = points.xy.astype(np.float32)
+    inside = np.all((xy >= (left, top)) & (xy < (right, bottom)), axis=1)
+    outside = len(xy) - int(inside.sum())
+    if outside > max(1, _MAX_OUTSIDE * len(xy)):
+        x, y = points.xy[~inside][0]
+        raise UserError(
+            f"{path}: {outside} of {len(xy)} nuclei lie outside {area} (the first at {x:g}, {y:g}); expected {expected}"
+        )
+    return Points(xy, points.label, points.score).take(inside), outside
 
 
 def non_maximum_suppression(xy: NDArray[Any], radius: float) -> NDArray[np.bool_]:

@@ -19,6 +19,7 @@ from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
 from muse_fast.images.mpp import check_mpp, tiff_mpp
 
 _BAND_PIXELS = 16_000_000
+_BOUNDS = ("x", "y", "width", "height")
 _PIECE = 256  # pixels: damage is narrowed down to squares of this side, the tiles of most files
 _UNREADABLE = (160, 160, 160)  # grey in overviews: neither tissue nor glass
 
@@ -29,6 +30,42 @@ class Level(NamedTuple):
     width: int
     height: int
     downsample: float  # level-0 pixels per pixel, by which positions are converted
+
+
+class Frame(NamedTuple):
+    """A rectangle of a slide in level-0 pixels; positions in a file count from its corner and lie inside it."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        return self.x, self.y
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in level-0 pixels."""
+        return self.x, self.y, self.x + self.width, self.y + self.height
+
+    @property
+    def area(self) -> str:
+        """What it is, for messages."""
+        size = f"{self.width} x {self.height} px"
+        return (
+            f"the part that QuPath shows, {size} at {self.x}, {self.y}" if any(self.origin) else f"the slide of {size}"
+        )
+
+    @property
+    def expected(self) -> str:
+        """What positions should be, for messages."""
+        if not any(self.origin):
+            return "level-0 pixels"
+        return "pixels from the corner of that part; give frame=level0 if they count from the corner of the slide"
+
+
+FRAMES = ("qupath", "level0")  # the names of `Slide.frame`
 
 
 class Lost:
@@ -140,6 +177,15 @@ class Slide(ABC):
     @property
     def height(self) -> int:
         return self.levels[0].height
+
+    @property
+    def qupath_frame(self) -> Frame:
+        """The part that QuPath shows: all, unless the header gives the bounds of what was scanned."""
+        return self.frame("level0")
+
+    def frame(self, name: str) -> Frame:
+        """The frame ``qupath``, or ``level0``: all of the slide."""
+        return self.qupath_frame if name == "qupath" else Frame(0, 0, self.width, self.height)
 
     def resized(self, field: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
         """A part of the slide (left, top, right, bottom in level-0 pixels) as ``[h, w, 3]`` RGB of ``size`` (w, h).
@@ -254,6 +300,18 @@ class OpenSlideSlide(Slide):
         if abs(x - y) > 0.02 * x:
             raise UserError(f"{self.path}: pixels are {x} x {y} um, expected squares; give mpp=NUMBER to use it anyway")
         return (x + y) / 2
+
+    @property
+    def qupath_frame(self) -> Frame:
+        """The bounds in the header, to which QuPath crops slides of MIRAX, Leica and others unless told ``--no-crop``.
+
+        As in QuPath's ``OpenslideImageServer``, they count only if all four are whole numbers.
+        """
+        try:
+            x, y, width, height = (int(self._handle.properties[f"openslide.bounds-{key}"]) for key in _BOUNDS)
+        except (KeyError, ValueError):
+            return self.frame("level0")
+        return Frame(x, y, width, height)
 
     def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
         import openslide

@@ -1,7 +1,7 @@
 """Tissue on a slide: found by colour, or read from a mask or from outlines drawn in QuPath.
 
-A tissue mask has square pixels with sides of ``MASK_UM``. Outlines are in level-0 pixels; a mask that is written as
-outlines is the same when read back.
+A tissue mask has square pixels with sides of ``MASK_UM``. Outlines are written in pixels from the corner of the part
+that QuPath shows, see `Slide.qupath_frame`; a mask that is written as outlines is the same when read back.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.images.geojson import Polygon, read_shapes, write_outlines
+from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
+from muse_fast.images.geojson import Polygon, read_tissue_outlines, share_inside, write_outlines
 from muse_fast.images.image_files import open_image
-from muse_fast.images.slide import Lost
+from muse_fast.images.slide import Frame, Lost
 
 MASK_UM = 8.0  # side of a mask pixel
-SUFFIXES = (".geojson", ".json", ".png")
+SUFFIXES = (*GEOJSON_SUFFIXES, ".json", ".png")
 COLOUR = (0, 190, 230)  # of the outlines
 
 _SPECK_UM = 100.0  # a piece with a smaller area than a square of this side is dirt on the glass
 _LEAST_UM = 300.0  # shorter side of an image in which specks can be told: smaller ones are cut out of tissue
 
 _SHAPE_TOLERANCE = 0.02  # relative, of the aspect ratio of a mask and its slide
+_MIN_INSIDE = 0.5  # share of the outlines on the slide below which they belong to something else
 
 
 def tissue_mask(thumbnail: NDArray[np.uint8], um: float) -> NDArray[np.bool_]:
@@ -102,40 +104,55 @@ def _mm2(mask: NDArray[np.bool_]) -> float:
     return int(np.count_nonzero(mask)) * MASK_UM**2 / 1e6
 
 
-def read_tissue(path: Path, shape: tuple[int, int], step: float) -> NDArray[np.bool_]:
+def read_tissue(path: Path, shape: tuple[int, int], step: float, frame: Frame) -> NDArray[np.bool_]:
     """The tissue mask from a PNG of the whole slide at any scale, 0 outside tissue, or from outlines in GeoJSON.
 
     Args:
         shape: height and width of the mask.
         step: level-0 pixels per pixel of the mask.
+        frame: of outlines that do not record their origin.
 
     Raises:
-        UserError: the file cannot be read, the PNG does not have the shape of the slide, or the GeoJSON no polygons.
+        UserError: the file cannot be read, the PNG does not have the shape of the slide, the GeoJSON has no outline of
+            tissue, or the outlines lie beside the slide.
     """
     if path.suffix.lower() == ".png":
-        return _read_png(path, shape)
-    polygons = [polygon for feature in read_shapes(path) for polygon in feature.polygons]
-    if not polygons:
-        raise UserError(f"{path}: no polygons, expected outlines of tissue in level-0 pixels")
-    return fill([[ring / step for ring in polygon] for polygon in polygons], shape)
+        return _read_png(path, shape, frame)
+    tissue, ignored = read_tissue_outlines(path, frame.origin)
+    if (share := share_inside(tissue, frame.box)) < _MIN_INSIDE:
+        raise UserError(
+            f"{path}: {100 * (1 - share):.0f} % of the tissue lies outside {frame.area}; expected {frame.expected}"
+        )
+    inside, outside = (
+        fill([[ring / step for ring in polygon] for polygon in some], shape) for some in (tissue, ignored)
+    )
+    return inside & ~outside
 
 
-def _read_png(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
+def _read_png(path: Path, shape: tuple[int, int], frame: Frame) -> NDArray[np.bool_]:
     height, width = shape
     with open_image(path) as image:
         if image.mode not in ("1", "L", "P", "I;16", "I", "RGB"):
             raise UserError(f"{path}: {image.mode}, expected a grey or indexed mask, 0 where there is no tissue")
         if abs(image.width / image.height * height / width - 1) > _SHAPE_TOLERANCE + 1 / min(height, width):
-            raise UserError(f"{path}: {image.width} x {image.height} px, expected the shape of the whole slide")
+            cropped = f", not only of {frame.area}" if any(frame.origin) else ""
+            raise UserError(
+                f"{path}: {image.width} x {image.height} px, expected the shape of the whole slide{cropped}"
+            )
         given = np.asarray(image)
     tissue = (given.any(axis=2) if given.ndim == 3 else given != 0).astype(np.uint8) * 255
     return np.asarray(Image.fromarray(tissue).resize((width, height), Image.Resampling.BOX)) >= 128
 
 
-def write_tissue(path: Path, mask: NDArray[np.bool_], step: float) -> None:
-    """Write a tissue mask as outlines that QuPath loads, one annotation for each piece of tissue."""
+def write_tissue(path: Path, mask: NDArray[np.bool_], step: float, origin: tuple[int, int] = (0, 0)) -> None:
+    """Write a tissue mask as outlines that QuPath loads, one annotation for each piece of tissue.
+
+    Args:
+        step: level-0 pixels per pixel of the mask.
+        origin: the level-0 pixel from which QuPath counts.
+    """
     polygons = [[ring * step for ring in polygon] for polygon in trace(mask)]
-    write_outlines(path, polygons, "Tissue", COLOUR)
+    write_outlines(path, polygons, "Tissue", COLOUR, origin)
 
 
 def trace(mask: NDArray[np.bool_]) -> list[Polygon]:

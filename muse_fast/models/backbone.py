@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from muse_fast.images.imagenet import Normaliser, normalised
 from muse_fast.models.archs import find_arch
 from muse_fast.models.decoder import build_decoder, unify
+from muse_fast.models.encoder import check_points
 
 
 class Features(NamedTuple):
@@ -62,7 +63,9 @@ class Backbone(nn.Module):
         return self.encoder([self._normalised(images)])[0]
 
     def dense_map(self, images: Tensor) -> Tensor:
-        """The unified map ``[I, D, R/4, R/4]``."""
+        """The unified map ``[I, D, R/4, R/4]``; the point (x, y) of an image is at column ``x / R * (R/4 - 1)`` and row
+        ``y / R * (R/4 - 1)``. Only points on the image have a place on the map, see `nucleus_features`.
+        """
         return unify(self(self._normalised(images)).levels)
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
@@ -71,8 +74,12 @@ class Backbone(nn.Module):
         Args:
             images: ``[I, 3, R, R]``, uint8 or normalised floats.
             xy: ``[N, 2]`` float32, pixels of the image, origin at its top-left corner.
-            image_index: ``[N]`` int64, the image of each point.
+            image_index: ``[N]`` int64, the image of each point; negative for padding, whose rows are zero.
+
+        Raises:
+            UserError: a point lies outside its image.
         """
+        check_points(xy, image_index, images.shape[-1])
         _, encoded = self.encoder([self._normalised(images)])
         return self.decoder.nucleus_rows(encoded, [(xy, image_index)], [images.shape[-1]])
 

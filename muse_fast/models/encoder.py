@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from muse_fast.errors import UserError
@@ -59,6 +60,23 @@ def check_image_size(side: int) -> None:
         raise UserError(
             f"an image side of {side} px does not fit: it must be a multiple of {SIDE_STEP} "
             f"from {MIN_SIDE} to {MAX_SIDE}. Resize or pad the images, or cut larger ones into tiles."
+        )
+
+
+def check_points(xy: Tensor, image_index: Tensor, side: int) -> None:
+    """Raise UserError unless all points ``xy [N, 2]`` lie on their images of ``side`` pixels, borders included.
+
+    Padding, whose index is negative, may lie anywhere. Compiled code does not check.
+    """
+    if torch.compiler.is_compiling():
+        return
+    outside = ~((xy >= 0) & (xy <= side)).all(dim=-1) & (image_index >= 0)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        x, y = xy[row].tolist()
+        raise UserError(
+            f"xy: {int(outside.sum())} of {len(xy)} points lie outside images of {side} x {side} px (row {row} at "
+            f"{x:g}, {y:g} is the first); expected pixels of the image that is passed, x right, y down"
         )
 
 

@@ -23,6 +23,7 @@ from yaml import YAMLError
 from muse_fast import ops
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD, Normaliser
+from muse_fast.models.encoder import check_points
 from muse_fast.models.official import read_pth
 from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
 
@@ -111,6 +112,7 @@ class TimmBackbone(nn.Module):
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
         """One feature per nucleus, ``[N, D]``; see `muse_fast.models.Backbone.nucleus_features`."""
         side = images.shape[-1]
+        check_points(xy, image_index, side)
         maps = self.maps(self._normalised(images))
         return torch.cat([self._read(one, xy, image_index, side) for one in maps], dim=1)
 

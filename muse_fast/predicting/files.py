@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from muse_fast.images.drawing import PALETTE, overlay
+from muse_fast.images.geojson import qupath_record
+from muse_fast.images.points_csv import QUPATH_COLUMNS
 from muse_fast.images.slide import Slide
 from muse_fast.predicting.pages import OVERLAY
 
@@ -27,6 +29,9 @@ _LINE = 24  # pixels: height of a line of the legend
 
 class CellFiles:
     """``cells.geojson`` (or ``.geojson.gz``), ``cells.csv`` and ``overlay.png`` of one page, in a folder.
+
+    The GeoJSON counts from the corner of the part that QuPath shows and records it. In the table x and y are level-0
+    pixels; if these differ, two more columns have what the GeoJSON has.
 
     Args:
         name: of the page; the ids of its nuclei are derived from it.
@@ -39,7 +44,7 @@ class CellFiles:
     def __init__(self, folder: Path, page: Slide, name: str, class_names: Sequence[str], compress: bool) -> None:
         self.counts = np.zeros(len(class_names), np.int64)
         self._names, self._folder = class_names, folder
-        self._size = page.width, page.height
+        self._size, self._origin = (page.width, page.height), page.qupath_frame.origin
         self._ids = uuid.uuid5(uuid.NAMESPACE_URL, f"muse_fast:{name}")
         self._geojson_classes = [
             json.dumps({"name": class_name, "color": list(colour(label))}, separators=(",", ":"))
@@ -54,24 +59,29 @@ class CellFiles:
             self._geojson = opened.enter_context(_open_text(folder / f"cells.geojson{'.gz' if compress else ''}"))
             self._csv = opened.enter_context(_open_text(folder / "cells.csv"))
             self._opened = opened.pop_all()
-        self._geojson.write('{"type":"FeatureCollection","features":[')
-        self._csv.write("x,y,label,class,score\n")
+        head = json.dumps(qupath_record(self._origin), separators=(",", ":"))
+        self._geojson.write(f'{head[:-1]},"features":[')
+        self._csv.write(",".join(["x,y,label,class,score", *(QUPATH_COLUMNS if any(self._origin) else ())]) + "\n")
 
     def write(self, xy: NDArray[np.float64], label: NDArray[np.int64], score: NDArray[np.float64]) -> None:
         """Append nuclei: xy ``[n, 2]`` in level-0 pixels, label ``[n]``, score ``[n]``, all finite."""
         first = int(self.counts.sum())
         xy = np.minimum(xy.round(2), np.array(self._size) - 0.01)  # a point on the far edge would be outside
         rows = list(zip(*xy.T.tolist(), label.tolist(), score.tolist(), strict=True))
+        left, top = self._origin
         self._geojson.writelines(
             f"{',' if number else ''}\n{self._feature(number, *row)}" for number, row in enumerate(rows, start=first)
         )
         self._csv.writelines(
-            f"{x:.2f},{y:.2f},{kind},{self._csv_classes[kind]},{score:.4f}\n" for x, y, kind, score in rows
+            f"{x:.2f},{y:.2f},{kind},{self._csv_classes[kind]},{score:.4f}"
+            f"{f',{x - left:.2f},{y - top:.2f}' if left or top else ''}\n"
+            for x, y, kind, score in rows
         )
         self._picture = np.asarray(overlay(self._picture, (xy / self._shrink).astype(np.float32), label, self._radius))
         self.counts += np.bincount(label, minlength=len(self.counts))
 
     def _feature(self, number: int, x: float, y: float, label: int, score: float) -> str:
+        x, y = x - self._origin[0], y - self._origin[1]
         return (
             f'{{"type":"Feature","id":"{uuid.uuid5(self._ids, str(number))}",'
             f'"geometry":{{"type":"Point","coordinates":[{x:.2f},{y:.2f}]}},'

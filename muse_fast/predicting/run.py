@@ -176,6 +176,7 @@ def _predict_page(
             "width": page.width,
             "height": page.height,
             "mpp": page.mpp,
+            "qupath_frame": page.qupath_frame,
             "nuclei": nuclei,
             "nuclei_per_class": dict(zip(detector.class_names, files.counts.tolist(), strict=True)),
             "area": "tissue" if settings.tissue else "all",

@@ -10,6 +10,7 @@ from pathlib import Path
 from muse_fast.errors import UserError
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import exit_codes
+from muse_fast.runtime.options import split_list
 from muse_fast.sources import Source, open_source
 from muse_fast.sources.names import Names
 from muse_fast.sources.wsi import Slides
@@ -50,7 +51,7 @@ def open_without(spec: str, values: Mapping[str, str]) -> Source:
     if "exclude" in values:
         if not isinstance(source, Slides):
             raise UserError(f"{spec}: exclude={values['exclude']} is only for slides (wsi:PATH)")
-        source.exclude({side: read_names(side) for side in values["exclude"].split(",") if side})
+        source.exclude({side: read_names(side) for side in split_list(values["exclude"])})
     return source
 
 

@@ -120,7 +120,7 @@ class Parts:
                     )
                     self.rois_written += 1
                 step = MASK_UM / surveyed.mpp
-                write_tissue(writer.folder / "tissue.geojson", surveyed.tissue, step)
+                write_tissue(writer.folder / "tissue.geojson", surveyed.tissue, step, surveyed.qupath_frame.origin)
                 Image.fromarray(surveyed.thumbnail).save(writer.folder / "thumbnail.jpg", quality=90)
                 self._describe(writer.folder, file, _facts(file, surveyed, cut), cut)
         except UserError as error:
@@ -159,6 +159,7 @@ def _facts(file: SlideFile, surveyed: Survey, cut: Cut) -> dict[str, Any]:
         "mpp_from": file.mpp_from,
         "width": surveyed.width,
         "height": surveyed.height,
+        "qupath_frame": surveyed.qupath_frame,
         "side": surveyed.side,
         "tissue_mm2": round(float(surveyed.tissue.sum()) * MASK_UM**2 / 1e6, 4),
         "unreadable_mm2": round(cut.damage.unreadable_mm2, 4),

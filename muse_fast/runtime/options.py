@@ -229,6 +229,11 @@ def key_values(items: Sequence[str]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
+def split_list(text: str) -> list[str]:
+    r"""Split a value with several names at its commas, leaving out empty ones; ``\,`` is a comma in a name."""
+    return [name.replace(r"\,", ",") for name in re.split(r"(?<!\\),", text) if name]
+
+
 def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the arguments of a command line into ``key=value`` items and others, such as files."""
     settings = [item for item in arguments if re.match(r"[a-z_.]+=", item) and not Path(item).exists()]

@@ -17,13 +17,12 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
 from muse_fast.images.mpp import MPP_RANGE, MppRow
-from muse_fast.images.points import Points
+from muse_fast.images.points import Points, drop_outside
 from muse_fast.images.slide import open_slide
-from muse_fast.runtime.options import Config, setting
+from muse_fast.runtime.options import Config, setting, split_list
 
 SPLITS = ("train", "val", "test")
 Field: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
-_MAX_OUTSIDE = 0.1  # largest share of outlines whose centre may lie outside their image
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,19 +183,11 @@ class Dataset(Source):
         Raises:
             UserError: too many lie outside, so the coordinates must belong to something else.
         """
-        # Test the float32 values that are stored: rounding may put a centre on the border, which counts as outside.
-        xy = nuclei.xy.astype(np.float32)
-        inside = np.all((xy >= 0) & (xy < (width, height)), axis=1)
-        outside = len(xy) - int(inside.sum())
-        if outside > max(1, _MAX_OUTSIDE * len(xy)):
-            x, y = xy[~inside][0]
-            raise UserError(
-                f"{path}: {outside} of {len(xy)} nuclei lie outside the image of {width} x {height} px (the first at "
-                f"{x:g}, {y:g}); expected pixels of the image, not of the slide it was cut from"
-            )
+        area, expected = f"the image of {width} x {height} px", "pixels of the image, not of the slide it was cut from"
+        kept, outside = drop_outside(nuclei, (0, 0, width, height), path, area, expected)
         if outside:
             self.dropped["nucleus outside its image"] += outside
-        return Points(xy, nuclei.label, nuclei.score).take(inside)
+        return kept
 
 
 class _HasNuclei(Protocol):
@@ -311,8 +302,8 @@ def split_names(kind: str, text: str, parts: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: the number of names differs from the number of parts.
     """
-    names = text.split(",")
-    if len(names) != len(parts) or not all(names):
+    names = split_list(text)
+    if len(names) != len(parts):
         raise UserError(
             f"{kind}: splits={text} has {len(names)} names, expected one for each of {', '.join(parts)}, "
             f"such as splits={','.join((*SPLITS, *'abcdefgh')[: len(parts)])}"

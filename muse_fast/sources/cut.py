@@ -20,12 +20,13 @@ from PIL import Image
 
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
+from muse_fast.images.geojson import MULTI
 from muse_fast.images.nuclei_files import read_nuclei
 from muse_fast.images.points import Points
-from muse_fast.images.slide import Lost, Slide, open_slide
+from muse_fast.images.slide import FRAMES, Frame, Lost, Slide, open_slide
 from muse_fast.images.tissue import MASK_UM, Damage, read_tissue, tissue_mask
 from muse_fast.roiset.records import encode_jpeg
-from muse_fast.runtime.options import setting
+from muse_fast.runtime.options import setting, split_list
 from muse_fast.sources.base import Source
 
 THUMBNAIL_SIDE = 1024
@@ -43,9 +44,12 @@ class CutSettings(Source.Options):
     min_nuclei: int = setting(20, ge=0, le=1_000_000)
     """Minimum number of nuclei in a ROI."""
     labels: str = ""
-    """Names of the classes of the user's nuclei, separated by commas."""
-    multi: str = setting("one", choices=("one", "each"))
-    """In the user's GeoJSON, a MultiPolygon is ``one`` nucleus, or ``each`` part is one, as written by CellViT."""
+    r"""Names of the classes of the user's nuclei, separated by commas; ``\,`` is a comma in a name."""
+    multi: str = setting("auto", choices=MULTI)
+    """In the user's GeoJSON, a MultiPolygon is ``one`` nucleus, or ``each`` part is one, as written by CellViT;
+    ``auto``: one if its parts are few and close."""
+    frame: str = setting("qupath", choices=FRAMES)
+    """From where the user's GeoJSON counts if it does not say so: the corner of what QuPath shows, or of level 0."""
     detector: str = "default"
     """Detector of nuclei: ``default``, ``classical``, ``resnet18`` or a .safetensors file."""
     threshold: float | None = setting(None, ge=0, le=1)
@@ -59,7 +63,7 @@ class CutSettings(Source.Options):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        return tuple(filter(None, self.labels.split(",")))
+        return tuple(split_list(self.labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class Survey:
     width: int
     height: int
     mpp: float
+    qupath_frame: Frame
     side: int
     squares: list[Square]
     dropped: Counter[str]
@@ -154,16 +159,14 @@ def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
         searched = mask | unreadable
     else:  # damage beside the tissue does not matter
         overview, lost = slide.overview(MASK_UM)
-        mask = searched = read_tissue(file.tissue, overview.shape[:2], step)
+        mask = searched = read_tissue(file.tissue, overview.shape[:2], step, slide.frame(settings.frame))
     if not settings.min_tissue:
         searched = np.ones_like(mask)
     damage = Damage(searched, step, settings.max_unreadable)
     damage.add(lost)
     given, dropped = None, Counter[str]()
     if file.nuclei is not None:
-        given, dropped = read_nuclei(
-            file.nuclei, slide.width, slide.height, slide.mpp, settings.label_names, settings.multi
-        )
+        given, dropped = read_nuclei(file.nuclei, slide, settings.label_names, settings.multi, settings.frame)
     squares = []
     for y in range(0, slide.height - side + 1, side):
         for x in range(0, slide.width - side + 1, side):
@@ -178,7 +181,9 @@ def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:
         order = priorities(settings.seed, file.name, np.array([(s.x, s.y) for s in squares]).reshape(-1, 2))
         squares = [squares[i] for i in np.argsort(order, kind="stable")]
     picture = _thumbnail(slide, overview)
-    return Survey(slide.width, slide.height, slide.mpp, side, squares, dropped, mask, damage, picture)
+    return Survey(
+        slide.width, slide.height, slide.mpp, slide.qupath_frame, side, squares, dropped, mask, damage, picture
+    )
 
 
 def _thumbnail(slide: Slide, overview: NDArray[np.uint8]) -> NDArray[np.uint8]:

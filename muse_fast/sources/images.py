@@ -10,7 +10,7 @@ from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.image_files import read_image
 from muse_fast.images.mpp import MppRow, read_mpp_table
-from muse_fast.runtime.options import setting
+from muse_fast.runtime.options import setting, split_list
 from muse_fast.sources.base import Source, SourceImage, find_mpp, list_images, mpp_setting
 
 
@@ -38,12 +38,13 @@ class Images(Source):
         super().__init__(target, options)
         self._detect, self._options = load_finder(options.detector), options
         self._images: dict[str, tuple[Path, MppRow]] = {}  # by stem
-        for folder in target.split(","):
+        for folder in split_list(target):
             self._add(Path(folder))
 
     def _add(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; expected images:DIR or images:DIR,DIR")
+            hint = r"a comma in a name is written \,"
+            raise UserError(f"{folder} is not a folder; expected images:DIR or images:DIR,DIR ({hint})")
         table = read_mpp_table(folder)
         for path in list_images(folder):
             if path.stem in self._images:

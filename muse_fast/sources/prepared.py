@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from muse_fast.roiset.roiset import Roi, RoiSet
+from muse_fast.runtime.options import split_list
 from muse_fast.sources.base import Source, SourceImage
 
 
@@ -28,7 +29,7 @@ class Prepared(Source):
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
-        self._sets = [RoiSet(Path(folder)) for folder in target.split(",")]
+        self._sets = [RoiSet(Path(folder)) for folder in split_list(target)]
         self._split = options.split
         self.label_names = tuple(dict.fromkeys(name for each in self._sets for name in each.label_names))
 

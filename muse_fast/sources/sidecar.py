@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from muse_fast.errors import UserError
-from muse_fast.images.geojson import MAX_AREA_UM2, GeoPoints, read_geojson_points
+from muse_fast.images.geojson import MULTI, GeoPoints, read_geojson_points
 from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
 from muse_fast.images.mpp import read_mpp_table
 from muse_fast.images.points import Points
-from muse_fast.images.points_csv import read_points
-from muse_fast.runtime.options import setting
+from muse_fast.images.points_csv import class_names_of, read_named_points, read_points
+from muse_fast.runtime.options import setting, split_list
 from muse_fast.sources.base import Dataset, Entry, find_mpp, list_images, mpp_setting
 
 
@@ -28,14 +28,14 @@ class _Sidecar(Dataset):
         mpp: float | None = mpp_setting()
         """Um per pixel of images without a row in ``mpp.csv``."""
         labels: str = ""
-        """Names of the classes, for example ``lymphocyte,tumour,stromal``."""
+        r"""Names of the classes, for example ``lymphocyte,tumour,stromal``; ``\,`` is a comma in a name."""
 
     suffixes: ClassVar[tuple[str, ...]]  # of the sidecar file
     EMPTY: ClassVar[str]  # content of the file for an image without nuclei
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
-        self.label_names = tuple(filter(None, options.labels.split(",")))
+        self.label_names = tuple(split_list(options.labels))
         table = read_mpp_table(self.folder)
         images = list_images(self.folder)
         stems = Counter(path.stem for path in images)
@@ -60,7 +60,10 @@ class _Sidecar(Dataset):
 
 
 class CsvPoints(_Sidecar):
-    """Images with a CSV file each, with the header ``x,y[,label][,score]``."""
+    """Images with a CSV file each, with the header ``x,y[,label][,score]``, or as `muse_fast.predict` writes it.
+
+    The classes are those of ``labels``, or else all that the columns ``class`` name, in alphabetical order.
+    """
 
     kind = "points"
     title = "a folder of images with a CSV of points each"
@@ -68,8 +71,14 @@ class CsvPoints(_Sidecar):
     suffixes = (".csv",)
     EMPTY = "only the header"
 
+    def __init__(self, target: str, options: _Sidecar.Options) -> None:
+        super().__init__(target, options)
+        self.label_names = self.label_names or class_names_of(entry.labels for entry in self.entries)
+
     def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
-        return read_points(entry.labels, width, height, len(self.label_names))
+        if not self.label_names:
+            return read_points(entry.labels, width, height, 0)
+        return read_named_points(entry.labels, width, height, self.label_names)
 
 
 class QuPath(_Sidecar):
@@ -81,8 +90,9 @@ class QuPath(_Sidecar):
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Options(_Sidecar.Options):
-        multi: str = setting("one", choices=("one", "each"))
-        """``one``: a MultiPolygon is one nucleus; ``each``: each of its parts is one, as written by CellViT."""
+        multi: str = setting("auto", choices=MULTI)
+        """``one``: a MultiPolygon is one nucleus; ``each``: each of its parts is one, as written by CellViT; ``auto``:
+        one if its parts are few and close."""
 
     kind = "qupath"
     title = "a folder of images with QuPath's GeoJSON each"
@@ -100,7 +110,7 @@ class QuPath(_Sidecar):
             self.label_names = tuple(sorted(set().union(*named) - {""}))
 
     def _points(self, entry: Entry) -> GeoPoints:
-        return read_geojson_points(entry.labels, self._multi, MAX_AREA_UM2 / entry.mpp**2)
+        return read_geojson_points(entry.labels, entry.mpp, self._multi)
 
     def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         points = self._points(entry)

@@ -221,6 +221,9 @@ def _folder(option: str, text: str) -> Path | None:
 
 
 def _find(folder: Path | None, name: str, suffixes: Sequence[str]) -> Path | None:
-    """Find the file of a slide in a folder of masks or nuclei."""
+    """Find the file of a slide in a folder of masks or nuclei; UserError if there are several."""
     paths = (folder / f"{name}{suffix}" for suffix in suffixes) if folder else ()
-    return next((path for path in paths if path.is_file()), None)
+    found = [path for path in paths if path.is_file()]
+    if len(found) > 1:
+        raise UserError(f"both {found[0]} and {found[1].name} exist; keep one")
+    return found[0] if found else None

@@ -129,6 +129,18 @@ def test_normalised_images_do_not_warn(shared_data):
             assert Normaliser()(images) is images
 
 
+@pytest.mark.parametrize("bad", [(-0.5, 3.0), (3.0, 96.5), (float("nan"), 3.0)])
+def test_points_outside_their_image_are_refused(tiny, bad):
+    images, image_index = torch.zeros(2, 3, 96, 96), torch.tensor([0, 1, 1])
+    xy = torch.tensor([[0.0, 96.0], [96.0, 0.0], bad])  # borders are inside
+    with pytest.raises(UserError, match=r"1 of 3 points lie outside .* of 96 x 96 px \(row 2 at"):
+        tiny.nucleus_features(images, xy, image_index)
+    with torch.no_grad():
+        assert tiny.nucleus_features(images, xy[:2], image_index[:2]).shape == (2, 192)
+        padded = tiny.nucleus_features(images, torch.tensor([[1.0, 2.0], [999.0, -1.0]]), torch.tensor([0, -1]))
+    assert padded[0].abs().max() > 0 == padded[1].abs().max()
+
+
 def test_images_without_nuclei(tiny):
     none = torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)
     assert tiny.nucleus_features(torch.randn(1, 3, 96, 96), *none).shape == (0, 192)

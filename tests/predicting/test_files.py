@@ -15,17 +15,19 @@ import shapely.geometry
 from PIL import Image
 
 from muse_fast.images.drawing import PALETTE
+from muse_fast.images.slide import Frame
 from muse_fast.predicting.files import OVERLAY_SIDE, CellFiles
 
 NAMES = ("tumour", 'odd, "quoted"', "Zelle ä")
 WIDTH, HEIGHT = 5000, 4000
 
 
-def page(width: int = WIDTH, height: int = HEIGHT) -> SimpleNamespace:
+def page(width: int = WIDTH, height: int = HEIGHT, corner: tuple[int, int] = (0, 0)) -> SimpleNamespace:
     def thumbnail(um: float) -> np.ndarray:
         return np.full((-int(-height * 0.25 // um), -int(-width * 0.25 // um), 3), 230, np.uint8)
 
-    return SimpleNamespace(width=width, height=height, mpp=0.25, thumbnail=thumbnail)
+    frame = Frame(*corner, width - corner[0], height - corner[1])
+    return SimpleNamespace(width=width, height=height, mpp=0.25, thumbnail=thumbnail, qupath_frame=frame)
 
 
 def cells(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,7 +58,8 @@ def test_a_thousand_cells(tmp_path: Path) -> None:
     xy[:2] = edge
     write(tmp_path / "out", [(xy[:1], label[:1], score[:1]), (xy[1:], label[1:], score[1:])])
     content = strict((tmp_path / "out" / "cells.geojson").read_text("utf-8"))
-    assert set(content) == {"type", "features"} and content["type"] == "FeatureCollection"
+    assert set(content) == {"type", "muse_fast", "features"} and content["type"] == "FeatureCollection"
+    assert content["muse_fast"] == {"frame": "qupath", "origin": [0, 0]}
     features = content["features"]
     assert len(features) == 1000
     assert len({uuid.UUID(feature["id"]) for feature in features}) == 1000
@@ -85,6 +88,23 @@ def test_the_table_agrees(tmp_path: Path) -> None:
     assert [int(row["label"]) for row in rows] == label.tolist()
     assert [row["class"] for row in rows] == [NAMES[kind] for kind in label]
     np.testing.assert_allclose([float(row["score"]) for row in rows], score, atol=5.1e-5)
+
+
+def test_a_page_that_qupath_crops(tmp_path: Path) -> None:
+    """The GeoJSON counts from the corner of the crop, the table from both corners."""
+    xy, label, score = cells(200)
+    files = CellFiles(tmp_path, page(corner=(1200, 300)), "slide", NAMES, False)
+    files.write(xy, label, score)
+    files.finish()
+    content = strict((tmp_path / "cells.geojson").read_text("utf-8"))
+    assert content["muse_fast"] == {"frame": "qupath", "origin": [1200, 300]}
+    found = np.array([feature["geometry"]["coordinates"] for feature in content["features"]])
+    np.testing.assert_allclose(found, xy - (1200, 300), atol=0.0051)
+    with open(tmp_path / "cells.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["x", "y", "label", "class", "score", "x_qupath", "y_qupath"]
+    assert [[float(row["x_qupath"]), float(row["y_qupath"])] for row in rows] == found.tolist()
+    np.testing.assert_allclose([(float(row["x"]), float(row["y"])) for row in rows], xy, atol=0.0051)
 
 
 def test_bytes_depend_only_on_the_cells_and_the_name(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from muse_fast.runtime.options import (
     load_settings,
     recorded_settings,
     setting,
+    split_list,
     split_settings,
     split_source_options,
 )
@@ -108,6 +109,21 @@ def test_an_error_in_a_file_names_it(tmp_path: Path) -> None:
     file.write_text("side:\n  rate: fast\n")
     with pytest.raises(UserError, match=r"c\.yaml: side\.rate=fast: expected a number$"):
         load_settings(WholeConfig, file)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", []),
+        ("a", ["a"]),
+        ("a,b c,d", ["a", "b c", "d"]),
+        (",a,,b,", ["a", "b"]),
+        (r"a\,b,c", ["a,b", "c"]),
+        (r"/x\,\,y,C:\z", ["/x,,y", "C:\\z"]),
+    ],
+)
+def test_names_are_split_at_commas(text: str, names: list[str]) -> None:
+    assert split_list(text) == names
 
 
 def test_arguments_are_split_into_settings_and_others(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_detections_of_two_folders(folders: tuple[Path, Path]) -> None:
         assert item.label is None and len(found) > 20
 
 
+def test_a_comma_in_the_name_of_a_folder(folders: tuple[Path, Path]) -> None:
+    first, second = folders
+    odd = first.rename(first.with_name("a, old"))
+    with pytest.raises(UserError, match=r"a is not a folder; expected .* \(a comma in a name is written \\,\)"):
+        open_source(f"images:{odd},{second}", mpp=0.5)
+    source = open_source(f"images:{str(odd).replace(',', chr(92) + ',')},{second}", mpp=0.5)
+    assert list(source.slides()) == [("field0", ""), ("field1", ""), ("S2", "val")]
+
+
 def test_options(folders: tuple[Path, Path]) -> None:
     spec = f"images:{folders[0]}"
     (first, _) = open_source(spec, mpp=0.5, detector="classical")

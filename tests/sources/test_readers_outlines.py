@@ -349,7 +349,7 @@ def test_qupath_files(tmp_path: Path) -> None:
     (tiny.folder / "mpp.csv").unlink()
     with pytest.raises(UserError, match=r"tile0.png: um per pixel unknown; give mpp=NUMBER or list"):
         opened(tiny)
-    with pytest.raises(UserError, match=r"qupath: multi=every: expected one or each"):
+    with pytest.raises(UserError, match=r"qupath: multi=every: expected auto, one or each"):
         opened(tiny, mpp=0.25, multi="every")
     path.unlink()
     with pytest.raises(UserError, match=r"tile0.geojson is missing; an image without nuclei needs an empty Feature"):

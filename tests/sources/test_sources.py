@@ -123,6 +123,30 @@ def test_harmless_variants_of_a_csv(points: Path, text: str) -> None:
     np.testing.assert_array_equal(item.xy, [[3, 4]])
 
 
+def test_class_names_in_a_csv(points: Path) -> None:
+    """The names in the column ``class`` decide, whatever their numbers; without ``labels`` they are the classes."""
+    write_image(points / "b.png")
+    (points / "a.csv").write_text('x,y,label,class,score\n1.5,2.5,0,tumour,1\n29.9,19.9,2,"odd, name",1\n3,4,-1,,1\n')
+    (points / "b.csv").write_text("x,y,label,class,score,x_qupath,y_qupath\n1,2,1,tumour,1,1,2\n")
+    source = open_source(f"points:{points}", mpp=0.25)
+    assert source.label_names == ("odd, name", "tumour")
+    assert [item.label.tolist() for item in source if item.label is not None] == [[1, 0, -1], [1]]
+    source = open_source(f"points:{points}", mpp=0.25, labels=r"tumour,other,odd\, name")
+    assert source.label_names == ("tumour", "other", "odd, name")
+    assert [item.label.tolist() for item in source if item.label is not None] == [[0, 2, -1], [0]]
+    with pytest.raises(UserError, match=r"a.csv: class 'odd, name', expected tumour, other"):
+        list(open_source(f"points:{points}", mpp=0.25, labels="tumour,other"))
+    (points / "a.csv").write_text("x,y,label\n1.5,2.5,0\n")
+    with pytest.raises(UserError, match=r"a.csv numbers its classes, .*b.csv names them; give labels= with the names"):
+        open_source(f"points:{points}", mpp=0.25)
+    (points / "a.csv").write_text("x,y,label,class\n1,2,0,tumour\n1,2,0,other\n")
+    with pytest.raises(UserError, match=r"a.csv, row 3: label 0 is called 'other' here, 'tumour' before"):
+        open_source(f"points:{points}", mpp=0.25)
+    (points / "a.csv").write_text("x,y,label,class\n1,2,0,\n1,2,1,tumour\n")
+    with pytest.raises(UserError, match=r"a.csv: label 0 has no name in the column class; name it, or remove"):
+        list(open_source(f"points:{points}", mpp=0.25))
+
+
 def test_an_image_without_nuclei(points: Path) -> None:
     (points / "a.csv").write_text("x,y,label\n")
     (item,) = open_source(f"points:{points}", mpp=0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -179,6 +180,57 @@ def test_own_geojson_of_one_multipolygon(tmp_path: Path, tissue: np.ndarray) -> 
         source = opened(slide, **EVERYTHING, nuclei=str(tmp_path / "cells"), multi=multi)
         assert np.concatenate([item.xy for item in source]).tolist() == expected
         assert source.dropped["TMA core"] == 1
+
+
+def outline(left: float, top: float, right: float, bottom: float, kind: str, name: str = "") -> dict:
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    properties = {"objectType": kind} | ({"classification": {"name": name}} if name else {})
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": properties}
+
+
+def test_other_objects_beside_own_nuclei(tmp_path: Path, tissue: np.ndarray) -> None:
+    """With regions, TMA cores, a cell beyond the edge, or gzipped, the nuclei are the same, and the rest is counted."""
+    slide = write_slide(tmp_path / "slides" / "slide.tif", tissue[:400, :400])
+    places = np.random.default_rng(0).uniform(10, 390, (40, 2)).round(1).tolist()
+    cells = [outline(x - 4, y - 4, x + 4, y + 4, "detection", "AB"[i % 2]) for i, (x, y) in enumerate(places)]
+    region, core = outline(0, 0, 400, 400, "annotation", "Region"), outline(100, 100, 300, 300, "tmaCore")
+    beyond = outline(396, 50, 406, 58, "detection", "A")
+    variants = {
+        "plain": (cells, {}),
+        "beside": ([region, core, *cells], {"annotation beside detections": 1, "TMA core": 1}),
+        "beyond": ([*cells, beyond], {"nucleus outside the slide": 1}),
+        "gzip": (cells, {}),
+    }
+    for name, (features, dropped) in variants.items():
+        (tmp_path / name).mkdir()
+        text = json.dumps({"type": "FeatureCollection", "features": features})
+        if name == "gzip":
+            (tmp_path / name / "slide.geojson.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (tmp_path / name / "slide.geojson").write_text(text)
+        source = opened(slide, **EVERYTHING | {"roi_um": 200}, nuclei=str(tmp_path / name), labels="A,B")
+        (item,) = source
+        np.testing.assert_allclose(item.xy, places, atol=1e-3)
+        assert item.label is not None and item.label.tolist() == [0, 1] * 20
+        assert source.dropped == dropped
+    (tmp_path / "gzip" / "slide.csv").write_text("x,y\n")
+    with pytest.raises(UserError, match=r"both .*slide.csv and slide.geojson.gz exist; keep one"):
+        opened(slide, nuclei=str(tmp_path / "gzip"))
+
+
+def test_own_tissue_of_qupath(slide: Path, tmp_path: Path) -> None:
+    """``Ignore*`` and TMA cores are not tissue."""
+    tissue, ignored = (
+        outline(0, 0, 500, 1000, "annotation", "Tissue"),
+        outline(500, 0, 1000, 1000, "annotation", "Ignore*"),
+    )
+    core, all_of_it = outline(0, 0, 1000, 1000, "tmaCore"), outline(0, 0, 1000, 1000, "annotation", "Tissue")
+    for number, features in enumerate(([tissue], [tissue, ignored], [all_of_it, ignored], [tissue, core])):
+        folder = tmp_path / f"tissue{number}"
+        folder.mkdir()
+        (folder / "slide.geojson").write_text(json.dumps(features))
+        source = opened(slide, roi_um=125, min_tissue=0.9, min_nuclei=0, tissue=str(folder), detector="classical")
+        assert [item.origin for item in source] == [(x, y) for y in (0, 250, 500, 750) for x in (0, 250)]
 
 
 def test_own_tissue(slide: Path, tmp_path: Path) -> None:

@@ -32,6 +32,26 @@ def write_slide(path: Path, image: np.ndarray, mpp: Mpp = 0.5, **settings: objec
     return path
 
 
+def write_scn(path: Path, image: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> Path:
+    """Write a slide of Leica at 0.5 um/px, ``size`` (w, h), of which only ``image`` at ``corner`` was scanned.
+
+    OpenSlide gives its place as ``openslide.bounds-*``, and QuPath shows only that part.
+    """
+    height, width = image.shape[:2]
+    nm = 500
+    places = {"sizeX": width * nm, "sizeY": height * nm, "offsetX": corner[0] * nm, "offsetY": corner[1] * nm}
+    view = " ".join(f'{name}="{value}"' for name, value in places.items())
+    description = f"""<?xml version="1.0"?>
+<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">
+<collection sizeX="{size[0] * nm}" sizeY="{size[1] * nm}"><image><device model="m" version="1"/>
+<pixels sizeX="{width}" sizeY="{height}"><dimension sizeX="{width}" sizeY="{height}" r="0" ifd="0"/></pixels>
+<view {view} spacingZ="0"/>
+<scanSettings><objectiveSettings><objective>20</objective></objectiveSettings><illuminationSettings>
+<numericalAperture>0.4</numericalAperture><illuminationSource>brightfield</illuminationSource>
+</illuminationSettings></scanSettings></image></collection></scn>"""
+    return write_slide(path, image, description=description, metadata=None)
+
+
 def damage(path: Path, *tiles: int, level: int = 0) -> None:
     """Overwrite the beginning of some tiles of a level of a compressed slide; without ``tiles`` of all."""
     with tifffile.TiffFile(path) as file:

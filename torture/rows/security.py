@@ -186,7 +186,7 @@ def loaders(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], Any]]]:
     yield "read_npy_mapping", "labels.npy", lambda file: read_npy_mapping(file, ("inst_map", "type_map"))
     yield "read_points", "points.csv", lambda file: read_points(file, 100, 100, 2)
     yield "read_image", "image.png", read_image
-    yield "read_geojson_points", "cells.geojson", read_geojson_points
+    yield "read_geojson_points", "cells.geojson", lambda file: read_geojson_points(file, 0.25)
     yield "detector weights", "detector.safetensors", read_finder
     yield (
         "predict --weights",
