@@ -6,11 +6,8 @@ names are ours. Nothing here runs code from a file.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +17,11 @@ from torch import Tensor
 
 from muse_fast.config import RESIZE_UNRECORDED
 from muse_fast.errors import UserError
+from muse_fast.models.weight_files import read_pth
 
 PREFIX = "module.backbone."
 EXACT = "exact_pos_embed"  # key of our exports, next to "teacher": the tensors are used as stored
 RESIZE = "pos_embed_resize"  # key of our exports: the rule by which the position embedding is resized to other sizes
-GIT_LFS_POINTER = b"version https://git-lfs"
 log = logging.getLogger(__name__)
 
 
@@ -57,6 +54,12 @@ def read_official(path: Path) -> Official:
     return Official(tensors, "muse_official", "scale_factor")
 
 
+def is_official(content: Any) -> bool:
+    """Whether the content of a file is in the published layout."""
+    teacher = content.get("teacher") if isinstance(content, dict) else None
+    return isinstance(teacher, dict) and any(str(name).startswith(PREFIX) for name in teacher)
+
+
 def official_pos_embed(pos_embed: Tensor) -> Tensor:
     """The position embedding ``[1, 1 + g * g, C]`` as the authors' evaluation code loads it.
 
@@ -83,29 +86,3 @@ def _read_dict(path: Path) -> dict[str, Any]:
             f"{path}: expected a dict with a state dict under 'teacher', as the MUSE files have; got {found}"
         )
     return content
-
-
-def read_pth(path: Path) -> Any:
-    """Read a file of ``torch.save`` that contains only tensors and plain values.
-
-    Raises:
-        UserError: the file is a git-LFS pointer, is damaged, or could run code.
-    """
-    with path.open("rb") as file:
-        start = file.read(len(GIT_LFS_POINTER))
-    if start == GIT_LFS_POINTER:
-        raise UserError(f"{path}: a git-LFS pointer, not the weights; run `git lfs pull` in its repository first.")
-    try:
-        # The authors' training script stored its options as a Namespace, a plain record; no other class is allowed.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path}: damaged, or contains objects that could run code when read, so it was not loaded "
-            f"({_first_line(error)}). Compare its checksum with the publisher's; if you trust it, load it in an "
-            f"isolated place and save only its tensors, as {{'teacher': state_dict}} or as .safetensors."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

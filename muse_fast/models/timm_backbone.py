@@ -24,12 +24,11 @@ from muse_fast import ops
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD, Normaliser
 from muse_fast.models.encoder import check_points
-from muse_fast.models.official import read_pth
-from muse_fast.runtime.tensors import load_strictly, read_safetensors, some
+from muse_fast.models.weight_files import find_network, read_weights
+from muse_fast.runtime.tensors import load_strictly, some
 
 PREFIX = "timm:"
 FINEST_STRIDE = 4  # of the maps of a hierarchical network; finer ones belong to its stem
-STATE_DICTS = ("teacher", "state_dict", "model", "model_state_dict")  # where training scripts keep the weights
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
@@ -211,6 +210,7 @@ def load_timm(text: str, *, image_size: int, align_corners: bool = False) -> Loa
 def summarise(about: Mapping[str, Any]) -> str:
     """Summarise ``about`` of `load_timm` in one line."""
     weights = about["file"] or "random weights (no @FILE)"
+    weights += f", {about['layout']}" if about.get("layout") else ""
     for key, words in (("left_out", "without"), ("converted", "converted by timm:")):
         weights += f", {words} {some(about[key])}" if about.get(key) else ""
     statistics = " ".join(f"{key} {'/'.join(f'{x:g}' for x in about[key])}" for key in IMAGENET)
@@ -223,11 +223,10 @@ def summarise(about: Mapping[str, Any]) -> str:
     )
 
 
-def _load_file(network: Any, arch: str, file: Path) -> dict[str, list[str]]:
-    """Load ``file`` strictly; return the names that were not used, and those that timm renamed or reshaped."""
-    content = read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
-    stored, outside = _state_dict(file, content)
+def _load_file(network: Any, arch: str, file: Path) -> dict[str, Any]:
+    """Load ``file`` strictly; return its layout, the names that were not used, and those that timm changed."""
     expected = network.state_dict()
+    stored, outside, layout = find_network(file, read_weights(file), expected)
     heads = network.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     tensors = {name: t for name, t in stored.items() if name in expected or not name.startswith(heads)}
@@ -237,6 +236,7 @@ def _load_file(network: Any, arch: str, file: Path) -> dict[str, list[str]]:
     load_strictly(network, {**converted, **counters}, str(file), arch)
     reshaped = [n for n in tensors.keys() & converted.keys() if tensors[n].shape != converted[n].shape]
     return {
+        "layout": layout,
         "left_out": outside + sorted(stored.keys() - tensors.keys()),
         "converted": sorted([*(tensors.keys() - converted.keys()), *reshaped]),
     }
@@ -254,24 +254,6 @@ def _convert(network: Any, arch: str, file: Path, tensors: dict[str, Tensor]) ->
     # timm would resize filters of another patch size, which changes the network.
     filters = {n: t for n, t in tensors.items() if n.endswith("patch_embed.proj.weight") and t.ndim == 4}
     return converted | filters
-
-
-def _state_dict(file: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of the network in a file's content, without prefixes, and names of tensors outside the network."""
-    while isinstance(content, Mapping) and (
-        within := [key for key in STATE_DICTS if isinstance(content.get(key), Mapping)]
-    ):
-        content = content[within[0]]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(one, Tensor) for one in content.values()):
-        found = some(sorted(map(str, content))) if isinstance(content, Mapping) else type(content).__name__
-        raise UserError(f"{file}: expected a state dict, bare or under {', '.join(STATE_DICTS)}; got {found}")
-    tensors, outside = dict(content), []
-    for prefix in ("module.", "backbone."):
-        inside = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
-        if inside:
-            outside += sorted(name for name in tensors if not name.startswith(prefix))
-            tensors = inside
-    return tensors, outside
 
 
 def _statistics(text: str, key: str, value: Any) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from muse_fast.config import POS_EMBED_RESIZE, RESIZE_UNRECORDED, PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.models.archs import ARCHS, find_arch
 from muse_fast.models.backbone import Backbone, build_backbone
-from muse_fast.models.official import RESIZE, official_pos_embed, read_official
+from muse_fast.models.official import RESIZE, is_official, official_pos_embed, read_official
+from muse_fast.models.weight_files import find_network, read_pth
 from muse_fast.runtime.options import recorded_settings
 from muse_fast.runtime.tensors import load_strictly, read_metadata, read_safetensors, some
 
@@ -23,6 +24,7 @@ COMPATS = ("exact", "muse_official")
 COMPAT = "pos_embed_compat"  # key of an export's metadata, next to RESIZE
 ENCODER = "encoder.encoder."  # prefix of timm's names
 POS_EMBED = f"{ENCODER}pos_embed"
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")  # of files of torch.save
 TIMM_CONFIG, TIMM_WEIGHTS, TIMM_DECODER = "config.json", "model.safetensors", "decoder.safetensors"  # an export's files
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,9 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     Args:
         arch: a name in `muse_fast.models.ARCHS`, such as ``vit_small``; None infers it from the weights.
         weights: a run folder (its newest checkpoint), a checkpoint folder, any export (``.safetensors``, ``.pth``
-            or timm folder), an official ``.pth`` file, or ``"random:vit_small"``; None or ``"random"`` draws random
-            weights for ``arch`` from torch's global generator.
+            or timm folder), an official ``.pth`` file, a file in which another script saved such a backbone, or
+            ``"random:vit_small"``; None or ``"random"`` draws random weights for ``arch`` from torch's global
+            generator.
         compat: ``"exact"`` uses the stored position embedding; ``"muse_official"`` does what the authors' code does: it
             resamples the embedding once, and resizes it to images of other sizes by DINO's rule (``scale_factor``).
             Default: ``"muse_official"`` for an official ``.pth`` and what was exported from it, else ``"exact"``.
@@ -55,7 +58,9 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     tensors = found.tensors
     found_arch = found.arch or infer_arch(tensors)
     if found_arch is None:
-        raise UserError(f"{path}: not the weights of a MUSE backbone; its tensors are {some(sorted(tensors))}")
+        raise UserError(
+            f"{path}: not the weights of a MUSE backbone{_kind(tensors)}; its tensors are {some(sorted(tensors))}"
+        )
     if arch not in (None, found_arch):
         raise UserError(
             f"{path}: contains a {found_arch}, not the requested {arch}. Request {found_arch}, or omit the name."
@@ -122,13 +127,33 @@ def _read(path: Path) -> _Found:
     if path.is_dir():
         return _read_checkpoint(path)
     if path.suffix == ".safetensors":
-        return _Found(_strip(read_safetensors(path)), None, *_read_use(path))
-    if path.suffix == ".pth":
+        return _Found(_find(path, read_safetensors(path)), None, *_read_use(path))
+    if path.suffix in TORCH_SUFFIXES:
+        content = read_pth(path)
+        if not is_official(content):
+            return _Found(_find(path, content))
         official = read_official(path)
         return _Found(official.tensors, None, official.compat, official.pos_embed_resize)
     raise UserError(
-        f"weights {path}: unknown kind {path.suffix!r}; expected a folder, a .safetensors or an official .pth"
+        f"weights {path}: unknown kind {path.suffix!r}; expected a folder, a .safetensors or a file of torch.save "
+        f"({', '.join(TORCH_SUFFIXES)})"
     )
+
+
+def _find(path: Path, content: Any) -> Mapping[str, Tensor]:
+    """The tensors of a backbone of ours in the content of a file, or all if it has none."""
+    for mark in {arch.mark[0] for arch in ARCHS.values()}:
+        tensors = find_network(path, content, [f"encoder.{mark}"]).tensors
+        if infer_arch(tensors):
+            break
+    return tensors
+
+
+def _kind(tensors: Mapping[str, Tensor]) -> str:
+    """What the weights of another network are, with what can use them."""
+    if any(name.endswith(("patch_embed.proj.weight", "layer1.0.conv1.weight")) for name in tensors):
+        return ", but of an encoder without MUSE's decoder (evaluate takes it as --weights timm:NAME@FILE)"
+    return ""
 
 
 def _read_checkpoint(folder: Path) -> _Found:

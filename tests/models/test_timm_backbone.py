@@ -198,9 +198,12 @@ def test_files_load_strictly_and_skipped_tensors_are_listed(
     for file in ("a.safetensors", "b.pth", "c.bin", "d.pth"):
         loaded = load_timm(f"{SMALL}@{tmp_path / file}", image_size=224)
         assert same_weights(loaded.backbone, stored), file
-        assert loaded.about["left_out"] == (["head.mlp.0.weight"] if file == "d.pth" else ["head.bias", "head.weight"])
+        left_out = ["module.head.mlp.0.weight"] if file == "d.pth" else ["head.bias", "head.weight"]
+        assert loaded.about["left_out"] == left_out
         assert loaded.about["converted"] == []
-        assert f"{file}, without head." in summarise(loaded.about)
+        assert f"{file}, {'under module.backbone., ' * (file == 'd.pth')}without {left_out[0]}" in summarise(
+            loaded.about
+        )
         assert not loaded.backbone.training
     bare = load_timm(SMALL, image_size=224)
     assert "random weights" in summarise(bare.about)
