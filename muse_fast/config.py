@@ -17,6 +17,8 @@ RESIZE_UNRECORDED = "size"  # the rule of weights from before the setting existe
 PRECISIONS = ("bf16", "fp32", "fp64")
 PARALLEL = ("ddp", "fsdp")
 CENTERINGS = ("ema", "sinkhorn")
+OPTIMISERS = ("adamw", "sgd", "lars")
+CLIPPING = ("global", "per_tensor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +115,9 @@ class LossConfig(Config):
     teacher_temp_start: float = setting(0.04, gt=0)
     teacher_temp_end: float = setting(0.05, gt=0)
     teacher_temp_steps: int = setting(39_600, ge=0)
-    """Steps over which the teacher temperature rises linearly."""
+    """Steps over which the teacher temperature rises linearly; by default 30 % of all, as 30 of DINO's 100 epochs."""
+    teacher_temp_epochs: float | None = setting(None, ge=0)
+    """The same in epochs (one is ROIs / batch_size steps), which replaces ``teacher_temp_steps``; DINO suggests 30."""
     centering: str = setting("ema", choices=CENTERINGS)
     """``ema`` (the paper's) or ``sinkhorn`` (three iterations; for small batches, where the EMA centre oscillates)."""
     center_momentum: float = setting(0.9, ge=0, lt=1)
@@ -127,6 +131,8 @@ class LossConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig(Config):
+    name: str = setting("adamw", choices=OPTIMISERS)
+    """``adamw``, ``sgd`` (with momentum 0.9) or ``lars``. DINO trains ViTs with AdamW and ResNets with SGD."""
     steps: int = setting(132_000, ge=1)
     batch_size: int = setting(256, ge=1)
     """ROIs per step, summed over all ranks."""
@@ -134,13 +140,17 @@ class OptimConfig(Config):
     """Micro-batches into which each rank splits its share of the batch, to save memory. The statistics of BatchNorm
     and Sinkhorn are those of one micro-batch of all ranks."""
     lr: float = setting(1e-3, ge=0)
-    """Peak learning rate."""
+    """Peak learning rate, of a batch of ``base_batch`` ROIs if that is set."""
+    base_batch: int | None = setting(None, ge=1)
+    """Scales the peak to ``lr * batch_size / base_batch`` (256 in DINO); null does not scale it."""
     min_lr: float = setting(1e-6, ge=0)
     warmup_steps: int = setting(9_400, ge=0)
     weight_decay_start: float = setting(0.04, ge=0)
     weight_decay_end: float = setting(0.4, ge=0)
     clip_grad: float = setting(3.0, ge=0)
-    """Maximum of the global gradient norm; 0: no clipping."""
+    """Maximum of the gradient norm; 0: no clipping."""
+    clip: str = setting("global", choices=CLIPPING)
+    """Which norm: ``global``, of all gradients together, or ``per_tensor``, of each by itself (DINO)."""
     ema_start: float = setting(0.996, ge=0, le=1)
     ema_end: float = setting(1.0, ge=0, le=1)
     freeze_prototypes_steps: int = setting(1_889, ge=0)
@@ -148,7 +158,13 @@ class OptimConfig(Config):
 
     def check(self) -> None:
         require(self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, f"below steps={self.steps}")
-        require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr}")
+        scaled = "" if self.base_batch is None else f" * batch_size / base_batch = {self.peak_lr:g}"
+        require(self.min_lr <= self.peak_lr, "min_lr", self.min_lr, f"at most lr={self.lr}{scaled}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.lr if self.base_batch is None else self.lr * self.batch_size / self.base_batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -201,6 +201,18 @@ def test_other_settings_do_not_continue_a_run(
     expect_error(capsys, [*arguments(workplace, out), "--resume", "never"], "contains checkpoints")
 
 
+def test_a_warm_up_in_epochs_is_recorded_in_steps(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of five ROIs in batches of two are five steps; the same command continues the run."""
+    out = workplace / "epochs"
+    argv = arguments(workplace, out, "loss.teacher_temp_epochs=2", "optim.steps=4", "train.eval_every=0")
+    crash_at_step(3, argv, monkeypatch)
+    assert main(argv) == 0
+    recorded = load_config(out / "config.yaml").loss
+    assert (recorded.teacher_temp_steps, recorded.teacher_temp_epochs) == (5, None)
+    temps = [row["teacher_temp"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    assert temps == pytest.approx([0.04, 0.042, 0.044, 0.046])
+
+
 def test_after_a_crash_before_the_first_checkpoint_the_run_starts_over_with_one_row_per_measurement(
     workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

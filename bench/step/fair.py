@@ -58,7 +58,9 @@ class FairTrainer:
         if not schedule.train_prototypes:
             self.student.image_head.prototypes_v.grad = self.student.nucleus_head.prototypes_v.grad = None
         if config.optim.clip_grad:
-            nn.utils.clip_grad_norm_(self.student.parameters(), config.optim.clip_grad)
+            parameters = list(self.student.parameters())
+            for clipped in [[p] for p in parameters] if config.optim.clip == "per_tensor" else [parameters]:
+                nn.utils.clip_grad_norm_(clipped, config.optim.clip_grad)
         self.optimizer.step()
 
         with torch.no_grad():

@@ -3,8 +3,7 @@
 Views go through the network one resolution at a time with outputs that grow by ``torch.cat``, attention stores its
 weights, the unified map is stored, nuclei are sampled image by image and matched by set intersection in Python, logits
 and log-softmaxes are stored for every pair of views, and gradients are clipped and the teacher is updated parameter by
-parameter. Written for this benchmark; it follows the engine only where the descriptions are silent: the gradient's norm
-is taken over all parameters.
+parameter. Written for this benchmark.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class LiteralTrainer:
         if not schedule.train_prototypes:
             self.student.image_head.prototypes_v.grad = self.student.nucleus_head.prototypes_v.grad = None
         if config.optim.clip_grad:
-            clip_gradients(self.student, config.optim.clip_grad)
+            clip_gradients(self.student, config.optim.clip_grad, config.optim.clip == "per_tensor")
         self.optimizer.step()
 
         with torch.no_grad():
@@ -147,10 +146,12 @@ def nucleus_loss(
     return total / max(1, pairs)
 
 
-def clip_gradients(model: torch.nn.Module, clip: float) -> None:
-    squares = [p.grad.norm(2).item() ** 2 for p in model.parameters() if p.grad is not None]
-    coefficient = clip / (sum(squares) ** 0.5 + 1e-6)
-    if coefficient < 1:
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad.mul_(coefficient)
+def clip_gradients(model: torch.nn.Module, clip: float, per_tensor: bool) -> None:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = [gradient.norm(2).item() for gradient in gradients]
+    if not per_tensor:
+        norms = [sum(norm**2 for norm in norms) ** 0.5] * len(norms)
+    for gradient, norm in zip(gradients, norms, strict=True):
+        coefficient = clip / (norm + 1e-6)
+        if coefficient < 1:
+            gradient.mul_(coefficient)

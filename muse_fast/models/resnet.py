@@ -36,13 +36,14 @@ class ResNetEncoder(Encoder):
         super().__init__()
         import timm
 
-        # zero_init_last would start every residual branch at zero, which neither DINO nor MUSE does.
+        # As in MUSE's own encoder, the last norm of each block starts at zero, and so the block as its shortcut. DINO's
+        # ResNet, torchvision's, starts that norm at one.
         self.encoder = timm.create_model(
             "resnet50",
             features_only=True,
             out_indices=(1, 2, 3, 4),
             norm_layer=BatchNorm2d,
-            zero_init_last=False,
+            zero_init_last=True,
         )
         blocks: list[Any] = [block for stage in range(1, 5) for block in self.encoder[f"layer{stage}"]]
         self.branch_scales = [BranchScale() for _ in blocks]

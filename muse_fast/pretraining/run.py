@@ -37,6 +37,7 @@ from muse_fast.training.run import (
     report_stalled,
     report_stopped,
 )
+from muse_fast.training.schedules import in_steps
 from muse_fast.version import __version__
 from muse_fast.views import renderers
 from muse_fast.views.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
@@ -61,6 +62,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     roiset = RoiSet(Path(config.data.roiset))
     roi_ids = roiset.select(config.data.split)
     check_roiset(roiset, roi_ids, config.views)
+    config = in_steps(config, len(roi_ids))
 
     device = pick_device(config.train.device, "train.device", distributed.local_rank())
     if (reason := renderers.why_not(config.data.backend, device)) is not None:
@@ -221,6 +223,9 @@ def _announce(
     spread = f" over {ranks} ranks ({config.train.parallel})" if ranks > 1 else ""
     spread += f" in {optim.accumulate} micro-batches" if optim.accumulate > 1 else ""
     print(f"  run    {optim.steps} steps of {optim.batch_size} ROIs{spread}, K {config.head.prototypes}, to {out}")
+    scaled = f" ({optim.lr:g} x {optim.batch_size} / {optim.base_batch})" if optim.base_batch else ""
+    clipping = f"gradients clipped at {optim.clip_grad:g} ({optim.clip})" if optim.clip_grad else "no clipping"
+    print(f"  optim  {optim.name}, learning rate {optim.peak_lr:g}{scaled}, {clipping}")
     if config.model.init and start is None:
         print(f"  from   {config.model.init}")
     if start is not None:

@@ -36,9 +36,9 @@ from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
 from muse_fast.runtime.options import flatten, recorded_settings
 from muse_fast.training.guard import Guard
-from muse_fast.training.optim import apply_schedule, build_optimizer, load_moments, moments
+from muse_fast.training.optim import apply_schedule, build_optimizer, clip_gradients, load_moments, moments
 from muse_fast.training.schedules import Schedule, schedule_at
-from muse_fast.training.sharding import full, like, local
+from muse_fast.training.sharding import full, like, local, norms
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -80,7 +80,7 @@ class Trainer:
         self.centers = {name: center.clone() for name in self.student.heads}
         self.loss_weights = loss_weights(config.loss)
         self.guard = Guard([*(f"{name} loss" for name in self.loss_weights), "gradient norm"], device)
-        self.optimizer = build_optimizer(self.student, self.guard)
+        self.optimizer = build_optimizer(self.student, self.guard, config.optim.name)
 
     @property
     def _sharded(self) -> bool:
@@ -132,7 +132,9 @@ class Trainer:
         if not schedule.train_prototypes:
             for head in self.student.heads.values():
                 head.prototypes_v.grad = None
-        grad_norm = full(nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None]))
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        tensor_norms = norms(gradients)
+        grad_norm = torch.linalg.vector_norm(tensor_norms)
         go = self.guard.look(self.step + 1, [*totals.losses.values(), grad_norm], *_samples(micro_batches))
 
         # Update the centres from the teacher as it was, then the student, then the teacher from the student.
@@ -140,7 +142,8 @@ class Trainer:
             momentum = config.loss.center_momentum
             update_center(self.centers[name], z_sum, rows, teacher[name].prototypes, momentum, go)
         if config.optim.clip_grad:
-            nn.utils.clip_grads_with_norm_(self.student.parameters(), config.optim.clip_grad, grad_norm)
+            per_tensor = config.optim.clip == "per_tensor"
+            clip_gradients(gradients, tensor_norms if per_tensor else grad_norm, config.optim.clip_grad)
         apply_schedule(self.optimizer, schedule)
         self.optimizer.step()
         update_teacher(local(self.teacher.parameters()), local(self.student.parameters()), schedule.ema_momentum, go)

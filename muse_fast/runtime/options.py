@@ -188,7 +188,8 @@ def recorded_settings(kind: type[Config], recorded: Mapping[str, Any]) -> dict[s
     Args:
         recorded: nested, as in the checkpoint; it may lack settings of ``kind``.
     """
-    return {**_before(kind), **dict(flatten(recorded))}
+    defaults = dict(flatten(dataclasses.asdict(kind())))  # type: ignore[call-overload]  # subclasses are dataclasses
+    return {**defaults, **_before(kind), **dict(flatten(recorded))}
 
 
 def _before(kind: type[Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ Steps count from 0; ``steps`` is the length of the run, whose last step is ``ste
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from muse_fast.config import PretrainConfig
 
@@ -29,6 +29,15 @@ def warmup_cosine(peak: float, end: float, step: int, steps: int, warmup: int) -
     return cosine(peak, end, step - warmup, steps - warmup)
 
 
+def in_steps(config: PretrainConfig, num_rois: int) -> PretrainConfig:
+    """Return ``config`` with durations that it states in epochs over ``num_rois`` ROIs in steps instead."""
+    epochs = config.loss.teacher_temp_epochs
+    if epochs is None:
+        return config
+    steps = round(epochs * num_rois / config.optim.batch_size)
+    return replace(config, loss=replace(config.loss, teacher_temp_steps=steps, teacher_temp_epochs=None))
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """The scheduled values of one step (paper, appendix B, with DINO's shapes)."""
@@ -41,10 +50,12 @@ class Schedule:
 
 
 def schedule_at(step: int, config: PretrainConfig) -> Schedule:
-    """Return the values of ``step``."""
+    """Return the values of ``step``; durations must be in steps, see `in_steps`."""
     optim, loss = config.optim, config.loss
+    if loss.teacher_temp_epochs is not None:
+        raise ValueError("loss.teacher_temp_epochs is set: convert it first, with schedules.in_steps(config, rois)")
     return Schedule(
-        lr=warmup_cosine(optim.lr, optim.min_lr, step, optim.steps, optim.warmup_steps),
+        lr=warmup_cosine(optim.peak_lr, optim.min_lr, step, optim.steps, optim.warmup_steps),
         weight_decay=cosine(optim.weight_decay_start, optim.weight_decay_end, step, optim.steps),
         teacher_temp=linear(loss.teacher_temp_start, loss.teacher_temp_end, step, loss.teacher_temp_steps),
         ema_momentum=cosine(optim.ema_start, optim.ema_end, step, optim.steps),

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from muse_fast.runtime.distributed import sum_over_ranks
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -20,6 +22,17 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 def full(tensor: Tensor) -> Tensor:
     """Return the unsharded tensor; all ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of each whole tensor, ``[n]``; the host does not wait for the device.
+
+    Either all tensors are sharded, then all ranks must call this together and it costs one all-reduce, or none is.
+    """
+    found = torch.stack(torch._foreach_norm(local(tensors)))
+    if isinstance(tensors[0], DTensor):
+        found = sum_over_ranks(found**2) ** 0.5
+    return found
 
 
 def like(value: Tensor, tensor: Tensor) -> Tensor:

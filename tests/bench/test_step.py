@@ -100,11 +100,11 @@ def test_drop_path_drops_images_and_rescales_the_others(drop_path: float) -> Non
     assert kept.mean().item() == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_all_versions_train_alike(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "clip"), [("fp32", "per_tensor"), ("bf16", "global")])
+def test_all_versions_train_alike(precision: str, clip: str) -> None:
     """Also with several local views, weighted losses and strong clipping."""
     settings = [f"train.precision={precision}", "views.num_locals=2", "loss.lambda_nucleus=0.5", "optim.clip_grad=0.3"]
-    rows = checked(*versions, settings=[*TINY, *settings])
+    rows = checked(*versions, settings=[*TINY, *settings, f"optim.clip={clip}"])
     assert not any("wrong" in row for row in rows.values()), rows
     assert all(row["peak_bytes"] > row["held_bytes"] > 0 for row in rows.values())
 

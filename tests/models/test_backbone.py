@@ -16,12 +16,13 @@ from muse_fast.images.image_files import read_image
 from muse_fast.images.imagenet import Normaliser, normalise
 from muse_fast.models.archs import ARCHS
 from muse_fast.models.backbone import build_backbone
+from tests.support.filled import open_branches
 
 
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
-    return {arch: build_backbone(arch) for arch in ("vit_tiny", "resnet50")}
+    return {arch: open_branches(build_backbone(arch)) for arch in ("vit_tiny", "resnet50")}
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def test_batch_norm_uses_running_statistics_only_in_evaluation(tiny):
 @pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])
 def test_paths_are_dropped_only_by_scales(arch):
     """A backbone is deterministic even in training; the encoder drops only what the scales say."""
-    model = build_backbone(arch, drop_path=0.5)
+    model = open_branches(build_backbone(arch, drop_path=0.5))
     images, branches = torch.randn(2, 3, 96, 96), len(model.encoder.drop_rates)
     with torch.no_grad():
         for mode in (model.train(), model.eval()):

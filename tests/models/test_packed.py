@@ -14,6 +14,7 @@ from muse_fast.batch import PackedNuclei
 from muse_fast.models.backbone import build_backbone
 from muse_fast.pretraining.distill import encode
 from muse_fast.pretraining.drop_path import draw_scales
+from tests.support.filled import open_branches
 from tests.support.published import dino_pos_embed
 
 COUNTS = (2, 3)  # images of each resolution
@@ -55,7 +56,7 @@ def make_nuclei(images: int, side: int) -> PackedNuclei:
 @pytest.mark.parametrize(("arch", "sizes"), [*SIZES[:3], pytest.param("resnet50", (64, 32), id="resnet50-64-32")])
 def test_one_pass_over_two_resolutions_equals_two_passes(arch: str, sizes: tuple[int, int], drop: bool) -> None:
     """CLS and nucleus rows, gradients of weights and images, and running statistics, which depend on the order."""
-    packed = build_backbone(arch, drop_path=0.4, image_size=sizes[0]).train()
+    packed = open_branches(build_backbone(arch, drop_path=0.4, image_size=sizes[0])).train()
     separate = copy.deepcopy(packed)
     images, nuclei = make_images(sizes), [make_nuclei(n, side) for n, side in zip(COUNTS, sizes, strict=True)]
     scales = draw_scales(packed.encoder.drop_rates, 0, 0, 1, sum(COUNTS)).flatten(1) if drop else None

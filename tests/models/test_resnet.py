@@ -7,13 +7,14 @@ import torch
 
 from muse_fast.errors import UserError
 from muse_fast.models.resnet import WIDTHS, ResNetEncoder
+from tests.support.filled import open_branches
 
 
 @pytest.fixture(scope="module")
 def encoder():
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    return ResNetEncoder()
+    return open_branches(ResNetEncoder())
 
 
 def test_names_are_those_of_a_timm_resnet50_without_its_classifier(encoder):
@@ -42,8 +43,19 @@ def test_widths_and_strides(encoder, side, sides):
     assert [tuple(m.shape) for m in maps] == [(1, w, s, s) for w, s in zip(WIDTHS, sides, strict=True)]
 
 
-def test_residual_branches_do_not_start_at_zero(encoder):
-    assert all(float(block.bn3.weight.detach().min()) == 1 for block in encoder.encoder.layer4)
+def test_initial_weights_are_those_of_timm():
+    """MUSE's encoder is timm's ``resnet50``: a block starts as its shortcut, and learns from the first step on."""
+    import timm
+
+    torch.manual_seed(3)
+    ours = ResNetEncoder().encoder
+    torch.manual_seed(3)
+    theirs = timm.create_model("resnet50", features_only=True, out_indices=(1, 2, 3, 4)).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+    block, x = ours.layer2[1], torch.rand(2, 512, 8, 8)
+    assert torch.equal(block(x), x)
+    block(x).square().sum().backward()
+    assert block.bn3.weight.grad.abs().min() > 0
 
 
 def test_unsupported_images_are_refused(encoder):

@@ -14,6 +14,7 @@ from muse_fast.pretraining import trainer as trainer_module
 from muse_fast.pretraining.drop_path import draw_scales
 from muse_fast.pretraining.trainer import Trainer
 from tests.pretraining.test_trainer import toy, toy_views
+from tests.support.filled import open_branches
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def test_the_teacher_drops_no_path_and_the_student_does(monkeypatch: pytest.Monk
 
 def test_resnet50_drops_the_branches_of_an_image() -> None:
     """An image that loses a block's branch goes through its shortcut only; other images do not change."""
-    encoder = ResNetEncoder(drop_path=0.3).eval()
+    encoder = open_branches(ResNetEncoder(drop_path=0.3)).eval()
     assert encoder.drop_rates == pytest.approx([0.3 * block / 15 for block in range(16)])
     images = [torch.randn(2, 3, 64, 64), torch.randn(1, 3, 32, 32)]
     scales = torch.ones(16, 3)

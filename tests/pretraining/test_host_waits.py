@@ -34,6 +34,7 @@ SETTINGS = [
     pytest.param(("loss.logit_free=false", "loss.centering=sinkhorn"), id="stored-logits-sinkhorn"),
     pytest.param(("head.input_norm=true",), id="input-norm"),
     pytest.param(("model.drop_path=0.0", "optim.clip_grad=0"), id="no-drop-path-no-clipping"),
+    pytest.param(("optim.clip=per_tensor", "optim.name=lars"), id="lars-clipped-per-tensor"),
     pytest.param(("optim.accumulate=2", "optim.batch_size=4"), id="micro-batches"),
     *(pytest.param((f"loss.lambda_{name}=0.1",), id=name) for name, loss in LOSSES.items() if loss.optional),
     pytest.param(("model.recompute=selective",), id="selective"),

@@ -14,12 +14,16 @@ from muse_fast.config import PretrainConfig, load_config
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.training.guard import NonFiniteError
 from muse_fast.training.report import read_back
+from tests.support.filled import open_branches
 
 TOY = [
     "model.arch=vit_tiny", "model.drop_path=0.2", "views.global_size=64", "views.local_size=32", "views.num_locals=2",
     "head.hidden_dim=32", "head.prototypes=24", "optim.steps=50", "optim.batch_size=2", "optim.warmup_steps=2",
     "optim.freeze_prototypes_steps=2", "optim.ema_start=0.9", "train.precision=fp32",
 ]  # fmt: skip
+
+
+CPU = torch.device("cpu")
 
 
 def toy(*overrides: str) -> PretrainConfig:
@@ -108,23 +112,38 @@ def test_a_step_changes_student_teacher_and_centres_but_not_frozen_prototypes() 
     assert frozen <= changed(before, snapshot(trainer))
 
 
-def test_gradients_are_clipped_to_the_configured_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(toy("optim.clip_grad=0.01"), torch.device("cpu"))
-    seen = []
-    step = trainer.optimizer.step
-    monkeypatch.setattr(
-        trainer.optimizer,
-        "step",
-        lambda: (
-            seen.append(
-                torch.stack([p.grad.double().norm() for p in trainer.student.parameters() if p.grad is not None]).norm()
-            ),
-            step(),
-        ),
+def gradients_at_the_update(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Take a step; return the gradients that the optimiser received."""
+    seen, step = {}, trainer.optimizer.step
+
+    def watched() -> None:
+        named = trainer.student.named_parameters()
+        seen.update({name: p.grad.double() for name, p in named if p.grad is not None})
+        step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.optimizer, "step", watched)
+        seen["norm"] = trainer.train_step(toy_views())["grad_norm"].double()
+    return seen
+
+
+@pytest.mark.parametrize("clip", ["global", "per_tensor"])
+def test_gradients_are_clipped_to_the_configured_norm(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 0.01
+    free, ours = (
+        gradients_at_the_update(Trainer(toy(f"optim.clip_grad={value}", f"optim.clip={clip}"), CPU), monkeypatch)
+        for value in (0, limit)
     )
-    values = trainer.train_step(toy_views())
-    assert values["grad_norm"] > 0.01
-    assert seen[0].item() == pytest.approx(0.01, rel=1e-3)
+    total = free.pop("norm")
+    torch.testing.assert_close(total, torch.stack([g.norm() for g in free.values()]).norm(), rtol=1e-5, atol=0)
+    assert ours.pop("norm") == total > limit  # the norm in the log is that before clipping
+    assert ours.keys() == free.keys()
+    for name, gradient in free.items():
+        norm = gradient.norm() if clip == "per_tensor" else total
+        expected = gradient * min(1.0, limit / (norm.item() + 1e-6))
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-9, msg=name)
+    small = [name for name, gradient in free.items() if gradient.norm() < limit]
+    assert small and (clip == "global") != all(torch.equal(ours[name], free[name]) for name in small)
 
 
 @pytest.mark.parametrize("nuclei", [0, 1])
@@ -173,9 +192,10 @@ def test_the_nucleus_loss_falls_on_a_fixed_batch(centering: str) -> None:
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_save_and_load_continue_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["optim.name=adamw", "optim.name=sgd", "optim.name=lars"])
+def test_save_and_load_continue_bit_for_bit(optim: str, tmp_path: Path) -> None:
     """With drop path and another torch random state."""
-    config = toy()
+    config = toy(optim, "optim.clip=per_tensor", "optim.lr=0.1")
     trainer = Trainer(config, torch.device("cpu"))
     for seed in range(3):
         trainer.train_step(toy_views(seed))
@@ -215,6 +235,7 @@ def test_the_centre_moves_to_the_mean_logit_of_the_teacher_before_its_update() -
 @pytest.mark.slow
 def test_resnet50_trains_too() -> None:
     trainer = Trainer(toy("model.arch=resnet50"), torch.device("cpu"))
+    open_branches(trainer.student)  # while they are closed, only the norm that opens them has a gradient
     before = snapshot(trainer)
     values = trainer.train_step(toy_views())
     assert all(math.isfinite(value) for value in values.values())

@@ -6,6 +6,14 @@ import torch
 from torch import nn
 
 
+def open_branches(network: nn.Module) -> nn.Module:
+    """Give every norm a gain of 1, so that residual branches that start at zero contribute; return the network."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1 and name.endswith("bn3.weight"):
+            nn.init.ones_(parameter)
+    return network
+
+
 def fill(network: nn.Module) -> nn.Module:
     """Fill every tensor of ``network``, which may be on the meta device; return it on the CPU, in evaluation mode."""
     network = network.to_empty(device="cpu").eval()
