@@ -278,7 +278,15 @@ def test_finished_slides_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert classical("--out", out, first) == 2
     assert "already contains all predictions" in capsys.readouterr().err
     assert classical("--out", out, first, second, "tissue=false") == 2
-    assert "made with settings" in capsys.readouterr().err
+    assert "made with settings {'tissue': True}, not {'tissue': False}; choose another --out" in capsys.readouterr().err
+    record = json.loads((out / "predict.json").read_text())
+    old = record["settings"] | {"max_unreadable_tiles": 20}
+    del old["max_unreadable"]
+    (out / "predict.json").write_text(json.dumps(record | {"settings": old}))
+    assert classical("--out", out, first, second) == 2
+    said = capsys.readouterr().err
+    assert "made with settings {'max_unreadable_tiles': 20}, not {'max_unreadable': 0.05}; choose another --out" in said
+    (out / "predict.json").write_text(json.dumps(record))
     assert classical("--out", out, first, second, "batch=1") == 0  # does not change the nuclei
     assert (out / "a" / "cells.csv").stat().st_mtime_ns == stamp
     assert summary(out)["inputs"] == 2

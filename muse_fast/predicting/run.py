@@ -104,10 +104,12 @@ def _left_to_do(
     before = json.loads(record.read_text()) if record.is_file() else made_with
     if before != made_with and any(out.glob(f"*/{_SUMMARY}")):
         changed = next(key for key in made_with if before.get(key) != made_with[key])
-        raise UserError(
-            f"{out} contains predictions made with {changed} {before.get(changed)}, not {made_with[changed]}; "
-            "choose another --out"
-        )
+        old, new = before.get(changed), made_with[changed]
+        if isinstance(old, dict) and isinstance(new, dict):  # settings
+            old, new = (
+                {key: one[key] for key in one if one[key] != other.get(key)} for one, other in ((old, new), (new, old))
+            )
+        raise UserError(f"{out} contains predictions made with {changed} {old}, not {new}; choose another --out")
     left, refused, names = [], {}, dict[str, Path]()
     for page in pages:
         if (first := names.setdefault(page.name, page.path)) != page.path:
@@ -239,7 +241,7 @@ def _describe(summary: dict[str, Any]) -> str:
     if summary["nothing_found"]:
         return damage + summary["nothing_found"]
     return damage + (
-        f"{summary['nuclei']:,} nuclei, {summary['nuclei_per_mm2']:,.0f} per mm2 on {summary['area_mm2']:.2f} mm2, "
+        f"{summary['nuclei']:,} nuclei, {summary['nuclei_per_mm2']:,.0f} per mm2 on {summary['area_mm2']:.3g} mm2, "
         f"{summary['seconds']:.1f} s, {summary['nuclei_per_second']:,.0f} nuclei/s, "
         f"detector busy {100 * summary['detector_busy']:.0f} %"
     )

@@ -67,7 +67,7 @@ def prepare_slides(
     print(f"           {out / 'report.html'}")
     if summary["unreadable_mm2"]:
         print(f"  damage   {summary['unreadable_mm2']:g} mm2 of the tissue cannot be read, see report.csv")
-    for name, reasons in (("are empty", summary["nothing_found"]), ("were skipped", summary["skipped"])):
+    for name, reasons in (("without ROIs", summary["nothing_found"]), ("skipped", summary["skipped"])):
         if reasons:
             print(f"{len(reasons)} of {source.found} slides {name}:\n{listed(reasons)}")
     return 0
