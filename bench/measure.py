@@ -139,7 +139,7 @@ def held_and_peak(prepare: Callable[[], Any], run: Callable[[], Any], device: st
 
 def allocations(profile: torch.autograd.profiler.profile) -> list[tuple[int, int]]:
     """Return the time and bytes of every allocation; negative bytes are freed."""
-    events = profile.kineto_results.events()
+    events: Any = profile.kineto_results.events()  # type: ignore[union-attr] # there are results after the profile
     return [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
 
 

@@ -25,7 +25,7 @@ views: {global_size: 64, local_size: 32, num_locals: 1}
 model: {arch: vit_tiny}
 head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
 loss: {centering: sinkhorn}
-optim: {steps: 24, batch_size: 4, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
+optim: {steps: 12, batch_size: 4, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
 train: {precision: fp64, device: cpu, log_every: 1, checkpoint_every: 1000, eval_every: 0, eval_rois: 4}
 data: {workers: 0}
 """

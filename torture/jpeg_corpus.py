@@ -8,6 +8,7 @@ import gzip
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,13 +31,13 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def encode(image: np.ndarray, **options: object) -> bytes:
+def encode(image: np.ndarray, **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", **options)
     return buffer.getvalue()
 
 
-def save(mode: str = "RGB", size: tuple[int, int] = (WIDTH, HEIGHT), form: str = "JPEG", **options: object) -> bytes:
+def save(mode: str = "RGB", size: tuple[int, int] = (WIDTH, HEIGHT), form: str = "JPEG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     if form == "JPEG":
         options = {"quality": 90, "subsampling": 0, **options}
@@ -46,7 +47,7 @@ def save(mode: str = "RGB", size: tuple[int, int] = (WIDTH, HEIGHT), form: str =
     return buffer.getvalue()
 
 
-ROWS = {"restart_marker_rows": 1}
+ROWS: dict[str, Any] = {"restart_marker_rows": 1}
 
 
 def replaced(data: bytes, at: int, new: bytes) -> bytes:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         time.sleep(PAUSE)
         return train_step(trainer, *views, measure=measure)
 
-    Trainer.train_step = paced_step  # type: ignore[method-assign]
+    Trainer.train_step = paced_step  # type: ignore[method-assign, assignment]
     return run(pretrain.main, argv)
 
 

@@ -54,12 +54,11 @@ MORE_BATCHES = 4  # of the long run of a loader, compared with the short run
 
 def loaders(device: str) -> dict[str, Loader]:
     """Return the loaders that run here by the name of their backend; views stay on the device that rendered them."""
-    found = {}
+    found: dict[str, Loader] = {}
     for backend in DATA_BACKENDS:
         place = "cpu" if backend == "cpu" else device
         if why_not(backend, torch.device(place)) is None:
-            options = {"device": place, "pin_memory": place == "cuda"}
-            found[backend] = partial(load_views, workers=0, backend=backend, **options)
+            found[backend] = partial(load_views, workers=0, backend=backend, device=place, pin_memory=place == "cuda")
     return found
 
 
@@ -105,7 +104,7 @@ def decode_seen(plan: Plan) -> tuple[NDArray[np.uint8], int]:
 
 def describe(plans: Sequence[Plan]) -> dict[str, float]:
     """Return means over ROIs: fractions of rows decoded and of pixels in the views' window; nuclei and pairs."""
-    rows, pixels, nuclei, pairs = [], [], [], []
+    rows, pixels, nuclei, pairs = list[float](), list[float](), list[float](), list[float]()
     for plan in plans:
         _, _, width, height = plan.window()
         rows.append(len(decode_seen(plan)[0]) / plan.roi.height)

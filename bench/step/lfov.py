@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from bench.measure import held_and_peak, milliseconds, quantiles
 from bench.step.timing import Row, efficiency, skip_on_refusal
 from muse_fast.config import RECOMPUTE
 from muse_fast.models.archs import find_arch
-from muse_fast.models.backbone import build_backbone
+from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.encoder import check_image_size
 from muse_fast.pretraining.flops import view_flops
 
@@ -37,7 +36,7 @@ def run(arch: str, side: int, batch: int, precision: str, device: str, matmul: f
 def measure(arch: str, side: int, batch: int, precision: str, device: str, recompute: str) -> Row:
     """Measure the dense map of images and the gradient of all weights, after one warm-up run."""
     torch.manual_seed(0)
-    networks: list[nn.Module] = []
+    networks: list[Backbone] = []
     images = torch.randn(batch, 3, side, side, device=device)
 
     def forward_and_backward() -> None:
@@ -48,7 +47,7 @@ def measure(arch: str, side: int, batch: int, precision: str, device: str, recom
 
     def prepare() -> None:
         backbone = build_backbone(arch, recompute=recompute).train()
-        networks.append(backbone.to(device, memory_format=torch.channels_last))
+        networks.append(backbone.to(device).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         forward_and_backward()
         networks[0].zero_grad()
 

@@ -103,7 +103,7 @@ def image_loss(
     num_rois = len(teacher) // num_globals
     student_views = (student.float() / student_temp).split(num_rois)
     teacher_views = F.softmax((teacher.float() - center) / teacher_temp, dim=-1).detach().split(num_rois)
-    total, terms = 0.0, 0
+    total, terms = torch.zeros((), device=student.device), 0
     for g, q in enumerate(teacher_views):
         for v, s in enumerate(student_views):
             if v == g:
@@ -129,7 +129,7 @@ def nucleus_loss(
     for _, index in nuclei:
         row_of.append({nucleus: first + place for place, nucleus in enumerate(index.tolist())})
         first += len(index)
-    total, pairs = 0.0, 0
+    total, pairs = torch.zeros((), device=student.device), 0
     for g in range(views.num_globals):
         for v in range(views.num_globals + views.num_locals):
             if v == g:

@@ -217,7 +217,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.encoder: nn.Module
         if arch == "resnet50":
-            self.image_dim, self.dense_dim = 2048, 1024
+            self.image_dim, self.dense_dim = RESNET_WIDTHS[-1], RESNET_WIDTHS[-1] // 2
             self.encoder = ResNetEncoder(drop_path)
             self.decoder = Decoder(RESNET_WIDTHS, self.dense_dim // 4)
         elif arch not in VIT_DIM_AND_HEADS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bench.ablation import runs
 from muse_fast import load_backbone, prepare
 from muse_fast.config import load_config
 from muse_fast.runtime import checkpoint
+from tests.support.thin import thin_networks
 
 TOY = """
 data: {split: train, workers: 0}
@@ -24,6 +26,12 @@ loss: {centering: sinkhorn}
 optim: {steps: 2, batch_size: 2, warmup_steps: 1}
 train: {precision: fp32, log_every: 1, eval_every: 0, eval_rois: 2}
 """
+
+
+@pytest.fixture(autouse=True)
+def thin() -> Iterator[None]:
+    with thin_networks():
+        yield
 
 
 @pytest.fixture(scope="module")

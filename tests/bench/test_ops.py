@@ -197,7 +197,7 @@ def test_forms_that_do_not_compile_are_skipped(monkeypatch: pytest.MonkeyPatch) 
     assert {row["skipped"] for row in compiled} == {"RuntimeError: out of order"}
 
 
-@pytest.mark.slow
+@pytest.mark.heavy  # two builds
 def test_compiled_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "LENGTHS_FROM_DATA", ())
     rows = timing.run_case(LOSS, "cpu", RATES)

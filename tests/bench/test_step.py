@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from bench.step import networks as step_networks
 from bench.step import timing
 from bench.step.timing import Version
 from muse_fast.config import load_config
+from muse_fast.models.backbone import build_backbone
 from muse_fast.pretraining.trainer import Trainer
+from tests.support.thin import thin_networks
 
 TINY = [
     "model.arch=vit_tiny", "train.precision=fp32", "views.global_size=64", "views.local_size=32", "views.num_locals=1",
@@ -34,8 +36,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(step_command, "machine_rates", lambda device: Rates(1e10, 1e11))
+    with thin_networks():
+        yield
 
 
 def checked(*some: Version, settings: list[str] = TINY) -> dict[str, dict[str, Any]]:
@@ -109,7 +113,6 @@ def test_all_versions_train_alike(precision: str, clip: str) -> None:
     assert all(row["peak_bytes"] > row["held_bytes"] > 0 for row in rows.values())
 
 
-@pytest.mark.slow
 def test_all_versions_of_a_resnet_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only one step: at sizes this small a ResNet amplifies rounding errors in the next."""
     monkeypatch.setattr(timing, "GATE_STEPS", 1)
@@ -305,9 +308,10 @@ def test_large_images(tmp_path: Path) -> None:
     assert command.main(["step", "--device", "cpu", "--lfov", "128", "--batch", "4", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]
     assert [row["version"] for row in rows] == ["recompute none", "recompute selective", "recompute full"]
+    weights = 4 * sum(parameter.numel() for parameter in build_backbone("vit_tiny").parameters())
     for row in rows:
         assert row["img_per_s"] == pytest.approx(4e3 / row["median_ms"])
-        assert row["peak_bytes"] > row["held_bytes"] > 4 * 7_000_000  # float32 weights of a ViT-Ti
+        assert row["peak_bytes"] > row["held_bytes"] >= weights
     assert rows[0]["step_bytes"] > rows[2]["step_bytes"]
 
 

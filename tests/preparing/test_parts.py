@@ -25,7 +25,7 @@ from muse_fast.sources.cut import CutSettings, SlideFile
 from tests.support.planted import write_pyramid
 from tests.support.small_slides import damage, page_with_tissue, write_slide
 
-SETTINGS = CutSettings(roi_um=64, min_nuclei=1)
+SETTINGS = CutSettings(roi_um=64, min_nuclei=1, detector="classical")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def kill_reader(self: Parts, file: SlideFile, pool: Pool) -> None:
     """Imitate a crash in the decoder: the process that reads s1 dies."""
     if file.name == "s1":
         pool.call(os.kill, _a_process(pool), signal.SIGKILL)
-        time.sleep(5)
+        time.sleep(1)
         pool.call(os.getpid)
     else:
         WRITE(self, file, pool)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 
 from muse_fast import pretrain
 from muse_fast.images.synthetic import synthetic_image
-from muse_fast.models import archs, vit
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime import checkpoint, cli
@@ -27,6 +23,7 @@ from muse_fast.runtime.distributed import rank
 from muse_fast.training.report import read_metrics
 from muse_fast.views.loader import StepSampler
 from tests.support.ranks import Ranks
+from tests.support.thin import thin_networks
 
 STEPS = int(os.environ.get("MUSE_FAST_TOY_STEPS", "24"))  # torture's row T2 takes 60
 MIDWAY = 3 * STEPS // 5  # a checkpoint while prototypes are still frozen, hence without their moments
@@ -70,15 +67,8 @@ UNCHANGED = Change()
 def run_command(argv: Sequence[str], change: Change = UNCHANGED) -> Ended:
     """Run the command on thin networks: a ViT with four layers, a ResNet-50 with a sixteenth of the channels."""
     out, err = io.StringIO(), io.StringIO()
-    thin_resnet = partial(timm.create_model, channels=(4, 8, 16, 32))
     with ExitStack() as stack:
-        thin = {
-            "vit_tiny": archs.vit_arch("vit_tiny", 32, 2),
-            "resnet50": dataclasses.replace(archs.ARCHS["resnet50"], widths=(16, 32, 64, 128)),
-        }
-        stack.enter_context(mock.patch.dict(archs.ARCHS, thin))
-        stack.enter_context(mock.patch.multiple(vit, DEPTH=4, TAPPED_LAYERS=(0, 1, 2, 3)))
-        stack.enter_context(mock.patch.object(timm, "create_model", thin_resnet))
+        stack.enter_context(thin_networks())
         if change.smooth:
             stack.enter_context(mock.patch.object(F, "relu", lambda x, inplace=False: F.softplus(x)))
         if change.order:

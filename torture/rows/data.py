@@ -38,7 +38,7 @@ def roi_of(data: bytes, width: int = corpus.WIDTH, height: int = corpus.HEIGHT) 
     return Roi(7, data, width, height, 0.5, "s", "", (0, 0), xy, label, score, Path("the set"))
 
 
-def attempt(read: Callable[..., Any], *arguments: int) -> Any:
+def attempt(read: Callable[..., Any], *arguments: Any) -> Any:
     """Return what ``read`` returns, or None if it refuses and names the ROI; other errors propagate."""
     try:
         return read(*arguments)

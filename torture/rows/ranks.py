@@ -110,7 +110,7 @@ def hanging(argv: Sequence[str], on_rank: int) -> int:
             time.sleep(3600)
         return train_step(trainer, *views, measure=measure)
 
-    Trainer.train_step = step_that_hangs  # type: ignore[method-assign]
+    Trainer.train_step = step_that_hangs  # type: ignore[method-assign, assignment]
     return toy.command(argv)
 
 

@@ -70,7 +70,7 @@ def poisoned(argv: Sequence[str], poison: str, on_rank: int, report: Path) -> in
                 inject(poison, trainer, views[0])
         return train_step(trainer, *views, measure=measure)
 
-    Trainer.train_step = step_with_poison  # type: ignore[method-assign]
+    Trainer.train_step = step_with_poison  # type: ignore[method-assign, assignment]
     code = toy.command(argv)
     after = state_of(trainers[0])
     untouched = all(torch.equal(after[name], value) for name, value in before.items())
@@ -281,7 +281,7 @@ def starved(command: Callable[[Sequence[str]], int], kind: type[Trainer] | type[
                         ballast.append(torch.empty(size, dtype=torch.uint8))
         return train_step(trainer, *batch, measure=measure)
 
-    kind.train_step = step_in_little_memory  # type: ignore[method-assign]
+    kind.train_step = step_in_little_memory  # type: ignore[method-assign, assignment]
     return command(argv)
 
 
