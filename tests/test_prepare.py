@@ -22,6 +22,9 @@ from tests.support.small_slides import damage, page_with_tissue, write_slide
 main = partial(run, prepare.main)
 
 
+QUICK = ["detector=classical", "workers=1"]  # for tests that do not depend on the detector
+
+
 def test_synthetic_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "set"
     assert main(["synthetic:10", str(out), "size=128", "mpp=0.5"]) == 0
@@ -123,7 +126,7 @@ def test_a_folder_with_one_good_and_one_bad_slide(
     """Of the two real slides, one has um per pixel in its header and the other does not."""
     out, folder = tmp_path / "out", shared_data / "wsi"
     bad, why = "tcga-cr-7395-01a-01-ts1", "the header does not give um per pixel; give mpp=NUMBER"
-    assert main([f"wsi:{folder}", str(out), "workers=1"]) == 0
+    assert main([f"wsi:{folder}", str(out), *QUICK]) == 0
     said = capsys.readouterr().out
     assert said.count(f"{bad}.svs: {why}") == 2 and "1 of 2 slides cannot be used" in said  # before and after the work
     assert RoiSet(out).slides == ["cmu-1-small-region"]
@@ -145,7 +148,7 @@ def test_a_folder_with_one_good_and_one_bad_slide(
         assert max(picture.size) == 1024
 
     both = tmp_path / "both"
-    assert main([f"wsi:{folder}", str(both), "mpp=0.5", "workers=1"]) == 0
+    assert main([f"wsi:{folder}", str(both), "mpp=0.5", *QUICK]) == 0
     assert RoiSet(both).slides == ["cmu-1-small-region", bad]
     assert {row["mpp_from"] for row in report(both)} == {"option mpp"}
 
@@ -157,7 +160,7 @@ def report(out: Path) -> list[dict[str, str]]:
 
 def test_tissue_goes_to_qupath_and_back(tmp_path: Path, shared_data: Path) -> None:
     slide = shared_data / "wsi" / "cmu-1-small-region.svs"
-    settings = ["roi_um=128", "per_slide=8", "workers=1"]
+    settings = ["roi_um=128", "per_slide=8", *QUICK]
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     assert main([f"wsi:{slide}", str(first), *settings]) == 0
     assert main([f"wsi:{slide}", str(second), *settings, f"tissue={first / 'tissue'}"]) == 0
@@ -182,7 +185,7 @@ def test_slides_and_groups_are_balanced(tmp_path: Path) -> None:
         write_slide(folder / f"{name}.tif", page_with_tissue(seed, 600, 700, 512))
     table.write_text("slide,group\n" + "".join(f"{name},{'A' if name == 'case' else 'B'}\n" for name in names))
     (tmp_path / "tested.txt").write_text("TCGA-AA-0002-02A-TS1\n")
-    options = ["roi_um=32", "min_nuclei=1", f"groups={table}", f"exclude={tmp_path / 'tested.txt'}", "workers=1"]
+    options = ["roi_um=32", "min_nuclei=1", f"groups={table}", f"exclude={tmp_path / 'tested.txt'}", *QUICK]
     assert main([f"wsi:{folder}", str(tmp_path / "out"), *options, "max_rois=41"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rois"] == 40 and summary["rois_per_group"] == {"A": 20, "B": 20}

@@ -20,7 +20,7 @@ main = partial(run, prepare.main)
 
 pytest.importorskip("submitit")
 
-SETTINGS = ["roi_um=64", "min_nuclei=1"]
+SETTINGS = ["roi_um=64", "min_nuclei=1", "detector=classical"]
 
 
 @pytest.fixture(scope="module")
