@@ -310,7 +310,7 @@ def test_damaged_tiles_are_counted_and_bounded(tmp_path: Path, tissue: np.ndarra
     for (x, y), image in images.items():
         np.testing.assert_array_equal(image, tissue[y : y + 200, x : x + 200])
 
-    settings = CutSettings(roi_um=100, min_tissue=0, min_nuclei=0)
+    settings = CutSettings(roi_um=100, min_tissue=0, min_nuclei=0, detector="classical")
     surveyed = survey(SlideFile(path, "slide", "slide"), settings)
     assert not isinstance(surveyed, UserError)
     cut = Cut(surveyed, settings)
