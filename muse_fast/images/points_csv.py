@@ -33,7 +33,8 @@ def read_points(path: Path, width: float, height: float, num_labels: int) -> Poi
     Raises:
         UserError: a column is missing or unknown, or a value is invalid; names file and row.
     """
-    return read_points_and_names(path, width, height, num_labels)[0]
+    columns = _point_columns(path)
+    return _points(path, columns, rows(path, columns), (width, height), num_labels)
 
 
 def read_named_points(path: Path, width: float, height: float, label_names: Sequence[str]) -> Points:
@@ -63,22 +64,16 @@ def read_named_points(path: Path, width: float, height: float, label_names: Sequ
     return Points(points.xy, label, points.score)
 
 
-def read_points_and_names(
-    path: Path, width: float, height: float, num_labels: int = 0
-) -> tuple[Points, dict[int, str]]:
+def read_points_and_names(path: Path, width: float, height: float) -> tuple[Points, dict[int, str]]:
     """What `read_points` returns, and the names of the labels, from the column ``class``; empty without such a column.
 
     Raises:
         UserError: as in `read_points`, or a label has two names; names file and row.
     """
     columns = _point_columns(path)
-    highest = num_labels - 1 if num_labels else np.iinfo(np.int16).max
     names: dict[int, str] = {}
     numbered = _naming(path, rows(path, columns), names) if "class" in columns else rows(path, columns)
-    table = _point_table(path, columns, numbered, (width, height), (-1, highest))
-    label = table["label"].astype(np.int16) if "label" in table else None
-    score = table["score"].astype(np.float32) if "score" in table else None
-    return Points(_points_inside(table, width, height), label, score), names
+    return _points(path, columns, numbered, (width, height), 0), names
 
 
 def read_class_names(path: Path) -> dict[int, str]:
@@ -108,6 +103,20 @@ def class_names_of(paths: Iterable[Path]) -> tuple[str, ...]:
     if named and numbered:
         raise UserError(f"{numbered} numbers its classes, {named} names them; give labels= with the names in order")
     return tuple(sorted(names))
+
+
+def _points(
+    path: Path,
+    columns: list[str],
+    numbered: Iterator[tuple[int, dict[str, str]]],
+    size: tuple[float, float],
+    num_labels: int,
+) -> Points:
+    highest = num_labels - 1 if num_labels else np.iinfo(np.int16).max
+    table = _point_table(path, columns, numbered, size, (-1, highest))
+    label = table["label"].astype(np.int16) if "label" in table else None
+    score = table["score"].astype(np.float32) if "score" in table else None
+    return Points(_points_inside(table, *size), label, score)
 
 
 def _naming(
