@@ -1,5 +1,5 @@
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 from muse_fast.errors import UserError, require
 from muse_fast.runtime.options import (
     Config,
+    flatten,
     key_values,
     load_settings,
     recorded_settings,
@@ -155,8 +156,8 @@ class OuterConfig(Config):
 
 
 def test_a_record_is_completed_by_what_applied_before_a_setting_existed() -> None:
-    old = {"inner": {"side": {"low": 0.5}}}
-    assert recorded_settings(OuterConfig, old) == {"inner.side.low": 0.5, "inner.rule": "old", "clip": False}
-    new = {"inner": {"rule": "new"}, "clip": True}
-    assert recorded_settings(OuterConfig, new) == {"inner.rule": "new", "clip": True}
-    assert OuterConfig().inner.rule == "new"
+    defaults = dict(flatten(asdict(OuterConfig())))
+    assert (defaults["inner.rule"], defaults["inner.side.high"], defaults["clip"]) == ("new", 1.0, True)
+    old = recorded_settings(OuterConfig, {"inner": {"side": {"low": 0.25}}})
+    assert old == defaults | {"inner.side.low": 0.25, "inner.rule": "old", "clip": False}
+    assert recorded_settings(OuterConfig, {"inner": {"rule": "new"}, "clip": True}) == defaults
