@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from muse_fast.config import ViewsConfig
 from muse_fast.detection.protocols import PROTOCOLS
+from muse_fast.detection.squares import SURROUNDINGS
 from muse_fast.errors import require
 from muse_fast.images.mpp import MPP_RANGE
-from muse_fast.images.squares import SURROUNDINGS
 from muse_fast.runtime.options import MAX_SEED, Config, setting
 
 PSEUDO_VIEWS = ("plain", "same")

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from muse_fast import ops
 from muse_fast.config import RESIZE_UNRECORDED
+from muse_fast.detection.squares import SURROUNDINGS, cut_square
 from muse_fast.errors import UserError, require
 from muse_fast.images.imagenet import normalise
 from muse_fast.images.points import Points, non_maximum_suppression
-from muse_fast.images.squares import SURROUNDINGS, cut_square
 from muse_fast.models.archs import find_arch
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.encoder import SIDE_STEP, check_image_size
@@ -51,7 +51,7 @@ class DetectorSpec:
     sample_size: int
     """Side in pixels of the samples it was trained on and of the tiles it is applied to."""
     surroundings: str = "reflect"
-    """Padding beyond the border of an image, see `muse_fast.images.squares`."""
+    """Padding beyond the border of an image, see `muse_fast.detection.squares`."""
     image_size: int = 224
     """Side in pixels that a ViT stores its position embedding for."""
     pos_embed_resize: str = "scale_factor"

@@ -2,7 +2,7 @@
 
 The annotated region of an image is placed at random inside a larger square. The rest of the square is tissue without
 annotation, taken from the source's context image if it has one, and beyond that mirrored tissue or glass
-(`muse_fast.images.squares`). Every random choice of a sample depends only on (seed, epoch, image).
+(`muse_fast.detection.squares`). Every random choice of a sample depends only on (seed, epoch, image).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from muse_fast.classification.tiles import resample
 from muse_fast.config import ViewsConfig
+from muse_fast.detection.squares import cut_square, inside
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
-from muse_fast.images.squares import cut_square, inside
 from muse_fast.sources import Source, SourceImage
 from muse_fast.sources.base import Context, Field, read_splits
 from muse_fast.views.boxes import ViewBox
@@ -82,7 +82,7 @@ def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: i
     keep = ((xy >= 0) & (xy < (width, height))).all(axis=1)
     whole, (left, top) = image, (0, 0)
     if source.context is not None:
-        whole, (left, top) = _with_context(image, source.context, sample_size)
+        whole, (left, top) = _with_context(image, mpp, source.context, sample_size)
     region = torch.zeros(whole.shape[:2], dtype=torch.bool)
     region[top : top + height, left : left + width] = True
     return LabelledImage(
@@ -97,7 +97,7 @@ def labelled_image(source: SourceImage, mpp: float, classes: int, sample_size: i
 
 
 def _with_context(
-    image: NDArray[np.uint8], context: Context, sample_size: int
+    image: NDArray[np.uint8], mpp: float, context: Context, sample_size: int
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """Paste ``image`` into its context at the same scale; return the result and the x, y of ``image`` in it."""
     height, width = image.shape[:2]
@@ -112,7 +112,7 @@ def _with_context(
         far = min(float(whole_width), x1 + right * across), min(float(whole_height), y1 + bottom * down)
         return (*near, *far), (left + width + right, top + height + bottom)
 
-    whole = context.read(around)
+    whole = context.read(mpp / across, around)
     whole[top : top + height, left : left + width] = image  # it may be sharper than the context
     return whole, (left, top)
 

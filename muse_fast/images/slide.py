@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
+from muse_fast.images import background
+from muse_fast.images.image_files import IMAGE_SUFFIXES, TO_SLIDE, read_stored, tiff_peculiarity
 from muse_fast.images.mpp import check_mpp, tiff_mpp
 
 _BAND_PIXELS = 16_000_000
@@ -118,7 +119,7 @@ class Slide(ABC):
     """An open slide; `open_slide` returns one.
 
     A subclass is the reader of a file format: it sets ``path`` and ``levels`` and defines ``suffixes``, `header_mpp`,
-    `read` and `close`. Everything else builds on these.
+    `read_stored` and `close`. Everything else builds on these.
 
     Attributes:
         suffixes: of the files that it opens, in lower case.
@@ -159,8 +160,12 @@ class Slide(ABC):
         """
 
     @abstractmethod
-    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
-        """``[height, width, 3]`` RGB of one level, ``x`` and ``y`` in level-0 pixels; white where nothing was scanned.
+    def read_stored(self, x: int, y: int, width: int, height: int, level: int) -> NDArray[np.uint8]:
+        """The pixels of one level as stored, ``x`` and ``y`` in level-0 pixels.
+
+        Returns:
+            ``[height, width, 3]`` RGB, white outside the slide, or ``[height, width, 4]`` RGBA, white or transparent
+            outside.
 
         Raises:
             UserError: the pixels are damaged; names file and position. Other pixels can still be read afterwards.
@@ -169,6 +174,47 @@ class Slide(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close the file."""
+
+    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
+        """``[height, width, 3]`` RGB of one level, ``x`` and ``y`` in level-0 pixels; white where nothing was scanned.
+
+        Raises:
+            UserError: the pixels are damaged, as in `read_stored`.
+        """
+        return self.read_scanned(x, y, width, height, level)[0]
+
+    def read_scanned(
+        self, x: int, y: int, width: int, height: int, level: int = 0
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """`read`, and ``[height, width]`` bool, which pixels of the slide were not scanned; see `images.background`.
+
+        A pixel does not depend on the piece in which it is read.
+        """
+        pixels, unscanned = background.on_white(self.read_stored(x, y, width, height, level))
+        dark = background.may_be_black(pixels)
+        if not dark.any():
+            return pixels, unscanned
+        if dark[[0, -1]].any() or dark[:, [0, -1]].any():  # black may come in from outside
+            black = self._black(x, y, width, height, level, pixels)
+        else:
+            black = background.black(pixels, self.mpp * self.levels[level].downsample)
+        if black.any():
+            pixels = np.where(black[..., None], np.uint8(255), pixels)
+        return pixels, unscanned | black
+
+    def _black(
+        self, x: int, y: int, width: int, height: int, level: int, pixels: NDArray[np.uint8]
+    ) -> NDArray[np.bool_]:
+        """Black among ``pixels``, judged with what is around them, or without it if that is damaged."""
+        downsample = self.levels[level].downsample
+        um = self.mpp * downsample
+        margin = background.reach(um)
+        shift = round(margin * downsample)
+        try:
+            around = self.read_stored(x - shift, y - shift, width + 2 * margin, height + 2 * margin, level)
+        except UserError:
+            return background.black(pixels, um)
+        return background.black(background.on_white(around)[0], um)[margin:-margin, margin:-margin]
 
     @property
     def width(self) -> int:
@@ -277,6 +323,9 @@ class OpenSlideSlide(Slide):
         self._open()
         sizes, downsamples = self._handle.level_dimensions, self._handle.level_downsamples
         self.levels = tuple(Level(*size, downsample) for size, downsample in zip(sizes, downsamples, strict=True))
+        if problem := _misread(path):
+            self.close()
+            raise UserError(f"{path}: a TIFF with {problem}, expected 8-bit RGB; {TO_SLIDE}")
 
     def _open(self) -> None:
         import openslide
@@ -290,7 +339,7 @@ class OpenSlideSlide(Slide):
     def opens(cls, path: Path) -> bool:
         import openslide
 
-        return openslide.OpenSlide.detect_format(str(path)) is not None
+        return openslide.OpenSlide.detect_format(str(path)) is not None and not _misread(path)
 
     def header_mpp(self) -> float | None:
         values = [self._handle.properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
@@ -313,7 +362,7 @@ class OpenSlideSlide(Slide):
             return self.frame("level0")
         return Frame(x, y, width, height)
 
-    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
+    def read_stored(self, x: int, y: int, width: int, height: int, level: int) -> NDArray[np.uint8]:
         import openslide
 
         try:
@@ -322,12 +371,17 @@ class OpenSlideSlide(Slide):
             self._handle.close()
             self._open()  # after an error OpenSlide refuses all further reads from the handle
             raise UserError(f"{self.path}: unreadable at {x}, {y}, level {level} ({error})") from error
-        page = Image.new("RGB", region.size, (255, 255, 255))
-        page.paste(region, mask=region.getchannel("A"))
-        return np.asarray(page)
+        return np.asarray(region)
 
     def close(self) -> None:
         self._handle.close()
+
+
+def _misread(path: Path) -> str:
+    """What makes OpenSlide show wrong pixels of a TIFF; "" if nothing does. Other formats have only what it knows."""
+    import openslide
+
+    return tiff_peculiarity(path) if openslide.OpenSlide.detect_format(str(path)) in ("generic-tiff", "aperio") else ""
 
 
 class ImageSlide(Slide):
@@ -338,20 +392,21 @@ class ImageSlide(Slide):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._pixels = read_image(path)
+        self._pixels = read_stored(path)
         height, width, _ = self._pixels.shape
         self.levels = (Level(width, height, 1.0),)
 
     def header_mpp(self) -> float | None:
         return tiff_mpp(self.path)
 
-    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> NDArray[np.uint8]:
+    def read_stored(self, x: int, y: int, width: int, height: int, level: int) -> NDArray[np.uint8]:
         return cut_block(self._pixels, x, y, width, height)
 
     def overview(self, um: float, max_unreadable: float = 1.0) -> Overview:
         size = math.ceil(self.width * self.mpp / um), math.ceil(self.height * self.mpp / um)
         covered = (0, 0, min(self.width, size[0] * um / self.mpp), min(self.height, size[1] * um / self.mpp))
-        return Overview(np.asarray(Image.fromarray(self._pixels).resize(size, Image.Resampling.BOX, covered)), Lost())
+        whole = self.read(0, 0, self.width, self.height)
+        return Overview(np.asarray(Image.fromarray(whole).resize(size, Image.Resampling.BOX, covered)), Lost())
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -418,8 +473,8 @@ def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Pat
 
 
 def cut_block(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-    """``[height, width, 3]`` of an image ``[H, W, 3]``, with the top-left corner at ``x``, ``y``; white outside."""
-    block = np.full((height, width, 3), 255, np.uint8)
+    """``[height, width, C]`` of an image ``[H, W, C]``, with the top-left corner at ``x``, ``y``; white outside."""
+    block = np.full((height, width, pixels.shape[2]), 255, np.uint8)
     left, top = max(x, 0), max(y, 0)
     part = pixels[top : max(y + height, 0), left : max(x + width, 0)]
     block[top - y : top - y + part.shape[0], left - x : left - x + part.shape[1]] = part

@@ -19,12 +19,13 @@ from muse_fast.images.tissue import COLOUR
 from muse_fast.preparing.assemble import Chosen
 
 NOT_SAMPLED = "not sampled"
-REASONS = ("too little tissue", "too few nuclei", "unreadable", "beyond per_slide", NOT_SAMPLED)
+REASONS = ("too little tissue", "unscanned", "too few nuclei", "unreadable", "beyond per_slide", NOT_SAMPLED)
 COLOURS = {
     "in the set": (0, 150, 60),
     NOT_SAMPLED: (120, 120, 120),
     "too few nuclei": (240, 150, 0),
     "unreadable": (220, 30, 30),
+    "unscanned": (40, 40, 40),
 }
 _STYLE = """
 body { font: 14px sans-serif; margin: 2em; } table { border-collapse: collapse; }
@@ -142,8 +143,7 @@ def draw_slide(path: Path, chosen: Chosen) -> None:
     draw = ImageDraw.Draw(picture)
     origin = part.rois.origin
     places = {
-        "unreadable": part.refused["unreadable"],
-        "too few nuclei": part.refused["too few nuclei"],
+        **part.refused,
         NOT_SAMPLED: origin[chosen.not_sampled].tolist(),
         "in the set": origin[chosen.ids].tolist(),
     }

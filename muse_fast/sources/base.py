@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
+from muse_fast.images.background import whitened
 from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
 from muse_fast.images.mpp import MPP_RANGE, MppRow
 from muse_fast.images.points import Points, drop_outside
@@ -40,10 +41,11 @@ class Context:
     box: Field
     is_slide: bool = False
 
-    def read(self, choose: Callable[[int, int], tuple[Field, tuple[int, int]]]) -> NDArray[np.uint8]:
+    def read(self, mpp: float, choose: Callable[[int, int], tuple[Field, tuple[int, int]]]) -> NDArray[np.uint8]:
         """Return a resized part of the larger image, ``[h, w, 3]`` RGB.
 
         Args:
+            mpp: um per pixel of the larger image.
             choose: maps the width and height of the larger image to the part to read (left, top, right, bottom) and
                 the width and height to resize it to.
 
@@ -51,10 +53,10 @@ class Context:
             UserError: the image or slide is damaged, or does not contain ``box``.
         """
         if self.is_slide:
-            with closing(open_slide(self.path, mpp=1.0)) as slide:  # the mpp is not used: scales follow from the box
+            with closing(open_slide(self.path, mpp)) as slide:
                 self._check(slide.width, slide.height)
                 return slide.resized(*choose(slide.width, slide.height))
-        larger = read_image(self.path)
+        larger, _ = whitened(read_image(self.path), mpp)
         height, width = larger.shape[:2]
         self._check(width, height)
         field, size = choose(width, height)
@@ -154,7 +156,7 @@ class Dataset(Source):
         Raises:
             UserError: a file is missing, damaged or has the wrong content; names the file and the place in it.
         """
-        image = self._pixels(entry)
+        image, _ = whitened(self._pixels(entry), entry.mpp)
         nuclei = self._nuclei(entry, image.shape[1], image.shape[0])
         xy = nuclei.xy.astype(np.float32)
         return SourceImage(

@@ -41,6 +41,8 @@ class CutSettings(Source.Options):
     """Side of a ROI in um."""
     min_tissue: float = setting(0.5, ge=0, le=1)
     """Minimum share of tissue in a ROI."""
+    max_unscanned: float = setting(0.1, ge=0, le=1)
+    """Maximum share of a ROI that was not scanned: black or transparent."""
     min_nuclei: int = setting(20, ge=0, le=1_000_000)
     """Minimum number of nuclei in a ROI."""
     labels: str = ""
@@ -124,10 +126,11 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The pixels of a square, ``[side, side, 3]`` or as JPEG, and its nuclei."""
+    """The pixels of a square, ``[side, side, 3]`` or as JPEG, its nuclei, and the share of it that was not scanned."""
 
     image: NDArray[np.uint8] | bytes
     nuclei: Points
+    unscanned: float
 
 
 Examine = Callable[[Square], Found | Lost]
@@ -229,15 +232,23 @@ def examine(square: Square, settings: CutSettings) -> Found | Lost:
     margin = math.ceil(reach_um / square.mpp)  # a nucleus at the border is detected with the tissue on both sides
     try:
         slide = _opened(square.path, square.mpp)
-        block = slide.salvage(square.x - margin, square.y - margin, side + 2 * margin, side + 2 * margin, 0, lost)
+        corner, whole = (square.x - margin, square.y - margin), side + 2 * margin
+        try:
+            block, unscanned = slide.read_scanned(*corner, whole, whole)
+        except UserError:
+            slide.salvage(*corner, whole, whole, 0, lost)  # which parts of it are lost
+            raise
     except (UserError, OSError, MemoryError) as error:
-        known = isinstance(error, UserError)
-        reason = error if known else UserError(f"{square.path}: {type(error).__name__} ({error})")
-        lost.add((square.x, square.y, square.x + side, square.y + side), reason)
-    if lost.boxes:
+        if not lost.boxes:
+            known = isinstance(error, UserError)
+            reason = error if known else UserError(f"{square.path}: {type(error).__name__} ({error})")
+            lost.add((square.x, square.y, square.x + side, square.y + side), reason)
         return lost
-    image = np.ascontiguousarray(block[margin : margin + side, margin : margin + side])
-    return Found(image, _detect(block, square, settings).within(margin, margin, side))
+    inner = slice(margin, margin + side), slice(margin, margin + side)
+    image, share = np.ascontiguousarray(block[inner]), float(unscanned[inner].mean())
+    if share > settings.max_unscanned:
+        return Found(image, Points(np.zeros((0, 2), np.float32)), share)
+    return Found(image, _detect(block, square, settings).within(margin, margin, side), share)
 
 
 def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> Points:
@@ -248,13 +259,13 @@ def _detect(block: NDArray[np.uint8], square: Square, settings: CutSettings) -> 
 
 
 def examine_to_jpeg(square: Square, settings: CutSettings, quality: int) -> Found | Lost:
-    """``examine`` with the pixels as JPEG, a fifth of the bytes; without pixels if there are too few nuclei."""
+    """``examine`` with the pixels as JPEG, a fifth of the bytes; without pixels if the square is not kept."""
     found = examine(square, settings)
     if isinstance(found, Lost):
         return found
     assert not isinstance(found.image, bytes)
-    enough = len(found.nuclei) >= settings.min_nuclei
-    return Found(encode_jpeg(found.image, quality) if enough else b"", found.nuclei)
+    kept = found.unscanned <= settings.max_unscanned and len(found.nuclei) >= settings.min_nuclei
+    return replace(found, image=encode_jpeg(found.image, quality) if kept else b"")
 
 
 class Cut:
@@ -276,7 +287,7 @@ class Cut:
         self.dropped = survey.dropped.copy()
         self.damage = deepcopy(survey.damage)
         self._kept = self._nuclei = 0
-        self.refused: dict[str, list[tuple[int, int]]] = {"too few nuclei": [], "unreadable": []}
+        self.refused: dict[str, list[tuple[int, int]]] = {"too few nuclei": [], "unreadable": [], "unscanned": []}
 
     def rois(self, ordered_map: OrderedMap = map) -> Iterator[tuple[Square, Found]]:
         """Examine the squares in order.
@@ -292,6 +303,8 @@ class Cut:
             if isinstance(found, Lost):
                 self._refuse(square, "unreadable")
                 self.damage.add(found)
+            elif found.unscanned > self._settings.max_unscanned:
+                self._refuse(square, "unscanned")
             elif self._enough(found.nuclei, square):
                 yield square, found
                 self._kept += 1
@@ -318,6 +331,8 @@ class Cut:
             return f"no square has enough tissue for min_tissue={settings.min_tissue:g}"
         if self.dropped["unreadable"] == count:
             return f"none of the {count} squares with tissue can be read"
+        if (gaps := self.dropped["unscanned"]) and gaps + self.dropped["unreadable"] == count:
+            return f"more than max_unscanned={settings.max_unscanned:g} of every square is black or transparent"
         if not self._nuclei:
             return f"no nuclei found in {count} squares with tissue: is {slide.mpp:g} um/px right, and is it H&E?"
         return f"none of {count} squares with tissue has min_nuclei={settings.min_nuclei} nuclei"

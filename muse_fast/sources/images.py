@@ -8,6 +8,7 @@ from pathlib import Path
 
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
+from muse_fast.images.background import whitened
 from muse_fast.images.image_files import read_image
 from muse_fast.images.mpp import MppRow, read_mpp_table
 from muse_fast.runtime.options import setting, split_list
@@ -26,6 +27,8 @@ class Images(Source):
         """Um per pixel of images without a row in ``mpp.csv``."""
         min_nuclei: int = setting(20, ge=0, le=1_000_000)
         """Images with fewer nuclei are skipped."""
+        max_unscanned: float = setting(0.1, ge=0, le=1)
+        """Images of which a larger share is black or transparent are skipped."""
         detector: str = "default"
         """Detector of nuclei: ``default``, ``classical``, ``resnet18`` or a .safetensors file."""
         threshold: float | None = setting(None, ge=0, le=1)
@@ -59,7 +62,10 @@ class Images(Source):
 
     def __iter__(self) -> Iterator[SourceImage]:
         for path, row in self._images.values():
-            image = read_image(path)
+            image, unscanned = whitened(read_image(path), row.mpp)
+            if unscanned.mean() > self._options.max_unscanned:
+                self.dropped["unscanned"] += 1
+                continue
             try:
                 found = self._detect(image, row.mpp, threshold=self._options.threshold)
             except UserError as error:

@@ -23,10 +23,10 @@ from muse_fast.detection.samples import (
     read_labelled,
 )
 from muse_fast.detection.score_detector import detect_images, in_source_pixels
+from muse_fast.detection.squares import GLASS, cut_square
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
 from muse_fast.images.slide import open_slide
-from muse_fast.images.squares import GLASS, cut_square
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.models.backbone import build_backbone
 from muse_fast.sources import open_source, puma

@@ -29,7 +29,7 @@ class NpySlide(Slide):
     def header_mpp(self) -> float | None:
         return 0.5
 
-    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> np.ndarray:
+    def read_stored(self, x: int, y: int, width: int, height: int, level: int) -> np.ndarray:
         if self._pixels[y, x].tolist() == [1, 2, 3]:
             raise UserError(f"{self.path}: unreadable at {x}, {y}")
         return cut_block(self._pixels, x, y, width, height)

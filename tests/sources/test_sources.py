@@ -240,11 +240,14 @@ def test_damaged_jpeg_is_refused(points: Path) -> None:
         list(open_source(f"points:{points}", mpp=0.5))
 
 
-@pytest.mark.parametrize("mode", ["L", "I;16", "CMYK"])
-def test_images_that_are_not_rgb_are_refused(points: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "found", "remedy"),
+    [("L", "grey", ".*in colour"), ("I;16", "grey", ".*in colour"), ("CMYK", "CMYK", "convert it to RGB")],
+)
+def test_images_that_are_not_rgb_are_refused(points: Path, mode: str, found: str, remedy: str) -> None:
     (points / "a.png").unlink()
     Image.new(mode, (30, 20)).save(points / "a.tif")
-    with pytest.raises(UserError, match=rf"a.tif: {mode}, 30 x 20 px; expected 8-bit RGB"):
+    with pytest.raises(UserError, match=rf"a.tif: its pixels are {found}, expected 8- or 16-bit RGB; {remedy}"):
         list(open_source(f"points:{points}", mpp=0.5))
 
 
