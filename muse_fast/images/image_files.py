@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
+from PIL.ImageFile import ImageFile
 
 from muse_fast.errors import UserError
 from muse_fast.images import jpeg
@@ -64,8 +65,16 @@ def read_image(path: Path, data: bytes | None = None) -> NDArray[np.uint8]:
 def read_stored(path: Path, data: bytes | None = None) -> NDArray[np.uint8]:
     """`read_image`, but ``[H, W, 4]`` uint8 RGBA if the file has transparency.
 
-    Indexed colours become RGB, and 16-bit values 8-bit ones.
+    Indexed colours become RGB, and 16-bit values 8-bit ones. If no pixel is visible at all, the fourth channel is not
+    transparency, and it is dropped.
     """
+    pixels = _decoded(path, data)
+    hidden = pixels.shape[2] == 4 and not pixels[..., 3].any()
+    return np.ascontiguousarray(pixels[..., :3]) if hidden else pixels
+
+
+def _decoded(path: Path, data: bytes | None) -> NDArray[np.uint8]:
+    """The pixels as RGB or RGBA."""
     with open_image(path, data) as image:
         if image.mode not in ("RGB", "RGBA", "P", "PA"):
             found, remedy = _GREY.get(image.mode, (image.mode, "convert it to RGB"))
@@ -124,7 +133,7 @@ def tiff_peculiarity(path: Path) -> str:
 
 
 @contextmanager
-def open_image(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
+def open_image(path: Path, data: bytes | None = None) -> Iterator[ImageFile]:
     """The image in a file, or in ``data`` from it, of at most ``MAX_SIDE`` a side.
 
     Errors in the block are raised as UserErrors that name the file.
@@ -201,11 +210,11 @@ def _raw_mode(args: Any) -> str:
     return str(args if isinstance(args, str) else args[0])
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _is_deep(image: ImageFile) -> bool:
     return max(_tags(image).get(_BITS, (8,))) > 8 or any(";16" in _raw_mode(args) for *_, args in image.tile)
 
 
-def _sixteen_bit(path: Path, data: bytes | None, image: Image.Image) -> NDArray[np.uint8]:
+def _sixteen_bit(path: Path, data: bytes | None, image: ImageFile) -> NDArray[np.uint8]:
     """``[H, W, 3 or 4]`` uint8 of an image with 16 bits per value.
 
     The range is that of 16 bits, or of the tag of a TIFF.

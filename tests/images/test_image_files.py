@@ -164,6 +164,9 @@ def test_transparent_pixels_are_white(tmp_path: Path, rgb: np.ndarray) -> None:
     part = rgba[..., 3:].astype(np.float64) / 255
     np.testing.assert_allclose(read_image(tmp_path / "a.png"), rgb * part + 255 * (1 - part), atol=0.51)
     np.testing.assert_array_equal(read_stored(tmp_path / "a.png"), rgba)
+    rgba[..., 3] = 0  # not transparency: nothing would be visible
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_stored(tmp_path / "a.png"), rgb)
     indexed = Image.fromarray(rgb).quantize(256)
     indexed.save(tmp_path / "b.png", transparency=int(np.asarray(indexed)[0, 0]))
     clear = np.asarray(indexed) == np.asarray(indexed)[0, 0]
