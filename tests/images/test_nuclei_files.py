@@ -31,7 +31,7 @@ class Page(Slide):
 
     def header_mpp(self) -> None: ...
 
-    def read(self, *region: int) -> np.ndarray: ...  # type: ignore[empty-body, override]
+    def read_stored(self, *region: int) -> np.ndarray: ...  # type: ignore[empty-body, override]
 
     def close(self) -> None: ...
 
