@@ -19,10 +19,10 @@ from muse_fast.runtime import checkpoint, options, watchdog
 from torture import __main__ as command
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally, run
-from torture.rows import checkpoints, data, outlines, runs, security, settings, table
+from torture.rows import checkpoints, data, outlines, runs, security, settings, slides, table
 from torture.suite import ROOT
 
-QUICK = ("C4", "S1", "S2", "T1", "T3", "T4", "T6", "T7", "U1", "O1")
+QUICK = ("C4", "S1", "S2", "D6", "T1", "T3", "T4", "T6", "T7", "U1", "O1")
 
 
 @pytest.mark.slow
@@ -110,6 +110,12 @@ def test_without_the_guard_poison_is_detected(tmp_path: Path, monkeypatch: pytes
         return tally.outcome()
 
     assert fails(one_poison, tmp_path)
+
+
+def test_damage_taken_for_glass_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muse_fast.images.slide.Lost.add", blind)
+    monkeypatch.setattr(slides, "odd", lambda page: [])
+    assert fails(slides.silent_losses, tmp_path)
 
 
 def test_rings_that_do_not_close_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
