@@ -39,9 +39,9 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewsConfig(Config):
-    global_size: int = setting(224, multiple_of=16, ge=32, le=1024)
-    """Side of a global view, pixels."""
-    local_size: int = setting(96, multiple_of=16, ge=32, le=1024)
+    global_size: int = setting(224, ge=32, le=1024)
+    """Side of a global view, pixels: a multiple of 16, for networks of timm of their patch size (or 32)."""
+    local_size: int = setting(96, ge=32, le=1024)
     """Side of a local view, pixels."""
     num_globals: int = setting(2, choices=(2,))
     """Views that the teacher sees."""
@@ -77,7 +77,14 @@ class ViewsConfig(Config):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(Config):
     arch: str = "vit_small"
-    """An encoder of `muse_fast/models/archs.py`: vit_tiny, vit_small, vit_base, resnet50, ..."""
+    """An encoder of `muse_fast/models/archs.py`: vit_tiny, vit_small, vit_base, resnet50, ..., or any network of timm
+    as timm:NAME[:key=value ...], with arguments of ``timm.create_model`` (docs/encoders.md)."""
+    taps: list[int] = field(default_factory=list)
+    """Four layers of a plain ViT of timm, or stages of a network with a pyramid, whose maps the decoder receives,
+    counted from 0; empty: the last layer of each quarter, or the last stage at each of the strides 4, 8, 16 and 32."""
+    decoder_dim: int = setting(0, multiple_of=4, ge=0)
+    """Width D of nucleus features and of the unified map, for encoders whose widths would make the decoder too large or
+    too small; its maps have D/4, D/2, D and 2D channels. 0: D is the width of a ViT, half that of a coarsest map."""
     drop_path: float = setting(0.1, ge=0, lt=1)
     """Drop path rate of the student's last block, rising linearly over depth; the teacher has none."""
     init: str = setting("", may_change=True)

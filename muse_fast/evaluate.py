@@ -16,7 +16,6 @@ from muse_fast.classification.benchmark import PROTOCOLS, Benchmark, benchmark
 from muse_fast.classification.tasks import TASKS
 from muse_fast.detection import score_detector, score_files
 from muse_fast.errors import UserError
-from muse_fast.models.archs import ARCHS
 from muse_fast.models.weights import COMPATS
 from muse_fast.runtime.cli import run
 from muse_fast.runtime.options import known_keys, load_settings, split_settings, split_source_options
@@ -72,7 +71,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="labelled source with train, val and test, e.g. brcam2c:DIR")
     parser.add_argument("--mpp", type=float, default=0.5, help="um per pixel of the tiles (0.5)")
     parser.add_argument("--size", type=int, default=224, help="side of the tiles in pixels (224)")
-    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not record it")
+    parser.add_argument("--arch", help="needed only if the weights do not record it")
     parser.add_argument("--compat", choices=COMPATS, help="resampling of the position embedding, see load_backbone")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="muse", help=PROTOCOL_HELP)
     parser.add_argument("--baseline-random", action="store_true", help="also evaluate the same network untrained")

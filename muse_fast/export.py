@@ -25,9 +25,8 @@ from torch import Tensor
 
 from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
-from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from muse_fast.models.archs import find_arch
-from muse_fast.models.official import EXACT, PREFIX, RESIZE
+from muse_fast.models.official import EXACT, PREFIX, RECORD, RESIZE
 from muse_fast.models.weights import (
     COMPAT,
     ENCODER,
@@ -60,13 +59,16 @@ class Trained:
     record: dict[str, str]  # its origin and how it was trained
     compat: str  # how to use the position embedding, see `load_backbone`
     pos_embed_resize: str  # rule by which a ViT resizes it
+    taps: list[int]  # layers whose maps its decoder receives, if they were chosen
 
     def origin(self) -> str:
         """Return the record as one line."""
         return ", ".join(f"{key} {value}" for key, value in self.record.items() if key != "head")
 
     def metadata(self) -> dict[str, str]:
-        use = {COMPAT: self.compat, RESIZE: self.pos_embed_resize}
+        use = {COMPAT: self.compat, RESIZE: self.pos_embed_resize} | (
+            {"taps": json.dumps(self.taps)} if self.taps else {}
+        )
         return {"arch": self.arch, **self.record, **use, "muse_fast": __version__, "torch": torch.__version__}
 
     def backbone(self) -> dict[str, Tensor]:
@@ -142,6 +144,7 @@ def read_network(source: str, which: str) -> Trained:
             },
             compat="exact",
             pos_embed_resize=config["model.pos_embed_resize"],
+            taps=config["model.taps"],
         )
     if which != "teacher":
         raise UserError(f"{source}: --which {which} needs a run or a checkpoint; other weights contain one network")
@@ -152,6 +155,7 @@ def read_network(source: str, which: str) -> Trained:
         record={"source": Path(source).name},
         compat=default_compat(source),
         pos_embed_resize=backbone.pos_embed_resize,
+        taps=list(backbone.taps),
     )
 
 
@@ -173,7 +177,8 @@ def write_timm(network: Trained, folder: Path) -> None:
 def write_official(network: Trained, path: Path) -> None:
     content: dict[str, Any] = {"teacher": {f"{PREFIX}{name}": tensor for name, tensor in network.backbone().items()}}
     if network.compat == "exact":
-        content |= {EXACT: torch.tensor(True), RESIZE: network.pos_embed_resize}
+        record = {"arch": network.arch, "taps": network.taps}
+        content |= {EXACT: torch.tensor(True), RESIZE: network.pos_embed_resize, RECORD: record}
     torch.save(content, path)
 
 
@@ -199,22 +204,24 @@ def _timm_config(arch: str, backbone: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return timm's config of the encoder: without classes, the model returns a pooled image feature."""
     import timm
 
-    name, side = find_arch(arch).timm, stored_image_size(arch, backbone)
-    if not name:
+    found, side = find_arch(arch), stored_image_size(arch, backbone)
+    if not found.timm:
         raise UserError(f"--format timm: timm has no architecture like {arch}; use safetensors")
-    known: Any = timm.get_pretrained_cfg(name)
+    if classes := [key for key in found.timm_options if key.endswith("_layer")]:
+        raise UserError(f"--format timm: timm's config.json cannot name the class of {classes[0]}; use safetensors")
+    known: Any = timm.get_pretrained_cfg(found.timm)
     return {
-        "architecture": name,
+        "architecture": found.timm.partition(".")[0],
         "num_classes": 0,
-        "num_features": find_arch(arch).image_dim,
-        "model_args": {"img_size": side} if POS_EMBED in backbone else {},
+        "num_features": found.image_dim,
+        "model_args": found.timm_options | ({"img_size": side} if POS_EMBED in backbone else {}),
         "pretrained_cfg": {
             "input_size": [3, side, side],
             "fixed_input_size": known.fixed_input_size,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
+            "mean": found.mean,
+            "std": found.std,
             "num_classes": 0,
             "first_conv": known.first_conv,
             "classifier": known.classifier,

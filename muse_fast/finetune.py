@@ -11,7 +11,6 @@ from pathlib import Path
 
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.run import finetune
-from muse_fast.models.archs import ARCHS
 from muse_fast.models.weights import COMPATS
 from muse_fast.runtime.cli import run
 from muse_fast.runtime.options import load_settings, split_source_options
@@ -37,8 +36,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m muse_fast.finetune", description="Fine-tune a nucleus detector.")
     parser.add_argument("--config", required=True, help="YAML file or name of a shipped config, e.g. finetune_brcam2c")
     parser.add_argument("--data", required=True, help="annotated source with train and val splits, e.g. brcam2c:DIR")
-    parser.add_argument("--weights", required=True, help="run, checkpoint, export, .pth or random:ARCH")
-    parser.add_argument("--arch", choices=ARCHS, help="needed only if the weights do not record it")
+    parser.add_argument("--weights", required=True, help="run, checkpoint, export, .pth, random:ARCH or timm:NAME@FILE")
+    parser.add_argument("--arch", help="needed only if the weights do not record it")
     parser.add_argument("--compat", choices=COMPATS, help="resampling of the position embedding, see load_backbone")
     parser.add_argument("--out", required=True, type=Path, help="run folder, new or to be resumed")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")

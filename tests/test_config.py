@@ -49,7 +49,7 @@ def test_every_misspelt_key_is_refused_and_the_correct_one_suggested() -> None:
         ("optim.lr=nan", "optim.lr=nan: expected a finite number"),
         ("views.local_mpp_max=inf", "views.local_mpp_max=inf: expected a finite number"),
         ("views.blur=7", "views.blur=7: expected true or false"),
-        ("views.global_size=100", "multiple of 16"),
+        ("views.global_size=16", "32 to 1024"),
         ("views.global_mpp_min=0.9", "global_mpp_max"),
         ("loss.centering=none", "ema or sinkhorn"),
         ("optim.warmup_steps=132000", "below steps=132000"),

@@ -109,6 +109,22 @@ def test_resnet50_on_two_ranks(runs: Runs, engine: str) -> None:
     assert_same_losses(two, one, 1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        ("dinov3", "timm:vit_small_patch16_dinov3:depth=2:embed_dim=24:num_heads=2"),
+        ("resnet10t", "timm:resnet10t:channels=[4,8,16,32]:stem_width=4:zero_init_last=false"),
+    ],
+)
+def test_networks_of_timm_on_two_ranks(runs: Runs, name: str, arch: str, engine: str) -> None:
+    settings = (f"model.arch={arch}", "views.local_size=64", "optim.steps=4", "optim.lr=1e-5", "optim.warmup_steps=2")
+    one, two = (runs(name, each, *settings, "optim.freeze_prototypes_steps=2") for each in ("one", engine))
+    assert_same_losses(two, one, 1e-12)
+    assert_same_weights(two, one, 1e-9)
+
+
 def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
     """Build trainer and batches as the command does from its arguments."""
     _, path, _, _, *overrides = argv

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import load_detector
@@ -22,6 +25,8 @@ from muse_fast.detection.scores import evaluate
 from muse_fast.evaluate import main as evaluate_main
 from muse_fast.finetune import main
 from muse_fast.images.points_csv import read_points
+from muse_fast.images.synthetic import synthetic_image
+from muse_fast.predict import main as predict
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.runtime.options import load_settings
@@ -104,6 +109,29 @@ def test_a_run_writes_its_results(unbroken: Path) -> None:
         and weights == sorted(weights)
         and weights[-1] == pytest.approx(0.1 * (1 - np.cos(np.pi * 2 / 3)) / 2)
     )
+
+
+def test_a_run_from_an_encoder_of_timm(workplace: Path, tmp_path: Path) -> None:
+    """Weights with another image size, patches of 14 px, and a detector that predict applies to a picture."""
+    name = "vit_small_patch14_reg4_dinov2"
+    options = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    stored = timm.create_model(name, num_classes=5, img_size=112, **options).state_dict()
+    save_file(stored, tmp_path / "w.safetensors")
+    arch = f"timm:{name}:depth=1:embed_dim=24:num_heads=2"
+    weights = f"{arch}@{tmp_path}/w.safetensors"
+    out = tmp_path / "run"
+    argv = arguments(workplace, out, "data.sample_size=112", "optim.epochs=1", "detector.min_score=0.01")
+    assert main([*argv, "--weights", weights]) == 0
+    detector = load_detector(out)
+    assert detector.spec.arch == arch and detector.tile_size == 112
+    learned = detector.backbone.encoder.encoder.state_dict()
+    assert all((learned[key] - stored[key]).abs().max() < 0.01 for key in ("cls_token", "blocks.0.mlp.fc1.weight"))
+    Image.fromarray(synthetic_image(3, 120, 0.5)[0]).save(tmp_path / "x.png")
+    (tmp_path / "mpp.csv").write_text("image,mpp\nx.png,0.5\n")
+    found = ["--out", str(tmp_path / "found"), str(tmp_path / "x.png"), "tissue=false"]
+    assert predict(["--weights", str(out), *found]) == 0
+    assert len((tmp_path / "found" / "x" / "cells.csv").read_text().splitlines()) > 1
+    assert run_command(main, [*argv, "--weights", weights, "--out", str(tmp_path / "b"), "data.sample_size=96"]) == 2
 
 
 def test_a_resumed_run_ends_bit_identical(workplace: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,13 @@ def untrained(config: PretrainConfig) -> Backbone:
     """Build the network that the variants of a seed start from."""
     torch.manual_seed(config.seed)
     model = config.model
-    backbone = build_backbone(model.arch, image_size=config.views.global_size, pos_embed_resize=model.pos_embed_resize)
+    backbone = build_backbone(
+        model.arch,
+        image_size=config.views.global_size,
+        pos_embed_resize=model.pos_embed_resize,
+        decoder_dim=model.decoder_dim,
+        taps=model.taps,
+    )
     return backbone.eval()
 
 

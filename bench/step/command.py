@@ -16,7 +16,7 @@ from bench.report import console, number, print_machine, print_verdicts, table, 
 from bench.step import lfov, timing
 from muse_fast.config import ATTENTION, load_config
 from muse_fast.errors import UserError
-from muse_fast.models.archs import ARCHS
+from muse_fast.models.archs import check_model
 from muse_fast.runtime.device import peak_flops
 
 ARCH = {"cpu": "vit_tiny", "cuda": "vit_small"}
@@ -37,7 +37,11 @@ COLUMNS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", choices=ARCHS, help="vit_tiny on a CPU, vit_small on CUDA")
+    parser.add_argument(
+        "--arch",
+        action="append",
+        help="vit_tiny on a CPU, vit_small on CUDA; repeat to time the engine with others beside it (timm:NAME)",
+    )
     parser.add_argument(
         "--size", type=int, choices=LOCAL_SIZE, default=224, help="side of global views; locals have 96 or 208 px"
     )
@@ -56,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print a table; exit code 1 if a version is wrong or the engine did not run."""
     device = options.device
-    options.arch, options.precision = options.arch or ARCH[device], options.precision or PRECISION[device]
+    options.arch = options.arch or [ARCH[device]]
+    options.precision = options.precision or PRECISION[device]
     options.batch = options.batch or (lfov.BATCH if options.lfov else BATCH[device])
     out, machine, rates = console(), environment(device), machine_rates(device)
     print_machine(out, machine, rates)
@@ -74,7 +79,7 @@ def main(options: argparse.Namespace) -> int:
 
 def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float | None) -> dict[str, Any]:
     shared = [
-        f"model.arch={options.arch}",
+        f"model.arch={options.arch[0]}",
         f"views.global_size={options.size}",
         f"views.local_size={LOCAL_SIZE[options.size]}",
         f"optim.batch_size={options.batch}",
@@ -82,6 +87,8 @@ def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float 
         *options.settings,
     ]
     config = load_config(None, shared)
+    for arch in options.arch:
+        check_model(load_config(None, [*shared, f"model.arch={arch}"]))
     inputs = timing.describe(config)
     out.print(
         f"\n{config.model.arch}, {config.train.precision}, {inputs['rois']} ROIs of {config.views.num_globals} x "
@@ -110,14 +117,20 @@ def versions(options: argparse.Namespace) -> list[timing.Version]:
         if compiled:
             name += " compiled"
         fast.append(timing.Version(name, "fast", settings))
-    return [timing.Version("literal", "literal"), timing.Version("fair", "fair"), *fast]
+    beside = [
+        timing.Version(f"{version.name} {arch}", "fast", (*version.settings, f"model.arch={arch}"))
+        for arch in (options.arch or [])[1:]
+        for version in fast
+    ]
+    return [timing.Version("literal", "literal"), timing.Version("fair", "fair"), *fast, *beside]
 
 
 def large_images(options: argparse.Namespace, out: Console, matmul: float, peak: float | None) -> dict[str, Any]:
-    out.print(f"\n{options.arch}, {options.precision}, {options.batch} x {options.lfov} px, forward and backward ...")
-    rows = lfov.run(options.arch, options.lfov, options.batch, options.precision, options.device, matmul, peak)
+    arch = options.arch[0]
+    out.print(f"\n{arch}, {options.precision}, {options.batch} x {options.lfov} px, forward and backward ...")
+    rows = lfov.run(arch, options.lfov, options.batch, options.precision, options.device, matmul, peak)
     out.print(table(COLUMNS, [cells(row) for row in rows if "median_ms" in row]))
-    return {"settings": [f"model.arch={options.arch}", f"image={options.lfov}"], "results": rows}
+    return {"settings": [f"model.arch={arch}", f"image={options.lfov}"], "results": rows}
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ def run(arch: str, side: int, batch: int, precision: str, device: str, matmul: f
     Raises:
         UserError: the network does not support images with this side.
     """
-    check_image_size(side)
+    check_image_size(side, find_arch(arch).sides)
     rows: list[Row] = []
     for recompute in RECOMPUTE if "model.recompute" in find_arch(arch).supports else ("none",):
         rows.append({"version": f"recompute {recompute}", "kind": "fast"})

@@ -25,7 +25,7 @@ from muse_fast.classification.metrics import METRICS, majority
 from muse_fast.classification.tasks import TASKS, Row, Subject, TaskConfig
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.errors import UserError
-from muse_fast.models import timm_backbone
+from muse_fast.models import timm_backbone, timm_networks
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.timm_backbone import TimmBackbone
 from muse_fast.models.weights import load_backbone
@@ -71,8 +71,8 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     if job.mpp <= 0:
         raise UserError(f"--mpp {job.mpp}: expected um per pixel above 0, such as 0.5")
     for weights in job.weights:
-        if weights.startswith(timm_backbone.PREFIX):
-            timm_backbone.parse_spec(weights)  # fail now, not after hours of work on other networks
+        if weights.startswith(timm_networks.PREFIX):
+            timm_networks.parse_spec(weights)  # fail now, not after hours of work on other networks
     started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 150)
     device = pick_device(options.device, "device")
@@ -153,7 +153,7 @@ def _networks(job: Benchmark, options: TaskConfig) -> Iterator[Network]:
     """Yield every network to evaluate, each followed by its untrained counterpart if requested."""
     for weights in job.weights:
         torch.manual_seed(options.seed)
-        if weights.startswith(timm_backbone.PREFIX):
+        if weights.startswith(timm_networks.PREFIX):
             yield from _networks_of_timm(weights, job, options)
             continue
         backbone = load_backbone(job.arch, weights, compat=job.compat)
@@ -161,7 +161,13 @@ def _networks(job: Benchmark, options: TaskConfig) -> Iterator[Network]:
         if options.baseline and not weights.startswith("random"):
             seed, image_size = _origin(Path(weights), options.seed)
             torch.manual_seed(seed)
-            untrained = build_backbone(backbone.arch, image_size=image_size, pos_embed_resize=backbone.pos_embed_resize)
+            untrained = build_backbone(
+                backbone.arch,
+                image_size=image_size,
+                pos_embed_resize=backbone.pos_embed_resize,
+                decoder_dim=backbone.decoder_dim,
+                taps=backbone.taps,
+            )
             yield Network(f"{weights} untrained", untrained.eval())
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from muse_fast.errors import UserError, require
 from muse_fast.images.imagenet import normalise
 from muse_fast.images.points import Points, non_maximum_suppression
 from muse_fast.models.archs import find_arch
-from muse_fast.models.backbone import Backbone, build_backbone
-from muse_fast.models.encoder import SIDE_STEP, check_image_size
+from muse_fast.models.backbone import Backbone, build_backbone, build_to_fill
+from muse_fast.models.encoder import check_image_size
 from muse_fast.models.weights import find_checkpoint
 from muse_fast.runtime import checkpoint
 
@@ -56,6 +56,10 @@ class DetectorSpec:
     """Side in pixels that a ViT stores its position embedding for."""
     pos_embed_resize: str = "scale_factor"
     """Rule by which a ViT resizes it to other sides, see `muse_fast.models.vit.resampling`."""
+    decoder_dim: int = 0
+    """Width D of the unified map if it was chosen."""
+    taps: tuple[int, ...] = ()
+    """Layers whose maps the decoder receives, if they were chosen."""
     stride: int = 8
     """Pixels between proposals."""
     hidden_dim: int = 256
@@ -66,11 +70,12 @@ class DetectorSpec:
     """If two nuclei are closer than this, the less probable one is dropped."""
 
     def __post_init__(self) -> None:
-        find_arch(self.arch)
-        check_image_size(self.sample_size)
+        sides = find_arch(self.arch, taps=self.taps).sides
+        check_image_size(self.sample_size, sides)
         require(len(self.class_names) > 0, "class_names", self.class_names, "one or more")
         require(self.surroundings in SURROUNDINGS, "surroundings", self.surroundings, " or ".join(SURROUNDINGS))
-        require(self.stride > 0 and SIDE_STEP % self.stride == 0, "stride", self.stride, f"a divisor of {SIDE_STEP}")
+        fits = self.stride > 0 and self.sample_size % self.stride == 0
+        require(fits, "stride", self.stride, f"a divisor of the sample size of {self.sample_size} px")
 
 
 class Proposals(NamedTuple):
@@ -226,11 +231,11 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     if STEM not in state:
         raise UserError(f"{folder} is a checkpoint of pretraining, not a detector; run muse_fast.finetune on it first")
     recorded = {"pos_embed_resize": RESIZE_UNRECORDED, **state[STEM]}
-    spec = DetectorSpec(**{**recorded, "class_names": tuple(recorded["class_names"])})
-    with torch.device("meta"):  # no memory and no random draws for values that the file replaces
-        backbone = build_backbone(spec.arch, image_size=spec.image_size, pos_embed_resize=spec.pos_embed_resize)
-        detector = Detector(backbone, spec)
-    detector = detector.to_empty(device="cpu")
+    tuples = {key: tuple(recorded.get(key, ())) for key in ("class_names", "taps")}
+    spec = DetectorSpec(**{**recorded, **tuples})
+    described = ("image_size", "pos_embed_resize", "decoder_dim", "taps")
+    shape: dict[str, Any] = {key: getattr(spec, key) for key in described}
+    detector = build_to_fill(spec.arch, spec.taps, lambda: Detector(build_backbone(spec.arch, **shape), spec))
     detector.load_state_dict(checkpoint.read_tensors(folder, STEM))
     return detector.to(device).eval()
 

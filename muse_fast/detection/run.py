@@ -114,6 +114,8 @@ def new_detector(
         surroundings=config.data.surroundings,
         image_size=backbone.image_size,
         pos_embed_resize=backbone.pos_embed_resize,
+        decoder_dim=backbone.decoder_dim,
+        taps=backbone.taps,
         **dataclasses.asdict(config.detector),
     )
     return Detector(backbone, spec)

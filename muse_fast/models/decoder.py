@@ -202,66 +202,97 @@ class Decoder(nn.Module):
         return torch.cat(rows)
 
 
-class TokenDecoder(Decoder):
-    """Decoder over four ViT layers, whose tokens are first reassembled into a pyramid.
+class MappedDecoder(Decoder):
+    """Decoder whose maps are first brought to the widths of a pyramid by 1x1 convolutions.
 
     Args:
-        dim: width C of the encoder; the pyramid has C/4, C/2, C and 2C channels, a level has C/4.
+        widths: channels of the four maps.
+        dim: D; the pyramid has D/4, D/2, D and 2D channels, a level has D/4.
     """
 
     dim_map_layers: Any
 
-    def __init__(self, dim: int) -> None:
-        widths = token_pyramid(dim)
-        super().__init__(widths, dim // 4)
-        layers = [nn.Conv2d(dim, width, 1, bias=False) for width in widths]
+    def __init__(self, widths: Sequence[int], dim: int) -> None:
+        super().__init__(pyramid_widths(dim), dim // 4)
+        pairs = zip(widths, pyramid_widths(dim), strict=True)
+        layers = [nn.Conv2d(width, target, 1, bias=False) for width, target in pairs]
         for layer in layers:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="linear")
         self.dim_map_layers = nn.ModuleList(layers)
 
+    def pyramids(self, encoded: Any) -> list[Maps]:
+        return [tuple(layer(x) for layer, x in zip(self.dim_map_layers, maps, strict=True)) for maps in encoded]
+
+
+class TokenDecoder(MappedDecoder):
+    """Decoder over four ViT layers, whose tokens are first reassembled into a pyramid.
+
+    Args:
+        width: C, width of the tokens.
+        patch: P, side of a token's patch in pixels.
+        dim: D, see `MappedDecoder`; C by default.
+    """
+
+    def __init__(self, width: int, patch: int = 16, dim: int = 0) -> None:
+        super().__init__((width,) * 4, dim or width)
+        self.patch = patch
+
     def pyramids(self, encoded: PackedTokens) -> list[Maps]:
-        """Tokens -> four maps per group, of sides 4g, 2g, g, g // 2 and widths C/4, C/2, C, 2C."""
-        grids = [math.isqrt(tokens) for _, tokens in encoded.layout]  # isqrt ignores the CLS token
+        """Tokens of views of side R = gP -> four maps per group, of sides R // 4, R // 8, R // 16 and R // 32."""
+        grids = [math.isqrt(tokens - encoded.prefix) for _, tokens in encoded.layout]
         levels = []
-        for layer, tokens, scale in zip(self.dim_map_layers, encoded.taps, (4, 2, 1, 0.5), strict=True):
+        for layer, tokens, stride in zip(self.dim_map_layers, encoded.taps, PYRAMID, strict=True):
             # A 1x1 convolution over the packed rows; its result already is a channels-last map.
             rows = encoded.split(F.linear(tokens, layer.weight.flatten(1)))
-            maps = [x[:, 1:].unflatten(1, (g, g)).permute(0, 3, 1, 2) for x, g in zip(rows, grids, strict=True)]
-            levels.append([resize(x, int(scale * g)) for x, g in zip(maps, grids, strict=True)])
+            patches = (x[:, encoded.prefix :] for x in rows)
+            maps = [x.unflatten(1, (g, g)).permute(0, 3, 1, 2) for x, g in zip(patches, grids, strict=True)]
+            levels.append([resize(x, self.patch * g // stride) for x, g in zip(maps, grids, strict=True)])
         return list(zip(*levels, strict=True))
 
 
-def token_pyramid(dim: int) -> tuple[int, int, int, int]:
-    """Widths of the pyramid made from tokens of width ``dim``."""
+def pyramid_widths(dim: int) -> tuple[int, int, int, int]:
+    """Widths of the pyramid of a decoder whose unified map is ``dim`` wide."""
     return dim // 4, dim // 2, dim, 2 * dim
 
 
-def dense_dim(widths: tuple[int, ...], strides: tuple[int, ...]) -> int:
+def dense_dim(widths: tuple[int, ...], strides: tuple[int, ...], dim: int = 0) -> int:
     """Width D of a nucleus row and of the unified map, for the decoder of `build_decoder`."""
-    return widths[-1] // 2 if strides == PYRAMID else widths[-1]
+    return dim or 4 * ((widths[-1] // 2 if strides == PYRAMID else widths[-1]) // 4)
 
 
-def build_decoder(widths: tuple[int, ...], strides: tuple[int, ...]) -> Decoder:
+def build_decoder(widths: tuple[int, ...], strides: tuple[int, ...], dim: int = 0) -> Decoder:
     """Build the decoder for an encoder whose four maps have these widths and strides, with random weights.
 
     A pyramid is decoded directly; tokens, whose widths and strides are all equal, are reassembled into a pyramid first.
+
+    Args:
+        dim: width D of the unified map, a multiple of 4. By default it follows from the encoder: C for tokens of width
+            C, half the width of the coarsest map for a pyramid. Other pyramids are brought to D/4, D/2, D and 2D.
     """
+    wanted = dense_dim(widths, strides, dim)
     if strides == PYRAMID:
-        return Decoder(widths, dense_dim(widths, strides) // 4)
+        return MappedDecoder(widths, dim) if _is_mapped(widths, dim) else Decoder(widths, wanted // 4)
     if len({*strides}) > 1 or len({*widths}) > 1:
         raise ValueError(f"no decoder for maps of widths {widths} at strides {strides}")
-    return TokenDecoder(widths[0])
+    return TokenDecoder(widths[0], strides[0], wanted)
 
 
-def decoder_flops(widths: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
+def _is_mapped(widths: tuple[int, ...], dim: int) -> bool:
+    """Whether a pyramid must be brought to other widths for a unified map of ``dim`` channels, 0 for the default."""
+    return dim > 0 and widths != pyramid_widths(dim)
+
+
+def decoder_flops(widths: tuple[int, ...], strides: tuple[int, ...], size: int, dim: int = 0) -> int:
     """FLOPs of one forward of the decoder of `build_decoder`, with projections, over an image of ``size`` pixels."""
-    level_dim = dense_dim(widths, strides) // 4
+    wanted = dense_dim(widths, strides, dim)
     total, sides = 0, [-(-size // stride) for stride in strides]
+    if strides != PYRAMID or _is_mapped(widths, dim):
+        mapped = pyramid_widths(wanted)
+        total += sum(conv_flops(side, *pair) for side, *pair in zip(sides, widths, mapped, strict=True))
+        widths = mapped
     if strides != PYRAMID:
-        dim, grid = widths[0], size // strides[0]
-        widths, sides = token_pyramid(dim), [4 * grid, 2 * grid, grid, grid // 2]
-        total += sum(conv_flops(grid, dim, width) for width in widths)
+        sides = [size // stride for stride in PYRAMID]
     # An up block convolves the concatenated maps of two levels to the finer width; two more convolutions follow.
     for side, (fine, coarse) in zip(sides, pairwise(widths), strict=False):
         total += conv_flops(side, coarse + 3 * fine, fine, 3)
-    return total + sum(conv_flops(side, width, level_dim) for side, width in zip(sides, widths, strict=True))
+    return total + sum(conv_flops(side, width, wanted // 4) for side, width in zip(sides, widths, strict=True))

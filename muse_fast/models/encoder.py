@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from muse_fast.errors import UserError
 
-SIDE_STEP, MIN_SIDE, MAX_SIDE = 16, 32, 1024
+MAX_SIDE = 1024
+SIDES = range(32, MAX_SIDE + 1, 16)
+"""Allowed sides of an image in pixels, unless an encoder has others."""
 
 Maps = tuple[Tensor, ...]
 """Four maps of images of one resolution, finest first."""
@@ -47,19 +51,19 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
 
-def check_images(images: Tensor) -> None:
-    """Raise UserError unless ``images`` is ``[I, 3, R, R]`` with R a multiple of 16 from 32 to 1024."""
+def check_images(images: Tensor, sides: range = SIDES) -> None:
+    """Raise UserError unless ``images`` is ``[I, 3, R, R]`` with R among ``sides``."""
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise UserError(f"images must be square, [I, 3, R, R]; got {list(images.shape)}. Crop or pad them first.")
-    check_image_size(images.shape[-1])
+    check_image_size(images.shape[-1], sides)
 
 
-def check_image_size(side: int) -> None:
-    """Raise UserError unless ``side`` is a multiple of 16 from 32 to 1024 pixels."""
-    if side % SIDE_STEP or not MIN_SIDE <= side <= MAX_SIDE:
+def check_image_size(side: int, sides: range = SIDES) -> None:
+    """Raise UserError unless ``side`` is among ``sides``."""
+    if side not in sides:
         raise UserError(
-            f"an image side of {side} px does not fit: it must be a multiple of {SIDE_STEP} "
-            f"from {MIN_SIDE} to {MAX_SIDE}. Resize or pad the images, or cut larger ones into tiles."
+            f"an image side of {side} px does not fit: it must be {describe_sides(sides)}, such as "
+            f"{nearest(side, sides)}. Resize or pad the images, or cut larger ones into tiles."
         )
 
 
@@ -78,6 +82,24 @@ def check_points(xy: Tensor, image_index: Tensor, side: int) -> None:
             f"xy: {int(outside.sum())} of {len(xy)} points lie outside images of {side} x {side} px (row {row} at "
             f"{x:g}, {y:g} is the first); expected pixels of the image that is passed, x right, y down"
         )
+
+
+def describe_sides(sides: range) -> str:
+    return f"a multiple of {sides.step} from {sides[0]} to {sides[-1]}"
+
+
+def nearest(side: int, sides: range) -> int:
+    """The allowed side nearest to ``side``."""
+    return min(sides, key=lambda one: abs(one - side))
+
+
+def count_flops(encoder: Encoder, side: int) -> int:
+    """Run an encoder without gradients on an image of ``side`` pixels and count its FLOPs, two per multiply-add."""
+    images = torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device)
+    # Only the plain kernel of attention is counted on every device.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        encoder([images])
+    return counter.get_total_flops()
 
 
 def conv_flops(side: int, in_channels: int, out_channels: int, kernel: int = 1) -> int:

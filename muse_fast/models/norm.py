@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muse_fast.errors import UserError
 from muse_fast.runtime.distributed import gather_over_ranks, sum_over_ranks, world_size
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -30,6 +31,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         return batch_norms([x], [self])[0]
 
 
+class BatchNormAct2d(BatchNorm2d):
+    """The layer of timm that ends with an activation, over all ranks."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, h, w]
+        return self.act(self.drop(super().forward(x)))
+
+
 class RowBatchNorm(nn.BatchNorm1d):
     """BatchNorm of rows over all ranks, without parameters; ranks may have different numbers of rows."""
 
@@ -38,6 +49,27 @@ class RowBatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, dim] -> [N, dim]
         return batch_norms([x], [self])[0]
+
+
+def over_ranks(network: nn.Module) -> None:
+    """Turn every BatchNorm layer of ``network`` in place into one whose statistics are those of all ranks.
+
+    Raises:
+        UserError: the network has a kind of BatchNorm for which there is none.
+    """
+    from timm.layers import BatchNormAct2d as TimmBatchNormAct2d
+
+    kinds = {nn.BatchNorm2d: BatchNorm2d, TimmBatchNormAct2d: BatchNormAct2d}
+    for name, module in network.named_modules():
+        kind = type(module)
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or kind in kinds.values():
+            continue
+        if kind not in kinds or module.momentum is None or not module.track_running_stats:
+            raise UserError(
+                f"{type(network).__name__}: {name} is a {kind.__name__} that cannot use the statistics of all ranks; "
+                "use nn.BatchNorm2d with running statistics and a momentum"
+            )
+        module.__class__ = kinds[kind]  # keeps weights, statistics, settings and activation
 
 
 def batch_norms(xs: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:

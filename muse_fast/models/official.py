@@ -22,6 +22,7 @@ from muse_fast.models.weight_files import read_pth
 PREFIX = "module.backbone."
 EXACT = "exact_pos_embed"  # key of our exports, next to "teacher": the tensors are used as stored
 RESIZE = "pos_embed_resize"  # key of our exports: the rule by which the position embedding is resized to other sizes
+RECORD = "muse_fast"  # key of our exports: a dict with their "arch" and "taps"
 log = logging.getLogger(__name__)
 
 
@@ -31,6 +32,8 @@ class Official(NamedTuple):
     tensors: dict[str, Tensor]  # of the teacher's backbone, with our names, on the CPU
     compat: str  # how to use its position embedding: "exact" for our exports, "muse_official" for the authors' files
     pos_embed_resize: str  # that of the authors' code is "scale_factor"
+    arch: str | None  # of our exports
+    taps: tuple[int, ...]  # the same
 
 
 def read_official(path: Path) -> Official:
@@ -49,9 +52,11 @@ def read_official(path: Path) -> Official:
     ignored = sorted(name for name in teacher if not name.startswith(PREFIX))
     if ignored:
         log.info("%s: skipped %d tensors outside the backbone: %s", path, len(ignored), ", ".join(ignored))
-    if EXACT in content:
-        return Official(tensors, "exact", content.get(RESIZE, RESIZE_UNRECORDED))
-    return Official(tensors, "muse_official", "scale_factor")
+    if EXACT not in content:
+        return Official(tensors, "muse_official", "scale_factor", None, ())
+    record = content.get(RECORD, {})
+    rule = content.get(RESIZE, RESIZE_UNRECORDED)
+    return Official(tensors, "exact", rule, record.get("arch"), tuple(record.get("taps", ())))
 
 
 def is_official(content: Any) -> bool:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from muse_fast.models.encoder import Encoder, Maps, check_images, conv_flops
+from muse_fast.models.encoder import conv_flops
+from muse_fast.models.maps import BranchScale, MapsEncoder
 from muse_fast.models.norm import BatchNorm2d
 
 WIDTHS, BLOCKS = (256, 512, 1024, 2048), (3, 4, 6, 3)
 
 
-class BranchScale(nn.Module):
-    """Replaces timm's drop path; scales are set from outside, one per image and branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale: Tensor | None = None  # [I]
-
-    def forward(self, x: Tensor) -> Tensor:  # [I, c, h, w] -> [I, c, h, w]
-        return x if self.scale is None else (x * self.scale.view(-1, 1, 1, 1)).to(x.dtype)
-
-
-class ResNetEncoder(Encoder):
+class ResNetEncoder(MapsEncoder):
     """Returns maps at strides 4, 8, 16 and 32, and the mean of the last map as image feature.
 
     Stochastic depth rises linearly from 0 at the first block to ``drop_path`` at the last. Other options of
@@ -33,38 +19,23 @@ class ResNetEncoder(Encoder):
     """
 
     def __init__(self, *, drop_path: float = 0.0, **unused: object) -> None:
-        super().__init__()
         import timm
 
         # As in MUSE's own encoder, the last norm of each block starts at zero, and so the block as its shortcut. DINO's
         # ResNet, torchvision's, starts that norm at one.
-        self.encoder = timm.create_model(
+        network = timm.create_model(
             "resnet50",
             features_only=True,
             out_indices=(1, 2, 3, 4),
             norm_layer=BatchNorm2d,
             zero_init_last=True,
         )
+        super().__init__(network)
         blocks: list[Any] = [block for stage in range(1, 5) for block in self.encoder[f"layer{stage}"]]
         self.branch_scales = [BranchScale() for _ in blocks]
         for block, branch_scale in zip(blocks, self.branch_scales, strict=True):
             block.drop_path = branch_scale
         self.drop_rates = [drop_path * i / (len(blocks) - 1) for i in range(len(blocks))]
-
-    def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, list[Maps]]:
-        """Groups of images ``[I, 3, R, R]`` -> image features ``[images, 2048]``, and four maps per group.
-
-        Args:
-            scales: of the residual branches per image, ``[blocks, images of all groups]``, for stochastic depth.
-        """
-        maps, first = [], 0
-        for images in groups:
-            check_images(images)
-            for block, branch_scale in enumerate(self.branch_scales):
-                branch_scale.scale = None if scales is None else scales[block, first : first + len(images)]
-            maps.append(tuple(self.encoder(images)))
-            first += len(images)
-        return torch.cat([of_group[-1].mean(dim=(2, 3)) for of_group in maps]), maps
 
 
 def resnet50_flops(size: int) -> int:

@@ -8,37 +8,29 @@ and so do we.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from yaml import YAMLError
 
 from muse_fast import ops
-from muse_fast.errors import UserError, did_you_mean
+from muse_fast.errors import UserError
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD, Normaliser
 from muse_fast.models.encoder import check_points
-from muse_fast.models.weight_files import find_network, read_weights
-from muse_fast.runtime.tensors import load_strictly, some
+from muse_fast.models.timm_networks import (
+    IMAGENET,
+    PREFIX,
+    create_network,
+    feature_info,
+    load_file,
+    parse_spec,
+    statistics_of,
+)
+from muse_fast.runtime.tensors import some
 
-PREFIX = "timm:"
 FINEST_STRIDE = 4  # of the maps of a hierarchical network; finer ones belong to its stem
-IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-
-
-class Spec(NamedTuple):
-    """The parts of ``timm:NAME[:key=value ...][@FILE]``."""
-
-    name: str  # timm's, with or without a tag (vit_small_patch14_dinov2.lvd142m)
-    options: dict[str, Any]  # arguments of timm.create_model
-    statistics: dict[str, tuple[float, ...]]  # mean or std, if given
-    file: Path | None
 
 
 class TimmBackbone(nn.Module):
@@ -75,7 +67,7 @@ class TimmBackbone(nn.Module):
         self.side = side
         self.align_corners = align_corners
         self._normalised = Normaliser()
-        strides = [stage["reduction"] for stage in _feature_info(network)]
+        strides = [stage["reduction"] for stage in feature_info(network)]
         self.plain = len(set(strides)) == 1
         last = len(strides) - 1
         self.stages = [last] if self.plain else [i for i, stride in enumerate(strides) if stride >= FINEST_STRIDE]
@@ -129,34 +121,6 @@ class Loaded(NamedTuple):
     about: dict[str, Any]
 
 
-def parse_spec(text: str) -> Spec:
-    """Parse ``timm:NAME[:key=value ...][@FILE]``.
-
-    ``key=value`` are arguments of ``timm.create_model``; ``mean`` and ``std`` (three numbers, or ``imagenet``) replace
-    timm's values for NAME.
-
-    Raises:
-        UserError: timm has no such network, a setting cannot be parsed, or the file does not exist.
-    """
-    import timm
-
-    described, _, file = text.removeprefix(PREFIX).partition("@")
-    name, *items = described.split(":")
-    if not timm.is_model(name):
-        raise UserError(f"{text}: timm {timm.__version__} has no {name!r}{did_you_mean(name, timm.list_models())}")
-    if bad := [item for item in items if not item.partition("=")[0].isidentifier() or "=" not in item]:
-        raise UserError(f"{text}: {bad[0]!r}; expected key=value, as in timm:NAME:init_values=1@FILE")
-    try:
-        options = OmegaConf.to_container(OmegaConf.from_dotlist(items))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{text}: {str(error).splitlines()[0]}") from error
-    assert isinstance(options, dict)
-    statistics = {key: _statistics(text, key, options.pop(key)) for key in IMAGENET if key in options}
-    if file and not Path(file).is_file():
-        raise UserError(f"{text}: no such file {file}; expected the weights of {name}")
-    return Spec(name, {str(key): value for key, value in options.items()}, statistics, Path(file) if file else None)
-
-
 def load_timm(text: str, *, image_size: int, align_corners: bool = False) -> Loaded:
     """Load a backbone of timm in evaluation mode, float32, on the CPU. Nothing is downloaded.
 
@@ -170,21 +134,12 @@ def load_timm(text: str, *, image_size: int, align_corners: bool = False) -> Loa
         UserError: as `parse_spec`; the file is damaged; tensors are missing, unexpected or of other shapes; the
             network has no feature maps or does not accept images of this size.
     """
-    import timm
-
     spec = parse_spec(text)
     arch = f"{PREFIX}{spec.name}"
-    options = {key: _resolve_layer(key, value) for key, value in spec.options.items()}
-    try:
-        network: Any = timm.create_model(spec.name, pretrained=False, num_classes=0, **options)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"{text}: timm cannot build this ({error})") from error
-    if not hasattr(network, "forward_intermediates"):
-        raise UserError(f"{text}: timm has no feature maps for {spec.name} (no forward_intermediates)")
-    names = {} if spec.file is None else _load_file(network, arch, spec.file)
-    known = network.pretrained_cfg
-    statistics = {key: tuple(spec.statistics.get(key, known[key])) for key in IMAGENET}
-    side = _round_up(image_size, max(stage["reduction"] for stage in _feature_info(network)))
+    network = create_network(text, spec)
+    names = {} if spec.file is None else load_file(network, arch, spec.file)
+    known, statistics = network.pretrained_cfg, statistics_of(network, spec)
+    side = _round_up(image_size, max(stage["reduction"] for stage in feature_info(network)))
     try:
         if hasattr(network, "set_input_size"):
             network.set_input_size(img_size=(side, side))
@@ -221,59 +176,6 @@ def summarise(about: Mapping[str, Any]) -> str:
         f"{weights}; {about['features']} features at {maps} {', '.join(map(str, about['strides']))} "
         f"of {about['input_side']} px; pixels by {statistics}"
     )
-
-
-def _load_file(network: Any, arch: str, file: Path) -> dict[str, Any]:
-    """Load ``file`` strictly; return its layout, the names that were not used, and those that timm changed."""
-    expected = network.state_dict()
-    stored, outside, layout = find_network(file, read_weights(file), expected)
-    heads = network.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    tensors = {name: t for name, t in stored.items() if name in expected or not name.startswith(heads)}
-    converted = _convert(network, arch, file, tensors) if tensors.keys() != expected.keys() else tensors
-    # Old files lack BatchNorm's batch counter, which has no influence.
-    counters = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked") and n not in converted}
-    load_strictly(network, {**converted, **counters}, str(file), arch)
-    reshaped = [n for n in tensors.keys() & converted.keys() if tensors[n].shape != converted[n].shape]
-    return {
-        "layout": layout,
-        "left_out": outside + sorted(stored.keys() - tensors.keys()),
-        "converted": sorted([*(tensors.keys() - converted.keys()), *reshaped]),
-    }
-
-
-def _convert(network: Any, arch: str, file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Apply timm's own conversion from names of other projects (DINOv2, CLIP) and of older timm releases."""
-    convert = getattr(importlib.import_module(type(network).__module__), "checkpoint_filter_fn", None)
-    if convert is None:
-        return tensors
-    try:
-        converted: dict[str, Tensor] = convert(dict(tensors), network)
-    except (KeyError, RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(f"{file}: does not fit {arch}; timm cannot convert it ({error})") from error
-    # timm would resize filters of another patch size, which changes the network.
-    filters = {n: t for n, t in tensors.items() if n.endswith("patch_embed.proj.weight") and t.ndim == 4}
-    return converted | filters
-
-
-def _statistics(text: str, key: str, value: Any) -> tuple[float, ...]:
-    if value == "imagenet":
-        return IMAGENET[key]
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(one, (int, float)) for one in value):
-        raise UserError(f"{text}: {key}={value}: expected imagenet or three numbers, such as {key}=[0.5,0.5,0.5]")
-    return tuple(map(float, value))
-
-
-def _resolve_layer(key: str, value: Any) -> Any:
-    """Resolve the class name in arguments such as ``mlp_layer=SwiGLUPacked``."""
-    from timm import layers
-
-    return getattr(layers, value, value) if key.endswith("_layer") and isinstance(value, str) else value
-
-
-def _feature_info(network: Any) -> list[dict[str, Any]]:
-    """Channels and stride of every stage according to timm."""
-    return list(getattr(network.feature_info, "info", network.feature_info))
 
 
 def _round_up(side: int, multiple: int) -> int:

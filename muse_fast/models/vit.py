@@ -91,26 +91,35 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """One transformer layer. ``recompute`` selects activations that the backward recomputes instead of storing."""
+class Layer(nn.Module):
+    """Base of transformer layers. ``recompute`` selects activations that the backward recomputes instead of storing."""
 
-    def __init__(self, dim: int, heads: int, attention: str, recompute: str) -> None:
+    def __init__(self, recompute: str) -> None:
         super().__init__()
         self.recompute = recompute
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """``layer(*inputs)``."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.layer(*inputs)
+        options: dict[str, Any] = {"context_fn": _keep_matmuls} if self.recompute == "selective" else {}
+        # Nothing in a layer draws random numbers, so there is no random state to restore.
+        return checkpoint(self.layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def layer(self, *inputs: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class Block(Layer):
+    def __init__(self, dim: int, heads: int, attention: str, recompute: str) -> None:
+        super().__init__(recompute)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, attention)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
 
-    def forward(self, x: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
-        """``x [M, C]``, scales of the two residual branches ``[2, M, 1]`` -> ``[M, C]``."""
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.layer(x, layout, scales)
-        options: dict[str, Any] = {"context_fn": _keep_matmuls} if self.recompute == "selective" else {}
-        # Nothing in a layer draws random numbers, so there is no random state to restore.
-        return checkpoint(self.layer, x, layout, scales, use_reentrant=False, preserve_rng_state=False, **options)
-
     def layer(self, x: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
+        """``x [M, C]``, scales of the two residual branches ``[2, M, 1]`` -> ``[M, C]``."""
         attended = self.attn(self.norm1(x), layout)
         x = x + (attended if scales is None else attended * scales[0])
         mixed = self.mlp(self.norm2(x))
@@ -135,13 +144,23 @@ _MATMULS: list[Any] = [
 class PackedTokens(NamedTuple):
     """Tokens of images of several resolutions, one matrix per tapped layer."""
 
-    taps: tuple[Tensor, ...]  # four [M, C]; image after image, CLS first
+    taps: tuple[Tensor, ...]  # four [M, C]; image after image, prefix tokens (CLS, registers) first
     layout: Layout
+    prefix: int = 1  # prefix tokens per image; the others form a square grid
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Packed rows ``[M, c]`` -> one ``[I, 1 + T, c]`` per resolution."""
         parts = x.split([images * tokens for images, tokens in self.layout])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.layout, strict=True)]
+
+
+def scales_of_layers(scales: Tensor | None, layout: Layout, depth: int) -> Sequence[Tensor | None]:
+    """Scales of residual branches per image ``[2 * depth, images]`` -> per layer and row, ``[2, M, 1]`` each."""
+    if scales is None:
+        return [None] * depth
+    parts = zip(scales.split([images for images, _ in layout], dim=1), layout, strict=True)
+    of_rows = torch.cat([part.repeat_interleave(count, dim=1) for part, (_, count) in parts], dim=1)
+    return of_rows.view(depth, 2, -1, 1).unbind()
 
 
 class VisionTransformer(nn.Module):
@@ -192,14 +211,11 @@ class VisionTransformer(nn.Module):
         """
         tokens = [self.embed(images) for images in groups]
         layout = tuple((x.shape[0], x.shape[1]) for x in tokens)
-        if scales is not None:
-            parts = zip(scales.split([images for images, _ in layout], dim=1), layout, strict=True)
-            of_rows = torch.cat([part.repeat_interleave(count, dim=1) for part, (_, count) in parts], dim=1)
-            layer_scales = of_rows.view(DEPTH, 2, -1, 1)
+        layer_scales = scales_of_layers(scales, layout, DEPTH)
         x = torch.cat([x.flatten(0, 1) for x in tokens])
         taps = []
         for layer, block in enumerate(self.blocks):
-            x = block(x, layout, None if scales is None else layer_scales[layer])
+            x = block(x, layout, layer_scales[layer])
             if layer in TAPPED_LAYERS:
                 taps.append(self.norm(x))
         return PackedTokens(tuple(taps), layout)

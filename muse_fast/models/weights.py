@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from muse_fast.config import POS_EMBED_RESIZE, RESIZE_UNRECORDED, PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.models.archs import ARCHS, find_arch
-from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.backbone import Backbone, build_backbone, build_to_fill
+from muse_fast.models.decoder import PYRAMID, dense_dim
 from muse_fast.models.official import RESIZE, is_official, official_pos_embed, read_official
+from muse_fast.models.timm_networks import PREFIX, load_file
 from muse_fast.models.weight_files import find_network, read_pth
 from muse_fast.runtime.options import recorded_settings
 from muse_fast.runtime.tensors import load_strictly, read_metadata, read_safetensors, some
@@ -33,11 +35,13 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     """Load a backbone in evaluation mode, float32, on the CPU.
 
     Args:
-        arch: a name in `muse_fast.models.ARCHS`, such as ``vit_small``; None infers it from the weights.
+        arch: a name in `muse_fast.models.ARCHS`, such as ``vit_small``, or ``timm:NAME[:key=value ...]``; None infers
+            it from the weights.
         weights: a run folder (its newest checkpoint), a checkpoint folder, any export (``.safetensors``, ``.pth``
             or timm folder), an official ``.pth`` file, a file in which another script saved such a backbone, or
             ``"random:vit_small"``; None or ``"random"`` draws random weights for ``arch`` from torch's global
-            generator.
+            generator. ``"timm:NAME[:key=value ...]@FILE"`` reads an encoder of timm from FILE, and draws the weights of
+            the decoder.
         compat: ``"exact"`` uses the stored position embedding; ``"muse_official"`` does what the authors' code does: it
             resamples the embedding once, and resizes it to images of other sizes by DINO's rule (``scale_factor``).
             Default: ``"muse_official"`` for an official ``.pth`` and what was exported from it, else ``"exact"``.
@@ -52,6 +56,8 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
         raise UserError(f"unknown compat {compat!r}; expected one of {', '.join(COMPATS)}")
     if weights is None or str(weights).partition(":")[0] == "random":
         return build_backbone(_random_arch(arch, str(weights or "random"))).eval()
+    if str(weights).startswith(PREFIX):
+        return _load_timm(arch, str(weights))
 
     path = Path(weights)
     found = _read(path)
@@ -73,10 +79,12 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
         )
     compat = compat or found.compat
     rule = "scale_factor" if compat == "muse_official" else found.pos_embed_resize
-    with torch.device("meta"):  # no memory and no random draws for values that the file replaces
-        size = stored_image_size(found_arch, tensors)
-        backbone = build_backbone(found_arch, image_size=size, pos_embed_resize=rule)
-    backbone = backbone.to_empty(device="cpu")
+    size, dim = stored_image_size(found_arch, tensors), stored_decoder_dim(found_arch, tensors)
+    backbone = build_to_fill(
+        found_arch,
+        found.taps,
+        lambda: build_backbone(found_arch, image_size=size, pos_embed_resize=rule, decoder_dim=dim, taps=found.taps),
+    )
     load_strictly(backbone, tensors, str(path))
     backbone.load_state_dict(as_used(backbone.state_dict(), compat))
     return backbone.eval()
@@ -91,14 +99,40 @@ def as_used(tensors: Mapping[str, Tensor], compat: str) -> Mapping[str, Tensor]:
 
 def default_compat(weights: str | Path) -> str:
     """The ``compat`` that `load_backbone` uses for ``weights`` if none is given; raises as it does."""
-    return "exact" if str(weights).partition(":")[0] == "random" else _read(Path(weights)).compat
+    return "exact" if str(weights).partition(":")[0] in ("random", "timm") else _read(Path(weights)).compat
+
+
+def _load_timm(arch: str | None, weights: str) -> Backbone:
+    named, _, file = weights.partition("@")
+    if arch not in (None, named):
+        raise UserError(f"weights {weights!r} contradict arch {arch!r}; omit one of them")
+    if not file:
+        raise UserError(f"{weights}: no weights; expected {weights}@FILE, or random:{weights} for random ones")
+    if not Path(file).is_file():
+        raise UserError(f"{weights}: no such file {file}; expected the weights of {named.removeprefix(PREFIX)}")
+    backbone = build_backbone(named)
+    report = load_file(backbone.encoder.encoder, named, Path(file))
+    for key, what in (("left_out", "without"), ("converted", "converted by timm:")):
+        if report[key]:
+            log.info("%s: %s %s", file, what, some(report[key]))
+    return backbone.eval()
 
 
 def infer_arch(tensors: Mapping[str, Tensor]) -> str | None:
     """The arch whose mark is among the tensors, or None."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    marks = {name: arch.mark for name, arch in ARCHS.items()}
+    marks = {name: arch.mark for name, arch in ARCHS.items() if arch.mark is not None}
     return next((name for name, (tensor, shape) in marks.items() if shapes.get(f"encoder.{tensor}") == shape), None)
+
+
+def stored_decoder_dim(name: str, tensors: Mapping[str, Tensor]) -> int:
+    """The ``decoder_dim`` with which a backbone of these tensors must be built; 0 if it follows from the encoder."""
+    level = tensors.get("decoder.hyper_feats.conv_list.0.layer.0.weight")
+    if level is None or "decoder.dim_map_layers.0.weight" not in tensors:
+        return 0
+    arch = find_arch(name)
+    follows = arch.strides != PYRAMID and 4 * len(level) == dense_dim(arch.widths, arch.strides)
+    return 0 if follows else 4 * len(level)
 
 
 def _random_arch(arch: str | None, weights: str) -> str:
@@ -117,23 +151,21 @@ class _Found(NamedTuple):
     arch: str | None = None  # if the source records one
     compat: str = "exact"  # how to use the position embedding
     pos_embed_resize: str = RESIZE_UNRECORDED  # rule by which a ViT resizes it to other sizes
+    taps: tuple[int, ...] = ()  # layers whose maps the decoder receives, if they were chosen
 
 
 def _read(path: Path) -> _Found:
     if not path.exists():
         raise UserError(f"weights {path} do not exist; pass a run, a checkpoint, a .safetensors, a .pth or random:ARCH")
     if is_timm_folder(path):
-        return _Found(_read_timm(path), None, *_read_use(path / TIMM_WEIGHTS))
+        return _Found(_read_timm(path), **_recorded(path / TIMM_WEIGHTS))
     if path.is_dir():
         return _read_checkpoint(path)
     if path.suffix == ".safetensors":
-        return _Found(_find(path, read_safetensors(path)), None, *_read_use(path))
+        return _Found(_find(path, read_safetensors(path)), **_recorded(path))
     if path.suffix in TORCH_SUFFIXES:
         content = read_pth(path)
-        if not is_official(content):
-            return _Found(_find(path, content))
-        official = read_official(path)
-        return _Found(official.tensors, None, official.compat, official.pos_embed_resize)
+        return _Found(**read_official(path)._asdict()) if is_official(content) else _Found(_find(path, content))
     raise UserError(
         f"weights {path}: unknown kind {path.suffix!r}; expected a folder, a .safetensors or a file of torch.save "
         f"({', '.join(TORCH_SUFFIXES)})"
@@ -142,7 +174,7 @@ def _read(path: Path) -> _Found:
 
 def _find(path: Path, content: Any) -> Mapping[str, Tensor]:
     """The tensors of a backbone of ours in the content of a file, or all if it has none."""
-    for mark in {arch.mark[0] for arch in ARCHS.values()}:
+    for mark in {arch.mark[0] for arch in ARCHS.values() if arch.mark is not None}:
         tensors = find_network(path, content, [f"encoder.{mark}"]).tensors
         if infer_arch(tensors):
             break
@@ -152,7 +184,7 @@ def _find(path: Path, content: Any) -> Mapping[str, Tensor]:
 def _kind(tensors: Mapping[str, Tensor]) -> str:
     """What the weights of another network are, with what can use them."""
     if any(name.endswith(("patch_embed.proj.weight", "layer1.0.conv1.weight")) for name in tensors):
-        return ", but of an encoder without MUSE's decoder (evaluate takes it as --weights timm:NAME@FILE)"
+        return ", but of an encoder without MUSE's decoder (evaluate and finetune take it as --weights timm:NAME@FILE)"
     return ""
 
 
@@ -161,8 +193,12 @@ def _read_checkpoint(folder: Path) -> _Found:
 
     folder = find_checkpoint(folder)
     config = recorded_settings(PretrainConfig, checkpoint.read_state(folder)["config"])
-    tensors = _strip(checkpoint.read_tensors(folder, "teacher"))
-    return _Found(tensors, config["model.arch"], pos_embed_resize=config["model.pos_embed_resize"])
+    return _Found(
+        _strip(checkpoint.read_tensors(folder, "teacher")),
+        config["model.arch"],
+        pos_embed_resize=config["model.pos_embed_resize"],
+        taps=tuple(config["model.taps"]),
+    )
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -193,10 +229,15 @@ def _read_timm(folder: Path) -> dict[str, Tensor]:
     return encoder | read_safetensors(folder / TIMM_DECODER)
 
 
-def _read_use(path: Path) -> tuple[str, str]:
-    """How to use the position embedding of an export: ``compat`` and ``pos_embed_resize``."""
+def _recorded(path: Path) -> dict[str, Any]:
+    """What an export says about its network."""
     metadata = read_metadata(path)
-    return metadata.get(COMPAT, "exact"), metadata.get(RESIZE, RESIZE_UNRECORDED)
+    return {
+        "arch": metadata.get("arch") if "muse_fast" in metadata else None,
+        "compat": metadata.get(COMPAT, "exact"),
+        "pos_embed_resize": metadata.get(RESIZE, RESIZE_UNRECORDED),
+        "taps": tuple(json.loads(metadata.get("taps", "[]"))),
+    }
 
 
 def _strip(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -205,7 +246,10 @@ def _strip(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return stripped or tensors
 
 
-def stored_image_size(arch: str, tensors: Mapping[str, Tensor]) -> int:
+def stored_image_size(name: str, tensors: Mapping[str, Tensor]) -> int:
     """The side in pixels that the position embedding was stored for; 224 for a model without one, where any works."""
     pos_embed = tensors.get(POS_EMBED)
-    return 224 if pos_embed is None else find_arch(arch).strides[-1] * math.isqrt(pos_embed.shape[1] - 1)
+    if pos_embed is None:
+        return 224
+    arch = find_arch(name)
+    return arch.strides[-1] * math.isqrt(pos_embed.shape[1] - arch.prefix)

@@ -36,6 +36,8 @@ class Network(nn.Module):
             attention=model.attention,
             recompute=model.recompute,
             pos_embed_resize=model.pos_embed_resize,
+            decoder_dim=model.decoder_dim,
+            taps=model.taps,
         )
         widths = (head.hidden_dim, head.bottleneck_dim, head.prototypes)
         self.image_head = DINOHead(self.backbone.image_dim, *widths, input_norm=head.input_norm)

@@ -5,11 +5,13 @@ Convolutions, linear layers, prototypes and attention count. Recomputed activati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from muse_fast.config import HeadConfig, PretrainConfig
 from muse_fast.models.archs import find_arch
-from muse_fast.models.decoder import decoder_flops
+from muse_fast.models.decoder import decoder_flops, dense_dim
 from muse_fast.models.encoder import conv_flops
 
 
@@ -22,11 +24,13 @@ def step_flops(config: PretrainConfig, rows_per_roi: tuple[float, float]) -> flo
         rows_per_roi: mean number of nuclei per ROI that enter the heads: of the student (in all views) and of the
             teacher (in the globals).
     """
-    views, name = config.views, config.model.arch
-    globals_ = views.num_globals * view_flops(name, views.global_size)
-    locals_ = views.num_locals * view_flops(name, views.local_size)
-    arch = find_arch(name)
-    per_image, per_nucleus = head_flops(arch.image_dim, config.head), head_flops(arch.dense_dim, config.head)
+    views, model = config.views, config.model
+    arch = find_arch(model.arch, taps=model.taps)
+    of_view = partial(view_flops, model.arch, decoder_dim=model.decoder_dim, taps=model.taps)
+    globals_ = views.num_globals * of_view(views.global_size)
+    locals_ = views.num_locals * of_view(views.local_size) if views.num_locals else 0
+    per_image = head_flops(arch.image_dim, config.head)
+    per_nucleus = head_flops(dense_dim(arch.widths, arch.strides, model.decoder_dim), config.head)
     student_rows, teacher_rows = rows_per_roi
 
     student = globals_ + locals_ + (views.num_globals + views.num_locals) * per_image + student_rows * per_nucleus
@@ -34,10 +38,10 @@ def step_flops(config: PretrainConfig, rows_per_roi: tuple[float, float]) -> flo
     return 3 * student + teacher
 
 
-def view_flops(name: str, size: int) -> int:
+def view_flops(name: str, size: int, decoder_dim: int = 0, taps: Sequence[int] = ()) -> int:
     """Return the FLOPs of one forward of encoder, decoder and 1x1 projections over an image of ``size`` pixels."""
-    arch = find_arch(name)
-    return arch.flops(size) + decoder_flops(arch.widths, arch.strides, size)
+    arch = find_arch(name, taps=taps)
+    return arch.flops(size) + decoder_flops(arch.widths, arch.strides, size, decoder_dim)
 
 
 def head_flops(in_dim: int, head: HeadConfig) -> int:

@@ -28,7 +28,7 @@ def remedies(config: PretrainConfig, rois: int, ranks: int) -> list[str]:
     """
     model, optim, views = config.model, config.optim, config.views
     resumed = []
-    if "model.recompute" in find_arch(model.arch).supports and model.recompute != "full":
+    if "model.recompute" in find_arch(model.arch, taps=model.taps).supports and model.recompute != "full":
         resumed.append(f"model.recompute={'selective' if model.recompute == 'none' else 'full'}")
     if not config.loss.logit_free:
         resumed.append("loss.logit_free=true")

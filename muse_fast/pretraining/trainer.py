@@ -18,7 +18,6 @@ from muse_fast.models.archs import check_model, find_arch
 from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.heads import HeadOutput
-from muse_fast.models.vit import resize_pos_embed
 from muse_fast.pretraining.centering import sinkhorn_center, update_center
 from muse_fast.pretraining.distill import Network, build_student_and_teacher, update_teacher
 from muse_fast.pretraining.drop_path import draw_scales
@@ -282,14 +281,16 @@ class Trainer:
         """
         then = recorded_settings(PretrainConfig, checkpoint.read_state(folder)["config"])
         now = dict(flatten(dataclasses.asdict(self.config)))
-        other = [key for key in now if key.startswith(("model.arch", "head.")) and now[key] != then.get(key)]
+        same = ("model.arch", "model.taps", "model.decoder_dim", "head.")
+        other = [key for key in now if key.startswith(same) and now[key] != then.get(key)]
         if other:
             settings = ", ".join(f"{key}={then.get(key)} (here {now[key]})" for key in other)
             raise UserError(f"model.init={folder} comes from a run with {settings}; use the same settings")
-        grid = self.config.views.global_size // find_arch(self.config.model.arch).strides[-1]
-        rule = then["model.pos_embed_resize"]
+        model = self.config.model
+        arch = find_arch(model.arch, taps=model.taps)
+        grid, rule = self.config.views.global_size // arch.strides[-1], then["model.pos_embed_resize"]
         self._load_networks(
-            folder, lambda name, value: resize_pos_embed(value, grid, rule) if name.endswith("pos_embed") else value
+            folder, lambda name, value: arch.resize(value, grid, rule) if name.endswith("pos_embed") else value
         )
 
     def _load_networks(self, folder: Path, fit: Callable[[str, Tensor], Tensor]) -> None:
@@ -313,7 +314,11 @@ class Trainer:
         state = {name: full(t) for name, t in self.teacher.backbone.state_dict().items()}
         model = self.config.model
         backbone = build_backbone(
-            model.arch, image_size=self.config.views.global_size, pos_embed_resize=model.pos_embed_resize
+            model.arch,
+            image_size=self.config.views.global_size,
+            pos_embed_resize=model.pos_embed_resize,
+            decoder_dim=model.decoder_dim,
+            taps=model.taps,
         ).to(self.device)
         backbone.load_state_dict(state)
         return backbone.requires_grad_(False)

@@ -295,6 +295,12 @@ def test_attention_and_compile_make_versions_of_the_engine() -> None:
         Version("fast varlen", "fast", ("model.attention=varlen", "train.compile=False")),
         Version("fast varlen compiled", "fast", ("model.attention=varlen", "train.compile=True")),
     ]
+    options = command.parse(["step", "--device", "cpu", "--arch", "vit_tiny", "--arch", "timm:vit_tiny_patch16_224"])
+    assert [version.name for version in step_command.versions(options)[2:]] == [
+        "fast",
+        "fast timm:vit_tiny_patch16_224",
+    ]
+    assert step_command.versions(options)[3].config(["model.arch=vit_tiny"]).model.arch == "timm:vit_tiny_patch16_224"
 
 
 def test_an_engine_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +324,7 @@ def test_large_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "vit_huge"], "invalid choice: 'vit_huge'"),
+        (["--arch", "vit_huge"], "model.arch=vit_huge: expected one of"),
         (["head.prototypos=4"], "did you mean 'head.prototypes'?"),
         (["--lfov", "100"], "a multiple of 16"),
     ],

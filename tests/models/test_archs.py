@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from muse_fast import load_backbone
 from muse_fast.config import load_config
 from muse_fast.errors import UserError
 from muse_fast.export import export
-from muse_fast.models.archs import ARCHS, OPTIONAL, Arch, check_model, find_arch
+from muse_fast.models.archs import ARCHS, OPTIONAL, Arch, check_model, find_arch, register
 from muse_fast.models.backbone import build_backbone
 from muse_fast.models.decoder import PYRAMID, build_decoder
 from muse_fast.models.encoder import Encoder, Maps, check_images, conv_flops
@@ -102,11 +105,92 @@ def test_settings_that_an_encoder_does_not_support_are_refused(setting: str, arc
     check_model(load_config(None, [setting]))
     config = load_config(None, [f"model.arch={arch}", setting])
     key = setting.partition("=")[0]
-    with pytest.raises(UserError, match=rf"(?i)^{setting}: expected (sdpa|none|false); {arch} does not support"):
+    with pytest.raises(
+        UserError, match=rf"(?i)^{setting}: expected (sdpa|none|false); {arch} does not support .* ViTs"
+    ):
         check_model(config)
     with pytest.raises(UserError, match=f"^{key}="):
         Trainer(config, torch.device("cpu"))
     assert not any("recompute" in remedy for remedy in remedies(config, 4, 1))
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    with mock.patch.dict(ARCHS):
+        yield
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_example_of_contributing_trains_and_its_weights_load_again(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?register\(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    state = torch.get_rng_state()
+    exec(compile(code, "CONTRIBUTING.md", "exec"), {"__name__": "example"})
+    assert torch.equal(torch.get_rng_state(), state)
+    trainer = Trainer(toy("model.arch=pyramid", "optim.freeze_prototypes_steps=0"), torch.device("cpu"))
+    before = snapshot(trainer)
+    for seed in range(2):
+        assert torch.isfinite(trainer.train_step(toy_views(seed))["loss"])
+    assert changed(before, snapshot(trainer)) == set(before)
+    folder = trainer.save(tmp_path / "run")
+    export(str(folder), tmp_path / "x.safetensors", "safetensors")
+    expected = trainer.teacher.backbone.state_dict()
+    backbone = load_backbone(None, tmp_path / "x.safetensors")
+    assert (backbone.arch, backbone.image_dim, backbone.dense_dim) == ("pyramid", 128, 64)
+    assert all(torch.equal(value, expected[name]) for name, value in backbone.state_dict().items())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.randn(1, 3, 64, 64))
+    assert counter.get_total_flops() == view_flops("pyramid", 64)
+
+
+class Tokens(nn.Module):
+    """Four layers over patches of 8 px, with an image feature of its own and with timm's drop path."""
+
+    def __init__(self, drop_path: float = 0.0) -> None:
+        super().__init__()
+        from timm.layers import DropPath
+
+        self.first = nn.Conv2d(3, 12, 8, 8)
+        self.layers = nn.ModuleList(nn.Conv2d(12, 12, 1) for _ in range(3))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        maps = [self.first(images)]
+        for layer in self.layers:
+            maps.append(maps[-1] + self.drop_path(layer(maps[-1])))
+        return maps[-1].amax(dim=(2, 3))[:, :7], maps
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_module_may_have_one_stride_and_an_image_feature() -> None:
+    register("tokens", Tokens, sides=range(32, 129, 8))
+    arch = find_arch("tokens")
+    assert (arch.widths, arch.strides, arch.image_dim) == ((12,) * 4, (8,) * 4, 7)
+    trainer = Trainer(toy("model.arch=tokens", "views.local_size=32"), torch.device("cpu"))
+    assert trainer.student.backbone.encoder.drop_rates == [0.2] and trainer.teacher.backbone.dense_dim == 12
+    assert torch.isfinite(trainer.train_step(toy_views(0))["loss"])
+    check_model(toy("model.arch=tokens", "views.local_size=40"))
+    with pytest.raises(UserError, match=r"views\.local_size=36: expected a multiple of 8 from 32 to 128 .* nearest is"):
+        check_model(toy("model.arch=tokens", "views.local_size=36"))
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("name", "module", "message"),
+    [
+        ("vit_tiny", Tokens, "name=vit_tiny: expected a new one"),
+        ("timm:mine", Tokens, "without ':'"),
+        ("two", lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 4)), "two: expected four maps"),
+        (
+            "frozen",
+            lambda: nn.Sequential(nn.BatchNorm3d(3)),
+            "0 is a BatchNorm3d that cannot use the statistics of all",
+        ),
+    ],
+)
+def test_modules_that_do_not_fit_are_not_registered(name: str, module: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        register(name, module)
+    assert ARCHS.get(name) is None or name == "vit_tiny"
 
 
 def test_an_unknown_arch_is_refused_before_data_is_read(tmp_path: Path) -> None:
@@ -127,6 +211,7 @@ def test_an_entry_describes_its_encoder(name: str) -> None:
     assert tuple(encoder.state_dict()[tensor].shape) == shape
     assert [other for other in ARCHS.values() if other.mark == arch.mark] == [arch]
     assert bool(list(encoder.layers)) == ("train.compile" in arch.supports)
+    assert arch.on_meta
     assert set(arch.supports) <= set(OPTIONAL)
 
 

@@ -266,5 +266,7 @@ def test_a_backbone_saved_by_another_script(arch: str, tmp_path: pathlib.Path) -
 
 def test_an_encoder_of_another_project_is_named(vit: State, tmp_path: pathlib.Path) -> None:
     torch.save({"teacher": under("backbone.", vit)}, tmp_path / "dino.pth")
-    with pytest.raises(UserError, match=r"of an encoder without MUSE's decoder \(evaluate takes it as --weights timm:"):
+    with pytest.raises(
+        UserError, match=r"of an encoder without MUSE's decoder \(evaluate and finetune take it as --weights timm:"
+    ):
         load_backbone(None, tmp_path / "dino.pth")

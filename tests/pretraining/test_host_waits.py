@@ -40,6 +40,9 @@ SETTINGS = [
     pytest.param(("model.recompute=selective",), id="selective"),
     pytest.param(("model.recompute=full",), id="full"),
     pytest.param(("model.arch=resnet50",), id="resnet50", marks=pytest.mark.slow),
+    pytest.param(("model.arch=timm:vit_small_patch16_dinov3:depth=2:embed_dim=24:num_heads=2",), id="timm-rope"),
+    pytest.param(("model.arch=timm:vit_tiny_patch16_224:depth=1:embed_dim=24:num_heads=2",), id="timm-positions"),
+    pytest.param(("model.arch=timm:swin_tiny_patch4_window7_224:depths=[1,1,2,1]:embed_dim=24",), id="timm-swin"),
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from unittest import mock
 
 import timm
@@ -26,12 +25,13 @@ def thin_networks() -> Iterator[None]:
         "vit_tiny": archs.vit_arch("vit_tiny", VIT_DIM, VIT_HEADS),
         "resnet50": dataclasses.replace(archs.ARCHS["resnet50"], widths=RESNET_WIDTHS),
     }
+    create, thin = timm.create_model, {"resnet50": {"channels": RESNET_CHANNELS}}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(archs.ARCHS, engine))
         stack.enter_context(mock.patch.dict(networks.VIT_DIM_AND_HEADS, vit_tiny=(VIT_DIM, VIT_HEADS)))
         stack.enter_context(mock.patch.multiple(vit, **VIT_LAYERS))
         stack.enter_context(mock.patch.multiple(networks, RESNET_WIDTHS=RESNET_WIDTHS, **VIT_LAYERS))
         stack.enter_context(
-            mock.patch.object(timm, "create_model", partial(timm.create_model, channels=RESNET_CHANNELS))
+            mock.patch.object(timm, "create_model", lambda name, **more: create(name, **thin.get(name, {}), **more))
         )
         yield
