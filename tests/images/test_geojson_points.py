@@ -248,13 +248,14 @@ def test_classes_of_tiatoolbox(tmp_path: Path) -> None:
             item("Point", (1, 1), properties={"type": 0, "prob": 0.8}),
             item("Point", (1, 1), properties={"type": None}),
             item("Polygon", outline, properties={"type": "detection", "classification": {"name": "Tumor"}}),
+            item("Polygon", outline, properties={"type": "cell"}),
             item("Polygon", outline, properties={"type": "annotation"}),
         ],
     }
     found = points_of(written(tmp_path, content))
-    assert found.label == ["neoplastic epithelial", "3", "0", "", "Tumor"]
+    assert found.label == ["neoplastic epithelial", "3", "0", "", "Tumor", ""]
     assert found.left_out == {"annotation beside detections": 1}
-    assert found.labels(["0", "3", "Tumor", "neoplastic epithelial"]).tolist() == [3, 1, 0, -1, 2]
+    assert found.labels(["0", "3", "Tumor", "neoplastic epithelial"]).tolist() == [3, 1, 0, -1, 2, -1]
 
 
 def test_objects_of_early_qupath(tmp_path: Path) -> None:
