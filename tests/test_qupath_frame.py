@@ -21,7 +21,7 @@ from tests.support.small_slides import write_scn, write_slide
 
 CORNER, SIZE = (310, 205), (1100, 900)  # of the scanned part, and of the slide
 WIDTH, HEIGHT = 640, 520
-EVERYTHING = {"roi_um": 100, "min_tissue": 0, "min_nuclei": 0}
+EVERYTHING = {"roi_um": 100, "min_tissue": 0, "min_nuclei": 0, "max_unscanned": 1}
 
 
 @pytest.fixture
