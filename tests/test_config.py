@@ -64,7 +64,7 @@ def test_every_misspelt_key_is_refused_and_the_correct_one_suggested() -> None:
         ("optim.lr=[", "expected a number"),
         ("optim.lr=null", "optim.lr=null: expected a number"),
         ("optim.steps=0", r"^optim.steps=0: expected 1 or more$"),
-        ("head.input_norm=${x}", "expected true or false"),
+        ("head.input_norm=${x}", "Interpolation key 'x' not found"),
         ("optim.steps=???", "expected a whole number"),
         ("optim=3", "no setting 'optim'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from muse_fast.images.points_csv import write_points
 from muse_fast.predict import main as predict_main
 from muse_fast.predicting import run as predicting
 from muse_fast.runtime.cli import run
+from tests.support.dicom import write_series
 from tests.support.planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 from tests.support.small_slides import damage, page_with_tissue, tifffile, write_slide
 
@@ -295,6 +297,72 @@ def test_finished_slides_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     other = write_slide(tmp_path / "other" / "a.tif", page_with_tissue()[:400, :500])
     assert classical("--out", out, other) == 2
     assert "already exists and belongs to another file" in capsys.readouterr().err
+
+
+def test_the_files_of_a_series_and_copies_are_predicted_once(
+    tmp_path: Path, dots: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A series of three files, and a slide with a copy and a link; repeated, with another copy."""
+    planted = [scattered(400, 300, 30, seed=seed) for seed in range(2)]
+    pages = [page_of_dots(400, 300, xy, 3.0) for xy in planted]
+    folder, out = tmp_path / "in", tmp_path / "out"
+    series = write_series(folder, "s", pages[0], 0.5)
+    slide = write_slide(folder / "b.tif", pages[1])
+    (folder / "copy.tif").write_bytes(slide.read_bytes())
+    (folder / "link.tif").symlink_to(slide)
+    words = ["--weights", "dots:0.5", "--out", str(out), str(folder), "tissue=false"]
+    assert main(words) == 0
+    assert {path.name for path in out.iterdir()} == {"b", "s-0", "summary.json", "predict.json"}
+    expected = {str(folder / f"{name}.tif"): f"the same slide as {slide}" for name in ("copy", "link")}
+    expected |= {str(path): f"the same slide as {series[0]}" for path in series[1:]}
+    assert summary(out)["repeated"] == expected and summary(out)["inputs"] == 2
+    said = capsys.readouterr().out
+    assert f"copy.tif: the same slide as {slide}" in said
+    nuclei, before = sum(map(len, planted)), (out / "b" / "cells.csv").stat().st_mtime_ns
+    (folder / "a.tif").write_bytes(slide.read_bytes())  # comes before b, which is done
+    assert main(words) == 0
+    assert summary(out)["repeated"] == expected | {str(folder / "a.tif"): f"the same slide as {slide}"}
+    assert (out / "b" / "cells.csv").stat().st_mtime_ns == before and summary(out)["nuclei"] == nuclei
+    (folder / "mpp.csv").write_text("image,mpp\nb,0.5\ncopy,0.25\n")
+    assert main([*words[:3], str(tmp_path / "new"), *words[4:]]) == 2
+    assert "copy.tif: the same slide as" in capsys.readouterr().err
+    assert "mpp.csv gives it 0.25 um/px and that 0.5" in summary(tmp_path / "new")["refused"]["copy.tif"]
+
+
+def test_a_row_of_the_table_that_was_removed_is_not_ignored(
+    tmp_path: Path, dots: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was predicted at the old scale is neither kept silently nor overwritten."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for seed, name in enumerate("ab"):
+        write_slide(folder / f"{name}.tif", page_of_dots(300, 300, scattered(300, 300, 40, seed=seed), 3.0))
+    (folder / "mpp.csv").write_text("image,mpp\na,0.4\nabsent,0.3\n")
+    words = ["--weights", "dots:0.5", "--out", str(out), str(folder), "tissue=false"]
+    assert main(words) == 0
+    assert summary(out / "a")["mpp"] == 0.4 and summary(out / "b")["mpp"] == pytest.approx(0.5)
+    line = f"{folder / 'mpp.csv'}: 1 of 2 rows match no slide or image: absent (row 3)"
+    assert f"no effect: {line}" in capsys.readouterr().out and summary(out)["without_effect"] == [line]
+    for rows, now in (("a,0.41\n", "0.41 um/px"), ("", "the um/px of the header")):
+        (folder / "mpp.csv").write_text(f"image,mpp\n{rows}")
+        write_slide(folder / "c.tif", page_of_dots(300, 300, scattered(300, 300, 40, seed=len(rows) + 5), 3.0))
+        assert main(words) == 2
+        assert f"already exists and was made with 0.4 um/px, not {now}; remove it or" in capsys.readouterr().err
+        assert "a.tif" in summary(out)["refused"] and summary(out)["inputs"] == 2
+        shutil.rmtree(out / "c")
+    (folder / "mpp.csv").write_text("image,mpp\na,0.4\nb,0.5\n")  # b's header says the same
+    (folder / "c.tif").unlink()
+    assert main(words) == 2
+    assert "b already exists and was made with the um/px of the header, not 0.5 um/px" in capsys.readouterr().err
+
+
+def test_linked_folders_are_searched(tmp_path: Path, dots: dict) -> None:
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "batch" / "deep" / "b.tif", page_of_dots(300, 300, scattered(300, 300, 40), 3.0), None)
+    (tmp_path / "batch" / "deep" / "mpp.csv").write_text("image,mpp\nb,0.5\n")
+    (tmp_path / "batch" / "deep" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "batch")
+    assert main(["--weights", "dots:0.5", "--out", str(tmp_path / "out"), str(tmp_path / "in"), "tissue=false"]) == 0
+    assert summary(tmp_path / "out" / "b")["mpp"] == 0.5
 
 
 def in_a_child(pause: float, *words: object, then: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from muse_fast import prepare
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime.cli import run
+from tests.support.dicom import write_series
 from tests.support.small_slides import damage, page_with_tissue, write_slide
 
 main = partial(run, prepare.main)
@@ -203,6 +204,29 @@ def test_a_slide_with_too_much_damage_is_refused(tmp_path: Path, capsys: pytest.
     assert main([f"wsi:{path}", str(tmp_path / "out"), "roi_um=64"]) == 2
     assert f"no slide can be used\n  {path}: unreadable at" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_each_slide_is_in_the_set_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A series of three files in a linked folder, whose row of the table is not of its first file, and a copy."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    slide = write_slide(folder / "b.tif", page_with_tissue(0, 400, 400, 300))
+    (folder / "copy.tif").write_bytes(slide.read_bytes())
+    write_series(tmp_path / "elsewhere", "s", page_with_tissue(1, 400, 400, 300), 0.25)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "mpp.csv").write_text("image,mpp,split\ns-1,0.5,test\nabsent,0.5,test\n")
+    settings = ["roi_um=64", "min_nuclei=1", "workers=1", "detector=classical"]
+    assert main([f"wsi:{folder}", str(out), *settings]) == 0
+    said, summary = capsys.readouterr().out, json.loads((out / "summary.json").read_text())
+    rows = {row["slide"]: row for row in report(out)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "b": "used", "copy": "repeated", "s-0": "repeated", "s-1": "used", "s-2": "repeated",
+    }  # fmt: skip
+    assert (rows["s-1"]["mpp"], rows["s-1"]["mpp_from"], rows["b"]["mpp"]) == ("0.5", "mpp.csv", "0.5")
+    assert summary["rois_per_split"].keys() == {"", "test"} and summary["slides"] == 2
+    assert rows["copy"]["reason"] == f"the same slide as {slide}" and len(summary["repeated"]) == 3
+    line = f"{folder / 'linked' / 'mpp.csv'}: 1 of 2 rows match no slide or image: absent (row 3)"
+    assert summary["without_effect"] == [line] and f"no effect: {line}" in said
+    assert "3 of 5 files are of slides that are read already:" in said
 
 
 def test_parts_of_other_settings_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

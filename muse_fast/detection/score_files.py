@@ -23,6 +23,7 @@ from muse_fast.images.mpp import check_mpp
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_class_names, read_points
 from muse_fast.runtime.atomic import write_json
+from muse_fast.runtime.folders import iter_files
 from muse_fast.runtime.options import split_list
 from muse_fast.runtime.progress_bar import ProgressBar
 from muse_fast.version import __version__
@@ -155,5 +156,5 @@ def _files(folder: Path) -> dict[str, Path]:
     """CSVs of points by file name: those in ``folder``, or those written there by predict."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one with a CSV of points per image")
-    plain = {path.name: path for path in folder.iterdir() if path.suffix == ".csv"}
-    return plain or {f"{path.parent.name}.csv": path for path in folder.glob(f"*/{CELLS}")}
+    plain = {path.name: path for path in iter_files(folder, "*.csv")}
+    return plain or {f"{path.parent.name}.csv": path for path in iter_files(folder, f"*/{CELLS}")}

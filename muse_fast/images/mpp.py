@@ -7,10 +7,12 @@ from pathlib import Path
 
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import open_image
-from muse_fast.images.tables import parse_number, read_rows
+from muse_fast.images.tables import NamedRows, names_of, parse_number, read_rows
+from muse_fast.runtime.folders import iter_files
 
 # Wide enough for every microscope, narrow enough to catch a magnification (20, 40) or nanometres given as um.
 MPP_RANGE = (0.05, 5.0)
+TABLE = "mpp.csv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +24,65 @@ class MppRow:
     split: str
 
 
-def read_mpp_table(folder: Path) -> dict[str, MppRow]:
-    """The rows of ``mpp.csv`` in a folder by file name; empty without that file. Errors as in ``read_mpp_file``."""
-    path = folder / "mpp.csv"
-    return read_mpp_file(path, folder) if path.is_file() else {}
+class MppTables:
+    """um per pixel of slides and images, from a given table or from the tables ``mpp.csv`` in their folders.
 
+    Of several tables the nearest counts: that of the file's folder, then those of the folders above, up to the folder
+    in which the user looks for files. A row names a file as in `NamedRows`.
 
-def read_mpp_file(path: Path, folder: Path | None = None) -> dict[str, MppRow]:
-    """The rows of a table ``image,mpp[,slide][,split]`` by the name of the image.
+    Args:
+        given: use this table alone.
 
     Raises:
-        UserError: a column or value is invalid, or a file is listed twice or is not in ``folder``; names file and row.
+        UserError: a table is invalid; names file and row.
     """
-    table: dict[str, MppRow] = {}
+
+    def __init__(self, given: Path | None = None) -> None:
+        self._given = None if given is None else read_mpp_file(given)
+        self._in_folder: dict[Path, NamedRows[MppRow] | None] = {}
+
+    def read_all(self, folder: Path) -> None:
+        """Read the tables in a folder and below, also those that lie in no slide's way."""
+        for path in [] if self._given else iter_files(folder, f"**/{TABLE}"):
+            self._table(path.parent)
+
+    def find(self, path: Path, root: Path) -> MppRow | None:
+        """The row of a file in ``root`` or below."""
+        if self._given is not None:
+            return self._given.find(*names_of(path, root))
+        for folder in path.parents:
+            table = self._table(folder)
+            row = table.find(*names_of(path, folder)) if table else None
+            if row is not None or folder == root:
+                return row
+        return None
+
+    def _table(self, folder: Path) -> NamedRows[MppRow] | None:
+        if folder not in self._in_folder:
+            path = folder / TABLE
+            self._in_folder[folder] = read_mpp_file(path) if path.is_file() else None
+        return self._in_folder[folder]
+
+    def tables(self) -> list[NamedRows[MppRow]]:
+        """The tables read so far."""
+        return [table for table in (self._given, *self._in_folder.values()) if table is not None]
+
+    def without_effect(self) -> list[str]:
+        """Lines for the user about the rows that no file had."""
+        return [line for table in self.tables() for line in table.without_effect()]
+
+
+def read_mpp_file(path: Path) -> NamedRows[MppRow]:
+    """The rows of a table ``image,mpp[,slide][,split]``.
+
+    Raises:
+        UserError: a column or value is invalid, or a file is listed twice; names file and row.
+    """
+    table = NamedRows[MppRow](path)
     for number, row in read_rows(path, ("image", "mpp"), ("slide", "split")):
-        if row["image"] in table:
-            raise UserError(f"{path}, row {number}: {row['image']} is listed twice")
-        if folder is not None and not (folder / row["image"]).is_file():
-            raise UserError(f"{path}, row {number}: there is no file {row['image']!r} in {folder}")
         mpp = check_mpp(row["mpp"], f"{path}, row {number}: mpp")
-        table[row["image"]] = MppRow(mpp, row.get("slide", ""), row.get("split", ""))
+        if table.add(number, row["image"], MppRow(mpp, row.get("slide", ""), row.get("split", ""))) is not None:
+            raise UserError(f"{path}, row {number}: {row['image']} is listed twice")
     return table
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -18,9 +20,11 @@ from muse_fast.errors import UserError
 from muse_fast.images import background
 from muse_fast.images.image_files import IMAGE_SUFFIXES, TO_SLIDE, read_stored, tiff_peculiarity
 from muse_fast.images.mpp import check_mpp, tiff_mpp
+from muse_fast.runtime.folders import iter_files
 
 _BAND_PIXELS = 16_000_000
 _BOUNDS = ("x", "y", "width", "height")
+_GIVE_MPP = "give mpp=NUMBER or list the file in mpp.csv (image,mpp)"
 _PIECE = 256  # pixels: damage is narrowed down to squares of this side, the tiles of most files
 _UNREADABLE = (160, 160, 160)  # grey in overviews: neither tissue nor glass
 
@@ -217,6 +221,11 @@ class Slide(ABC):
         return background.black(background.on_white(around)[0], um)[margin:-margin, margin:-margin]
 
     @property
+    def identity(self) -> str | None:
+        """The same text for all files and copies of a slide, and for no other slide; None if the format has none."""
+        return None
+
+    @property
     def width(self) -> int:
         return self.levels[0].width
 
@@ -345,9 +354,12 @@ class OpenSlideSlide(Slide):
         values = [self._handle.properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
         if None in values:
             return None
-        x, y = (check_mpp(str(value), f"{self.path}: openslide.mpp in the header") for value in values)
+        try:
+            x, y = (check_mpp(str(value), f"{self.path}: openslide.mpp in the header") for value in values)
+        except UserError as error:
+            raise UserError(f"{error}; {_GIVE_MPP}") from None
         if abs(x - y) > 0.02 * x:
-            raise UserError(f"{self.path}: pixels are {x} x {y} um, expected squares; give mpp=NUMBER to use it anyway")
+            raise UserError(f"{self.path}: pixels are {x} x {y} um, expected squares; {_GIVE_MPP} to use it anyway")
         return (x + y) / 2
 
     @property
@@ -361,6 +373,15 @@ class OpenSlideSlide(Slide):
         except (KeyError, ValueError):
             return self.frame("level0")
         return Frame(x, y, width, height)
+
+    @property
+    def identity(self) -> str | None:
+        """OpenSlide's hash of the coarsest level and of what the header says, and the size of the slide.
+
+        All files of a DICOM series have the same hash; slides with much data in their coarsest level have none.
+        """
+        quickhash = self._handle.properties.get("openslide.quickhash-1")
+        return f"{quickhash}-{self.width}x{self.height}" if quickhash else None
 
     def read_stored(self, x: int, y: int, width: int, height: int, level: int) -> NDArray[np.uint8]:
         import openslide
@@ -425,20 +446,30 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     Raises:
         UserError: no reader can read it, or um per pixel is unknown; names the file.
     """
-    known = [reader for reader in READERS if path.suffix.lower() in reader.suffixes] or [OpenSlideSlide]
-    slide = next((reader for reader in known[:-1] if reader.opens(path)), known[-1])(path)
+    slide = _reader(path)(path)
     try:
         found = slide.header_mpp() if mpp is None else mpp
         if found is None:
-            raise UserError(
-                f"{path}: the header does not give um per pixel; "
-                "give mpp=NUMBER or list the file in mpp.csv (image,mpp)"
-            )
+            raise UserError(f"{path}: the header does not give um per pixel; {_GIVE_MPP}")
     except UserError:
         slide.close()
         raise
     slide.mpp = found
     return slide
+
+
+def slide_identity(path: Path) -> str | None:
+    """The `Slide.identity` of a file; errors as when it is opened. An image, which would be loaded whole, is not."""
+    reader = _reader(path)
+    if reader.in_memory:
+        return None
+    with closing(reader(path)) as slide:
+        return slide.identity
+
+
+def _reader(path: Path) -> type[Slide]:
+    known = [reader for reader in READERS if path.suffix.lower() in reader.suffixes] or [OpenSlideSlide]
+    return next((reader for reader in known[:-1] if reader.opens(path)), known[-1])
 
 
 def slide_suffixes(*, images: bool = False) -> tuple[str, ...]:
@@ -449,6 +480,8 @@ def slide_suffixes(*, images: bool = False) -> tuple[str, ...]:
 
 def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Path]:
     """The slide at ``path``, or all slides in that folder and its subfolders, sorted.
+
+    Of slides that consist of several files, all that can be opened are returned, see `Slide.identity`.
 
     Args:
         images: include plain images.
@@ -462,14 +495,21 @@ def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Pat
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     suffixes = slide_suffixes(images=images)
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in suffixes and file.name[0] != "." and file.name != skip and file.is_file()
-    )
+    found = [file for file in iter_files(path, "**/*") if file.suffix.lower() in suffixes and file.name != skip]
+    parts = {part for file in found for part in _parts(file)}
+    files = sorted(file for file in found if file not in parts)
     if not files:
         raise UserError(f"{path} contains no slides{' or images' if images else ''} ({', '.join(suffixes)})")
     return files
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    """The files that an index of Hamamatsu (VMS, VMU) names: parts of a slide that could pass for plain images."""
+    if path.suffix.lower() in (".vms", ".vmu"):
+        for line in path.read_text("utf-8", "replace").splitlines():
+            name = line.partition("=")[2].strip()
+            if name and name == Path(name).name:
+                yield path.with_name(name)
 
 
 def cut_block(pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:

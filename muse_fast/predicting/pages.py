@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.errors import UserError
-from muse_fast.images.mpp import read_mpp_file
+from muse_fast.images.mpp import MppTables
 from muse_fast.images.slide import Level, Lost, Slide, find_slides, open_slide
 
 SAME_SCALE = 0.02  # relative difference in um per pixel below which pixels are not resampled
@@ -29,6 +29,7 @@ class PageFile(NamedTuple):
 
     path: Path
     mpp: float | None  # None: from the header
+    listed: bool = False  # in a table, from which ``mpp`` is
 
     @property
     def name(self) -> str:
@@ -39,23 +40,27 @@ class PageFile(NamedTuple):
         return open_slide(self.path, self.mpp)
 
 
-def find_pages(inputs: Sequence[Path], mpp: float | None) -> list[PageFile]:
+def find_pages(inputs: Sequence[Path], mpp: float | None) -> tuple[list[PageFile], list[str]]:
     """The slides and images that ``inputs`` name, including those in folders and their subfolders.
 
-    um per pixel comes from ``mpp.csv`` in the given folder or next to the given file, else from ``mpp``, else from the
-    header.
+    um per pixel comes from the nearest ``mpp.csv`` that lists the file (in its folder or above, up to the given one),
+    else from ``mpp``, else from the header.
+
+    Returns:
+        The pages, those in a table first, and lines for the user about rows of the tables that list none of them.
 
     Raises:
         UserError: an input does not exist or contains no slides or images, or a table is invalid.
     """
-    pages: dict[Path, PageFile] = {}
+    pages, tables = dict[Path, PageFile](), MppTables()
     for given in inputs:
         root = given if given.is_dir() else given.parent
-        table = read_mpp_file(root / "mpp.csv") if (root / "mpp.csv").is_file() else {}
+        if given.is_dir():
+            tables.read_all(given)
         for path in find_slides(given, images=True, skip=OVERLAY):
-            row = table.get(path.relative_to(root).as_posix()) or table.get(path.name)
-            pages[path] = PageFile(path, row.mpp if row else mpp)
-    return list(pages.values())
+            row = tables.find(path, root)
+            pages[path] = PageFile(path, row.mpp if row else mpp, row is not None)
+    return sorted(pages.values(), key=lambda page: not page.listed), tables.without_effect()
 
 
 class Scale:

@@ -15,14 +15,17 @@ import torch
 
 from muse_fast.errors import UserError
 from muse_fast.images.mpp import MPP_RANGE
+from muse_fast.images.slide import slide_identity
 from muse_fast.predicting.detectors import TileDetector, open_detector
 from muse_fast.predicting.files import CellFiles
 from muse_fast.predicting.pages import PageFile, find_pages
 from muse_fast.predicting.pipeline import Prediction
 from muse_fast.runtime import atomic
 from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.runtime.folders import find_files
 from muse_fast.runtime.options import Config, fixed_settings, setting
 from muse_fast.runtime.progress_bar import ProgressBar
+from muse_fast.sources.names import SlidesSeen
 from muse_fast.sources.wsi import listed, reason_of, usable_cpus
 from muse_fast.version import __version__
 
@@ -59,7 +62,8 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
             all others are done, if some inputs could not be used.
     """
     started = time.monotonic()
-    pages = [page for page in find_pages(inputs, settings.mpp) if out not in page.path.parents]
+    pages, without_effect = find_pages(inputs, settings.mpp)
+    pages = [page for page in pages if out.resolve() not in page.path.resolve().parents]
     device = pick_device(settings.device, "device")
     detector = open_detector(weights, device)
     made_with = {
@@ -72,16 +76,29 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
     }
     left, refused = _left_to_do(out, pages, made_with)
     print(f"predict {len(left)} of {len(pages)} inputs with {weights} on {device} -> {out}", flush=True)
+    for line in without_effect:
+        print(f"no effect: {line}", flush=True)
+    slides = _SlidesTaken(out, [page for page in pages if page not in left and page.path not in refused])
+    repeated: dict[Path, str] = {}
     for number, page in enumerate(left, start=1):
         try:
+            if other := slides.same_as(page):
+                repeated[page.path] = f"the same slide as {other}"
+                print(f"{number}/{len(left)} {page.path.name}: {repeated[page.path]}", flush=True)
+                continue
             summary = _predict_page(page, out / page.name, detector, settings, device, made_with)
+            slides.take(page)
         except UserError as error:
             refused[page.path] = reason_of(error, page.path)
             print(f"{number}/{len(left)} {page.path.name}: {refused[page.path]}", flush=True)
             continue
         print(f"{number}/{len(left)} {page.path.name}: {_describe(summary)}", flush=True)
-    done = [json.loads((out / page.name / _SUMMARY).read_text()) for page in pages if page.path not in refused]
-    total = _total(done) | {"refused": {path.name: reason for path, reason in refused.items()}}
+    done = [_summary_in(out / page.name) for page in pages if page.path not in refused | repeated]
+    total = _total(done) | {
+        "refused": {path.name: reason for path, reason in refused.items()},
+        "repeated": {str(path): reason for path, reason in repeated.items()},
+        "without_effect": without_effect,
+    }
     atomic.write_json(out / _SUMMARY, total | made_with)
     print(f"{out}: {total['nuclei']:,} nuclei of {len(done)} inputs in {time.monotonic() - started:.0f} s")
     if damaged := [one["file"] for one in done if one["unreadable_mm2"]]:
@@ -116,26 +133,68 @@ def _left_to_do(
             refused[page.path] = f"{first} has the same name; the names of inputs must differ"
         elif not (out / page.name).exists():
             left.append(page)
-        elif not _belongs_to(out / page.name, page):
-            refused[page.path] = (
-                f"{out / page.name} already exists and belongs to another file; remove it or choose another --out"
-            )
+        elif why := _made_otherwise(out / page.name, page):
+            refused[page.path] = f"{out / page.name} already exists and {why}; remove it or choose another --out"
     if not left and not refused:
         raise UserError(f"{out} already contains all predictions; remove it or choose another --out")
     atomic.write_json(record, made_with)
     return left, refused
 
 
-def _belongs_to(folder: Path, page: PageFile) -> bool:
-    """Whether a folder contains the finished prediction of this page."""
-    if not (folder / _SUMMARY).is_file():
-        return False
-    summary = json.loads((folder / _SUMMARY).read_text())
-    same_scale = page.mpp is None or page.mpp == summary.get("mpp")
-    return same_scale and all(summary.get(key) == value for key, value in _identity(page.path).items())
+def _made_otherwise(folder: Path, page: PageFile) -> str:
+    """Why a folder is not the finished prediction of this page; "" if it is."""
+    summary = _summary_in(folder)
+    if any(summary.get(key) != value for key, value in _fingerprint_of(page.path).items()):
+        return "belongs to another file"
+    before, now = summary.get("mpp_given"), page.mpp
+    return "" if before == now else f"was made with {_scale_words(before)}, not {_scale_words(now)}"
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def _scale_words(mpp: float | None) -> str:
+    return "the um/px of the header" if mpp is None else f"{mpp} um/px"
+
+
+def _summary_in(folder: Path) -> dict[str, Any]:
+    """The summary of a finished prediction; empty if there is none."""
+    path = folder / _SUMMARY
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+class _SlidesTaken:
+    """The slides that have been predicted, to predict those that consist of several files, or have copies, once.
+
+    Args:
+        finished: pages predicted by an earlier command.
+    """
+
+    def __init__(self, out: Path, finished: Sequence[PageFile]) -> None:
+        self._seen, self._taken = SlidesSeen(), dict[Path, PageFile]()
+        for page in finished:
+            self._taken[self._seen.first(page.path, _summary_in(out / page.name).get("identity"))] = page
+
+    def same_as(self, page: PageFile) -> Path | None:
+        """The file from which the slide of this page was read; None: it has not been read.
+
+        Raises:
+            UserError: the page cannot be opened, or the tables give both files different um per pixel.
+        """
+        other = self._taken.get(self._first(page))
+        if other and other.listed and page.listed and other.mpp != page.mpp:
+            raise UserError(
+                f"the same slide as {other.path}, but mpp.csv gives it {page.mpp:g} um/px and that {other.mpp:g}; "
+                "correct mpp.csv, or remove one of the files"
+            )
+        return other.path if other else None
+
+    def take(self, page: PageFile) -> None:
+        """Record that a page was predicted."""
+        self._taken[self._first(page)] = page
+
+    def _first(self, page: PageFile) -> Path:
+        return self._seen.first(page.path, slide_identity(page.path))
+
+
+def _fingerprint_of(path: Path) -> dict[str, Any]:
     """Identifies a file without reading all of it."""
     with open(path, "rb") as file:
         head = hashlib.sha256(file.read(1 << 20)).hexdigest()
@@ -174,11 +233,13 @@ def _predict_page(
         nuclei, area = int(files.counts.sum()), found.tissue.area_mm2
         seconds = time.perf_counter() - started
         summary = {
-            **_identity(file.path),
+            **_fingerprint_of(file.path),
+            "identity": slide_identity(file.path),
             "width": page.width,
             "height": page.height,
             "mpp": page.mpp,
             "qupath_frame": page.qupath_frame,
+            "mpp_given": file.mpp,
             "nuclei": nuclei,
             "nuclei_per_class": dict(zip(detector.class_names, files.counts.tolist(), strict=True)),
             "area": "tissue" if settings.tissue else "all",
@@ -213,7 +274,7 @@ def _fingerprint(weights: str) -> str:
     if path.is_file():
         return atomic.file_sha256(path)
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*.safetensors")):
+    for file in find_files(path, "**/*.safetensors"):
         digest.update(f"{file.relative_to(path)} {atomic.file_sha256(file)}\n".encode())
     return digest.hexdigest() if path.is_dir() else ""
 

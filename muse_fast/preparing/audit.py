@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from muse_fast.errors import UserError
+from muse_fast.images.tables import csv_rows
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import exit_codes
-from muse_fast.runtime.options import split_list
+from muse_fast.runtime.options import expanded, split_list
 from muse_fast.sources import Source, open_source
 from muse_fast.sources.names import Names
 from muse_fast.sources.wsi import Slides
@@ -26,7 +26,7 @@ def read_names(side: str) -> Names:
     Raises:
         UserError: ``side`` is not one of these, has no such split or contains no slides.
     """
-    target, split = _without_split(side)
+    target, split = _without_split(expanded(side))
     if (Path(target) / "roiset.json").is_file():
         slides = RoiSet(target).slides_of(split)
     elif Path(target).is_file():
@@ -70,13 +70,17 @@ def _without_split(side: str) -> tuple[str, str]:
 
 
 def _listed(path: Path) -> list[str]:
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = [row for row in csv.reader(file) if row and row[0].strip()]
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    columns = [header.index(name) for name in _SLIDE_COLUMNS if name in header]
-    if not columns:
-        return [row[0] for row in rows]
-    return [row[columns[0]] for row in rows[1:] if len(row) > columns[0]]
+    rows = [(number, values) for number, values in csv_rows(path) if any(values)]
+    header = [name.lower() for name in rows[0][1]] if rows else []
+    column = next((header.index(name) for name in _SLIDE_COLUMNS if name in header), None)
+    names = []
+    for number, values in rows if column is None else rows[1:]:
+        name = values[column or 0] if len(values) > (column or 0) else ""
+        if not name or (column is None and (any(values[1:]) or {";", "\t"} & set(name))):
+            expected = f"one name per line, or a CSV with a column {', '.join(_SLIDE_COLUMNS)}"
+            raise UserError(f"{path}, row {number}: {','.join(values)!r}, expected {expected}")
+        names.append(name)
+    return names
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from muse_fast.preparing.scale_check import ScaleCheck
 from muse_fast.roiset.roiset import Roi
 from muse_fast.runtime import exit_codes
 from muse_fast.runtime.atomic import write_json
+from muse_fast.runtime.folders import iter_files, subfolders
 from muse_fast.runtime.options import key_values
 from muse_fast.runtime.progress_bar import track
 from muse_fast.sources import Dataset, SourceImage, source_kinds
@@ -71,6 +72,8 @@ def inspect(target: str, options: dict[str, str], out: Path | None = None, image
     command += "".join(f" {shlex.quote(f'{key}={value}')}" for key, value in options.items())
     if not isinstance(source, Dataset):
         print(f"  {len({slide for slide, _ in source.slides()})} slides; their nuclei are found by the next command")
+        for line in source.without_effect:
+            print(f"  no effect  {line}")
         print(f"next: {command}")
         return 0
 
@@ -107,7 +110,7 @@ def recognise(folder: Path) -> str:
     nearest = max(guesses, key=lambda guess: (guess.share, len(guess.missing)))
     # Any folder of TIFFs fits wsi, so a partial match of another layout is stronger evidence.
     weak = {"wsi"} if nearest.share > 0 else set()
-    for path in _folders(folder):
+    for path in subfolders(folder):
         for guess in _guesses(path):
             if not guess.missing and guess.kind not in weak:
                 raise UserError(f"{folder} is not a dataset, but {path} is laid out as {guess.kind}: inspect that one")
@@ -123,13 +126,9 @@ def _guesses(folder: Path) -> list[_Guess]:
     guesses = []
     for kind, source in source_kinds().items():
         for layout in source.layouts:
-            missing = tuple(pattern for pattern in layout if next(folder.glob(pattern), None) is None)
+            missing = tuple(pattern for pattern in layout if next(iter_files(folder, pattern), None) is None)
             guesses.append(_Guess(kind, missing, 1 - len(missing) / len(layout)))
     return guesses
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
 # ----------------------------------------------------------------------------------------------------------- counts

@@ -70,6 +70,8 @@ class Parts:
         self.rois_written = 0  # by this process, for the progress bar; approximate, as threads do not lock it
         cut_settings = {one.name: getattr(settings, one.name) for one in fields(CutSettings)}
         made_with = {"program": __version__, "quality": quality, **cut_settings}
+        if Path(settings.detector).is_file():
+            made_with["detector_sha256"] = atomic.file_sha256(Path(settings.detector))
         path = folder / "settings.json"
         if not path.is_file():
             atomic.write_json(path, made_with)

@@ -40,7 +40,7 @@ class Row:
     """One slide in the report.
 
     Attributes:
-        status: "used", "empty" if it has no ROI, "skipped" or "excluded".
+        status: "used", "empty" if it has no ROI, "skipped", "excluded" or "repeated", if it is read from another file.
         reason: why it is not used or empty.
         dropped: number of dropped squares, by reason.
         picture: path of its picture, relative to the report.

@@ -45,7 +45,9 @@ def prepare_slides(
     if out.exists():
         raise UserError(f"{out} exists already; remove it or choose another folder")
     started = time.monotonic()
-    files = source.usable(source.files if share is None else _share(source.files, *share))
+    files = source.usable(source.files)
+    if share is not None:
+        files = _share(files, *share)
     _print_unused(source)
     if share is None and not files:
         raise UserError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
@@ -87,9 +89,15 @@ def _share(files: Sequence[SlideFile], task: int, tasks: int) -> list[SlideFile]
 
 
 def _print_unused(source: Slides) -> None:
-    for name, reasons in (("cannot be used", source.refused), ("are excluded", source.excluded)):
+    for name, reasons in (
+        ("slides cannot be used", source.refused),
+        ("slides are excluded", source.excluded),
+        ("files are of slides that are read already", source.repeated),
+    ):
         if reasons:
-            print(f"{len(reasons)} of {source.found} slides {name}:\n{listed(reasons)}", flush=True)
+            print(f"{len(reasons)} of {source.found} {name}:\n{listed(reasons)}", flush=True)
+    for line in source.without_effect:
+        print(f"no effect: {line}", flush=True)
 
 
 def _make_parts(files: Sequence[SlideFile], parts: Parts, workers: int) -> None:
@@ -119,6 +127,7 @@ def _assemble(
     chosen = choose(parts, source.options)
     unused = [Row(path, path.stem, "skipped", reason) for path, reason in source.refused.items()]
     unused += [Row(path, path.stem, "excluded", reason) for path, reason in source.excluded.items()]
+    unused += [Row(path, path.stem, "repeated", reason) for path, reason in source.repeated.items()]
     used = [row_of(slide) for slide in chosen if not slide.part.skipped]
     dropped = sum((row.dropped for row in used), Counter[str]())
     total = sum(row.rois for row in used)
@@ -141,6 +150,8 @@ def _assemble(
             "rois_per_group": _rois_per_group(used),
             "skipped": _texts(source.refused),
             "excluded": _texts(source.excluded),
+            "repeated": _texts(source.repeated),
+            "without_effect": source.without_effect,
         }
 
     writer = RoiSetWriter(out, provenance=provenance, label_names=source.label_names, quality=quality)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from muse_fast.errors import UserError
 from muse_fast.runtime import atomic
+from muse_fast.runtime.folders import iter_files
 from muse_fast.runtime.tensors import write_tensors
 
 MANIFEST = "MANIFEST.json"
@@ -110,7 +111,7 @@ def verify(folder: Path) -> None:
     manifest = _read_json(folder / MANIFEST)
     for name, entry in manifest.items():
         _verify_file(folder, name, entry)
-    extra = {path.name for path in folder.iterdir()} - set(manifest) - {MANIFEST}
+    extra = {path.name for path in iter_files(folder, "*")} - set(manifest) - {MANIFEST}
     if extra:
         raise CheckpointError(f"{folder / min(extra)}: not in {MANIFEST}; the checkpoint was altered")
 

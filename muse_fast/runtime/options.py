@@ -1,7 +1,8 @@
 """Settings: dataclasses whose fields declare their range, read from YAML and ``key=value``.
 
 Precedence: the dataclass's defaults < the YAML file < ``key=value``. An unknown key and a value of the wrong
-type or out of range raise an error that names the key.
+type or out of range raise an error that names the key. Values may name variables of the environment, see `expanded`,
+and other settings as ``${section.key}``.
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class OptimConfig(Config):
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, InterpolationValidationError, OmegaConfBaseException
 
 from muse_fast.errors import UserError, did_you_mean, require
 
@@ -28,7 +30,9 @@ _Config = TypeVar("_Config", bound="Config")
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "whole numbers"}
 CONFIGS = Path(__file__).parents[1] / "configs"  # shipped with the package
+_REFERENCES = "expected ${NAME} or ${oc.env:NAME} for a variable of the environment, ${section.key} for a setting"
 MAX_SEED = 2**32 - 1  # of both numpy's and torch's generators
+_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 _RANGE, _MAY_CHANGE, _BEFORE = "range", "may_change", "before"  # keys of a field's metadata
 
 
@@ -156,6 +160,16 @@ def _made(settings: DictConfig, prefix: str) -> Any:
         return OmegaConf.to_object(settings)
     except UserError as error:
         raise UserError(f"{prefix}{error}") from None
+    except OmegaConfBaseException as error:  # a value that names a setting of another type
+        raise UserError(f"{prefix}{error.key}: {_first_line(error)}") from None
+
+
+def expanded(text: str) -> str:
+    """A text with the values of ``$NAME``, ``${NAME}`` and a leading ``~``, as a shell replaces them.
+
+    A name that the environment lacks stays: files may have a ``$`` in their names, and ``${NAME}`` may be a setting.
+    """
+    return os.path.expanduser(_VARIABLE.sub(lambda name: os.environ.get(name[1] or name[2], name[0]), text))
 
 
 def known_keys(kind: type[Config]) -> list[str]:
@@ -263,18 +277,38 @@ def _set(settings: DictConfig, values: Iterable[tuple[str, Any]], kind: type[Con
         if key not in types:
             raise UserError(f"{origin}no setting '{key}'{_suggest(key, list(types))}")
         try:
-            typed = _read_value(value) if isinstance(value, str) and types[key] is not str else value
+            typed = expanded(value) if isinstance(value, str) else value
+            if isinstance(typed, str) and types[key] is not str:
+                typed = _read_value(typed)
             # OmegaConf accepts any number as a bool.
             if types[key] is bool and isinstance(typed, int | float) and typed not in (0, 1):
                 raise ValueError
             OmegaConf.update(settings, key, typed, merge=False)
-            OmegaConf.select(settings, key, throw_on_missing=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError):
-            raise UserError(f"{origin}{key}={value}: expected {_EXPECTED[types[key]]}") from None
+            _check_value(OmegaConf.select(settings, key, throw_on_missing=True), types[key])
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{origin}{key}={value}: {_problem(error, types[key])}") from None
+
+
+def _check_value(value: Any, type_: Any) -> None:
+    """Raise a ValueError, or an error of OmegaConf, if references led to a section or to a list of something else."""
+    numbers: Any = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else []
+    is_list = OmegaConf.is_list(value) and all(isinstance(number, int) for number in numbers)
+    if OmegaConf.is_dict(value) or is_list != (type_ == list[int]):
+        raise ValueError
+
+
+def _problem(error: Exception, type_: Any) -> str:
+    if isinstance(error, InterpolationResolutionError) and not isinstance(error, InterpolationValidationError):
+        return f"{_first_line(error)}; {_REFERENCES}"
+    return _REFERENCES if type_ is str else f"expected {_EXPECTED[type_]}"
 
 
 def _read_value(text: str) -> Any:
     return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

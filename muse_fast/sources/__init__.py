@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from muse_fast.errors import UserError, did_you_mean
-from muse_fast.runtime.options import load_settings
+from muse_fast.runtime.options import expanded, load_settings
 from muse_fast.sources.base import Dataset, Source, SourceImage
 
 __all__ = ["Dataset", "Source", "SourceImage", "open_source", "source_kinds"]
@@ -49,5 +49,5 @@ def open_source(spec: str, **options: Any) -> Source:
         if Path(spec).is_dir():
             hint = f"; `python -m muse_fast.prepare inspect {spec}` suggests one"
         raise UserError(f"{spec!r} is not a source, expected KIND:PATH with KIND one of {', '.join(kinds)}{hint}")
-    source = kinds[kind]
+    source, target = kinds[kind], ",".join(map(expanded, target.split(",")))
     return source(target, load_settings(source.Options, items=options, prefix=f"{kind}: "))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.images.background import whitened
 from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
-from muse_fast.images.mpp import MPP_RANGE, MppRow
+from muse_fast.images.mpp import MPP_RANGE, MppRow, MppTables
 from muse_fast.images.points import Points, drop_outside
 from muse_fast.images.slide import open_slide
+from muse_fast.runtime.folders import find_files, iter_files
 from muse_fast.runtime.options import Config, setting, split_list
 
 SPLITS = ("train", "val", "test")
@@ -106,6 +107,7 @@ class Source(ABC):
             target: the text after ``KIND:``, usually a folder.
         """
         self.dropped: Counter[str] = Counter()  # number of items skipped so far, by reason
+        self.without_effect: list[str] = []  # lines for the user about rows of tables, names and files of no slide
 
     @abstractmethod
     def __iter__(self) -> Iterator[SourceImage]: ...
@@ -227,13 +229,12 @@ def read_splits(
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the image files of a folder by name, without the hidden files that zip files from macOS contain.
+    """List the image files of a folder by name.
 
     Raises:
         UserError: the folder contains no images.
     """
-    found = folder.iterdir() if folder.is_dir() else ()
-    images = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    images = [path for path in find_files(folder, "*") if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise UserError(f"{folder} contains no images ({', '.join(IMAGE_SUFFIXES)})")
     return images
@@ -246,7 +247,7 @@ def pair_files(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Path
         UserError: a file has no partner.
     """
     pairs = [(path, labels / f"{path.stem}{suffix}") for path in list_images(images)]
-    found = {path.name for path in labels.glob(f"*{suffix}") if path.name[0] != "."}
+    found = {path.name for path in iter_files(labels, f"*{suffix}")}
     for image, label in pairs:
         if label.name not in found:
             raise UserError(f"{label} is missing, the labels of {image}")
@@ -255,19 +256,24 @@ def pair_files(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Path
     return pairs
 
 
-def find_mpp(image: Path, table: Mapping[str, MppRow], mpp: float | None) -> MppRow:
-    """Return um per pixel, slide and split of an image: its row of ``mpp.csv``, or else ``mpp`` and no split.
+def find_mpp(folder: Path, images: Sequence[Path], mpp: float | None) -> Iterator[MppRow]:
+    """Yield um per pixel, slide and split of each image of a folder: its row of ``mpp.csv``, or else ``mpp``, no split.
 
-    Without a slide in its row, the image counts as a slide of its own.
+    Without a slide in its row, an image counts as a slide of its own.
 
     Raises:
-        UserError: neither the table nor ``mpp`` gives the um per pixel.
+        UserError: neither the table nor ``mpp`` gives the um per pixel, or the table lists something else.
     """
-    row = table.get(image.name)
-    known = row.mpp if row else mpp
-    if known is None:
-        raise UserError(f"{image}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv (image,mpp)")
-    return MppRow(known, (row.slide if row else "") or image.stem, row.split if row else "")
+    tables = MppTables()
+    found = [tables.find(image, folder) for image in images]
+    for table in tables.tables():
+        for number, name in table.unused():
+            raise UserError(f"{table.path}, row {number}: there is no file {name!r} in {folder}")
+    for image, row in zip(images, found, strict=True):
+        known = row.mpp if row else mpp
+        if known is None:
+            raise UserError(f"{image}: um per pixel unknown; give mpp=NUMBER or list the image in mpp.csv (image,mpp)")
+        yield MppRow(known, (row.slide if row else "") or image.stem, row.split if row else "")
 
 
 def put_in_split(split_of: dict[str, str], name: str, split: str, where: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
 from muse_fast.images.slide import find_slides
+from muse_fast.images.tables import text_lines
 from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, put_in_split, require_file
 
 
@@ -45,8 +46,9 @@ class BrcaM2C(Dataset):
         for split in SPLITS:
             listing = self.folder / f"brca_ds_{split}.txt"
             require_file(listing, "expected the folder of BRCA-M2C with images/ and labels/")
-            for row, name in enumerate(listing.read_text("utf-8-sig", "replace").split(), start=1):
-                put_in_split(split_of, name, split, f"{listing}, row {row}")
+            for row, line in text_lines(listing):
+                for name in line.split():
+                    put_in_split(split_of, name, split, f"{listing}, row {row}")
         return split_of
 
     def _entry(self, name: str, split: str) -> Entry:
@@ -63,11 +65,11 @@ class BrcaM2C(Dataset):
     def _nuclei(self, entry: Entry, width: int, height: int) -> Points:
         path = require_file(entry.labels, "an image without nuclei needs an empty file")
         rows = []
-        for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), start=1):
+        for number, line in text_lines(path):
             values = line.split()
             if not values:
                 continue
-            if len(values) != 3 or not all(value.isdecimal() for value in values):
+            if len(values) != 3 or not all(value.isdecimal() and len(value) < 10 for value in values):
                 raise UserError(f"{path}, row {number}: {line!r}, expected three integers 'y x class'")
             y, x, label = map(int, values)
             if y >= height or x >= width or not 1 <= label <= 3:

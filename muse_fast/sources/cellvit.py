@@ -9,6 +9,8 @@ from pathlib import Path
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_bare_points
+from muse_fast.images.tables import text_lines
+from muse_fast.runtime.folders import subfolders
 from muse_fast.runtime.options import setting
 from muse_fast.sources.base import Dataset, Entry, mpp_setting, pair_files, put_in_split, require_file
 
@@ -74,12 +76,12 @@ class CellViT(Dataset):
             return {}
         split_of: dict[str, str] = {}
         for split in ("train", "val"):
-            known = ", ".join(sorted(path.name for path in folds.iterdir())) or "nothing"
+            known = ", ".join(path.name for path in subfolders(folds)) or "nothing"
             path = require_file(
                 folds / f"fold_{fold}" / f"{split}.csv", f"{folds} contains {known}; choose with fold=K"
             )
-            for row, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-                stem = line.strip().rstrip(",").removesuffix(".png")
+            for row, line in text_lines(path):
+                stem = line.rstrip(",").removesuffix(".png")
                 if not stem:
                     continue
                 if stem not in stems:

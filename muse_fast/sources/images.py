@@ -10,7 +10,7 @@ from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.background import whitened
 from muse_fast.images.image_files import read_image
-from muse_fast.images.mpp import MppRow, read_mpp_table
+from muse_fast.images.mpp import MppRow
 from muse_fast.runtime.options import setting, split_list
 from muse_fast.sources.base import Source, SourceImage, find_mpp, list_images, mpp_setting
 
@@ -48,11 +48,11 @@ class Images(Source):
         if not folder.is_dir():
             hint = r"a comma in a name is written \,"
             raise UserError(f"{folder} is not a folder; expected images:DIR or images:DIR,DIR ({hint})")
-        table = read_mpp_table(folder)
-        for path in list_images(folder):
+        images = list_images(folder)
+        for path, row in zip(images, find_mpp(folder, images, self._options.mpp), strict=True):
             if path.stem in self._images:
                 raise UserError(f"{path}: {self._images[path.stem][0]} has the same stem, which names the ROI")
-            self._images[path.stem] = path, find_mpp(path, table, self._options.mpp)
+            self._images[path.stem] = path, row
 
     def __len__(self) -> int:
         return len(self._images)

@@ -11,6 +11,7 @@ from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, integer_map, read_mat
 from muse_fast.images.points import Points
 from muse_fast.images.tables import read_rows
+from muse_fast.runtime.folders import find_files
 from muse_fast.sources.base import SPLITS, Dataset, Entry, mpp_setting, split_names
 
 _MAX_ID = 2**31 - 1
@@ -53,9 +54,7 @@ class Lizard(Dataset):
 
     def _by_stem(self, suffix: str) -> dict[str, Path]:
         found: dict[str, Path] = {}
-        for path in sorted(self.folder.rglob(f"*.{suffix}")):
-            if path.name[0] == "." or "__MACOSX" in path.parts:
-                continue
+        for path in find_files(self.folder, f"**/*.{suffix}"):
             if path.stem in found:
                 raise UserError(f"{path}: {found[path.stem]} has the same name; keep one")
             found[path.stem] = path

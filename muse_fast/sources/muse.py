@@ -17,6 +17,7 @@ from muse_fast.images.image_files import read_image
 from muse_fast.images.points import Points
 from muse_fast.images.tables import read_rows
 from muse_fast.roiset.records import check_image
+from muse_fast.runtime.folders import iter_files
 from muse_fast.sources.base import Dataset, Entry, mpp_setting, require_file
 
 
@@ -49,14 +50,14 @@ class Muse(Dataset):
         names = set()
         for row, values in read_rows(self._metadata, self.COLUMNS):
             name = values["sample_name"].removesuffix(".h5")
-            if name in names or not values["n_cell"].isdecimal():
+            if name in names or not values["n_cell"].isdecimal() or len(values["n_cell"]) > 9:
                 problem = "is listed twice" if name in names else f"has n_cell {values['n_cell']!r}, expected a count"
                 raise UserError(f"{self._metadata}, row {row}: {name} {problem}")
             names.add(name)
             path = self.folder / "samples" / f"{name}.h5"
             self.entries.append(Entry(name, values["wsi_name"], "", path, path, options.mpp, row=len(self.entries)))
             self._num_cells.append(int(values["n_cell"]))
-        found = {path.stem for path in (self.folder / "samples").glob("*.h5")}
+        found = {path.stem for path in iter_files(self.folder / "samples", "*.h5")}
         if lost := sorted(names - found):
             raise UserError(
                 f"{self.folder / 'samples' / lost[0]}.h5 is missing, one of {len(lost)} listed in {self._metadata}"
@@ -65,7 +66,7 @@ class Muse(Dataset):
             raise UserError(f"{self.folder / 'samples' / extra[0]}.h5 is not listed in {self._metadata}")
 
     def _refuse_cache(self, path: Path) -> None:
-        caches = path.glob("*.npy") if path.is_dir() else (path,)
+        caches = iter_files(path, "*.npy") if path.is_dir() else (path,)
         for cache in caches:
             if self.CACHE.fullmatch(cache.name):
                 raise UserError(

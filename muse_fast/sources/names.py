@@ -1,4 +1,4 @@
-"""Names of slides and patients, normalised to compare sets.
+"""Which slides are the same: by their names, normalised to compare sets, or by their content.
 
 A slide of TCGA is identified by its barcode, ``TCGA-XX-XXXX-...``, up to the first dot and in either case; the first
 twelve characters are the patient. Other slides are compared by their full name.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from muse_fast.images.slide import slide_suffixes
+from muse_fast.runtime.atomic import file_sha256
 
 _PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 
@@ -49,3 +52,31 @@ class Names:
         if (name := slide_name(slide)) in self.slides:
             return f"slide {name}"
         return f"patient {found}" if (found := patient(slide)) in self.patients else ""
+
+    def without(self, slides: Iterable[str]) -> list[str]:
+        """The slides of this set that share neither name nor patient with ``slides``, sorted."""
+        others = Names.of(slides)
+        return sorted(name for name in self.slides - others.slides if patient(name) not in others.patients)
+
+
+class SlidesSeen:
+    """Finds files that contain the same slide: the files of a series, copies and links."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, Path] = {}  # by identity or hash
+        self._of_size: dict[int, Path] = {}  # without an identity: the first file of each size
+        self._sha256 = cache(file_sha256)
+
+    def first(self, path: Path, identity: str | None) -> Path:
+        """The file in which a slide was seen first, which is ``path`` itself if it is new.
+
+        Args:
+            identity: see `Slide.identity`; None: files are the same slide if their bytes are.
+        """
+        if identity is None:
+            other = self._of_size.setdefault(path.stat().st_size, path)
+            if other == path:
+                return path
+            self._first.setdefault(self._sha256(other), other)
+            identity = self._sha256(path)
+        return self._first.setdefault(identity, path)

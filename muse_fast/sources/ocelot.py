@@ -10,6 +10,7 @@ from muse_fast.images.image_files import image_size
 from muse_fast.images.mpp import check_mpp
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import read_bare_points
+from muse_fast.runtime.folders import iter_files
 from muse_fast.sources.base import SPLITS, Context, Dataset, Entry, require_file
 
 
@@ -102,7 +103,7 @@ class Ocelot(Dataset):
         """Check that images and metadata list the same names."""
         listed = {entry.name for entry in self.entries if entry.split == split}
         folder = self.folder / "images" / split / "cell"
-        found = {path.stem for path in folder.glob("*.jpg") if path.name[0] != "."}
+        found = {path.stem for path in iter_files(folder, "*.jpg")}
         if lost := sorted(listed - found):
             raise UserError(f"{folder / lost[0]}.jpg is missing, one of {len(lost)} listed in {self._metadata}")
         if extra := sorted(found - listed):

@@ -14,6 +14,7 @@ from muse_fast.errors import UserError
 from muse_fast.images.instances import instance_centroids, instance_types, integer_map
 from muse_fast.images.plain_npy import map_npy, read_npy_mapping
 from muse_fast.images.points import Points
+from muse_fast.runtime.folders import iter_files
 from muse_fast.sources.base import SPLITS, Dataset, Entry, mpp_setting, pair_files, split_names
 
 _MAX_ID = 2**31 - 1
@@ -74,7 +75,7 @@ class PanNuke(Dataset):
     def _by_fold(self, pattern: str) -> dict[str, Path]:
         """Find the stacked array, or the folder of single files, of every fold."""
         found = {}
-        for path in self.folder.glob(pattern):
+        for path in iter_files(self.folder, pattern):
             fold = path.relative_to(self.folder).parts[0].replace(" ", "").lower()
             found[fold] = path if path.name in ("images.npy", "masks.npy") else path.parent
         return found

@@ -10,7 +10,6 @@ from typing import ClassVar
 from muse_fast.errors import UserError
 from muse_fast.images.geojson import MULTI, GeoPoints, read_geojson_points
 from muse_fast.images.geojson import SUFFIXES as GEOJSON_SUFFIXES
-from muse_fast.images.mpp import read_mpp_table
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import class_names_of, read_named_points, read_points
 from muse_fast.runtime.options import setting, split_list
@@ -36,16 +35,14 @@ class _Sidecar(Dataset):
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
         self.label_names = tuple(split_list(options.labels))
-        table = read_mpp_table(self.folder)
         images = list_images(self.folder)
         stems = Counter(path.stem for path in images)
         self.entries = []
-        for path in images:
+        for path, row in zip(images, find_mpp(self.folder, images, options.mpp), strict=True):
             if stems[path.stem] > 1:
                 file = path.stem + self.suffixes[0]
                 raise UserError(f"{path}: another image has the same stem, so {file} could belong to either")
-            sidecar, row = self._find_sidecar(path), find_mpp(path, table, options.mpp)
-            self.entries.append(Entry(path.name, row.slide, row.split, path, sidecar, row.mpp))
+            self.entries.append(Entry(path.name, row.slide, row.split, path, self._find_sidecar(path), row.mpp))
 
     def _find_sidecar(self, path: Path) -> Path:
         found = [path.with_name(path.stem + suffix) for suffix in self.suffixes]

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from muse_fast.errors import UserError, require
 from muse_fast.finders.learned import load_finder
-from muse_fast.images.mpp import MppRow, read_mpp_file
+from muse_fast.images.mpp import MppTables
 from muse_fast.images.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
-from muse_fast.images.slide import find_slides, open_slide, slide_suffixes
-from muse_fast.images.tables import read_groups
+from muse_fast.images.slide import find_slides, open_slide, slide_identity, slide_suffixes
+from muse_fast.images.tables import names_of, read_groups, some_of
 from muse_fast.images.tissue import SUFFIXES as TISSUE_SUFFIXES
 from muse_fast.roiset.records import MAX_SIDE
+from muse_fast.runtime.folders import find_files
 from muse_fast.runtime.options import setting
 from muse_fast.sources.base import Source, SourceImage, mpp_setting
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, close_slides, survey
-from muse_fast.sources.names import Names
+from muse_fast.sources.names import Names, SlidesSeen
 
-_T = TypeVar("_T")
 _PROBES = 8  # slides opened at a time to check their headers
 _LISTED = 20  # slides listed in one message
 
@@ -36,14 +36,15 @@ def usable_cpus() -> int:
 class Slides(Source):
     """``wsi:PATH``: a slide, or the slides in a folder and its subfolders, cut into squares of tissue with nuclei.
 
-    The um per pixel comes from ``mpp_csv`` or the ``mpp.csv`` in the folder (``image,mpp[,slide][,split]``), then from
-    the option ``mpp``, then from the header.
+    The um per pixel comes from ``mpp_csv`` or the nearest ``mpp.csv`` (``image,mpp[,slide][,split]``) in the folder of
+    a slide or above, then from the option ``mpp``, then from the header.
 
     Attributes:
-        found: number of slides at ``PATH``.
+        found: number of files at ``PATH``.
         files: the slides neither refused nor excluded so far.
         refused: why slides are skipped, by file; complete after ``usable``.
         excluded: why slides were removed by ``exclude``, by file.
+        repeated: files of slides that are read from another file, and from which; complete after ``usable``.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,7 @@ class Slides(Source):
         mpp: float | None = mpp_setting()
         """Um per pixel of slides without a row in ``mpp.csv``."""
         mpp_csv: str = ""
-        """File to use instead of the ``mpp.csv`` in the folder of the slides."""
+        """File to use instead of the ``mpp.csv`` in the folders of the slides."""
         tissue: str = ""
         """Folder of masks (PNG) or outlines (GeoJSON), named like the slides."""
         nuclei: str = ""
@@ -78,19 +79,24 @@ class Slides(Source):
         self.workers = usable_cpus() if options.workers is None else options.workers
         self.refused: dict[Path, str] = {}
         self.excluded: dict[Path, str] = {}
+        self.repeated: dict[Path, str] = {}
         root, paths = Path(target), find_slides(Path(target))
         self.found = len(paths)
         self._root = root if root.is_dir() else root.parent
-        self._table = self._mpp_table(options.mpp_csv)
-        self._groups = read_groups(Path(options.groups)) if options.groups else {}
+        self._tables = MppTables(Path(options.mpp_csv) if options.mpp_csv else None)
+        if root.is_dir():
+            self._tables.read_all(root)
+        self._groups = read_groups(Path(options.groups)) if options.groups else None
         self._tissue, self._nuclei = _folder("tissue", options.tissue), _folder("nuclei", options.nuclei)
         self.files = self._describe_all(paths)
+        self.without_effect = [
+            *self._tables.without_effect(),
+            *(self._groups.without_effect() if self._groups else ()),
+            *_unused(self._tissue, TISSUE_SUFFIXES, {file.tissue for file in self.files}),
+            *_unused(self._nuclei, NUCLEI_SUFFIXES, {file.nuclei for file in self.files}),
+        ]
         if self._tissue and all(file.tissue is None for file in self.files):
             raise UserError(f"tissue={options.tissue}: no file is named like a slide ({', '.join(TISSUE_SUFFIXES)})")
-
-    def _mpp_table(self, given: str) -> dict[str, MppRow]:
-        path = Path(given) if given else self._root / "mpp.csv"
-        return read_mpp_file(path) if given or path.is_file() else {}
 
     def _describe_all(self, paths: Sequence[Path]) -> list[SlideFile]:
         files: dict[str, SlideFile] = {}
@@ -113,12 +119,12 @@ class Slides(Source):
             UserError: its group or its nuclei are missing.
         """
         name = path.stem
-        row = _row(self._table, path.relative_to(self._root).as_posix(), path.name, name)
+        row = self._tables.find(path, self._root)
         given = self.options.mpp
         mpp, mpp_from = (row.mpp, "mpp.csv") if row else (given, "header" if given is None else "option mpp")
         slide = row.slide if row and row.slide else name
-        group = _row(self._groups, slide, path.name, name)
-        if self.options.groups and group is None:
+        group = self._groups.find(slide, *names_of(path, self._root)) if self._groups else None
+        if self._groups and group is None:
             raise UserError(f"not listed in groups={self.options.groups}")
         nuclei = _find(self._nuclei, name, NUCLEI_SUFFIXES)
         if self._nuclei and nuclei is None:
@@ -132,6 +138,11 @@ class Slides(Source):
         Raises:
             UserError: no slide remains.
         """
+        known = [name for file in self.files for name in (file.slide, file.name)]
+        known += [path.stem for path in self.refused]
+        for side, others in names.items():
+            if absent := others.without(known):
+                self.without_effect.append(f"exclude={side}: {some_of(absent, len(others.slides), 'slides')}")
         for file in self.files:
             for side, others in names.items():
                 if shared := others.reason(file.slide) or others.reason(file.name):
@@ -146,27 +157,40 @@ class Slides(Source):
         yield from ((file.slide, file.split) for file in self.files)
 
     def usable(self, files: Sequence[SlideFile]) -> list[SlideFile]:
-        """Return the files with a usable header, and list the others in ``refused``.
+        """Return one file, with a usable header, of each slide; list the others in ``refused`` and ``repeated``.
 
         All slides are opened once before the work begins: a problem is reported now, not after hours of work.
+
+        Raises:
+            UserError: the tables say different things about two files of the same slide.
         """
         with ThreadPoolExecutor(_PROBES) as threads:
-            problems = list(threads.map(self._problem, files))
-        for file, problem in zip(files, problems, strict=True):
+            probed = dict(zip(files, threads.map(self._probe, files), strict=True))
+        seen, taken = SlidesSeen(), dict[Path, SlideFile]()
+        excluded = {seen.first(path, _identity(path)) for path in self.excluded}
+        for file in sorted(files, key=_given, reverse=True):  # of a slide's files, the one that the user's tables list
+            problem, identity = probed[file]
             if problem:
                 self.refused[file.path] = problem
-        return [file for file, problem in zip(files, problems, strict=True) if not problem]
+            elif (first := seen.first(file.path, identity)) in excluded:
+                self.excluded[file.path] = f"the same slide as {first}"
+            elif first in taken:
+                self.repeated[file.path] = f"the same slide as {first}"
+                _agree(file, taken[first])
+            else:
+                taken[file.path] = file
+        return [file for file in files if file.path in taken]
 
-    def _problem(self, file: SlideFile) -> str:
+    def _probe(self, file: SlideFile) -> tuple[str, str | None]:
+        """Return why a slide cannot be used, "" if it can, and its identity."""
         try:
-            slide = open_slide(file.path, file.mpp)
+            with closing(open_slide(file.path, file.mpp)) as slide:
+                side, mpp, identity = round(self.options.roi_um / slide.mpp), slide.mpp, slide.identity
         except UserError as error:
-            return reason_of(error, file.path)
-        slide.close()
-        side = round(self.options.roi_um / slide.mpp)
+            return reason_of(error, file.path), None
         if side > MAX_SIDE:
-            return f"roi_um={self.options.roi_um:g} is {side} px, expected at most {MAX_SIDE}"
-        return "" if side else f"roi_um={self.options.roi_um:g} is less than a pixel of {slide.mpp:g} um"
+            return f"roi_um={self.options.roi_um:g} is {side} px, expected at most {MAX_SIDE}", None
+        return "" if side else f"roi_um={self.options.roi_um:g} is less than a pixel of {mpp:g} um", identity
 
     def __iter__(self) -> Iterator[SourceImage]:
         """Yield the ROIs of all usable slides, slide by slide, in this process and without sampling over slides."""
@@ -209,8 +233,27 @@ def reason_of(error: UserError, path: Path) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def _row(table: Mapping[str, _T], *names: str) -> _T | None:
-    return next((table[name] for name in names if name in table), None)
+def _identity(path: Path) -> str | None:
+    try:
+        return slide_identity(path)
+    except UserError:
+        return None
+
+
+def _given(file: SlideFile) -> int:
+    """How much the user's tables and folders say about a file."""
+    return (file.mpp_from == "mpp.csv") + (file.tissue is not None) + (file.nuclei is not None)
+
+
+def _agree(file: SlideFile, other: SlideFile) -> None:
+    """Check that a file, if the user's tables list it, has the same entries as another one of the same slide."""
+    for name in ("split", "group", "mpp"):
+        value, expected = getattr(file, name), getattr(other, name)
+        if value != expected and (name == "group" or file.mpp_from == other.mpp_from == "mpp.csv"):
+            raise UserError(
+                f"{file.path} is the same slide as {other.path}, but {name} is {value!r} and {expected!r}; "
+                "correct your tables, or remove one of the files"
+            )
 
 
 def _folder(option: str, text: str) -> Path | None:
@@ -227,3 +270,10 @@ def _find(folder: Path | None, name: str, suffixes: Sequence[str]) -> Path | Non
     if len(found) > 1:
         raise UserError(f"both {found[0]} and {found[1].name} exist; keep one")
     return found[0] if found else None
+
+
+def _unused(folder: Path | None, suffixes: Sequence[str], used: Set[Path | None]) -> list[str]:
+    """A line for the user about the files in a folder of masks or nuclei that no slide has, if there are any."""
+    files = [path for path in find_files(folder, "*") if path.name.endswith(tuple(suffixes))] if folder else []
+    names = [path.name for path in files if path not in used]
+    return [f"{folder}: {some_of(names, len(files), 'files')}"] if names else []

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from muse_fast.errors import UserError
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import atomic, checkpoint
+from muse_fast.runtime.folders import find_files, iter_files
 
 REPAIRED = ("removed", "row removed", "left alone")
 _YOUNG = 60  # seconds; a file name does not contain its machine
@@ -52,7 +53,7 @@ def _check_roiset(path: Path) -> tuple[str, list[Finding]]:
         for problem in roiset.verify()
     ]
     expected = {"roiset.json", "index.bin", "nuclei.bin", *roiset.info["shards"]}
-    unnamed = [file for file in path.glob("*.bin") if file.name not in expected]
+    unnamed = [file for file in iter_files(path, "*.bin") if file.name not in expected]
     findings += [Finding(f"{file}: not a part of the set; nothing reads it") for file in unnamed]
     findings += _leftovers(path.parent, f".tmp-{path.name}-*")
     return f"ROI set of {len(roiset)} ROIs and {int(roiset.num_nuclei.sum())} nuclei", findings
@@ -68,7 +69,7 @@ def _check_run(path: Path) -> tuple[str, list[Finding]]:
             state = checkpoint.read_state(folder)
             if state["step"] != step:
                 raise UserError(f"{folder}: contains step {state['step']}")
-            for file in sorted(folder.glob("*.safetensors")):
+            for file in find_files(folder, "*.safetensors"):
                 checkpoint.read_tensors(folder, file.stem)
             intact += 1
         except UserError as error:
@@ -96,7 +97,7 @@ def _leftovers(folder: Path, pattern: str) -> Iterator[Finding]:
 
 
 def _check_json(path: Path) -> Iterator[Finding]:
-    for file in sorted(path.glob("*.json")):
+    for file in find_files(path, "*.json"):
         try:
             json.loads(file.read_text())
         except ValueError as error:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from muse_fast.errors import UserError
 from muse_fast.images import slide as slide_module
-from muse_fast.images.slide import find_slides, open_slide
+from muse_fast.images.slide import find_slides, open_slide, slide_identity
 from muse_fast.images.tissue import MASK_UM
+from tests.support.dicom import write_series
 from tests.support.small_slides import Mpp, damage, page_with_tissue, write_slide
 
 
@@ -29,7 +30,7 @@ def slide(tmp_path: Path, page: np.ndarray) -> Path:
     ("mpp", "message"),
     [
         (None, r"does not give um per pixel; give mpp=NUMBER or list the file in mpp.csv"),
-        (352.8, r"openslide.mpp in the header is '352.*', expected um per pixel, 0.05 to 5"),  # 72 dpi
+        (352.8, r"openslide.mpp in the header is '352.*', expected um per pixel, 0.05 to 5.0; give mpp=NUMBER or list"),
         ((0.5, 0.6), r"pixels are 0.5 x 0.6 um, expected squares"),
     ],
 )
@@ -112,3 +113,40 @@ def test_slides_are_found_in_subfolders(tmp_path: Path) -> None:
         find_slides(tmp_path / "absent")
     with pytest.raises(UserError, match=r"folder.svs contains no slides"):
         find_slides(tmp_path / "folder.svs")
+
+
+# -------------------------------------------------------------------------------------- slides of several files
+
+
+def test_the_files_of_a_dicom_series_are_one_slide(tmp_path: Path, page: np.ndarray) -> None:
+    part = page[:600, 200:1000]
+    one, other = (write_series(tmp_path, name, part, 0.5, number) for number, name in enumerate("ab", start=1))
+    assert find_slides(tmp_path) == [*one, *other]
+    slide = open_slide(one[2])  # the label leads to the slide too
+    assert (slide.width, slide.height, len(slide.levels)) == (800, 600, 2) and slide.mpp == pytest.approx(0.5)
+    assert np.abs(slide.read(0, 0, 800, 600).astype(int) - part).mean() < 3  # JPEG
+    assert len({slide_identity(path) for path in one}) == len({slide_identity(path) for path in other}) == 1
+    assert slide_identity(one[0]) != slide_identity(other[0])
+
+
+def test_copies_are_the_same_slide_and_others_are_not(tmp_path: Path, page: np.ndarray) -> None:
+    slide = write_slide(tmp_path / "slide.tif", page[:300, 300:600])
+    rescaled = write_slide(tmp_path / "rescaled.tif", page[:300, 300:600], 0.25)
+    other = write_slide(tmp_path / "other.tif", page[300:600, 300:600])
+    assert slide_identity(slide) == slide_identity(rescaled) != slide_identity(other)
+    Image.fromarray(page[:64, :64]).save(tmp_path / "image.png")
+    assert slide_identity(tmp_path / "image.png") is None  # not opened
+
+
+def test_the_pictures_of_a_hamamatsu_slide_are_not_slides_of_their_own(tmp_path: Path, page: np.ndarray) -> None:
+    picture = Image.fromarray(page[40:296, 300:812])
+    picture.save(tmp_path / "s(0,0).jpg", quality=95, restart_marker_blocks=8)
+    for name in ("s_map.jpg", "s_macro.jpg", "unrelated.jpg"):
+        picture.resize((64, 32)).save(tmp_path / name, restart_marker_blocks=1)
+    (tmp_path / "s.vms").write_text(
+        "[Virtual Microscope Specimen]\nNoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\nImageFile=s(0,0).jpg\n"
+        "MapFile=s_map.jpg\nMacroImage=s_macro.jpg\nPhysicalWidth=256000\nPhysicalHeight=128000\nSourceLens=20\n"
+    )
+    assert find_slides(tmp_path, images=True) == [tmp_path / "s.vms", tmp_path / "unrelated.jpg"]
+    slide = open_slide(tmp_path / "s.vms")
+    assert (slide.width, slide.height, slide.mpp) == (512, 256, 0.5)

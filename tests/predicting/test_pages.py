@@ -88,9 +88,11 @@ def test_um_per_pixel_come_from_the_table_then_the_option(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
     (tmp_path / "mpp.csv").write_text("image,mpp\na.png,0.3\ndeep/b.png,0.4\n")
-    found = {page.path.relative_to(tmp_path).as_posix(): page.mpp for page in find_pages([tmp_path], 0.5)}
+    found = {page.path.relative_to(tmp_path).as_posix(): page.mpp for page in find_pages([tmp_path], 0.5)[0]}
     assert found == {"a.png": 0.3, "deep/b.png": 0.4, "deep/c.jpg": 0.5}
-    assert find_pages([tmp_path / "a.png", tmp_path / "a.png"], None) == [PageFile(tmp_path / "a.png", 0.3)]
+    pages, without_effect = find_pages([tmp_path / "a.png", tmp_path / "a.png"], None)
+    assert pages == [PageFile(tmp_path / "a.png", 0.3, listed=True)]
+    assert without_effect == [f"{tmp_path / 'mpp.csv'}: 1 of 2 rows match no slide or image: deep/b.png (row 3)"]
     with pytest.raises(UserError, match=r"absent: no such file or folder"):
         find_pages([tmp_path / "absent"], None)
     (tmp_path / "empty").mkdir()

@@ -69,7 +69,7 @@ def test_roi_sets_and_lists(tmp_path: Path, rois: str, capsys: pytest.CaptureFix
     code, said = audit(capsys, rois, str(listing))
     assert code == 1 and "shared slides   none" in said and "shared patients TCGA-AA-0001" in said
     assert audit(capsys, f"{rois}@val", str(listing))[0] == 0
-    listing.write_text("\ufeffgroup,slide\nx,case.1\ny,\n")
+    listing.write_text("\ufeffgroup,slide\nx,case.1\n\n,other\n")
     code, said = audit(capsys, f"{rois}@val", str(listing))
     assert code == 1 and "shared slides   case.1" in said
     assert audit(capsys, f"{rois}@train", str(listing))[0] == 0

@@ -254,3 +254,14 @@ def test_shares_of_several_tasks_make_the_same_set(
     fewer = RoiSet(out)
     assert len(fewer) == 60
     assert all(fewer[i].jpeg in complete_set["shard-00000.bin"] for i in range(60))
+
+
+def test_parts_of_a_detector_that_was_trained_again_are_refused(tmp_path: Path) -> None:
+    detector = tmp_path / "mine.safetensors"
+    detector.write_bytes(b"first")
+    settings = replace(SETTINGS, detector=str(detector))
+    for _ in range(2):
+        Parts(tmp_path / "parts", settings, 95)
+    detector.write_bytes(b"second")
+    with pytest.raises(UserError, match=r"parts made with other settings \(detector_sha256="):
+        Parts(tmp_path / "parts", settings, 95)

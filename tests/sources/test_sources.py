@@ -172,7 +172,7 @@ def test_an_image_without_nuclei(points: Path) -> None:
         ("x,x,y\n1,2,3\n", r"row 1: the header"),
         ("1,2\n3,4\n", r"row 1: the header is '1,2'"),
         ("", r"row 1: the header is ''"),
-        ("\xff\xfe", r"row 1: the header"),
+        ("\xff\xfe", r"row 1: not text in UTF-8; save"),
         ("x,y,label\n1,2,0.5\n", r"row 2: label is '0.5', expected a whole number"),
         ("x,y,label\n1,2,2\n", r"row 2: label is '2', expected a whole number, -1 to 1"),
         ("x,y,score\n1,2,nan\n", r"row 2: score is 'nan'"),

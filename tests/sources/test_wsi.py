@@ -15,6 +15,7 @@ from muse_fast.sources import SourceImage, open_source
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, survey
 from muse_fast.sources.names import Names
 from muse_fast.sources.wsi import Slides, usable_cpus
+from tests.support.dicom import write_series
 from tests.support.small_slides import damage, page_with_tissue, write_slide
 
 EVERYTHING = {"roi_um": 100, "min_tissue": 0, "min_nuclei": 0}
@@ -140,6 +141,65 @@ def test_groups(tmp_path: Path, tissue: np.ndarray) -> None:
     table.write_text("slide,group\na,BRCA\na,LUAD\n")
     with pytest.raises(UserError, match=r"groups.csv, row 3: a is also in the group BRCA"):
         opened(tmp_path, groups=str(table))
+
+
+# ------------------------------------------------------------------------------- one slide in several files, copies
+
+
+def test_the_files_of_a_series_are_read_once(tmp_path: Path, tissue: np.ndarray) -> None:
+    first = write_series(tmp_path / "in", "a", tissue[:300, :300], 0.5)
+    other = write_series(tmp_path / "in", "b", tissue[300:600, 300:600], 0.5, number=2)
+    (tmp_path / "in" / "mpp.csv").write_text("image,mpp,split\na-1,0.25,train\n")
+    source = opened(tmp_path / "in")
+    assert [(file.name, file.mpp) for file in source.usable(source.files)] == [("a-1", 0.25), ("b-0", None)]
+    assert source.repeated == {
+        first[0]: f"the same slide as {first[1]}",
+        first[2]: f"the same slide as {first[1]}",
+        other[1]: f"the same slide as {other[0]}",
+        other[2]: f"the same slide as {other[0]}",
+    }
+    source = opened(tmp_path / "in")
+    source.exclude({"tested": Names.of(["b-2"])})
+    assert [file.name for file in source.usable(source.files)] == ["a-1"]
+    assert source.excluded[other[0]] == source.excluded[other[1]] == f"the same slide as {other[2]}"
+
+
+def test_copies_in_two_splits_are_refused(tmp_path: Path, tissue: np.ndarray) -> None:
+    paths = [write_slide(tmp_path / f"{name}.tif", tissue[:300, :300]) for name in "abc"]
+    table = tmp_path / "mpp.csv"
+    table.write_text("image,mpp,split\na,0.5,train\nc,0.5,test\n")
+    source = opened(tmp_path)
+    with pytest.raises(UserError, match=r"c.tif is the same slide as .*a.tif, but split is 'test' and 'train'"):
+        source.usable(source.files)
+    table.write_text("image,mpp,split\nb,0.5,train\nc,0.5,train\n")
+    source = opened(tmp_path)
+    assert [file.path for file in source.usable(source.files)] == paths[1:2]
+    assert set(source.repeated) == {paths[0], paths[2]}
+
+
+# -------------------------------------------------------------------------------------- what the user gave in vain
+
+
+def test_rows_and_files_that_belong_to_no_slide_are_named(tmp_path: Path, tissue: np.ndarray) -> None:
+    folder = tmp_path / "in"
+    for name in ("a", "deep/b"):
+        write_slide(folder / f"{name}.tif", tissue[:300, :300])
+    for name in ("nuclei/a.csv", "nuclei/b.csv", "nuclei/c.csv", "tissue/a.png", "tissue/._a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (folder / "mpp.csv").write_text("image,mpp\na.svs,0.5\nb,0.5\n")
+    (folder / "deep" / "mpp.csv").write_text("image,mpp\nb,0.4\n")
+    (tmp_path / "groups.csv").write_text("slide,group\na,A\nb,B\nB,A\n")
+    given = {name: str(tmp_path / name) for name in ("nuclei", "tissue")}
+    source = opened(folder, groups=str(tmp_path / "groups.csv"), **given)
+    source.exclude({"tested": Names.of(["x", "y"])})
+    assert [(file.name, file.mpp) for file in source.files] == [("a", None), ("b", 0.4)]
+    assert source.without_effect == [
+        f"{folder / 'mpp.csv'}: 2 of 2 rows match no slide or image: a.svs (row 2), b (row 3)",
+        f"{tmp_path / 'groups.csv'}: 1 of 3 rows match no slide or image: B (row 4)",
+        f"{tmp_path / 'nuclei'}: 1 of 3 files match no slide or image: c.csv",
+        "exclude=tested: 2 of 2 slides match no slide or image: x, y",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ the user's own files
