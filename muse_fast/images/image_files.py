@@ -115,15 +115,19 @@ def resampled(
 
 
 def tiff_peculiarity(path: Path) -> str:
-    """What sets the first image of a TIFF apart from 8-bit RGB as displayed; "" if nothing does."""
+    """What sets the first image of a TIFF apart from 8-bit RGB as displayed; "" if nothing does or it is unknown."""
     try:
         with open(path, "rb") as file:
             header = file.read(8)
+            if header.startswith(b"MM\0+"):  # a big-endian BigTIFF, which Pillow misreads
+                return ""
             tags = TiffImagePlugin.ImageFileDirectory_v2(header + (file.read(8) if header[2:3] == b"+" else b""))
             file.seek(tags.next)
             tags.load(file)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error) as error:
-        raise UserError(f"{path}: not a readable TIFF ({error})") from error
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return ""
+    if _WIDTH not in tags:
+        return ""
     if max(tags.get(_BITS, (1,))) != 8:
         return f"{max(tags.get(_BITS, (1,)))} bits per value"
     if (colours := tags.get(_PHOTOMETRIC)) not in (_RGB, _INDEXED, _YCBCR):
@@ -153,10 +157,7 @@ def open_image(path: Path, data: bytes | None = None) -> Iterator[ImageFile]:
 
 def _hint(path: Path) -> str:
     """What may be the reason why Pillow cannot read a TIFF."""
-    try:
-        problem = tiff_peculiarity(path)
-    except UserError:
-        return ""
+    problem = tiff_peculiarity(path)
     return f"; a TIFF with {problem}, expected 8- or 16-bit RGB" if problem else ""
 
 

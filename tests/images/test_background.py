@@ -138,6 +138,15 @@ def test_a_pixel_does_not_depend_on_the_piece(tmp_path: Path) -> None:
             np.testing.assert_array_equal(gaps, unscanned[y : y + down, x : x + across])
 
 
+def test_the_farthest_pixel_that_decides(tmp_path: Path) -> None:
+    page = np.full((120, 220, 3), 90, np.uint8)
+    page[60, 100:150], page[60, 150:159] = 16, 32  # a run of 25 um, and a fringe that is one pixel too long
+    Image.fromarray(page).save(tmp_path / "a.png")
+    slide = open_slide(tmp_path / "a.png", 0.5)
+    assert [slide.read(x, 60, 1, 1).max() for x in (99, 100, 157, 158)] == [90, 255, 255, 32]
+    np.testing.assert_array_equal(slide.read(0, 60, 220, 1)[0, 98:160, 0], [90] * 2 + [255] * 58 + [32, 90])
+
+
 def test_pixels_beside_damage_can_be_read(tmp_path: Path) -> None:
     path = write_slide(tmp_path / "s.tif", padded(0), compression="zlib")
     damage(path, 1)  # x 256 to 511, y 0 to 255

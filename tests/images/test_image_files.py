@@ -122,6 +122,20 @@ def test_a_slide_of_sixteen_bits_that_only_openslide_could_read(tmp_path: Path, 
         open_slide(path, 0.5)
 
 
+@pytest.mark.parametrize("bigtiff", [False, True])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_every_tiff_of_eight_bits_is_read(tmp_path: Path, rgb: np.ndarray, bigtiff: bool, byteorder: str) -> None:
+    import openslide
+
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, rgb, photometric="rgb", tile=(64, 64), bigtiff=bigtiff, byteorder=byteorder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slide = open_slide(path, 0.5)
+    assert isinstance(slide, OpenSlideSlide) == (openslide.OpenSlide.detect_format(path) is not None)
+    np.testing.assert_array_equal(slide.read(0, 0, 300, 200), rgb)
+
+
 # ---------------------------------------------------------------------------------------- grey and indexed colours
 
 
