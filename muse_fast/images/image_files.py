@@ -152,13 +152,9 @@ def open_image(path: Path, data: bytes | None = None) -> Iterator[ImageFile]:
         raise
     # Pillow raises SyntaxError for a broken PNG, ZeroDivisionError for a fraction in a TIFF.
     except (OSError, ValueError, SyntaxError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: not a readable image ({error}){'' if data else _hint(path)}") from error
-
-
-def _hint(path: Path) -> str:
-    """What may be the reason why Pillow cannot read a TIFF."""
-    problem = tiff_peculiarity(path)
-    return f"; a TIFF with {problem}, expected 8- or 16-bit RGB" if problem else ""
+        problem = "" if data else tiff_peculiarity(path)
+        hint = f"; a TIFF with {problem}, expected 8- or 16-bit RGB" if problem else ""
+        raise UserError(f"{path}: not a readable image ({error}){hint}") from error
 
 
 _unlimited_users = 0

@@ -25,13 +25,13 @@ from muse_fast.errors import UserError
 from muse_fast.finders.learned import read_finder
 from muse_fast.images.geojson import read_geojson_points
 from muse_fast.images.image_files import read_image
-from muse_fast.images.plain_npy import map_npy, read_npy_mapping
 from muse_fast.images.points_csv import read_points
 from muse_fast.roiset import records as roiset_format
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import checkpoint, cli
 from muse_fast.runtime.atomic import file_sha256
 from muse_fast.sources import open_source
+from muse_fast.sources.plain_npy import map_npy, read_npy_mapping
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally
 from torture.rows.checkpoints import filled

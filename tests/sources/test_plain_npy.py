@@ -12,7 +12,7 @@ import pytest
 from numpy.lib import format as npy
 
 from muse_fast.errors import UserError
-from muse_fast.images.plain_npy import map_npy, read_npy_mapping
+from muse_fast.sources.plain_npy import map_npy, read_npy_mapping
 
 
 def save(path: Path, content: Any, protocol: int) -> None:
