@@ -119,7 +119,7 @@ def test_a_slide_with_too_much_damage_is_skipped(cohort: Path, tmp_path: Path) -
     part, other = parts.find(files[0]), parts.find(files[1])
     assert part is not None and len(part.rois) == 0
     assert "of 0.415 mm2 to search cannot be read, more than max_unreadable=0.03; copy" in part.skipped
-    assert part.skipped.startswith("unreadable at 768, 256, level 0")
+    assert part.skipped.startswith("unreadable at 768, ")  # where the last of its ROIs met it
     assert other is not None and not other.skipped and len(other.rois) > 5
     before = states(parts.folder)
     make_parts(files, parts, workers=1)
