@@ -267,6 +267,21 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: lis
     assert classical("--out", tmp_path / "out", slide) == 0  # the failed command left nothing that prevents this
 
 
+@pytest.mark.parametrize(("given", "said"), [(0.25, "0.25 um/px as given, though the header says 0.5"), (0.55, "")])
+def test_um_per_pixel_unlike_the_header_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: float, said: str
+) -> None:
+    slide = write_slide(tmp_path / "s.tif", page_with_tissue()[:300, 300:700])
+    assert classical("--out", tmp_path / "out", slide, f"mpp={given}") == 0
+    assert summary(tmp_path / "out" / "s")["unlike_header"] == said
+    assert summary(tmp_path / "out")["unlike_header"] == ({"s.tif": said} if said else {})
+    assert ("though the header" in capsys.readouterr().out) == bool(said)
+    png = tmp_path / "s.png"  # has no header
+    Image.fromarray(page_with_tissue()[:300, 300:700]).save(png)
+    assert classical("--out", tmp_path / "png", png, f"mpp={given}") == 0
+    assert summary(tmp_path / "png" / "s")["unlike_header"] == ""
+
+
 # --------------------------------------------------------------------------------------------------- repeated commands
 
 

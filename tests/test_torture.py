@@ -113,8 +113,8 @@ def test_without_the_guard_poison_is_detected(tmp_path: Path, monkeypatch: pytes
 
 
 def test_damage_taken_for_glass_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slides, "QUICK", ("tiles damaged in all levels",))
     monkeypatch.setattr("muse_fast.images.slide.Lost.add", blind)
-    monkeypatch.setattr(slides, "odd", lambda page: [])
     assert fails(slides.silent_losses, tmp_path)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from muse_fast.errors import UserError
 from muse_fast.images.mpp import MPP_RANGE
-from muse_fast.images.slide import slide_identity
+from muse_fast.images.slide import Slide, slide_identity
 from muse_fast.predicting.detectors import TileDetector, open_detector
 from muse_fast.predicting.files import CellFiles
 from muse_fast.predicting.pages import PageFile, find_pages
@@ -248,6 +248,7 @@ def _predict_page(
             "tiles": tally.tiles,
             "unreadable_mm2": round(found.tissue.damage.unreadable_mm2, 6),
             "nothing_found": _nothing_found(nuclei, area, page.mpp),
+            "unlike_header": _unlike_header(page),
             "seconds": round(seconds, 3),
             "nuclei_per_second": round(nuclei / seconds, 1),
             "mm2_per_second": round(area / seconds, 4),
@@ -266,6 +267,17 @@ def _nothing_found(nuclei: int, area: float, mpp: float) -> str:
     if not area:
         return "no tissue found; if there is some, tissue=false searches everywhere"
     return f"no nuclei found on {area:.3g} mm2: is {mpp:g} um/px right, and is it H&E?"
+
+
+def _unlike_header(page: Slide) -> str:
+    """How the given um/px differs from the header's, if by more than a fifth; else ""."""
+    try:
+        header = page.header_mpp()
+    except UserError:  # implausible: that is why another is given
+        return ""
+    if header is None or max(header / page.mpp, page.mpp / header) < 1.2:
+        return ""
+    return f"{page.mpp:g} um/px as given, though the header says {header:g}"
 
 
 def _fingerprint(weights: str) -> str:
@@ -291,6 +303,7 @@ def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "area_mm2": round(area, 6),
         "unreadable_mm2": round(unreadable, 6),
         "nothing_found": {one["file"]: one["nothing_found"] for one in summaries if one["nothing_found"]},
+        "unlike_header": {one["file"]: one["unlike_header"] for one in summaries if one["unlike_header"]},
         "seconds": round(seconds, 3),
         "nuclei_per_second": round(nuclei / seconds, 1) if seconds else 0.0,
         "mm2_per_second": round(area / seconds, 4) if seconds else 0.0,
@@ -299,10 +312,11 @@ def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _describe(summary: dict[str, Any]) -> str:
     damage = f"{summary['unreadable_mm2']:.3g} mm2 unreadable, " if summary["unreadable_mm2"] else ""
+    scale = f"; {summary['unlike_header']}" if summary["unlike_header"] else ""
     if summary["nothing_found"]:
-        return damage + summary["nothing_found"]
+        return damage + summary["nothing_found"] + scale
     return damage + (
         f"{summary['nuclei']:,} nuclei, {summary['nuclei_per_mm2']:,.0f} per mm2 on {summary['area_mm2']:.3g} mm2, "
         f"{summary['seconds']:.1f} s, {summary['nuclei_per_second']:,.0f} nuclei/s, "
-        f"detector busy {100 * summary['detector_busy']:.0f} %"
+        f"detector busy {100 * summary['detector_busy']:.0f} %{scale}"
     )
