@@ -27,7 +27,7 @@ from muse_fast.images.imagenet import normalise
 from muse_fast.images.points import Points, non_maximum_suppression
 from muse_fast.models.archs import find_arch
 from muse_fast.models.backbone import Backbone, build_backbone, build_to_fill
-from muse_fast.models.encoder import check_image_size
+from muse_fast.models.encoder import describe_sides, nearest
 from muse_fast.models.weights import find_checkpoint
 from muse_fast.runtime import checkpoint
 
@@ -36,6 +36,9 @@ BEST = "best"
 
 STEM = "detector"
 """Name of the network's file in a checkpoint, and key of its `DetectorSpec` in the state."""
+
+SAMPLE_STEP = 16
+"""Proposals of every stride fit into a multiple of this."""
 
 _REACH_UM = 32.0
 
@@ -70,12 +73,20 @@ class DetectorSpec:
     """If two nuclei are closer than this, the less probable one is dropped."""
 
     def __post_init__(self) -> None:
-        sides = find_arch(self.arch, taps=self.taps).sides
-        check_image_size(self.sample_size, sides)
+        require(
+            self.stride > 0 and SAMPLE_STEP % self.stride == 0, "stride", self.stride, f"a divisor of {SAMPLE_STEP}"
+        )
+        sides = sample_sides(find_arch(self.arch, taps=self.taps).sides)
+        expected = f"{describe_sides(sides)} for {self.arch}; the nearest is {nearest(self.sample_size, sides)}"
+        require(self.sample_size in sides, "sample_size", self.sample_size, expected)
         require(len(self.class_names) > 0, "class_names", self.class_names, "one or more")
         require(self.surroundings in SURROUNDINGS, "surroundings", self.surroundings, " or ".join(SURROUNDINGS))
-        fits = self.stride > 0 and self.sample_size % self.stride == 0
-        require(fits, "stride", self.stride, f"a divisor of the sample size of {self.sample_size} px")
+
+
+def sample_sides(sides: range) -> range:
+    """The sides of an encoder's images that samples may have."""
+    step = math.lcm(sides.step, SAMPLE_STEP)
+    return range(-(-sides[0] // step) * step, sides[-1] + 1, step)
 
 
 class Proposals(NamedTuple):

@@ -167,3 +167,8 @@ def test_invalid_input_is_refused(detector: Detector, tmp_path: Path) -> None:
         load_detector(folder)
     with pytest.raises(UserError, match="stride=5: expected a divisor"):
         DetectorSpec(**{**asdict(SPEC), "stride": 5})
+    with pytest.raises(UserError, match=r"^sample_size=100: expected a multiple of 16 from 32 to 1024 .* nearest is"):
+        DetectorSpec(**{**asdict(SPEC), "sample_size": 100})
+    patches_of_14 = {"arch": "timm:vit_small_patch14_dinov2:depth=1:embed_dim=24:num_heads=2", "sample_size": 1024}
+    with pytest.raises(UserError, match=r"a multiple of 112 from 112 to 1008 for timm:vit.*; the nearest is 1008$"):
+        DetectorSpec(**{**asdict(SPEC), **patches_of_14})
