@@ -47,6 +47,15 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def thin() -> Iterator[None]:
+    """Thin networks in place of ``vit_tiny`` and ``resnet50``."""
+    from tests.support.thin import thin_networks  # it imports timm, which takes seconds
+
+    with thin_networks():
+        yield
+
+
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two processes that run functions as ranks 0 and 1."""

@@ -22,10 +22,10 @@ pytest.importorskip("submitit")
 
 TOY = """
 views: {global_size: 64, local_size: 32, num_locals: 1}
-model: {arch: vit_tiny}
+model: {arch: "timm:vit_tiny_patch16_224:depth=4:embed_dim=32:num_heads=2"}
 head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
 loss: {centering: sinkhorn}
-optim: {steps: 12, batch_size: 4, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
+optim: {steps: 100, batch_size: 4, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
 train: {precision: fp64, device: cpu, log_every: 1, checkpoint_every: 1000, eval_every: 0, eval_rois: 4}
 data: {workers: 0}
 """
@@ -96,7 +96,7 @@ def test_a_warned_run_saves_requeues_and_ends_like_an_unbroken_run(
     said, _ = process.communicate()
     assert process.returncode == 0, said
     (log,) = (out / "slurm").glob("*_0_log.out")
-    assert "stopped after step" in log.read_text() and log.read_text().count("pretrain: vit_tiny") == 2
+    assert "stopped after step" in log.read_text() and log.read_text().count("pretrain: timm:vit_tiny") == 2
     assert len(checkpoint.steps(out)) == 2  # one at the warning, one at the end
     assert losses(out) == pytest.approx(unbroken, rel=1e-10 if tasks > 1 else 0, abs=0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from bench.ablation import runs
 from muse_fast import load_backbone, prepare
 from muse_fast.config import load_config
 from muse_fast.runtime import checkpoint
-from tests.support.thin import thin_networks
 
+pytestmark = pytest.mark.usefixtures("thin")
 TOY = """
 data: {split: train, workers: 0}
 views: {global_size: 64, local_size: 32, num_locals: 1}
@@ -26,12 +25,6 @@ loss: {centering: sinkhorn}
 optim: {steps: 2, batch_size: 2, warmup_steps: 1}
 train: {precision: fp32, log_every: 1, eval_every: 0, eval_rois: 2}
 """
-
-
-@pytest.fixture(autouse=True)
-def thin() -> Iterator[None]:
-    with thin_networks():
-        yield
 
 
 @pytest.fixture(scope="module")

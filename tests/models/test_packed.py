@@ -22,7 +22,7 @@ SIZES = [
     pytest.param("vit_tiny", (224, 96), id="vit_tiny-224-96"),
     pytest.param("vit_small", (224, 96), id="vit_small-224-96"),
     pytest.param("vit_tiny", (512, 208), id="vit_tiny-512-208"),
-    pytest.param("vit_small", (512, 208), id="vit_small-512-208", marks=pytest.mark.slow),
+    pytest.param("vit_small", (512, 208), id="vit_small-512-208", marks=pytest.mark.heavy),
 ]
 
 

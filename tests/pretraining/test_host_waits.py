@@ -24,6 +24,7 @@ from muse_fast.views.loader import load_views
 from tests.pretraining.test_trainer import TOY, toy, toy_views
 from tests.support.ranks import HostWaitError, NoHostWait
 
+pytestmark = pytest.mark.usefixtures("thin")
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(backends.library_error() is not None, reason=str(backends.library_error()))
 
@@ -39,7 +40,7 @@ SETTINGS = [
     *(pytest.param((f"loss.lambda_{name}=0.1",), id=name) for name, loss in LOSSES.items() if loss.optional),
     pytest.param(("model.recompute=selective",), id="selective"),
     pytest.param(("model.recompute=full",), id="full"),
-    pytest.param(("model.arch=resnet50",), id="resnet50", marks=pytest.mark.slow),
+    pytest.param(("model.arch=resnet50",), id="resnet50"),
     pytest.param(("model.arch=timm:vit_small_patch16_dinov3:depth=2:embed_dim=24:num_heads=2",), id="timm-rope"),
     pytest.param(("model.arch=timm:vit_tiny_patch16_224:depth=1:embed_dim=24:num_heads=2",), id="timm-positions"),
     pytest.param(("model.arch=timm:swin_tiny_patch4_window7_224:depths=[1,1,2,1]:embed_dim=24",), id="timm-swin"),

@@ -83,6 +83,6 @@ def test_compiled_layers_train_alike(recompute: str) -> None:
     for seed in range(3):
         expected, got = (read_back(trainer.train_step(toy_views(seed))) for trainer in (eager, compiled))
         for name in ("loss", "loss_image", "loss_nucleus", "grad_norm"):
-            assert got[name] == pytest.approx(expected[name], rel=1e-5), (seed, name)
+            assert got[name] == pytest.approx(expected[name], rel=1e-4), (seed, name)
     assert counters["stats"]["unique_graphs"] == 2  # one for all layers of the student, one for those of the teacher
     assert not counters["graph_break"]
