@@ -81,8 +81,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("tasks", [pytest.param(1, marks=pytest.mark.heavy), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_warned_run_saves_requeues_and_ends_like_an_unbroken_run(
     tasks: int, workplace: Path, unbroken: list[float]
 ) -> None:

@@ -90,8 +90,14 @@ def test_which_errors_mean_a_lost_rank(message: str, lost: bool) -> None:
     assert message.splitlines()[0] in str(raised.value) and ("rank 3 lost its" in str(raised.value)) == lost
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("receiver", ["launcher", "rank 0", "rank 1"])
+@pytest.mark.parametrize(
+    "receiver",
+    [
+        pytest.param("launcher", marks=pytest.mark.slow),
+        pytest.param("rank 0", marks=pytest.mark.heavy),
+        pytest.param("rank 1", marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, receiver: str) -> None:
     """The ranks agree at the next row. torchrun does not pass code 75 on: it exits with 1."""
     out = tmp_path / "stopped"

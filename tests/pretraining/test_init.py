@@ -90,7 +90,7 @@ def test_another_architecture_or_other_heads_are_refused_by_name(
     assert all(torch.equal(before[name], t) for name, t in trainer.student.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("thin")
 def test_resnet50_starts_from_resnet50(tmp_path: Path) -> None:
     """ResNet-50 has no position embedding to resize."""
     source, other = (
