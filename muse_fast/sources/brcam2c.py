@@ -37,8 +37,11 @@ class BrcaM2C(Dataset):
 
     def __init__(self, target: str, options: Options) -> None:
         super().__init__(target, options)
-        slides = find_slides(Path(options.slides)) if options.slides else []
-        self._slides = {path.name.split(".")[0]: path for path in slides}  # the file is SLIDE.UUID.svs
+        self._slides: dict[str, Path] = {}  # the file is SLIDE.UUID.svs
+        for path in find_slides(Path(options.slides)) if options.slides else []:
+            name = path.name.split(".")[0]
+            if (other := self._slides.setdefault(name, path)) != path:
+                raise UserError(f"{path} and {other} are both slide {name}; leave one of them in slides=FOLDER")
         self.entries = [self._entry(name, split) for name, split in self._split_of().items()]
 
     def _split_of(self) -> dict[str, str]:

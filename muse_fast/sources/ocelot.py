@@ -95,7 +95,8 @@ class Ocelot(Dataset):
         for key, kind in zip(path[::2], path[1::2], strict=True):
             walked.append(key)
             content = content.get(key) if isinstance(content, dict) else None
-            if not isinstance(content, kind) or isinstance(content, bool):
+            number = isinstance(content, (int, float))
+            if not isinstance(content, kind) or isinstance(content, bool) or (number and not abs(content) < 1e9):
                 raise UserError(f"{self._metadata}: {'.'.join(walked)} is {content!r}, expected as in OCELOT 1.0.1")
         return content
 

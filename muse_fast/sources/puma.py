@@ -91,6 +91,8 @@ class Puma(Dataset):
                 names = list(json.loads(path.read_text(encoding="utf-8-sig"))["anno"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f'{path}: expected JSON with "anno", the ROIs of the split ({error})') from error
+            if odd := [name for name in names if not isinstance(name, str)]:
+                raise UserError(f'{path}: {odd[0]!r} in "anno", expected names of ROIs')
             for name in names:
                 stem = Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
                 if stem not in stems:

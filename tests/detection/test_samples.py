@@ -1,6 +1,7 @@
 """Samples with a large field of view: position of the region, its surroundings, and positions of nuclei."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,9 @@ def test_a_slide_that_does_not_contain_its_image_is_reported(tmp_path: Path) -> 
         read_labelled(source, ("train",), 0.5, sample_size=512)
     with pytest.raises(UserError, match=r"none: no such file or folder"):
         open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(tmp_path / "none"))
+    shutil.copy(slide, slide.with_name("a.copy.tif"))
+    with pytest.raises(UserError, match=r"a\.tif and .*a\.copy\.tif are both slide a"):
+        open_source(f"brcam2c:{tmp_path / 'set'}", slides=str(slide.parent))
 
 
 def test_a_damaged_or_smaller_context_is_reported(tmp_path: Path) -> None:

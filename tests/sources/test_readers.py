@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -141,6 +142,8 @@ def test_ocelot_positions_and_splits(tmp_path: Path) -> None:
         (lambda pair: pair["cell"].update(resized_mpp_x=20), r"resized_mpp_x of 001 is '20', expected um per pixel"),
         (lambda pair: pair["cell"].update(resized_mpp_x=0.3), r"pixels of 001 are 0.3 x 0.202 um, expected squares"),
         (lambda pair: pair["cell"].update(x_start="far"), r"001.cell.x_start is 'far'"),
+        (lambda pair: pair["cell"].update(x_start=math.nan), r"001.cell.x_start is nan"),
+        (lambda pair: pair["cell"].update(x_start=10**400), r"001.cell.x_start is 10000"),
         (lambda pair: pair.update(subset="valid"), r"subset of 001 is 'valid', expected train, val, test"),
         (lambda pair: pair.update(subset="val"), r"train/cell/001.jpg is not in .*metadata.json as train"),
     ],

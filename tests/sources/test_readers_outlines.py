@@ -71,6 +71,9 @@ def test_puma_splits(tmp_path: Path) -> None:
     train.write_text('{"classes": []}')
     with pytest.raises(UserError, match=r'train.json: expected JSON with "anno"'):
         opened(tiny)
+    train.write_text('{"anno": [3]}')
+    with pytest.raises(UserError, match=r'train.json: 3 in "anno", expected names of ROIs'):
+        opened(tiny)
     for path in (tiny.folder / "split").iterdir():
         path.unlink()
     assert {item.split for item in opened(tiny)} == {""}
