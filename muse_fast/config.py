@@ -88,8 +88,9 @@ class ModelConfig(Config):
     drop_path: float = setting(0.1, ge=0, lt=1)
     """Drop path rate of the student's last block, rising linearly over depth; the teacher has none."""
     init: str = setting("", may_change=True)
-    """Run folder or checkpoint that provides the student, teacher and centres of a new run, at any view size (an LFoV
-    run starts from one at 224 px); empty: random weights."""
+    """What a new run begins with, at any view size: a run or checkpoint (student, teacher, heads and centres; an LFoV
+    run starts from one at 224 px), an official MUSE ``.pth`` or an export (the backbone of both), or
+    timm:NAME[:key=value ...]@FILE (the encoder of both, with NAME as in ``arch``); empty: random weights."""
     attention: str = setting("sdpa", choices=ATTENTION, may_change=True)
     """Attention of a ViT: ``sdpa`` (torch, on any device), or on CUDA GPUs ``xformers`` or ``varlen`` (torch's flash
     attention over packed images)."""

@@ -241,7 +241,11 @@ def test_a_run_with_larger_views_starts_from_another(
     larger = ["views.global_size=96", "optim.steps=4", f"model.init={unbroken}"]
     out, broken, other = workplace / "larger", workplace / "larger-broken", workplace / "larger-other"
     assert main(arguments(workplace, out, *larger)) == 0
-    assert f"from   {unbroken}" in capsys.readouterr().out
+    assert f"from   {unbroken}\n         loaded: backbone.encoder (" in capsys.readouterr().out
+    record = json.loads((out / "init.json").read_text())
+    assert (record["init"], record["new"]) == (str(unbroken), [])
+    assert "nucleus_head.prototypes_v" in record["loaded"]
+    assert record["resized"] == ["backbone.encoder.encoder.pos_embed"]
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]
 
@@ -256,7 +260,7 @@ def test_a_run_with_larger_views_starts_from_another(
 def test_refused_starts(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = workplace / "refused"
     for settings, said in (
-        ([f"model.init={workplace / 'nowhere'}"], f"model.init={workplace / 'nowhere'}: it is not a run"),
+        ([f"model.init={workplace / 'nowhere'}"], f"model.init={workplace / 'nowhere'}: no such file or folder"),
         ([f"model.init={unbroken}", "head.prototypes=32"], "head.prototypes=16 (here 32)"),
         ([f"model.init={unbroken}", "model.arch=vit_small"], "model.arch=vit_tiny (here vit_small)"),
     ):

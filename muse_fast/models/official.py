@@ -34,6 +34,7 @@ class Official(NamedTuple):
     pos_embed_resize: str  # that of the authors' code is "scale_factor"
     arch: str | None  # of our exports
     taps: tuple[int, ...]  # the same
+    left_out: list[str]  # names of other modules' tensors
 
 
 def read_official(path: Path) -> Official:
@@ -53,10 +54,10 @@ def read_official(path: Path) -> Official:
     if ignored:
         log.info("%s: skipped %d tensors outside the backbone: %s", path, len(ignored), ", ".join(ignored))
     if EXACT not in content:
-        return Official(tensors, "muse_official", "scale_factor", None, ())
+        return Official(tensors, "muse_official", "scale_factor", None, (), ignored)
     record = content.get(RECORD, {})
     rule = content.get(RESIZE, RESIZE_UNRECORDED)
-    return Official(tensors, "exact", rule, record.get("arch"), tuple(record.get("taps", ())))
+    return Official(tensors, "exact", rule, record.get("arch"), tuple(record.get("taps", ())), ignored)
 
 
 def is_official(content: Any) -> bool:

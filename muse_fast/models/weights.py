@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,11 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     if str(weights).startswith(PREFIX):
         return _load_timm(arch, str(weights))
 
-    path = Path(weights)
+    return read_backbone(arch, Path(weights), compat)[0]
+
+
+def read_backbone(arch: str | None, path: Path, compat: str | None = None) -> tuple[Backbone, list[str]]:
+    """Read a backbone from a file or folder as `load_backbone` does; also returns the names of its other tensors."""
     found = _read(path)
     tensors = found.tensors
     found_arch = found.arch or infer_arch(tensors)
@@ -87,7 +91,7 @@ def load_backbone(arch: str | None, weights: str | Path | None = None, *, compat
     )
     load_strictly(backbone, tensors, str(path))
     backbone.load_state_dict(as_used(backbone.state_dict(), compat))
-    return backbone.eval()
+    return backbone.eval(), sorted(found.left_out)
 
 
 def as_used(tensors: Mapping[str, Tensor], compat: str) -> Mapping[str, Tensor]:
@@ -152,6 +156,7 @@ class _Found(NamedTuple):
     compat: str = "exact"  # how to use the position embedding
     pos_embed_resize: str = RESIZE_UNRECORDED  # rule by which a ViT resizes it to other sizes
     taps: tuple[int, ...] = ()  # layers whose maps the decoder receives, if they were chosen
+    left_out: Sequence[str] = ()  # names of other tensors there
 
 
 def _read(path: Path) -> _Found:
@@ -162,29 +167,32 @@ def _read(path: Path) -> _Found:
     if path.is_dir():
         return _read_checkpoint(path)
     if path.suffix == ".safetensors":
-        return _Found(_find(path, read_safetensors(path)), **_recorded(path))
+        return _find(path, read_safetensors(path))._replace(**_recorded(path))
     if path.suffix in TORCH_SUFFIXES:
         content = read_pth(path)
-        return _Found(**read_official(path)._asdict()) if is_official(content) else _Found(_find(path, content))
+        return _Found(**read_official(path)._asdict()) if is_official(content) else _find(path, content)
     raise UserError(
         f"weights {path}: unknown kind {path.suffix!r}; expected a folder, a .safetensors or a file of torch.save "
         f"({', '.join(TORCH_SUFFIXES)})"
     )
 
 
-def _find(path: Path, content: Any) -> Mapping[str, Tensor]:
+def _find(path: Path, content: Any) -> _Found:
     """The tensors of a backbone of ours in the content of a file, or all if it has none."""
     for mark in {arch.mark[0] for arch in ARCHS.values() if arch.mark is not None}:
-        tensors = find_network(path, content, [f"encoder.{mark}"]).tensors
-        if infer_arch(tensors):
+        stored = find_network(path, content, [f"encoder.{mark}"])
+        if infer_arch(stored.tensors):
             break
-    return tensors
+    return _Found(stored.tensors, left_out=stored.outside)
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> str:
     """What the weights of another network are, with what can use them."""
     if any(name.endswith(("patch_embed.proj.weight", "layer1.0.conv1.weight")) for name in tensors):
-        return ", but of an encoder without MUSE's decoder (evaluate and finetune take it as --weights timm:NAME@FILE)"
+        return (
+            ", but of an encoder without MUSE's decoder (evaluate and finetune take it as --weights timm:NAME@FILE, "
+            "pretrain as model.init=timm:NAME@FILE)"
+        )
     return ""
 
 
@@ -193,11 +201,13 @@ def _read_checkpoint(folder: Path) -> _Found:
 
     folder = find_checkpoint(folder)
     config = recorded_settings(PretrainConfig, checkpoint.read_state(folder)["config"])
+    stored = checkpoint.read_tensors(folder, "teacher")
     return _Found(
-        _strip(checkpoint.read_tensors(folder, "teacher")),
+        _strip(stored),
         config["model.arch"],
         pos_embed_resize=config["model.pos_embed_resize"],
         taps=tuple(config["model.taps"]),
+        left_out=[name for name in stored if not name.startswith("backbone.")],
     )
 
 

@@ -22,9 +22,11 @@ from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.memory import situation
 from muse_fast.pretraining.results import CONTACT_SHEET, draw_contact_sheet, draw_results, write_summary
 from muse_fast.pretraining.retrieval import nucleus_retrieval
+from muse_fast.pretraining.start import describe
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import checkpoint, distributed
+from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import peak_flops, peak_memory, pick_device
 from muse_fast.training.guard import NonFiniteError
 from muse_fast.training.memory import explained_out_of_memory
@@ -69,13 +71,13 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
         raise UserError(f"data.backend={config.data.backend}: {reason}")
     with StopSignal() as stop, distributed.process_group(device, config.train.timeout, partial(report_stalled, out)):
         trainer = Trainer(config, device)
-        start = find_start(out, resume)
+        start, begun = find_start(out, resume), None
         _refuse_unequal_starts(out, start, device)
         if start is not None:
             refuse_other_settings(start, config)
             trainer.load(start)
         elif config.model.init:
-            trainer.start_from(_checkpoint_of(Path(config.model.init)))
+            begun = trainer.start_from(config.model.init)
         dataset = ViewDataset(roiset, config.views, config.seed)
         sampler = _sampler(trainer, roi_ids)
         if distributed.is_main():
@@ -83,6 +85,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
             (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
             checkpoint.remove_temporary(out)
             _announce(config, out, roiset, len(roi_ids), trainer, start)
+            if begun is not None:
+                write_json(out / "init.json", {"init": config.model.init, **begun})
+                print(f"  from   {config.model.init}", *(f"         {line}" for line in describe(begun)), sep="\n")
         distributed.wait_for_all()  # every rank has found its checkpoint
         with explained_out_of_memory(device, partial(situation, trainer)):
             return _run(trainer, out, dataset, roi_ids, sampler, stop)
@@ -198,16 +203,6 @@ def _refuse_unequal_starts(out: Path, start: Path | None, device: torch.device) 
         )
 
 
-def _checkpoint_of(path: Path) -> Path:
-    """Return the newest intact checkpoint of a run folder, or ``path`` if it is a checkpoint."""
-    if (path / checkpoint.MANIFEST).is_file():
-        return path
-    found, problems = checkpoint.latest(path)
-    if found is None:
-        raise UserError(f"model.init={path}: it is not a run with an intact checkpoint{'; '.join(['', *problems])}")
-    return found
-
-
 def _announce(
     config: PretrainConfig, out: Path, roiset: RoiSet, num_rois: int, trainer: Trainer, start: Path | None
 ) -> None:
@@ -226,8 +221,6 @@ def _announce(
     scaled = f" ({optim.lr:g} x {optim.batch_size} / {optim.base_batch})" if optim.base_batch else ""
     clipping = f"gradients clipped at {optim.clip_grad:g} ({optim.clip})" if optim.clip_grad else "no clipping"
     print(f"  optim  {optim.name}, learning rate {optim.peak_lr:g}{scaled}, {clipping}")
-    if config.model.init and start is None:
-        print(f"  from   {config.model.init}")
     if start is not None:
         print(f"  resume {start}, step {trainer.step}")
     print_precision_note(config.train.precision, trainer.device)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from muse_fast import ops
 from muse_fast.batch import PackedNuclei, Pairs, Views
 from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
-from muse_fast.models.archs import check_model, find_arch
+from muse_fast.models.archs import check_model
 from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.heads import HeadOutput
@@ -31,9 +31,10 @@ from muse_fast.pretraining.losses import (
     weighted_sum,
 )
 from muse_fast.pretraining.parallel import gradient_sync, parallelise, shard
+from muse_fast.pretraining.start import Start, read_networks, read_start
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
-from muse_fast.runtime.options import flatten, recorded_settings
+from muse_fast.runtime.tensors import refuse_misfits
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import apply_schedule, build_optimizer, clip_gradients, load_moments, moments
 from muse_fast.training.schedules import Schedule, schedule_at
@@ -267,45 +268,33 @@ class Trainer:
             CheckpointError: a file is damaged.
         """
         self.step = checkpoint.read_state(folder)["step"]
-        self._load_networks(folder, lambda name, value: value)
+        self._take(read_networks(folder), str(folder))
         load_moments(self.student, self.optimizer, checkpoint.read_tensors(folder, "optimizer"))
 
-    def start_from(self, folder: Path) -> None:
-        """Load weights, teacher and centres of the checkpoint ``folder``, but not the step.
+    def start_from(self, init: str | Path) -> dict[str, Any]:
+        """Begin with the weights that ``model.init`` names, see `muse_fast.pretraining.start.read_start`.
 
-        Position embeddings are resized by the rule of that run, so that its network sees the new global views as usual.
+        Returns:
+            Names of tensors that were loaded, are new, or were left out: `muse_fast.pretraining.start.Start.report`.
 
         Raises:
             CheckpointError: a file is damaged.
-            UserError: the checkpoint has another architecture or other heads.
+            UserError: the weights do not fit; nothing has changed.
         """
-        then = recorded_settings(PretrainConfig, checkpoint.read_state(folder)["config"])
-        now = dict(flatten(dataclasses.asdict(self.config)))
-        same = ("model.arch", "model.taps", "model.decoder_dim", "head.")
-        other = [key for key in now if key.startswith(same) and now[key] != then.get(key)]
-        if other:
-            settings = ", ".join(f"{key}={then.get(key)} (here {now[key]})" for key in other)
-            raise UserError(f"model.init={folder} comes from a run with {settings}; use the same settings")
-        model = self.config.model
-        arch = find_arch(model.arch, taps=model.taps)
-        grid, rule = self.config.views.global_size // arch.strides[-1], then["model.pos_embed_resize"]
-        self._load_networks(
-            folder, lambda name, value: arch.resize(value, grid, rule) if name.endswith("pos_embed") else value
-        )
+        start = read_start(str(init), self.config)
+        self._take(start, f"model.init={init}")
+        return start.report(self.student.state_dict())
 
-    def _load_networks(self, folder: Path, fit: Callable[[str, Tensor], Tensor]) -> None:
-        for stem, network in (("student", self.student), ("teacher", self.teacher)):
-            values = {name: fit(name, value) for name, value in checkpoint.read_tensors(folder, stem).items()}
+    def _take(self, start: Start, origin: str) -> None:
+        given = ((self.student, start.student), (self.teacher, start.teacher))
+        for network, tensors in given:
+            expected = {name: t for name, t in network.state_dict().items() if name.startswith(start.part)}
+            refuse_misfits(expected, tensors, origin, self.config.model.arch)
+        for network, tensors in given:
             state = network.state_dict()
-            try:
-                network.load_state_dict(
-                    {name: like(v, state[name]) if name in state else v for name, v in values.items()}
-                )
-            except RuntimeError as error:
-                raise UserError(f"{folder}: its {stem} does not fit these settings ({str(error)[:300]} ...)") from None
-        state = checkpoint.read_tensors(folder, "state")
-        for name, center in self.centers.items():
-            center.copy_(state[f"center/{name}"])
+            network.load_state_dict({name: like(t, state[name]) for name, t in tensors.items()}, strict=False)
+        for name, center in start.centers.items():
+            self.centers[name].copy_(center)
 
     def teacher_backbone(self) -> Backbone:
         """Return the teacher's backbone, unsharded on every rank, for evaluation only; all ranks call it."""

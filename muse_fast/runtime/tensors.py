@@ -48,9 +48,16 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str, 
         arch: name of the model for messages; its attribute ``arch`` by default.
 
     Raises:
-        UserError: tensors are missing, unexpected or of another shape; the message begins with ``origin``.
+        UserError: as `refuse_misfits`.
     """
-    expected = model.state_dict()
+    refuse_misfits(model.state_dict(), tensors, origin, arch or str(model.arch))
+    model.load_state_dict(dict(tensors))
+
+
+def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str, arch: str) -> None:
+    """Raise UserError unless ``tensors`` have the names and shapes of ``expected``; the message begins with ``origin``
+    and names those that are missing, unexpected or of another shape.
+    """
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
     reshaped = [
@@ -61,8 +68,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str, 
     groups = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     problems = [f"{len(names)} {what}: {some(names)}" for what, names in groups.items() if names]
     if problems:
-        raise UserError(f"{origin}: does not fit {arch or model.arch}. {'; '.join(problems)}")
-    model.load_state_dict(dict(tensors))
+        raise UserError(f"{origin}: does not fit {arch}. {'; '.join(problems)}")
 
 
 def some(names: list[str], limit: int = 8) -> str:
