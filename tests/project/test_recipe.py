@@ -15,7 +15,7 @@ from muse_fast.detection.config import FinetuneConfig
 from muse_fast.runtime.options import known_keys, load_settings
 from muse_fast.training.schedules import schedule_at
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
+PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 PRETRAIN = [f"{arch}_{size}" for arch in ("vits16", "vitb16", "r50") for size in (224, 512)]
 FINETUNE = ["finetune_brcam2c", "finetune_ocelot", "finetune_puma"]
 QUOTED = re.compile(r"`([^`]+)`")

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from muse_fast import prepare, pretrain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_patch_dino_loss() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from muse_fast.ops import backends
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULE = f"muse_fast/_jpeg{sysconfig.get_config_var('EXT_SUFFIX')}"
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "csrc", "kernels", "muse_fast"]
 
