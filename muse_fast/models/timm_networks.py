@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from muse_fast.errors import UserError, did_you_mean
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from muse_fast.models.weight_files import find_network, read_weights
+from muse_fast.models.weight_files import files_in, find_network, read_weights
 from muse_fast.runtime.tensors import load_strictly
 
 PREFIX = "timm:"
@@ -69,7 +69,8 @@ def parse_spec(text: str) -> Spec:
     assert isinstance(options, dict)
     statistics = {key: _statistics(text, key, options.pop(key)) for key in IMAGENET if key in options}
     if file and not Path(file).is_file():
-        raise UserError(f"{text}: no such file {file}; expected the weights of {name}")
+        words = f"{file} is a folder; {files_in(Path(file))}" if Path(file).is_dir() else f"no such file {file}"
+        raise UserError(f"{text}: {words}; expected the weights of {name}")
     return Spec(name, {str(key): value for key, value in options.items()}, statistics, Path(file) if file else None)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from muse_fast.errors import UserError
 from muse_fast.runtime.tensors import read_safetensors, some
 
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")  # of files of torch.save
 STATE_DICTS = ("teacher", "state_dict", "model", "model_state_dict")  # where training scripts keep the weights
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
@@ -66,6 +67,12 @@ class Stored(NamedTuple):
     tensors: dict[str, Tensor]  # under the network's names
     outside: list[str]  # names of the file that belong to no part of the network
     layout: str = ""  # how the file named them, if not by the network's names alone
+
+
+def files_in(folder: Path) -> str:
+    """Words for a folder that was given in place of a file, with the files of weights in it."""
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *TORCH_SUFFIXES))
+    return f"name the file of weights in it ({some(found) or 'there is none'})"
 
 
 def read_weights(path: Path) -> Any:

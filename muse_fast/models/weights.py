@@ -18,7 +18,7 @@ from muse_fast.models.backbone import Backbone, build_backbone, build_to_fill
 from muse_fast.models.decoder import PYRAMID, dense_dim
 from muse_fast.models.official import RESIZE, is_official, official_pos_embed, read_official
 from muse_fast.models.timm_networks import PREFIX, load_file
-from muse_fast.models.weight_files import find_network, read_pth
+from muse_fast.models.weight_files import TORCH_SUFFIXES, files_in, find_network, read_pth
 from muse_fast.runtime.options import recorded_settings
 from muse_fast.runtime.tensors import load_strictly, read_metadata, read_safetensors, some
 
@@ -26,7 +26,6 @@ COMPATS = ("exact", "muse_official")
 COMPAT = "pos_embed_compat"  # key of an export's metadata, next to RESIZE
 ENCODER = "encoder.encoder."  # prefix of timm's names
 POS_EMBED = f"{ENCODER}pos_embed"
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")  # of files of torch.save
 TIMM_CONFIG, TIMM_WEIGHTS, TIMM_DECODER = "config.json", "model.safetensors", "decoder.safetensors"  # an export's files
 log = logging.getLogger(__name__)
 
@@ -223,7 +222,10 @@ def find_checkpoint(folder: Path) -> Path:
             raise UserError(f"{folder}: no intact checkpoint in this run. {some(problems)}")
         return newest
     if not (folder / checkpoint.MANIFEST).exists():
-        raise UserError(f"{folder}: neither a run (no checkpoints/) nor a checkpoint (no {checkpoint.MANIFEST})")
+        raise UserError(
+            f"{folder}: neither a run (no checkpoints/) nor a checkpoint (no {checkpoint.MANIFEST}); if it is of "
+            f"another project, {files_in(folder)}"
+        )
     return folder
 
 

@@ -274,3 +274,14 @@ def test_an_encoder_of_another_project_is_named(vit: State, tmp_path: pathlib.Pa
         UserError, match=r"of an encoder without MUSE's decoder \(evaluate and finetune take it as --weights timm:"
     ):
         load_backbone(None, tmp_path / "dino.pth")
+
+
+def test_the_files_in_a_folder_are_listed(tmp_path: pathlib.Path) -> None:
+    """As the Hub of Hugging Face gives them."""
+    for name in ("preprocessor_config.json", "model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).touch()
+    listed = r"name the file of weights in it \(model\.safetensors, pytorch_model\.bin\)"
+    with pytest.raises(UserError, match=rf"is a folder; {listed}; expected the weights of vit_tiny"):
+        load_timm(f"timm:{NAME}@{tmp_path}", image_size=224)
+    with pytest.raises(UserError, match=rf"neither a run.* nor a checkpoint.*if it is of another project, {listed}"):
+        load_backbone(None, tmp_path)
