@@ -1,7 +1,7 @@
 """The nucleus-classification benchmark with the published protocol.
 
 Labelled nuclei are classified by nearest neighbours, by a linear probe, or by fine-tuning the network. One table
-compares several weights, including networks of timm as ``timm:NAME[@FILE]`` (see `muse_fast.models.timm_backbone`);
+compares several weights, including networks of timm as ``timm:NAME[@FILE]`` (see `muse_fast.models.timm.backbone`);
 with ``baseline``, the same architecture is also evaluated untrained.
 """
 
@@ -25,9 +25,9 @@ from muse_fast.classification.metrics import METRICS, majority
 from muse_fast.classification.tasks import TASKS, Row, Subject, TaskConfig
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.errors import UserError
-from muse_fast.models import timm_backbone, timm_networks
 from muse_fast.models.backbone import Backbone, build_backbone
-from muse_fast.models.timm_backbone import TimmBackbone
+from muse_fast.models.timm.backbone import TimmBackbone, load_timm, summarise
+from muse_fast.models.timm.networks import PREFIX, parse_spec
 from muse_fast.models.weights import load_backbone
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.atomic import write_json
@@ -71,8 +71,8 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     if job.mpp <= 0:
         raise UserError(f"--mpp {job.mpp}: expected um per pixel above 0, such as 0.5")
     for weights in job.weights:
-        if weights.startswith(timm_networks.PREFIX):
-            timm_networks.parse_spec(weights)  # fail now, not after hours of work on other networks
+        if weights.startswith(PREFIX):
+            parse_spec(weights)  # fail now, not after hours of work on other networks
     started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 150)
     device = pick_device(options.device, "device")
@@ -87,7 +87,7 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     results = []
     for network in _networks(job, options):
         if network.about is not None:
-            console.print(f"{network.name}: {timm_backbone.summarise(network.about)}", highlight=False)
+            console.print(f"{network.name}: {summarise(network.about)}", highlight=False)
         with ProgressBar(network.name) as bar:
             results += _evaluate_network(job.task, network, device, tiles, len(data["classes"]), options, bar.show)
     report = {
@@ -153,7 +153,7 @@ def _networks(job: Benchmark, options: TaskConfig) -> Iterator[Network]:
     """Yield every network to evaluate, each followed by its untrained counterpart if requested."""
     for weights in job.weights:
         torch.manual_seed(options.seed)
-        if weights.startswith(timm_networks.PREFIX):
+        if weights.startswith(PREFIX):
             yield from _networks_of_timm(weights, job, options)
             continue
         backbone = load_backbone(job.arch, weights, compat=job.compat)
@@ -175,7 +175,7 @@ def _networks_of_timm(weights: str, job: Benchmark, options: TaskConfig) -> Iter
     bare, _, file = weights.partition("@")
     for text in (weights, bare) if file and options.baseline else (weights,):
         torch.manual_seed(options.seed)
-        loaded = timm_backbone.load_timm(text, image_size=job.size, align_corners=job.protocol == "muse")
+        loaded = load_timm(text, image_size=job.size, align_corners=job.protocol == "muse")
         yield Network(text if text != bare else f"{weights} untrained", *loaded)
 
 

@@ -13,7 +13,7 @@ from muse_fast.classification.tiles import Tile
 from muse_fast.classification.tuned import finetune
 from muse_fast.errors import require
 from muse_fast.models.backbone import Backbone
-from muse_fast.models.timm_backbone import TimmBackbone
+from muse_fast.models.timm.backbone import TimmBackbone
 from muse_fast.runtime.options import MAX_SEED, Config, setting
 from muse_fast.runtime.progress_bar import ShowProgress
 

@@ -22,8 +22,8 @@ from muse_fast.models import resnet
 from muse_fast.models.decoder import PYRAMID
 from muse_fast.models.encoder import MAX_SIDE, SIDES, Encoder, count_flops, describe_sides, nearest
 from muse_fast.models.maps import MapsEncoder
-from muse_fast.models.timm_encoder import find_timm
-from muse_fast.models.timm_networks import PREFIX
+from muse_fast.models.timm.encoder import find_timm
+from muse_fast.models.timm.networks import PREFIX
 from muse_fast.models.vit import PATCH, ViTEncoder, resize_pos_embed, vit_flops
 from muse_fast.runtime.options import flatten
 
@@ -91,7 +91,7 @@ def vit_arch(name: str, dim: int, heads: int) -> Arch:
 
 
 def timm_arch(name: str, taps: tuple[int, ...] = ()) -> Arch:
-    """``timm:NAME[:key=value ...]``; see `muse_fast.models.timm_encoder.TimmArch`."""
+    """``timm:NAME[:key=value ...]``; see `muse_fast.models.timm.encoder.TimmArch`."""
     found = find_timm(name, taps)
     return Arch(
         build=found.build,

@@ -17,7 +17,7 @@ from muse_fast.models.archs import ARCHS, find_arch
 from muse_fast.models.backbone import Backbone, build_backbone, build_to_fill
 from muse_fast.models.decoder import PYRAMID, dense_dim
 from muse_fast.models.official import RESIZE, is_official, official_pos_embed, read_official
-from muse_fast.models.timm_networks import PREFIX, load_file
+from muse_fast.models.timm.networks import PREFIX, load_file
 from muse_fast.models.weight_files import TORCH_SUFFIXES, files_in, find_network, read_pth
 from muse_fast.runtime.options import recorded_settings
 from muse_fast.runtime.tensors import load_strictly, read_metadata, read_safetensors, some

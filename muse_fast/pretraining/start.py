@@ -14,7 +14,7 @@ from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.models.archs import find_arch
 from muse_fast.models.backbone import build_to_fill
-from muse_fast.models.timm_networks import PREFIX, load_file, parse_spec
+from muse_fast.models.timm.networks import PREFIX, load_file, parse_spec
 from muse_fast.models.weights import find_checkpoint, is_timm_folder, read_backbone
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.options import flatten, recorded_settings

@@ -21,7 +21,7 @@ from muse_fast.classification.probes import (
     step_over_stable,
 )
 from muse_fast.classification.tiles import tiles_by_split
-from muse_fast.models.timm_backbone import load_timm
+from muse_fast.models.timm.backbone import load_timm
 from muse_fast.sources import open_source
 from tests.support.probe_in_float64 import linear_probe_in_float64
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from muse_fast import load_backbone
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import build_backbone
-from muse_fast.models.timm_backbone import load_timm, summarise
+from muse_fast.models.timm.backbone import load_timm, summarise
 from muse_fast.models.weight_files import find_network, read_pth
 from tests.support.filled import fill
 

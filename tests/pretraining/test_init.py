@@ -14,7 +14,7 @@ from torch import Tensor
 
 from muse_fast.errors import UserError
 from muse_fast.export import FORMATS, export
-from muse_fast.models.timm_networks import parse_spec
+from muse_fast.models.timm.networks import parse_spec
 from muse_fast.models.vit import resize_pos_embed
 from muse_fast.pretraining.start import describe
 from muse_fast.pretraining.trainer import Trainer

@@ -1,6 +1,6 @@
 """Networks of timm as encoders: ``model.arch=timm:NAME[:key=value ...]``.
 
-A plain ViT runs over packed tokens (`muse_fast.models.timm_vit`) if its layers allow it. All other networks run one
+A plain ViT runs over packed tokens (`muse_fast.models.timm.vit`) if its layers allow it. All other networks run one
 resolution at a time through timm's ``forward_intermediates``. The image feature is what timm pools: the class token, or
 the mean of the last map.
 """
@@ -19,14 +19,14 @@ from muse_fast.errors import UserError, require
 from muse_fast.models.decoder import PYRAMID
 from muse_fast.models.encoder import MAX_SIDE, Encoder, Maps, count_flops
 from muse_fast.models.maps import MapsEncoder
-from muse_fast.models.timm_networks import (
+from muse_fast.models.timm.networks import (
     PixelStatistics,
     create_network,
     feature_info,
     parse_spec,
     statistics_of,
 )
-from muse_fast.models.timm_vit import TimmViTEncoder, can_pack, resize_positions
+from muse_fast.models.timm.vit import TimmViTEncoder, can_pack, resize_positions
 
 PACKED = ("model.attention", "model.recompute", "train.compile")
 """Settings that need layers of one shape over packed tokens."""

@@ -21,8 +21,8 @@ from muse_fast.classification.tiles import Tile
 from muse_fast.classification.tuned import finetune
 from muse_fast.errors import UserError
 from muse_fast.images.imagenet import normalise
-from muse_fast.models.timm_backbone import TimmBackbone, load_timm, summarise
-from muse_fast.models.timm_networks import parse_spec
+from muse_fast.models.timm.backbone import TimmBackbone, load_timm, summarise
+from muse_fast.models.timm.networks import parse_spec
 
 VITS = {"vit_tiny_patch16_224": 192, "vit_small_patch14_reg4_dinov2": 384}
 HIERARCHIES = {"resnet18": (1, 2, 3, 4), "convnext_atto": (0, 1, 2, 3)}  # stages from stride 4 on

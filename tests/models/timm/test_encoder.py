@@ -21,8 +21,8 @@ from muse_fast.evaluate import main as evaluate
 from muse_fast.export import export
 from muse_fast.models.archs import check_model, find_arch
 from muse_fast.models.backbone import build_backbone
-from muse_fast.models.timm_networks import PixelStatistics, parse_spec, statistics_of
-from muse_fast.models.timm_vit import resize_positions
+from muse_fast.models.timm.networks import PixelStatistics, parse_spec, statistics_of
+from muse_fast.models.timm.vit import resize_positions
 from muse_fast.pretraining.distill import encode
 from muse_fast.pretraining.flops import view_flops
 from muse_fast.pretraining.trainer import Trainer

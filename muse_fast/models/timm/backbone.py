@@ -19,7 +19,7 @@ from muse_fast import ops
 from muse_fast.errors import UserError
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD, Normaliser
 from muse_fast.models.encoder import check_points
-from muse_fast.models.timm_networks import (
+from muse_fast.models.timm.networks import (
     IMAGENET,
     PREFIX,
     create_network,

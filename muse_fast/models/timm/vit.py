@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from muse_fast.models.attention import Layout, attend
 from muse_fast.models.encoder import Encoder, check_images
 from muse_fast.models.norm import over_ranks
-from muse_fast.models.timm_networks import PixelStatistics
+from muse_fast.models.timm.networks import PixelStatistics
 from muse_fast.models.vit import Layer, PackedTokens, scales_of_layers
 
 POST_NORM = ("ResPostBlock", "EvaBlockPostNorm")
