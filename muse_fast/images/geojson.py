@@ -36,6 +36,7 @@ Polygon = list[NDArray[np.float64]]
 MULTI = ("auto", "one", "each")  # see `read_geojson_points`
 
 _GEOMETRIES = ("Point", "MultiPoint", "Polygon", "MultiPolygon")
+_LINES = ("LineString", "MultiLineString")  # drawn by hand or rulers: neither nuclei nor outlines
 _MAX_AREA_UM2 = 2000.0  # a disc 50 um across; larger outlines are tissue, not nuclei
 _MAX_PARTS, _MAX_GAP_UM = 4, 2.0  # of a MultiPolygon that is one nucleus, cut by a drawn line or a tile
 _DETECTED = ("detection", "cell")
@@ -191,7 +192,7 @@ def read_tissue_outlines(path: Path, origin: tuple[float, float] = (0, 0)) -> tu
 
 
 def read_shapes(path: Path, *, origin: tuple[float, float] = (0, 0), nuclei: bool = False) -> Iterator[Shape]:
-    """The features with points or polygons in a file, plain or gzipped; others, such as lines, are skipped.
+    """The points and polygons in a file, plain or gzipped; lines are skipped.
 
     The file may contain a ``FeatureCollection``, a list of features, one feature or a bare geometry.
 
@@ -208,17 +209,37 @@ def read_shapes(path: Path, *, origin: tuple[float, float] = (0, 0), nuclei: boo
         where = f"{path}, feature {number}"
         if not isinstance(feature, dict):
             raise UserError(f"{where}: expected a GeoJSON feature, found {type(feature).__name__}")
-        geometry = feature.get("geometry", feature)
+        geometry = feature.get("geometry", None if feature.get("type") == "Feature" else feature)
         if nuclei and feature.get("nucleusGeometry"):
             geometry = feature["nucleusGeometry"]
         properties = feature.get("properties") or {}
+        if not isinstance(properties, dict):
+            raise UserError(f"{where}: properties are {type(properties).__name__}, expected an object")
         label, kind = _class_name(properties), _kind(feature, properties)
-        for part in geometry.get("geometries", [geometry]) if isinstance(geometry, dict) else []:
-            if isinstance(part, dict) and part.get("type") in _GEOMETRIES:
-                points, polygons = _parse(part["type"], part.get("coordinates"), where)
-                moved = [[ring + shift for ring in polygon] for polygon in polygons]
-                several = part["type"].startswith("Multi")
-                yield Shape(points + shift, moved, label, kind, f"feature {number}", several)
+        for part in _simple(geometry, where):
+            points, polygons = _parse(part["type"], part.get("coordinates"), where)
+            moved = [[ring + shift for ring in polygon] for polygon in polygons]
+            several = part["type"].startswith("Multi")
+            yield Shape(points + shift, moved, label, kind, f"feature {number}", several)
+
+
+def _simple(geometry: Any, where: str) -> Iterator[dict[str, Any]]:
+    """The points and polygons in a geometry, however collections are nested; null and empty ones contain none."""
+    if geometry is None:
+        return
+    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    if kind == "GeometryCollection":
+        members = geometry.get("geometries")
+        if not isinstance(members, list):
+            raise UserError(f"{where}: a GeometryCollection without a list of geometries")
+        for member in members:
+            yield from _simple(member, where)
+    elif kind in _GEOMETRIES:
+        if geometry.get("coordinates") != []:
+            yield geometry
+    elif kind not in _LINES:
+        known = ", ".join((*_GEOMETRIES, *_LINES))
+        raise UserError(f"{where}: a geometry of type {kind!r}, expected {known} or GeometryCollection")
 
 
 def centroid_and_area(polygons: Sequence[Polygon]) -> tuple[NDArray[np.float64], float]:
@@ -322,8 +343,8 @@ def _kind(feature: dict[str, Any], properties: dict[str, Any]) -> str:
 def _class_name(properties: dict[str, Any]) -> str:
     found = properties.get("classification")
     if isinstance(found, dict):
-        names = found.get("names") or ()
-        found = found.get("name") or ": ".join(map(str, names))
+        names = found.get("names") or []
+        found = found.get("name") or ": ".join(map(str, names if isinstance(names, list) else [names]))
     kind = properties.get("type")  # of the nucleus in TIAToolbox, but of the object in some files for QuPath
     if not found and isinstance(kind, str | int) and kind not in _KINDS:
         found = str(kind)
@@ -350,7 +371,7 @@ def _positions(coordinates: Any, where: str) -> NDArray[np.float64]:
     """``[n, 2]``; a third coordinate is dropped."""
     try:
         positions = np.array([position[:2] for position in coordinates], np.float64).reshape(-1, 2)
-    except (TypeError, ValueError, IndexError, KeyError):
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         positions = np.full((1, 2), np.nan)
     if not np.isfinite(positions).all():
         raise UserError(f"{where}: expected positions [x, y] in pixels, finite numbers")

@@ -29,8 +29,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TO_SLIDE = "convert it to an 8-bit tiled pyramid, such as: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
 
 # Tags of TIFF
-_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _PLANAR, _COLORMAP = 256, 257, 258, 262, 274, 284, 320
+_KIND, _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _PLANAR, _COLORMAP = 254, 256, 257, 258, 262, 274, 284, 320
 _MAX_VALUE = 281, 341
+_COPY = 1 | 4  # bits of _KIND: a reduced copy, a mask
 _RGB, _INDEXED, _YCBCR = 2, 3, 6  # values of _PHOTOMETRIC
 _TURN_BACK = {  # of what Pillow does to the pixels of a TIFF with this orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,6 +90,22 @@ def _decoded(path: Path, data: bytes | None) -> NDArray[np.uint8]:
         return np.array(_as_stored(image).convert("RGB" if opaque else "RGBA"))
 
 
+def _refuse_several(path: Path, image: ImageFile) -> None:
+    """Refuse a file of several pictures, of which only the first would be used: a stack, scenes or an animation.
+
+    An MPO from a camera has a preview behind the picture.
+    """
+    if image.format == "TIFF":
+        count = count_pictures(path)
+    else:
+        count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if count > 1:
+        raise UserError(
+            f"{path}: {count} pictures in one file, expected one; save the one that is meant, "
+            "such as page 0 by: vips copy 'IN[page=0]' OUT.tif"
+        )
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height from the header of an image file.
 
@@ -116,17 +133,8 @@ def resampled(
 
 def tiff_peculiarity(path: Path) -> str:
     """What sets the first image of a TIFF apart from 8-bit RGB as displayed; "" if nothing does or it is unknown."""
-    try:
-        with open(path, "rb") as file:
-            header = file.read(8)
-            if header.startswith(b"MM\0+"):  # a big-endian BigTIFF, which Pillow misreads
-                return ""
-            tags = TiffImagePlugin.ImageFileDirectory_v2(header + (file.read(8) if header[2:3] == b"+" else b""))
-            file.seek(tags.next)
-            tags.load(file)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return ""
-    if _WIDTH not in tags:
+    tags = next(_tiff_images(path), None)
+    if tags is None or _WIDTH not in tags:
         return ""
     if max(tags.get(_BITS, (1,))) != 8:
         return f"{max(tags.get(_BITS, (1,)))} bits per value"
@@ -136,14 +144,43 @@ def tiff_peculiarity(path: Path) -> str:
     return f"orientation {turned}" if turned in _TURN_BACK else ""
 
 
+def count_pictures(path: Path) -> int:
+    """How many pictures a TIFF contains: planes of a stack, scenes or channels.
+
+    Reduced copies and masks do not count, nor does what has less than half the area of the first, such as a label.
+    """
+    images = [(tags.get(_WIDTH, 0) * tags.get(_HEIGHT, 0), tags.get(_KIND, 0)) for tags in _tiff_images(path)]
+    return 1 + sum(2 * area >= images[0][0] for area, kind in images[1:] if not kind & _COPY)
+
+
+def _tiff_images(path: Path) -> Iterator[TiffImagePlugin.ImageFileDirectory_v2]:
+    """The tags of each image in a TIFF, up to the first that cannot be read; valid until the next one is read."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(8)
+            big = b"+" in header[2:4]
+            # Pillow tells a BigTIFF by its third byte, which is right for only one order of bytes.
+            given = b"II+\0" + header[4:] + file.read(8) if big else header
+            tags, seen = TiffImagePlugin.ImageFileDirectory_v2(given, header[:2]), {0}
+            while tags.next not in seen:
+                seen.add(tags.next)
+                file.seek(tags.next)
+                tags.load(file)
+                yield tags
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return
+
+
 @contextmanager
 def open_image(path: Path, data: bytes | None = None) -> Iterator[ImageFile]:
-    """The image in a file, or in ``data`` from it, of at most ``MAX_SIDE`` a side.
+    """The only image in a file, or that in ``data`` from it, of at most ``MAX_SIDE`` a side.
 
     Errors in the block are raised as UserErrors that name the file.
     """
     try:
         with _pillow_unlimited(), Image.open(path if data is None else io.BytesIO(data)) as image:
+            if data is None:
+                _refuse_several(path, image)
             if max(image.size) > MAX_SIDE:
                 size = f"{image.width} x {image.height} px"
                 raise UserError(f"{path}: {size}, expected at most {MAX_SIDE} a side; {TO_SLIDE}")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from muse_fast.errors import UserError
 from muse_fast.images import background
-from muse_fast.images.image_files import IMAGE_SUFFIXES, TO_SLIDE, read_stored, tiff_peculiarity
+from muse_fast.images.image_files import IMAGE_SUFFIXES, TO_SLIDE, count_pictures, read_stored, tiff_peculiarity
 from muse_fast.images.mpp import check_mpp, tiff_mpp
 from muse_fast.runtime.folders import iter_files
 
@@ -334,7 +334,7 @@ class OpenSlideSlide(Slide):
         self.levels = tuple(Level(*size, downsample) for size, downsample in zip(sizes, downsamples, strict=True))
         if problem := _misread(path):
             self.close()
-            raise UserError(f"{path}: a TIFF with {problem}, expected 8-bit RGB; {TO_SLIDE}")
+            raise UserError(f"{path}: a TIFF with {problem}, expected one picture in 8-bit RGB; {TO_SLIDE}")
 
     def _open(self) -> None:
         import openslide
@@ -399,10 +399,17 @@ class OpenSlideSlide(Slide):
 
 
 def _misread(path: Path) -> str:
-    """What makes OpenSlide show wrong pixels of a TIFF; "" if nothing does. Other formats have only what it knows."""
+    """What makes OpenSlide show wrong pixels of a TIFF, or not all of its pictures; "" if nothing does.
+
+    Other formats have only what it knows.
+    """
     import openslide
 
-    return tiff_peculiarity(path) if openslide.OpenSlide.detect_format(str(path)) in ("generic-tiff", "aperio") else ""
+    kind = openslide.OpenSlide.detect_format(str(path))
+    problem = tiff_peculiarity(path) if kind in ("generic-tiff", "aperio") else ""
+    if kind == "generic-tiff" and not problem and (count := count_pictures(path)) > 1:
+        return f"{count} pictures"
+    return problem
 
 
 class ImageSlide(Slide):

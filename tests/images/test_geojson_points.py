@@ -24,6 +24,10 @@ def item(kind: str = "Point", coordinates: Any = (1.5, 2.5), **more: Any) -> dic
     return {"type": "Feature", "geometry": {"type": kind, "coordinates": coordinates}, "properties": {}} | more
 
 
+def nested(*geometries: Any) -> dict[str, Any]:
+    return {"type": "GeometryCollection", "geometries": geometries}
+
+
 def points_of(path: Path, multi: str = "auto", mpp: float = 1.0) -> GeoPoints:
     return read_geojson_points(path, mpp, multi)
 
@@ -116,6 +120,8 @@ def test_agrees_with_a_raster() -> None:
         item(),
         item()["geometry"],
         {"type": "GeometryCollection", "geometries": [item()["geometry"]]},
+        item() | {"geometry": nested(nested(item("Point")["geometry"]))},
+        [item(), item("Polygon", []), item("MultiPoint", []), {"type": "Feature"}],  # empty is like null
         [item("LineString", [[0, 0], [9, 9]]), item(), item() | {"geometry": None}],
         "\ufeff" + json.dumps([item()]),
         [item(coordinates=(1.5, 2.5, 0.0))],
@@ -128,6 +134,8 @@ def test_agrees_with_a_raster() -> None:
         "feature",
         "geometry",
         "geometries",
+        "nested geometries",
+        "empty",
         "line and no geometry",
         "byte-order mark",
         "third coordinate",
@@ -341,7 +349,13 @@ def test_no_nuclei_and_many(tmp_path: Path) -> None:
         ([item(coordinates="ab")], r"feature 1: expected positions"),
         ([item(coordinates=None)], r"feature 1: expected positions"),
         ("[" + json.dumps(item()).replace("1.5", "NaN") + "]", r"feature 1: expected positions .* finite"),
-        ([item("Polygon", [])], r"feature 1: expected the rings of a Polygon"),
+        ([item("Polygon", [[]])], r"feature 1: a polygon of 0 positions"),
+        ([item("MultiPolygon", [[]])], r"feature 1: expected the rings of a MultiPolygon"),
+        ([item("point")], r"feature 1: a geometry of type 'point', expected Point, MultiPoint, .* GeometryCollection"),
+        ([item() | {"geometry": "POINT (1 2)"}], r"feature 1: a geometry of type None"),
+        ([item() | {"geometry": {"type": "GeometryCollection"}}], r"feature 1: a GeometryCollection without a list"),
+        ([item() | {"properties": "cell"}], r"feature 1: properties are str, expected an object"),
+        ([item(coordinates=[10**400, 1])], r"feature 1: expected positions"),
         ([item("Polygon", [[[0, 0], [1, 1]]])], r"feature 1: a polygon of 2 positions, expected at least 3"),
         ([item("MultiPolygon", [SQUARE])], r"feature 1: expected positions|feature 1: expected the rings"),
     ],

@@ -118,7 +118,9 @@ def test_other_depths_are_refused(tmp_path: Path, rgb: np.ndarray, tile: tuple[i
 def test_a_slide_of_sixteen_bits_that_only_openslide_could_read(tmp_path: Path, rgb: np.ndarray) -> None:
     path = tmp_path / "a.svs"
     tifffile.imwrite(path, rgb.astype(np.uint16) * 16, photometric="rgb", tile=(64, 64))
-    with pytest.raises(UserError, match=r"a.svs: a TIFF with 16 bits per value, expected 8-bit RGB; convert .*vips"):
+    with pytest.raises(
+        UserError, match=r"a.svs: a TIFF with 16 bits per value, expected one picture in 8-bit RGB; convert .*vips"
+    ):
         open_slide(path, 0.5)
 
 
@@ -134,6 +136,53 @@ def test_every_tiff_of_eight_bits_is_read(tmp_path: Path, rgb: np.ndarray, bigti
         slide = open_slide(path, 0.5)
     assert isinstance(slide, OpenSlideSlide) == (openslide.OpenSlide.detect_format(path) is not None)
     np.testing.assert_array_equal(slide.read(0, 0, 300, 200), rgb)
+
+
+# ------------------------------------------------------------------------------------------------ several pictures
+
+
+def write_tiff(path: Path, *pages: np.ndarray, kinds: tuple[int, ...] = (), **how: object) -> Path:
+    with tifffile.TiffWriter(path, bigtiff=bool(how.pop("big", False)), byteorder=how.pop("order", "<")) as file:
+        for page, kind in zip(pages, kinds or (0,) * len(pages), strict=True):
+            colours = "rgb" if page.ndim == 3 else "minisblack"
+            file.write(page, photometric=colours, subfiletype=kind, metadata=None, **how)
+    return path
+
+
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_a_stack_or_several_scenes_are_refused(tmp_path: Path, rgb: np.ndarray, tile: object) -> None:
+    """Only the first page would be read, and the nuclei of the others would be missing without a word."""
+    for pages in ([rgb] * 3, [rgb[:9, :9], rgb, rgb[:150]]):
+        path = write_tiff(tmp_path / "a.tif", *pages, tile=tile)
+        with pytest.raises(UserError, match=r"a.tif: 3 pictures in one file, expected one; .*vips copy 'IN\[page=0\]'"):
+            open_slide(path, 0.5)
+    path = write_tiff(tmp_path / "a.svs", rgb, rgb, tile=(64, 64))
+    with pytest.raises(UserError, match=r"a.svs: a TIFF with 2 pictures, expected one picture"):
+        open_slide(path, 0.5)
+
+
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+@pytest.mark.parametrize(("big", "order"), [(False, "<"), (False, ">"), (True, "<"), (True, ">")])
+def test_copies_masks_and_labels_are_not_pictures(
+    tmp_path: Path, rgb: np.ndarray, tile: object, big: bool, order: str
+) -> None:
+    half, label = rgb[::2, ::2].copy(), rgb[:60, :60].copy()
+    pages, kinds = (rgb, rgb, half, rgb[..., 0] > 128, label), (0, 1, 1, 4, 0)
+    path = write_tiff(tmp_path / "a.tif", *pages, kinds=kinds, tile=tile, big=big, order=order)
+    if tile is None and big and order == ">":  # Pillow does not know it
+        with pytest.raises(UserError, match=r"a.tif: not a readable image \(cannot identify"):
+            open_slide(path, 0.5)
+        return
+    slide = open_slide(path, 0.5)
+    np.testing.assert_array_equal(slide.read(0, 0, 300, 200), rgb)
+
+
+@pytest.mark.parametrize("kind", ["png", "gif", "webp"])
+def test_an_animation_is_refused(tmp_path: Path, rgb: np.ndarray, kind: str) -> None:
+    frames = [Image.fromarray(rgb), Image.fromarray(rgb[::-1])]
+    frames[0].save(tmp_path / "a.png", format=kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match=r"a.png: 2 pictures in one file"):
+        read_image(tmp_path / "a.png")
 
 
 # ---------------------------------------------------------------------------------------- grey and indexed colours
