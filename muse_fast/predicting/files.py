@@ -21,6 +21,7 @@ from muse_fast.images.geojson import qupath_record
 from muse_fast.images.points_csv import QUPATH_COLUMNS
 from muse_fast.images.slide import Slide
 from muse_fast.predicting.pages import OVERLAY
+from muse_fast.runtime.names import text_of
 
 OVERLAY_SIDE = 2048  # pixels: longer side of the picture, at most
 _DOT_UM = 3.0  # radius of a dot, within 1 to 5 pixels
@@ -45,7 +46,7 @@ class CellFiles:
         self.counts = np.zeros(len(class_names), np.int64)
         self._names, self._folder = class_names, folder
         self._size, self._origin = (page.width, page.height), page.qupath_frame.origin
-        self._ids = uuid.uuid5(uuid.NAMESPACE_URL, f"muse_fast:{name}")
+        self._ids = uuid.uuid5(uuid.NAMESPACE_URL, f"muse_fast:{text_of(name)}")
         self._geojson_classes = [
             json.dumps({"name": class_name, "color": list(colour(label))}, separators=(",", ":"))
             for label, class_name in enumerate(class_names)

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from muse_fast.images.geojson import read_shapes
 from muse_fast.images.tissue import COLOUR
 from muse_fast.preparing.assemble import Chosen
+from muse_fast.runtime.names import text_of
 
 NOT_SAMPLED = "not sampled"
 REASONS = ("too little tissue", "unscanned", "too few nuclei", "unreadable", "beyond per_slide", NOT_SAMPLED)
@@ -61,8 +62,8 @@ class Row:
         """Return the values of the row, by column."""
         facts = ("mpp", "mpp_from", "tissue_mm2", "unreadable_mm2", "tissue_from", "nuclei_from")
         return {
-            "slide": self.slide,
-            "file": str(self.file),
+            "slide": text_of(self.slide),
+            "file": text_of(self.file),
             "status": self.status,
             "reason": self.reason,
             "group": self.group,

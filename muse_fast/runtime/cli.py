@@ -6,6 +6,7 @@ A command is a file with ``main(argv) -> exit code``, which may raise UserError;
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,15 @@ from muse_fast.runtime import exit_codes
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Call ``main``; a :class:`UserError` or a full disk becomes one message on stderr and exit code 2."""
+    """Call ``main``; a :class:`UserError`, a full disk and Ctrl-C become one message on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may have characters that the locale lacks
     try:
         return main(argv)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, and the same command does the rest", file=sys.stderr)
+        return exit_codes.INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:

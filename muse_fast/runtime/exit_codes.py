@@ -7,3 +7,4 @@ USER_ERROR = 2  # an error in the input or the settings, or a full disk; one mes
 NON_FINITE = 3  # a loss or gradient is NaN or infinite
 STALLED = 4  # a rank waited too long for another
 STOPPED = 75  # stopped on request after writing a checkpoint; the same command continues
+INTERRUPTED = 130  # by Ctrl-C, as shells report it

@@ -18,6 +18,7 @@ from muse_fast.images.tables import names_of, read_groups, some_of
 from muse_fast.images.tissue import SUFFIXES as TISSUE_SUFFIXES
 from muse_fast.roiset.records import MAX_SIDE
 from muse_fast.runtime.folders import find_files
+from muse_fast.runtime.names import text_of
 from muse_fast.runtime.options import setting
 from muse_fast.sources.base import Source, SourceImage, mpp_setting
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, close_slides, survey
@@ -130,7 +131,9 @@ class Slides(Source):
         if self._nuclei and nuclei is None:
             raise UserError(f"nuclei={self._nuclei} has no file {name} with suffix {', '.join(NUCLEI_SUFFIXES)}")
         tissue = _find(self._tissue, name, TISSUE_SUFFIXES)
-        return SlideFile(path, name, slide, row.split if row else "", group or "", mpp, mpp_from, tissue, nuclei)
+        return SlideFile(
+            path, text_of(name), text_of(slide), row.split if row else "", group or "", mpp, mpp_from, tissue, nuclei
+        )
 
     def exclude(self, names: Mapping[str, Names]) -> None:
         """Exclude slides that share a slide or a patient with one of the sets in ``names``, keyed by their titles.
