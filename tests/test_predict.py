@@ -314,6 +314,31 @@ def test_finished_slides_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "already exists and belongs to another file" in capsys.readouterr().err
 
 
+def test_records_of_other_versions_and_damaged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What another version, or a power cut, has left is compared with what is asked for, or named."""
+    slide, out = write_slide(tmp_path / "a.tif", page_with_tissue()[:300, :500]), tmp_path / "out"
+    assert classical("--out", out, slide) == 0
+    record, done = ((path, path.read_text()) for path in (out / "predict.json", out / "a" / "summary.json"))
+
+    def said_after(path: Path, text: str, *settings: str) -> str:
+        record[0].write_text(record[1])
+        done[0].write_text(done[1])
+        path.write_text(text)
+        capsys.readouterr()
+        assert classical("--out", out, slide, *settings) == 2
+        return capsys.readouterr().err
+
+    known, summary = json.loads(record[1]), json.loads(done[1])
+    assert "made with seed 1, not None; choose another --out" in said_after(record[0], json.dumps(known | {"seed": 1}))
+    for damaged in ("", "null", "[]", record[1][:99]):  # each folder records the same
+        assert "already contains all predictions" in said_after(record[0], damaged)
+        assert "a already exists and was made with other settings" in said_after(record[0], damaged, "tissue=false")
+        assert "a already exists and is not a finished prediction; remove it" in said_after(done[0], damaged)
+    record[0].unlink()
+    older = json.dumps(summary | {"weights": "nuclei"})
+    assert "a already exists and was made with other weights; remove it" in said_after(done[0], older)
+
+
 def test_the_files_of_a_series_and_copies_are_predicted_once(
     tmp_path: Path, dots: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:

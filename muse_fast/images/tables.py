@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Generic, TypeVar
 
 from muse_fast.errors import UserError
+from muse_fast.runtime.names import key_of
 
 _T = TypeVar("_T")
 _SHOWN = 5  # names in one message
@@ -143,7 +144,8 @@ def parse_number(text: str) -> float:
 class NamedRows(Generic[_T]):
     """The rows of a table about slides or images by their names, and which of them were used.
 
-    A row names a file by its path in a folder or by its name alone, each with or without the suffix.
+    A row names a file by its path in a folder or by its name alone, each with or without the suffix. Names are compared
+    by `key_of`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -153,17 +155,17 @@ class NamedRows(Generic[_T]):
 
     def add(self, number: int, name: str, value: _T) -> _T | None:
         """Add the row of line ``number``; if an earlier row has the same name, keep and return the value of that."""
-        key = name.replace("\\", "/").removeprefix("./")
+        key = key_of(name).replace("\\", "/").removeprefix("./")
         first, _, before = self._rows.setdefault(key, (number, name, value))
         return None if first == number else before
 
     def find(self, *names: str) -> _T | None:
         """The value of the first of ``names`` that has a row; see `names_of`."""
-        name = next((name for name in names if name in self._rows), None)
-        if name is None:
+        key = next((key for key in map(key_of, names) if key in self._rows), None)
+        if key is None:
             return None
-        self._used.add(name)
-        return self._rows[name][2]
+        self._used.add(key)
+        return self._rows[key][2]
 
     def unused(self) -> list[tuple[int, str]]:
         """Line number and name of the rows that no file had so far."""

@@ -93,7 +93,7 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
             print(f"{number}/{len(left)} {page.path.name}: {refused[page.path]}", flush=True)
             continue
         print(f"{number}/{len(left)} {page.path.name}: {_describe(summary)}", flush=True)
-    done = [_summary_in(out / page.name) for page in pages if page.path not in refused | repeated]
+    done = [_content(out / page.name / _SUMMARY) for page in pages if page.path not in refused | repeated]
     total = _total(done) | {
         "refused": {path.name: reason for path, reason in refused.items()},
         "repeated": {str(path): reason for path, reason in repeated.items()},
@@ -118,10 +118,10 @@ def _left_to_do(
         UserError: all are done, or ``out`` was made with other weights or settings.
     """
     record = out / _RECORD
-    before = json.loads(record.read_text()) if record.is_file() else made_with
+    before = _content(record) or made_with
     if before != made_with and any(out.glob(f"*/{_SUMMARY}")):
-        changed = next(key for key in made_with if before.get(key) != made_with[key])
-        old, new = before.get(changed), made_with[changed]
+        changed = next(key for key in made_with | before if before.get(key) != made_with.get(key))
+        old, new = before.get(changed), made_with.get(changed)
         if isinstance(old, dict) and isinstance(new, dict):  # settings
             old, new = (
                 {key: one[key] for key in one if one[key] != other.get(key)} for one, other in ((old, new), (new, old))
@@ -133,7 +133,7 @@ def _left_to_do(
             refused[page.path] = f"{first} has the same name; the names of inputs must differ"
         elif not (out / page.name).exists():
             left.append(page)
-        elif why := _made_otherwise(out / page.name, page):
+        elif why := _made_otherwise(out / page.name, page, made_with):
             refused[page.path] = f"{out / page.name} already exists and {why}; remove it or choose another --out"
     if not left and not refused:
         raise UserError(f"{out} already contains all predictions; remove it or choose another --out")
@@ -141,9 +141,13 @@ def _left_to_do(
     return left, refused
 
 
-def _made_otherwise(folder: Path, page: PageFile) -> str:
+def _made_otherwise(folder: Path, page: PageFile, made_with: dict[str, Any]) -> str:
     """Why a folder is not the finished prediction of this page; "" if it is."""
-    summary = _summary_in(folder)
+    summary = _content(folder / _SUMMARY)
+    if not summary:
+        return "is not a finished prediction"
+    if changed := next((key for key in made_with if summary.get(key) != made_with[key]), ""):
+        return f"was made with other {changed}"
     if any(summary.get(key) != value for key, value in _fingerprint_of(page.path).items()):
         return "belongs to another file"
     before, now = summary.get("mpp_given"), page.mpp
@@ -154,10 +158,13 @@ def _scale_words(mpp: float | None) -> str:
     return "the um/px of the header" if mpp is None else f"{mpp} um/px"
 
 
-def _summary_in(folder: Path) -> dict[str, Any]:
-    """The summary of a finished prediction; empty if there is none."""
-    path = folder / _SUMMARY
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+def _content(path: Path) -> dict[str, Any]:
+    """What a JSON file of an earlier command contains; empty if there is none or it is damaged, as by a power cut."""
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class _SlidesTaken:
@@ -170,7 +177,7 @@ class _SlidesTaken:
     def __init__(self, out: Path, finished: Sequence[PageFile]) -> None:
         self._seen, self._taken = SlidesSeen(), dict[Path, PageFile]()
         for page in finished:
-            self._taken[self._seen.first(page.path, _summary_in(out / page.name).get("identity"))] = page
+            self._taken[self._seen.first(page.path, _content(out / page.name / _SUMMARY).get("identity"))] = page
 
     def same_as(self, page: PageFile) -> Path | None:
         """The file from which the slide of this page was read; None: it has not been read.

@@ -41,7 +41,9 @@ def pick_device(name: str, key: str, index: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"{key}={name}: expected auto, cpu, cuda or cuda:INDEX") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"{key}={name}: expected auto, cpu, cuda or cuda:INDEX")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{key}={name}: torch finds no CUDA GPU; use {key}=cpu")
     if device.type == "cuda":

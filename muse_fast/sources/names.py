@@ -14,13 +14,14 @@ from pathlib import Path
 
 from muse_fast.images.slide import slide_suffixes
 from muse_fast.runtime.atomic import file_sha256
+from muse_fast.runtime.names import key_of
 
 _PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 
 
 def slide_name(name: str) -> str:
     """Normalise the name of a slide: without folder and file suffix; for TCGA up to the first dot, in upper case."""
-    name = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
+    name = key_of(name).strip().replace("\\", "/").rsplit("/", 1)[-1]
     if name.lower().endswith(slide_suffixes()):
         name = name[: name.rindex(".")]
     return name.split(".", 1)[0].upper() if _PATIENT.match(name) else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,7 +19,7 @@ from muse_fast.images.tables import names_of, read_groups, some_of
 from muse_fast.images.tissue import SUFFIXES as TISSUE_SUFFIXES
 from muse_fast.roiset.records import MAX_SIDE
 from muse_fast.runtime.folders import find_files
-from muse_fast.runtime.names import text_of
+from muse_fast.runtime.names import key_of, text_of
 from muse_fast.runtime.options import setting
 from muse_fast.sources.base import Source, SourceImage, mpp_setting
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, close_slides, survey
@@ -89,12 +90,14 @@ class Slides(Source):
             self._tables.read_all(root)
         self._groups = read_groups(Path(options.groups)) if options.groups else None
         self._tissue, self._nuclei = _folder("tissue", options.tissue), _folder("nuclei", options.nuclei)
+        self._tissue_of = _by_name(self._tissue, TISSUE_SUFFIXES)
+        self._nuclei_of = _by_name(self._nuclei, NUCLEI_SUFFIXES)
         self.files = self._describe_all(paths)
         self.without_effect = [
             *self._tables.without_effect(),
             *(self._groups.without_effect() if self._groups else ()),
-            *_unused(self._tissue, TISSUE_SUFFIXES, {file.tissue for file in self.files}),
-            *_unused(self._nuclei, NUCLEI_SUFFIXES, {file.nuclei for file in self.files}),
+            *_unused(self._tissue, self._tissue_of, {file.tissue for file in self.files}),
+            *_unused(self._nuclei, self._nuclei_of, {file.nuclei for file in self.files}),
         ]
         if self._tissue and all(file.tissue is None for file in self.files):
             raise UserError(f"tissue={options.tissue}: no file is named like a slide ({', '.join(TISSUE_SUFFIXES)})")
@@ -127,10 +130,10 @@ class Slides(Source):
         group = self._groups.find(slide, *names_of(path, self._root)) if self._groups else None
         if self._groups and group is None:
             raise UserError(f"not listed in groups={self.options.groups}")
-        nuclei = _find(self._nuclei, name, NUCLEI_SUFFIXES)
+        nuclei = _find(self._nuclei_of, name)
         if self._nuclei and nuclei is None:
             raise UserError(f"nuclei={self._nuclei} has no file {name} with suffix {', '.join(NUCLEI_SUFFIXES)}")
-        tissue = _find(self._tissue, name, TISSUE_SUFFIXES)
+        tissue = _find(self._tissue_of, name)
         return SlideFile(
             path, text_of(name), text_of(slide), row.split if row else "", group or "", mpp, mpp_from, tissue, nuclei
         )
@@ -266,17 +269,26 @@ def _folder(option: str, text: str) -> Path | None:
     return Path(text)
 
 
-def _find(folder: Path | None, name: str, suffixes: Sequence[str]) -> Path | None:
-    """Find the file of a slide in a folder of masks or nuclei; UserError if there are several."""
-    paths = (folder / f"{name}{suffix}" for suffix in suffixes) if folder else ()
-    found = [path for path in paths if path.is_file()]
+def _by_name(folder: Path | None, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    """The files in a folder of masks or nuclei by the key of their slide's name."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in find_files(folder, "*") if folder else ():
+        for suffix in suffixes:
+            if path.name.lower().endswith(suffix):
+                found[key_of(path.name[: -len(suffix)])].append(path)
+    return found
+
+
+def _find(by_name: Mapping[str, list[Path]], name: str) -> Path | None:
+    """The file of a slide in a folder of masks or nuclei; UserError if there are several."""
+    found = by_name.get(key_of(name), [])
     if len(found) > 1:
         raise UserError(f"both {found[0]} and {found[1].name} exist; keep one")
     return found[0] if found else None
 
 
-def _unused(folder: Path | None, suffixes: Sequence[str], used: Set[Path | None]) -> list[str]:
+def _unused(folder: Path | None, by_name: Mapping[str, list[Path]], used: Set[Path | None]) -> list[str]:
     """A line for the user about the files in a folder of masks or nuclei that no slide has, if there are any."""
-    files = [path for path in find_files(folder, "*") if path.name.endswith(tuple(suffixes))] if folder else []
+    files = sorted(path for found in by_name.values() for path in found)
     names = [path.name for path in files if path not in used]
     return [f"{folder}: {some_of(names, len(files), 'files')}"] if names else []

@@ -1,6 +1,8 @@
 import errno
 import os
+import signal
 import sys
+import time
 
 import pytest
 
@@ -25,6 +27,16 @@ def test_a_full_disk_is_one_message(number: int, capsys: pytest.CaptureFixture[s
     assert run(command, []) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: runs/a/metrics.jsonl: ") and "make room" in said
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(argv: object) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+        return 0
+
+    assert run(command, []) == 130  # as shells do
+    assert capsys.readouterr().err == "interrupted; what is finished is kept, and the same command does the rest\n"
 
 
 def test_other_errors_of_files_are_not_hidden() -> None:

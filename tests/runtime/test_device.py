@@ -16,6 +16,9 @@ def test_auto_is_a_gpu_if_there_is_one() -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.device=gpu"):
         pick_device("gpu", "train.device")
+    for other in ("mps", "meta"):
+        with pytest.raises(UserError, match=f"device={other}: expected auto, cpu, cuda or cuda:INDEX"):
+            pick_device(other, "device")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -41,7 +41,7 @@ def test_names_that_look_the_same_have_one_key() -> None:
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_predict_and_prepare_take_any_name(tmp_path: Path, locale: str) -> None:
+def test_predict_takes_any_name(tmp_path: Path, locale: str) -> None:
     """In the locale C without Python's UTF-8 mode, which a cluster may have, names and standard output are ASCII."""
     folder = tmp_path / "in"
     folder.mkdir()
@@ -51,7 +51,8 @@ def test_predict_and_prepare_take_any_name(tmp_path: Path, locale: str) -> None:
             Image.fromarray(synthetic_image(seed, 128, 0.5)[0]).save(file, "png")
     code = (
         "import sys; from muse_fast.predict import main; from muse_fast.runtime.cli import run;"
-        f"sys.exit(run(main, ['--weights', 'classical', '--out', {str(tmp_path / 'out')!r}, {str(folder)!r}, 'mpp=0.5']))"
+        f"words = ['--out', {str(tmp_path / 'out')!r}, {str(folder)!r}];"
+        "sys.exit(run(main, ['--weights', 'classical', *words, 'mpp=0.5']))"
     )
     settings = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True)

@@ -26,3 +26,9 @@ def test_files_without_an_identity_are_compared_by_their_bytes(tmp_path: Path) -
     seen = SlidesSeen()
     assert [seen.first(tmp_path / name, None).name for name in contents] == ["a", "b", "c", "a", "c", "f"]
     assert seen.first(tmp_path / "a", None).name == "a"
+
+
+def test_one_spelling_of_accents_leaks_no_slide_written_in_the_other() -> None:
+    composed, decomposed = Names.of(["L\u00e4sion 1.svs"]), Names.of(["La\u0308sion 1"])
+    assert (composed & decomposed).slides == {"L\u00e4sion 1"}
+    assert composed.reason("La\u0308sion 1") == "slide L\u00e4sion 1"

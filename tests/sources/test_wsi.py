@@ -205,6 +205,25 @@ def test_rows_and_files_that_belong_to_no_slide_are_named(tmp_path: Path, tissue
 # ------------------------------------------------------------------------------------------ the user's own files
 
 
+def test_tables_and_files_in_the_other_spelling_of_accents(tmp_path: Path, tissue: np.ndarray) -> None:
+    """A Mac writes a letter and its accent as two characters, most others as one; the names look the same."""
+    composed, decomposed = "L\u00e4sion", "La\u0308sion"
+    for there, here in ((composed, decomposed), (decomposed, composed)):
+        folder = tmp_path / here
+        write_slide(folder / f"{here}.tif", tissue[:300, :700], 0.5)
+        (folder / "mpp.csv").write_text(f"image,mpp\n{there}.tif,0.25\n")
+        (tmp_path / "groups.csv").write_text(f"slide,group\n{there},a\n")
+        own = folder / "own"
+        own.mkdir()
+        (own / f"{there}.CSV").write_text("x,y\n9,9\n")
+        source = opened(folder, groups=tmp_path / "groups.csv", nuclei=own)
+        (file,) = source.files
+        assert (file.mpp, file.group, file.nuclei) == (0.25, "a", own / f"{there}.CSV")
+        assert source.without_effect == []
+        with pytest.raises(UserError, match="no slide can be used"):
+            source.exclude({"test": Names.of([there])})
+
+
 def test_own_nuclei_replace_the_detector(slide: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cells"
     folder.mkdir()
