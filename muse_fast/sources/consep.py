@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from muse_fast.errors import UserError
-from muse_fast.images.instances import instance_centroids, instance_types, integer_map, read_mat
 from muse_fast.images.points import Points
 from muse_fast.runtime.options import setting
+from muse_fast.sources.arrays import instance_centroids, instance_types, integer_map, read_mat
 from muse_fast.sources.base import Dataset, Entry, mpp_setting, pair_files
 
 _MAX_ID = 2**31 - 1

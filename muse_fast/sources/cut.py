@@ -21,13 +21,13 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.geojson import MULTI
+from muse_fast.images.nuclei_files import read_nuclei
 from muse_fast.images.points import Points
 from muse_fast.images.slide import FRAMES, Frame, Lost, Slide, open_slide
 from muse_fast.images.tissue import MASK_UM, Damage, read_tissue, tissue_mask
 from muse_fast.roiset.records import encode_jpeg
 from muse_fast.runtime.options import setting, split_list
 from muse_fast.sources.base import Source
-from muse_fast.sources.nuclei_files import read_nuclei
 
 THUMBNAIL_SIDE = 1024
 _HANDLES = 8  # open slides per process; several slides are processed at a time

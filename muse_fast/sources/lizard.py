@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from muse_fast.errors import UserError
-from muse_fast.images.instances import instance_centroids, integer_map, read_mat
 from muse_fast.images.points import Points
 from muse_fast.images.tables import read_rows
 from muse_fast.runtime.folders import find_files
+from muse_fast.sources.arrays import instance_centroids, integer_map, read_mat
 from muse_fast.sources.base import SPLITS, Dataset, Entry, mpp_setting, split_names
 
 _MAX_ID = 2**31 - 1

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
-from muse_fast.images.instances import instance_centroids, instance_types, integer_map
 from muse_fast.images.points import Points
 from muse_fast.runtime.folders import iter_files
+from muse_fast.sources.arrays import instance_centroids, instance_types, integer_map, map_npy, read_npy_mapping
 from muse_fast.sources.base import SPLITS, Dataset, Entry, mpp_setting, pair_files, split_names
-from muse_fast.sources.plain_npy import map_npy, read_npy_mapping
 
 _MAX_ID = 2**31 - 1
 

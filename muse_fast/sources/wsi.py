@@ -13,6 +13,7 @@ from pathlib import Path
 from muse_fast.errors import UserError, require
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.mpp import MppTables
+from muse_fast.images.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
 from muse_fast.images.slide import find_slides, open_slide, slide_identity, slide_suffixes
 from muse_fast.images.tables import names_of, read_groups, some_of
 from muse_fast.images.tissue import SUFFIXES as TISSUE_SUFFIXES
@@ -23,7 +24,6 @@ from muse_fast.runtime.options import setting
 from muse_fast.sources.base import Source, SourceImage, mpp_setting
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, close_slides, survey
 from muse_fast.sources.names import Names, SlidesSeen
-from muse_fast.sources.nuclei_files import SUFFIXES as NUCLEI_SUFFIXES
 
 _PROBES = 8  # slides opened at a time to check their headers
 _LISTED = 20  # slides listed in one message

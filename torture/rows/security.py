@@ -31,7 +31,7 @@ from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import checkpoint, cli
 from muse_fast.runtime.atomic import file_sha256
 from muse_fast.sources import open_source
-from muse_fast.sources.plain_npy import map_npy, read_npy_mapping
+from muse_fast.sources.arrays import map_npy, read_npy_mapping
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally
 from torture.rows.checkpoints import filled

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from muse_fast.errors import UserError
+from muse_fast.images.nuclei_files import SUFFIXES
+from muse_fast.images.nuclei_files import read_nuclei as read_file
 from muse_fast.images.points import Points
 from muse_fast.images.slide import Frame, Level, Slide
-from muse_fast.sources.nuclei_files import SUFFIXES
-from muse_fast.sources.nuclei_files import read_nuclei as read_file
 
 h5py = pytest.importorskip("h5py")
 
