@@ -11,6 +11,7 @@ import time
 import zlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -312,6 +313,25 @@ def test_finished_slides_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     other = write_slide(tmp_path / "other" / "a.tif", page_with_tissue()[:400, :500])
     assert classical("--out", out, other) == 2
     assert "already exists and belongs to another file" in capsys.readouterr().err
+
+
+def test_two_commands_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two commands for the same folder, the second to finish a slide takes the result of the first."""
+    slides = [write_slide(tmp_path / f"{name}.tif", page_with_tissue(i)[:300, :500]) for i, name in enumerate("ab")]
+    out, predict_page = tmp_path / "out", predicting._predict_page
+
+    def while_another_runs(*arguments: Any) -> Any:
+        monkeypatch.setattr(predicting, "_predict_page", predict_page)
+        assert classical("--out", out, *slides) == 0
+        return predict_page(*arguments)
+
+    monkeypatch.setattr(predicting, "_predict_page", while_another_runs)
+    assert classical("--out", out, *slides) == 0
+    assert "1/2 a.tif: done by another command meanwhile" in capsys.readouterr().out
+    assert summary(out)["inputs"] == 2
+    assert summary(out)["nuclei"] == len(positions(out / "a")) + len(positions(out / "b")) > 100
 
 
 def test_records_of_other_versions_and_damaged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

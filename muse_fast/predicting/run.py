@@ -89,6 +89,9 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
             summary = _predict_page(page, out / page.name, detector, settings, device, made_with)
             slides.take(page)
         except UserError as error:
+            if not _made_otherwise(out / page.name, page, made_with):
+                print(f"{number}/{len(left)} {page.path.name}: done by another command meanwhile", flush=True)
+                continue
             refused[page.path] = reason_of(error, page.path)
             print(f"{number}/{len(left)} {page.path.name}: {refused[page.path]}", flush=True)
             continue
