@@ -105,5 +105,5 @@ def main(pause: float) -> int:
             time.sleep(pause)
             return super().detect(images)
 
-    run.open_detector = lambda weights, _: SlowDotDetector(float(weights.removeprefix("dots:")))
+    run.open_detector = lambda weights, device: SlowDotDetector(float(weights.removeprefix("dots:")))
     return predict.main(sys.argv[1:])
