@@ -156,9 +156,10 @@ def test_a_stack_or_several_scenes_are_refused(tmp_path: Path, rgb: np.ndarray, 
         path = write_tiff(tmp_path / "a.tif", *pages, tile=tile)
         with pytest.raises(UserError, match=r"a.tif: 3 pictures in one file, expected one; .*vips copy 'IN\[page=0\]'"):
             open_slide(path, 0.5)
-    path = write_tiff(tmp_path / "a.svs", rgb, rgb, tile=(64, 64))
-    with pytest.raises(UserError, match=r"a.svs: a TIFF with 2 pictures, expected one picture"):
-        open_slide(path, 0.5)
+    for big, order in ((False, "<"), (True, "<"), (True, ">")):
+        path = write_tiff(tmp_path / "a.svs", rgb, rgb, tile=(64, 64), big=big, order=order)
+        with pytest.raises(UserError, match=r"a.svs: a TIFF with 2 pictures, expected one picture"):
+            open_slide(path, 0.5)
 
 
 @pytest.mark.parametrize("tile", [None, (64, 64)])
