@@ -163,6 +163,14 @@ class OptimConfig(Config):
     ema_end: float = setting(1.0, ge=0, le=1)
     freeze_prototypes_steps: int = setting(1_889, ge=0)
     """Prototypes are frozen for the first steps (the recipe's first epoch)."""
+    freeze_encoder: int = setting(0, ge=0)
+    """First steps in which the encoder that ``model.init`` loaded is frozen: only decoder and heads, which may be new,
+    learn. Its BatchNorm uses the stored statistics meanwhile, and no paths are dropped."""
+    layer_decay: float = setting(1.0, gt=0, le=1)
+    """Factor between the learning rates of one layer of the encoder and the next: ``lr * layer_decay^(layers - i)`` for
+    layer i, 0 the patch embedding, as in BEiT; 1: the same for all."""
+    encoder_lr_scale: float = setting(1.0, gt=0)
+    """Factor of the encoder's learning rate, next to that of decoder and heads."""
 
     def check(self) -> None:
         require(self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, f"below steps={self.steps}")

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from muse_fast.config import load_config
+from muse_fast.models.timm.networks import parse_spec
 from muse_fast.pretraining import run as pretraining_run
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSet
@@ -123,6 +125,29 @@ def test_networks_of_timm_on_two_ranks(runs: Runs, name: str, arch: str, engine:
     one, two = (runs(name, each, *settings, "optim.freeze_prototypes_steps=2") for each in ("one", engine))
     assert_same_losses(two, one, 1e-12)
     assert_same_weights(two, one, 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "arch"),
+    [
+        ("ddp", "timm:resnet10t:channels=[4,8,16,32]:stem_width=4:zero_init_last=false"),
+        ("fsdp", "timm:vit_tiny_patch16_224:depth=2:embed_dim=24:num_heads=2"),
+    ],
+)
+def test_an_encoder_from_a_file_is_frozen_and_then_learns_on_two_ranks(
+    runs: Runs, engine: str, arch: str, tmp_path: Path
+) -> None:
+    spec = parse_spec(arch)
+    torch.manual_seed(7)
+    torch.save(timm.create_model(spec.name, num_classes=0, **spec.options).state_dict(), tmp_path / "a.pth")
+    rates = ("optim.name=sgd", "optim.lr=0.01", "optim.layer_decay=0.7", "optim.encoder_lr_scale=0.5")
+    settings = (f"model.arch={arch}", f"model.init={arch}@{tmp_path / 'a.pth'}", "views.local_size=64", "optim.steps=4")
+    frozen = ("optim.freeze_encoder=2", "optim.freeze_prototypes_steps=3", "optim.warmup_steps=2")
+    one, two = (runs(f"frozen-{engine}", each, *settings, *rates, *frozen) for each in ("one", engine))
+    assert_same_losses(two, one, 1e-12)
+    assert_same_weights(two, one, 1e-9)
+    assert [row["encoder_lr"] > 0 for row in training_rows(two)] == [False, False, True, True]
 
 
 def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:

@@ -261,6 +261,7 @@ def test_refused_starts(workplace: Path, unbroken: Path, capsys: pytest.CaptureF
     out = workplace / "refused"
     for settings, said in (
         ([f"model.init={workplace / 'nowhere'}"], f"model.init={workplace / 'nowhere'}: no such file or folder"),
+        (["optim.freeze_encoder=1"], "optim.freeze_encoder=1: expected 0 for a run without model.init"),
         ([f"model.init={unbroken}", "head.prototypes=32"], "head.prototypes=16 (here 32)"),
         ([f"model.init={unbroken}", "model.arch=vit_small"], "model.arch=vit_tiny (here vit_small)"),
     ):

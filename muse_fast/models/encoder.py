@@ -36,6 +36,30 @@ class Encoder(nn.Module):
         """Layers of the same shape, which ``train.compile`` compiles and FSDP shards one by one; none by default."""
         return ()
 
+    def layer_numbers(self) -> dict[str, int]:
+        """Number of the layer of every parameter of ``encoder``, by name: 0 for the stem, then 1, 2, ... as timm orders
+        them for a decay of the learning rate; "" is what follows the network.
+
+        Raises:
+            UserError: the network does not say which layers it has.
+        """
+        from timm.models._manipulate import group_with_matcher
+
+        names = [(name, None) for name, _ in self.encoder.named_parameters()]
+        found: dict[str, int] = group_with_matcher(iter([*names, ("", None)]), self.layer_patterns(), reverse=True)
+        return found
+
+    def layer_patterns(self) -> Any:
+        """What names of the network's parameters look like, layer after layer, in the form of timm's
+        ``group_matcher``.
+        """
+        if not hasattr(self.encoder, "group_matcher"):
+            raise UserError(
+                f"optim.layer_decay: expected 1, as {type(self.encoder).__name__} does not say which layers it has (it "
+                "has no group_matcher, see timm)"
+            )
+        return self.encoder.group_matcher(coarse=False)
+
     def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, Any]:
         """Encode groups of images of one resolution each.
 

@@ -37,6 +37,9 @@ class ResNetEncoder(MapsEncoder):
             block.drop_path = branch_scale
         self.drop_rates = [drop_path * i / (len(blocks) - 1) for i in range(len(blocks))]
 
+    def layer_patterns(self) -> dict[str, str]:
+        return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)\.(\d+)"}
+
 
 def resnet50_flops(size: int) -> int:
     """FLOPs of one forward over an image of ``size`` pixels."""

@@ -253,6 +253,10 @@ class ViTEncoder(Encoder):
     def layers(self) -> nn.ModuleList:
         return self.encoder.blocks
 
+    def layer_patterns(self) -> dict[str, Any]:
+        norm = (r"^norm", (99_999,))  # timm's number for what belongs to the layer before it
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), norm]}
+
     def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, PackedTokens]:
         """Groups of images -> CLS of the last tapped layer ``[images, C]``, and the tapped tokens."""
         tokens = self.encoder(groups, scales)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from muse_fast.batch import PackedNuclei
-from muse_fast.config import PretrainConfig
+from muse_fast.config import OptimConfig, PretrainConfig
 from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.encoder import Encoder
 from muse_fast.models.heads import DINOHead, HeadOutput
 
 
@@ -22,7 +23,11 @@ class Outputs(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbone and the two heads: one on CLS features, one on nucleus features."""
+    """Backbone and the two heads: one on CLS features, one on nucleus features.
+
+    Attributes:
+        train_encoder: if false, the encoder is frozen: no gradients, and `train` leaves it in evaluation mode.
+    """
 
     def __init__(self, config: PretrainConfig, drop_path: float) -> None:
         super().__init__()
@@ -42,10 +47,17 @@ class Network(nn.Module):
         widths = (head.hidden_dim, head.bottleneck_dim, head.prototypes)
         self.image_head = DINOHead(self.backbone.image_dim, *widths, input_norm=head.input_norm)
         self.nucleus_head = DINOHead(self.backbone.dense_dim, *widths, input_norm=head.input_norm)
+        self.train_encoder = True
 
     @property
     def heads(self) -> dict[str, DINOHead]:
         return {"image": self.image_head, "nucleus": self.nucleus_head}
+
+    def train(self, mode: bool = True) -> Network:
+        super().train(mode)
+        if not self.train_encoder:
+            self.backbone.encoder.eval()
+        return self
 
     def forward(
         self, groups: Sequence[Tensor], nuclei: Sequence[PackedNuclei], scales: Tensor | None = None
@@ -58,18 +70,37 @@ class Network(nn.Module):
             nuclei: those in the views of each group.
             scales: of the encoder's residual branches, ``[branches, images]``, or None to drop none.
         """
-        cls, rows = encode(self.backbone, groups, nuclei, scales)
+        cls, rows = encode(self.backbone, groups, nuclei, scales, self.train_encoder)
         features = {"image": cls, "nucleus": rows}
         return Outputs(features, {name: head(features[name]) for name, head in self.heads.items()})
 
 
 def encode(
-    backbone: Backbone, groups: Sequence[Tensor], nuclei: Sequence[PackedNuclei], scales: Tensor | None = None
+    backbone: Backbone,
+    groups: Sequence[Tensor],
+    nuclei: Sequence[PackedNuclei],
+    scales: Tensor | None = None,
+    train_encoder: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the CLS features ``[images, C]`` and nucleus features ``[N, D]`` of groups of views, group after group."""
-    cls, encoded = backbone.encoder(groups, scales)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
+        cls, encoded = backbone.encoder(groups, scales)
     points = [(part.xy, part.image_index()) for part in nuclei]
     return cls, backbone.decoder.nucleus_rows(encoded, points, [images.shape[-1] for images in groups])
+
+
+def encoder_rates(encoder: Encoder, optim: OptimConfig) -> dict[str, float]:
+    """Factor of the learning rate of each parameter of a `Network`'s encoder, by the network's names.
+
+    Layer l gets ``encoder_lr_scale * layer_decay^(L - l)``, where L is what follows the encoder, as in BEiT (Bao et
+    al., 2022).
+    """
+    names = [name for name, _ in encoder.encoder.named_parameters()]
+    number = encoder.layer_numbers() if optim.layer_decay < 1 else dict.fromkeys([*names, ""], 0)
+    return {
+        f"backbone.encoder.encoder.{name}": optim.encoder_lr_scale * optim.layer_decay ** (number[""] - number[name])
+        for name in names
+    }
 
 
 def build_student_and_teacher(config: PretrainConfig) -> tuple[Network, Network]:

@@ -15,7 +15,7 @@ from muse_fast.models.decoder import decoder_flops, dense_dim
 from muse_fast.models.encoder import conv_flops
 
 
-def step_flops(config: PretrainConfig, rows_per_roi: tuple[float, float]) -> float:
+def step_flops(config: PretrainConfig, rows_per_roi: tuple[float, float], train_encoder: bool = True) -> float:
     """Return the FLOPs per ROI of a step: student forward and backward over all views, teacher forward over globals.
 
     A backward counts as two forwards, as usual. Images need no gradient, so this is up to 0.2 % too high.
@@ -23,6 +23,7 @@ def step_flops(config: PretrainConfig, rows_per_roi: tuple[float, float]) -> flo
     Args:
         rows_per_roi: mean number of nuclei per ROI that enter the heads: of the student (in all views) and of the
             teacher (in the globals).
+        train_encoder: whether the student's encoder is not frozen; otherwise it has no backward.
     """
     views, model = config.views, config.model
     arch = find_arch(model.arch, taps=model.taps)
@@ -35,7 +36,11 @@ def step_flops(config: PretrainConfig, rows_per_roi: tuple[float, float]) -> flo
 
     student = globals_ + locals_ + (views.num_globals + views.num_locals) * per_image + student_rows * per_nucleus
     teacher = globals_ + views.num_globals * per_image + teacher_rows * per_nucleus
-    return 3 * student + teacher
+    if train_encoder:
+        return 3 * student + teacher
+    encoder = views.num_globals * arch.flops(views.global_size)
+    encoder += views.num_locals * arch.flops(views.local_size) if views.num_locals else 0
+    return 3 * student - 2 * encoder + teacher
 
 
 def view_flops(name: str, size: int, decoder_dim: int = 0, taps: Sequence[int] = ()) -> int:

@@ -18,7 +18,8 @@ from muse_fast.runtime.distributed import world_size
 def parallelise(network: Network, engine: str, precision: str) -> nn.Module:
     """Return the module to call for a forward whose backward averages gradients over the ranks.
 
-    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it; a single rank uses it as it is.
+    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it, anew whenever its encoder is frozen or no longer; a single
+    rank uses it as it is.
     """
     if world_size() == 1:
         return network
@@ -26,8 +27,16 @@ def parallelise(network: Network, engine: str, precision: str) -> nn.Module:
         return shard(network, precision)
     # For a 1x1 kernel channels-last is the same memory order, but DDP warns because the strides may differ.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    # DDP waits for a gradient of every weight that needs one while it is built.
+    encoder = network.backbone.encoder
+    frozen = [] if network.train_encoder else [weight for weight in encoder.parameters() if weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(False)
     # BatchNorm already gives every rank the same running statistics.
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    for weight in frozen:
+        weight.requires_grad_(True)
+    return parallel
 
 
 def shard(network: Network, precision: str) -> Network:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from muse_fast.batch import Views
 from muse_fast.config import PretrainConfig
-from muse_fast.errors import UserError
+from muse_fast.errors import UserError, require
 from muse_fast.models.archs import check_model
 from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.memory import situation
@@ -78,6 +78,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
             trainer.load(start)
         elif config.model.init:
             begun = trainer.start_from(config.model.init)
+        else:
+            expected = "0 for a run without model.init, whose encoder has yet to learn everything"
+            require(config.optim.freeze_encoder == 0, "optim.freeze_encoder", config.optim.freeze_encoder, expected)
         dataset = ViewDataset(roiset, config.views, config.seed)
         sampler = _sampler(trainer, roi_ids)
         if distributed.is_main():
@@ -187,7 +190,7 @@ def _throughput(trainer: Trainer, watch: Stopwatch, micro_batches: Sequence[View
         rois = config.optim.batch_size / ranks
         rows = sum(len(views.nuclei.index) for views in micro_batches) / rois
         global_rows = sum(views.num_global_nuclei for views in micro_batches) / rois
-        flops = step_flops(config, (rows, global_rows)) * reading["rois_per_second"]
+        flops = step_flops(config, (rows, global_rows), trainer.student.train_encoder) * reading["rois_per_second"]
         reading["mfu"] = flops / (peak * ranks)
     return reading
 
@@ -221,6 +224,11 @@ def _announce(
     scaled = f" ({optim.lr:g} x {optim.batch_size} / {optim.base_batch})" if optim.base_batch else ""
     clipping = f"gradients clipped at {optim.clip_grad:g} ({optim.clip})" if optim.clip_grad else "no clipping"
     print(f"  optim  {optim.name}, learning rate {optim.peak_lr:g}{scaled}, {clipping}")
+    if (optim.freeze_encoder, optim.encoder_lr_scale, optim.layer_decay) != (0, 1.0, 1.0):
+        print(
+            f"         encoder frozen for {optim.freeze_encoder} steps; learning rate x {optim.encoder_lr_scale:g}, "
+            f"x {optim.layer_decay:g} per layer"
+        )
     if start is not None:
         print(f"  resume {start}, step {trainer.step}")
     print_precision_note(config.train.precision, trainer.device)

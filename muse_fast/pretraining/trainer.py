@@ -19,7 +19,7 @@ from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone, build_backbone
 from muse_fast.models.heads import HeadOutput
 from muse_fast.pretraining.centering import sinkhorn_center, update_center
-from muse_fast.pretraining.distill import Network, build_student_and_teacher, update_teacher
+from muse_fast.pretraining.distill import Network, build_student_and_teacher, encoder_rates, update_teacher
 from muse_fast.pretraining.drop_path import draw_scales
 from muse_fast.pretraining.losses import (
     LOSSES,
@@ -73,6 +73,8 @@ class Trainer:
             raise UserError(f"model.attention={config.model.attention} cannot run: {reason}; or use sdpa")
         precise = torch.promote_types(dtype, torch.float32)
         self.student, self.teacher = (self._place(network, precise) for network in build_student_and_teacher(config))
+        for network in (self.student, self.teacher):
+            network.train_encoder = config.optim.freeze_encoder == 0
         self.student_forward = parallelise(self.student, config.train.parallel, config.train.precision)
         if self._sharded:
             shard(self.teacher, config.train.precision)
@@ -80,7 +82,8 @@ class Trainer:
         self.centers = {name: center.clone() for name in self.student.heads}
         self.loss_weights = loss_weights(config.loss)
         self.guard = Guard([*(f"{name} loss" for name in self.loss_weights), "gradient norm"], device)
-        self.optimizer = build_optimizer(self.student, self.guard, config.optim.name)
+        rates = encoder_rates(self.student.backbone.encoder, config.optim)
+        self.optimizer = build_optimizer(self.student, self.guard, config.optim.name, rates)
 
     @property
     def _sharded(self) -> bool:
@@ -104,6 +107,8 @@ class Trainer:
         changes weights, teacher or centres; `check` raises it.
         """
         config, schedule = self.config, schedule_at(self.step, self.config)
+        if schedule.train_encoder != self.student.train_encoder:
+            self._freeze_encoder(not schedule.train_encoder)
         batches = self._prepare(micro_batches)
         rois = micro_batches[0].num_rois * len(batches) * world_size()
         nucleus_pairs = sum_over_ranks(torch.stack([batch.nucleus_pairs for batch in batches]).sum())
@@ -158,10 +163,18 @@ class Trainer:
             "pairs_per_roi": nucleus_pairs / rois,
             **usage,
             "lr": schedule.lr,
+            **({"encoder_lr": schedule.encoder_lr} if schedule.encoder_lr != schedule.lr else {}),
             "weight_decay": schedule.weight_decay,
             "teacher_temp": schedule.teacher_temp,
             "ema_momentum": schedule.ema_momentum,
         }
+
+    def _freeze_encoder(self, frozen: bool) -> None:
+        """Freeze the encoders of student and teacher, or let them learn."""
+        for network in (self.student, self.teacher):
+            network.train_encoder = not frozen
+        if not self._sharded:
+            self.student_forward = parallelise(self.student, self.config.train.parallel, self.config.train.precision)
 
     def check(self) -> None:
         """Check that all steps so far were finite; the host waits for the device.
@@ -176,7 +189,7 @@ class Trainer:
         first = micro_batches[0]
         num_views, num_rois = first.num_globals + first.num_locals, first.num_rois
         scales = None
-        if self.config.model.drop_path:
+        if self.config.model.drop_path and self.student.train_encoder:
             rates, share = self.student.backbone.encoder.drop_rates, num_rois * len(micro_batches)
             scales = draw_scales(rates, self.config.seed, self.step, num_views, share * world_size())
             scales = scales[:, :, rank() * share :].split(num_rois, dim=2)

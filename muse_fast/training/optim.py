@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,18 +16,22 @@ from muse_fast.training.sharding import like, local, norms
 MOMENTUM, TRUST = 0.9, 0.001  # DINO's
 
 
-def build_optimizer(model: nn.Module, guard: Guard, name: str = "adamw") -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, guard: Guard, name: str = "adamw", rates: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """Build an optimiser over the trainable parameters, without decay of biases and other vectors (norms), as in DINO.
 
     Its step does nothing after ``guard`` has seen a value that is not finite.
 
     Args:
         name: ``adamw``, ``sgd`` or ``lars``.
+        rates: factor of the learning rate by name of the parameter; 1 for others.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim > 1]
-    plain = [p for p in trainable if p.ndim <= 1]
-    groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
+    members = defaultdict[tuple[float, bool], list[nn.Parameter]](list)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[(rates or {}).get(parameter_name, 1.0), parameter.ndim > 1].append(parameter)
+    groups = [{"params": members[key], "rate": key[0], "decayed": key[1]} for key in sorted(members, reverse=True)]
     if name == "adamw":
         return _guarded(torch.optim.AdamW(groups, fused=True), guard)
     return SGD(groups, guard.found_inf, trust=TRUST if name == "lars" else None)
@@ -114,9 +119,9 @@ def clip_gradients(gradients: Sequence[Tensor], norms: Tensor, limit: float) -> 
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
-    """Set this step's learning rate and weight decay."""
+    """Set this step's learning rates and weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = schedule.lr
+        group["lr"] = schedule.lr * group["rate"]
         group["weight_decay"] = schedule.weight_decay if group["decayed"] else 0.0
 
 

@@ -40,13 +40,19 @@ def in_steps(config: PretrainConfig, num_rois: int) -> PretrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The scheduled values of one step (paper, appendix B, with DINO's shapes)."""
+    """The scheduled values of one step (paper, appendix B, with DINO's shapes).
+
+    Attributes:
+        encoder_lr: learning rate of the encoder's last layer before `layer_decay`; 0 while it is frozen.
+    """
 
     lr: float
     weight_decay: float
     teacher_temp: float
     ema_momentum: float
     train_prototypes: bool
+    train_encoder: bool = True
+    encoder_lr: float = 0.0
 
 
 def schedule_at(step: int, config: PretrainConfig) -> Schedule:
@@ -54,10 +60,14 @@ def schedule_at(step: int, config: PretrainConfig) -> Schedule:
     optim, loss = config.optim, config.loss
     if loss.teacher_temp_epochs is not None:
         raise ValueError("loss.teacher_temp_epochs is set: convert it first, with schedules.in_steps(config, rois)")
+    lr = warmup_cosine(optim.peak_lr, optim.min_lr, step, optim.steps, optim.warmup_steps)
+    train_encoder = step >= optim.freeze_encoder
     return Schedule(
-        lr=warmup_cosine(optim.peak_lr, optim.min_lr, step, optim.steps, optim.warmup_steps),
+        lr=lr,
         weight_decay=cosine(optim.weight_decay_start, optim.weight_decay_end, step, optim.steps),
         teacher_temp=linear(loss.teacher_temp_start, loss.teacher_temp_end, step, loss.teacher_temp_steps),
         ema_momentum=cosine(optim.ema_start, optim.ema_end, step, optim.steps),
         train_prototypes=step >= optim.freeze_prototypes_steps,
+        train_encoder=train_encoder,
+        encoder_lr=lr * optim.encoder_lr_scale if train_encoder else 0.0,
     )

@@ -53,6 +53,16 @@ def test_a_backward_is_two_forwards_minus_the_gradient_of_the_images(arch: str) 
     assert counter.get_total_flops() == pytest.approx(2 * (3 * view_flops(arch, 64) - of_images), rel=1e-3)
 
 
+@pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])
+def test_a_frozen_encoder_has_no_backward(arch: str) -> None:
+    config = load_config(None, [f"model.arch={arch}", *AT_224])
+    encoder = build_backbone(arch).encoder.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        encoder([torch.randn(2, 3, 224, 224), torch.randn(8, 3, 96, 96)])
+    saved = step_flops(config, (9, 4)) - step_flops(config, (9, 4), train_encoder=False)
+    assert saved == pytest.approx(2 * counter.get_total_flops(), rel=1e-3)
+
+
 def test_a_row_costs_what_the_head_runs() -> None:
     config = dataclasses.replace(load_config(None).head, hidden_dim=32, bottleneck_dim=16, prototypes=64)
     head = DINOHead(24, 32, 16, 64)
