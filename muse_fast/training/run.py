@@ -41,7 +41,10 @@ def refuse_other_settings(start: Path, config: Config) -> None:
     now = dict(fixed_settings(config))
     changed = [f"{k}={now[k]} (was {then.get(k)})" for k in now if now[k] != then.get(k)]
     if changed:
-        raise UserError(f"{start} belongs to a run with other settings: {', '.join(changed)}; choose another --out")
+        raise UserError(
+            f"{start} belongs to a run with other settings: {', '.join(changed)}; give the old values to continue it, "
+            "or choose another --out"
+        )
 
 
 def print_precision_note(precision: str, device: torch.device) -> None:

@@ -79,7 +79,7 @@ def test_report(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert without_times(json.loads(out.read_text())["results"]) == without_times(report["results"])
     with pytest.raises(SystemExit):
         main([*argv, "optim.steps=3"])
-    assert "other settings: optim.steps=3 (was 2); choose another --out" in capsys.readouterr().err
+    assert "other settings: optim.steps=3 (was 2); give the old values to continue it" in capsys.readouterr().err
 
 
 def test_a_run_starts_from_the_untrained_network(workplace: Path, tmp_path: Path) -> None:
