@@ -33,6 +33,22 @@ def test_vectors_are_not_decayed_and_matrices_are() -> None:
         torch.testing.assert_close(p.detach(), before[name] * ((1 - 0.05) if p.ndim > 1 else 1))
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_each_parameter_learns_at_its_own_rate(name: str) -> None:
+    """In its first step AdamW changes every value by lr, and SGD by lr times the gradient, here 1; without decay."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    rates = {"0.weight": 0.5, "0.bias": 0.25}
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizer = build_optimizer(model, guard_of_norm(), name, rates)
+    apply_schedule(optimizer, Schedule(0.1, 0.0, 0.04, 0.99, True))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for key, p in model.named_parameters():
+        change = before[key] - p.detach()
+        torch.testing.assert_close(change, torch.full_like(p, 0.1 * rates.get(key, 1.0)), rtol=1e-4, atol=1e-6)
+
+
 def test_three_steps_equal_adamw_written_out_in_float64() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3, bias=False)
