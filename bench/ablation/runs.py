@@ -22,7 +22,8 @@ from muse_fast.classification.tasks import TASKS, Subject
 from muse_fast.classification.tiles import Tile, tiles_by_split
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.errors import UserError
-from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.backbone import Backbone
+from muse_fast.pretraining.distill import backbone_of
 from muse_fast.sources import open_source
 from muse_fast.training.run import find_start, refuse_other_settings
 
@@ -100,15 +101,7 @@ def trained(out: Path, config: str, settings: Sequence[str]) -> Row:
 def untrained(config: PretrainConfig) -> Backbone:
     """Build the network that the variants of a seed start from."""
     torch.manual_seed(config.seed)
-    model = config.model
-    backbone = build_backbone(
-        model.arch,
-        image_size=config.views.global_size,
-        pos_embed_resize=model.pos_embed_resize,
-        decoder_dim=model.decoder_dim,
-        taps=model.taps,
-    )
-    return backbone.eval()
+    return backbone_of(config).eval()
 
 
 def scores(backbone: Backbone, tiles: Tiles, num_classes: int, device: str, seed: int) -> dict[str, Row]:

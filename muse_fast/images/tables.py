@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Generic, TypeVar
 
@@ -30,19 +31,15 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}: no such file")
     row = 1
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with _open_text(path, newline="") as file:
             reader = csv.reader(_lines(file), strict=True)
             for values in reader:
                 if reader.line_num > row:
                     raise csv.Error("a quoted value extends over several lines: is a quote missing?")
                 yield row, [value.strip() for value in values]
                 row += 1
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, row {_undecodable_line(path)}: not text in UTF-8; save the file as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}, row {row}: not a CSV ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -51,9 +48,16 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         UserError: as in :func:`csv_rows`.
     """
+    with _open_text(path) as file:
+        yield from enumerate(map(str.strip, file), start=1)
+
+
+@contextmanager
+def _open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """Open a text in UTF-8; what cannot be read or decoded in the block is raised as a UserError."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield from enumerate(map(str.strip, file), start=1)
+        with open(path, newline=newline, encoding="utf-8-sig") as file:
+            yield file
     except UnicodeDecodeError:
         raise UserError(f"{path}, row {_undecodable_line(path)}: not text in UTF-8; save the file as UTF-8") from None
     except OSError as error:

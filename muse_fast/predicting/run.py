@@ -179,6 +179,7 @@ class _SlidesTaken:
 
     def __init__(self, out: Path, finished: Sequence[PageFile]) -> None:
         self._seen, self._taken = SlidesSeen(), dict[Path, PageFile]()
+        self._first_of: dict[Path, Path] = {}  # of the pages asked for, as finding out opens the slide
         for page in finished:
             self._taken[self._seen.first(page.path, _content(out / page.name / _SUMMARY).get("identity"))] = page
 
@@ -201,7 +202,9 @@ class _SlidesTaken:
         self._taken[self._first(page)] = page
 
     def _first(self, page: PageFile) -> Path:
-        return self._seen.first(page.path, slide_identity(page.path))
+        if page.path not in self._first_of:
+            self._first_of[page.path] = self._seen.first(page.path, slide_identity(page.path))
+        return self._first_of[page.path]
 
 
 def _fingerprint_of(path: Path) -> dict[str, Any]:
@@ -244,7 +247,7 @@ def _predict_page(
         seconds = time.perf_counter() - started
         summary = {
             **_fingerprint_of(file.path),
-            "identity": slide_identity(file.path),
+            "identity": page.identity,
             "width": page.width,
             "height": page.height,
             "mpp": page.mpp,

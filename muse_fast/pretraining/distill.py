@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,23 @@ class Outputs(NamedTuple):
     heads: dict[str, HeadOutput]
 
 
+def backbone_of(config: PretrainConfig, **how: Any) -> Backbone:
+    """Build the backbone of a run with random weights from torch's global generator.
+
+    Args:
+        how: ``drop_path``, ``attention`` and ``recompute`` of `muse_fast.models.backbone.build_backbone`.
+    """
+    model = config.model
+    return build_backbone(
+        model.arch,
+        image_size=config.views.global_size,
+        pos_embed_resize=model.pos_embed_resize,
+        decoder_dim=model.decoder_dim,
+        taps=model.taps,
+        **how,
+    )
+
+
 class Network(nn.Module):
     """Backbone and the two heads: one on CLS features, one on nucleus features.
 
@@ -34,16 +51,7 @@ class Network(nn.Module):
         model, head = config.model, config.head
         # The backbone is built first, so that its initial weights depend only on seed and architecture: the untrained
         # backbone of a run is `torch.manual_seed(seed); build_backbone(arch)`.
-        self.backbone = build_backbone(
-            model.arch,
-            drop_path=drop_path,
-            image_size=config.views.global_size,
-            attention=model.attention,
-            recompute=model.recompute,
-            pos_embed_resize=model.pos_embed_resize,
-            decoder_dim=model.decoder_dim,
-            taps=model.taps,
-        )
+        self.backbone = backbone_of(config, drop_path=drop_path, attention=model.attention, recompute=model.recompute)
         widths = (head.hidden_dim, head.bottleneck_dim, head.prototypes)
         self.image_head = DINOHead(self.backbone.image_dim, *widths, input_norm=head.input_norm)
         self.nucleus_head = DINOHead(self.backbone.dense_dim, *widths, input_norm=head.input_norm)

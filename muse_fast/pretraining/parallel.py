@@ -18,8 +18,8 @@ from muse_fast.runtime.distributed import world_size
 def parallelise(network: Network, engine: str, precision: str) -> nn.Module:
     """Return the module to call for a forward whose backward averages gradients over the ranks.
 
-    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it, anew whenever its encoder is frozen or no longer; a single
-    rank uses it as it is.
+    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it, and must wrap it again when ``train_encoder`` changes; a
+    single rank uses it as it is.
     """
     if world_size() == 1:
         return network

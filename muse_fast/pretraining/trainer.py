@@ -16,10 +16,16 @@ from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.models.archs import check_model
 from muse_fast.models.attention import why_not
-from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.backbone import Backbone
 from muse_fast.models.heads import HeadOutput
 from muse_fast.pretraining.centering import sinkhorn_center, update_center
-from muse_fast.pretraining.distill import Network, build_student_and_teacher, encoder_rates, update_teacher
+from muse_fast.pretraining.distill import (
+    Network,
+    backbone_of,
+    build_student_and_teacher,
+    encoder_rates,
+    update_teacher,
+)
 from muse_fast.pretraining.drop_path import draw_scales
 from muse_fast.pretraining.losses import (
     LOSSES,
@@ -108,7 +114,7 @@ class Trainer:
         """
         config, schedule = self.config, schedule_at(self.step, self.config)
         if schedule.train_encoder != self.student.train_encoder:
-            self._freeze_encoder(not schedule.train_encoder)
+            self._set_train_encoder(schedule.train_encoder)
         batches = self._prepare(micro_batches)
         rois = micro_batches[0].num_rois * len(batches) * world_size()
         nucleus_pairs = sum_over_ranks(torch.stack([batch.nucleus_pairs for batch in batches]).sum())
@@ -169,10 +175,10 @@ class Trainer:
             "ema_momentum": schedule.ema_momentum,
         }
 
-    def _freeze_encoder(self, frozen: bool) -> None:
-        """Freeze the encoders of student and teacher, or let them learn."""
+    def _set_train_encoder(self, train: bool) -> None:
+        """Let the encoders of student and teacher learn, or freeze them."""
         for network in (self.student, self.teacher):
-            network.train_encoder = not frozen
+            network.train_encoder = train
         if not self._sharded:
             self.student_forward = parallelise(self.student, self.config.train.parallel, self.config.train.precision)
 
@@ -314,14 +320,7 @@ class Trainer:
         if not self._sharded:
             return self.teacher.backbone
         state = {name: full(t) for name, t in self.teacher.backbone.state_dict().items()}
-        model = self.config.model
-        backbone = build_backbone(
-            model.arch,
-            image_size=self.config.views.global_size,
-            pos_embed_resize=model.pos_embed_resize,
-            decoder_dim=model.decoder_dim,
-            taps=model.taps,
-        ).to(self.device)
+        backbone = backbone_of(self.config).to(self.device)
         backbone.load_state_dict(state)
         return backbone.requires_grad_(False)
 
