@@ -115,7 +115,7 @@ class PlannedViews(_Movable):
     jpeg_bounds: Tensor  # [B + 1] int64; the JPEG of ROI b is jpegs[jpeg_bounds[b] : jpeg_bounds[b + 1]]
     shapes: Tensor  # [B, 2] int64, height and width of each JPEG
     boxes: Tensor  # [V * B, 6] int32, see ops.augment_views; image: place of the ROI in the batch, y: in its JPEG
-    colours: Tensor  # [V * B, 11] float32, see ops.augment_views
+    colours: Tensor  # [V * B, 17] float32, see ops.augment_views
     num_globals: int
     nuclei: PackedNuclei
     num_global_nuclei: int

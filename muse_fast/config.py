@@ -59,6 +59,11 @@ class ViewsConfig(Config):
     """Least overlap of two global views along each axis, as a fraction of the smaller one's side."""
     turns: bool = True
     """Random flips and 90 degree turns."""
+    stain: float = setting(0.0, ge=0, le=1)
+    """In every view, the amounts of haematoxylin, eosin and residual are multiplied by factors of 1 - stain to
+    1 + stain, each by its own (Tellez et al., 2018); 0: they are not."""
+    stain_shift: float = setting(0.0, ge=0, le=1)
+    """They are then shifted by -stain_shift to stain_shift, in optical density (natural logarithm)."""
     jitter: float = setting(0.4, ge=0, le=1)
     """Strength of the brightness and contrast jitter; saturation gets half of it, hue a quarter (DINO's ratios)."""
     grey: float = setting(0.2, ge=0, le=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from muse_fast.images.imagenet import normalise
 from muse_fast.ops import reference
 from muse_fast.views.boxes import ViewBox
-from muse_fast.views.colours import Colour, apply_colour
+from muse_fast.views.colours import UNSTAINED, Colour, apply_colour
 
 
 def literal_match(index: Tensor, offsets: Tensor, num_rois: int, num_globals: int) -> tuple[Tensor, Tensor]:
@@ -147,9 +147,10 @@ def literal_views(pixels: Tensor, images: Tensor, boxes: Tensor, colours: Tensor
 
 
 def colour_of(row: Sequence[float]) -> Colour:
-    brightness, contrast, saturation, hue, *order, grey, sigma, solarise = row
-    steps = tuple(int(step) for step in order)
-    return Colour(brightness, contrast, saturation, hue or None, steps, bool(grey), sigma or None, bool(solarise))
+    brightness, contrast, saturation, hue, *order, grey, sigma, solarise = row[:11]
+    steps, stain = tuple(int(step) for step in order), tuple(row[11:])
+    flags = bool(grey), sigma or None, bool(solarise)
+    return Colour(brightness, contrast, saturation, hue or None, steps, *flags, None if stain == UNSTAINED else stain)
 
 
 LITERAL: dict[str, Callable[..., Any]] = {

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muse_fast.views.colours import UNSTAINED
+
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 LEVEL_STRIDES = (4, 8, 16, 32)
 
@@ -110,7 +112,9 @@ def view_inputs(rois: int, views: int, roi_side: int, size: int) -> Build:
         ]
         order = torch.stack([torch.randperm(4, generator=random) for _ in range(rois * views)], dim=1)
         others = [draw() < 0.2, torch.where(draw() < 0.5, sigma, 0.0), draw() < 0.1]
+        stain = torch.tensor(UNSTAINED).repeat(rois * views, 1)
         colours = torch.stack([column.float() for column in (*jitter, *order, *others)], dim=1)
+        colours = torch.cat([colours, stain], dim=1)
         return tissue.to(torch.uint8).flatten(), table, boxes, colours, size
 
     return build

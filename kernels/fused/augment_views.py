@@ -1,14 +1,15 @@
-"""Views cut from decoded ROIs: crop, antialiased bicubic resize, flip and turn, colour jitter, blur, normalisation.
+"""Views cut from decoded ROIs: crop, antialiased bicubic resize, flip and turn, stains, colour jitter, blur,
+normalisation.
 
 Resizing is linear and separable: view = Wy crop Wx^T, where each row of a W is the cubic kernel (a = -1/2), stretched
 when downsampling, truncated at the crop and normalised to sum 1. Gaussian blur is the same with other weights. Both are
 matrix products of small tiles, whose weights are computed on the fly.
 
-There are three launches, all on a uint8 copy of the views. ``resize_kernel`` reads the crops and applies the colour
-steps before contrast. Contrast needs the mean grey of the whole view, so every tile stores its part of that sum.
-``colour_kernel`` continues from contrast and finishes the views that are not blurred; ``blur_kernel`` finishes the
-others. Between steps, values are whole levels in 0..255, rounded where torchvision's uint8 functions round and
-truncated where they truncate. No atomics: every run is bit-identical.
+There are three launches, all on a uint8 copy of the views. ``resize_kernel`` reads the crops, changes the stains and
+applies the colour steps before contrast. Contrast needs the mean grey of the whole view, so every tile stores its part
+of that sum. ``colour_kernel`` continues from contrast and finishes the views that are not blurred; ``blur_kernel``
+finishes the others. Between steps, values are whole levels in 0..255, rounded where torchvision's uint8 functions round
+and truncated where they truncate. No atomics: every run is bit-identical.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ BLOCK = 1024  # pixels of a view whose colours a program changes
 IMAGE, X, Y, SIDE, FLIP, TURNS = (tl.constexpr(column) for column in range(6))
 BOX_COLUMNS = tl.constexpr(6)
 ORDER, GREY, SIGMA, SOLARISE = tl.constexpr(4), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
-COLOUR_COLUMNS = tl.constexpr(11)
+STAINS = tl.constexpr(11)  # three factors, then three shifts
+COLOUR_COLUMNS = tl.constexpr(17)
 # Colour steps, as numbered in the order columns, and the columns of their strengths.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(step) for step in range(4))
 
@@ -80,6 +82,39 @@ def level(value):
 def cut(value):
     """The whole level below, as in torchvision after each step of jitter."""
     return tl.floor(tl.minimum(tl.maximum(value, 0.0), 255.0))
+
+
+@triton.jit
+def density_of(value):
+    """Optical density of a level, by the natural logarithm; 0 counts as 1/4, the middle of what is rounded to it."""
+    return -tl.log(tl.maximum(value, 0.25) / 255)
+
+
+@triton.jit
+def level_of(density):
+    return level(255 * tl.exp(-density))
+
+
+@triton.jit
+def changed(amount, stain):
+    return amount * tl.load(stain) + tl.load(stain + 3)
+
+
+@triton.jit
+def change_stains(r, g, b, stain):
+    """Scale and shift the amounts of haematoxylin, eosin and residual, with the vectors of Ruifrok and Johnston (2001).
+
+    A density is the sum of amounts times stain vectors; their inverse separates the amounts.
+    """
+    r, g, b = density_of(r), density_of(g), density_of(b)
+    haematoxylin = changed(1.87798274 * r - 0.06590806 * g - 0.60190736 * b, stain)
+    eosin = changed(-1.00767869 * r + 1.13473037 * g - 0.48041419 * b, stain + 1)
+    residual = changed(-0.55611582 * r - 0.13552180 * g + 1.57358807 * b, stain + 2)
+    return (
+        level_of(0.65 * haematoxylin + 0.07 * eosin + 0.27 * residual),
+        level_of(0.70 * haematoxylin + 0.99 * eosin + 0.57 * residual),
+        level_of(0.29 * haematoxylin + 0.11 * eosin + 0.78 * residual),
+    )
 
 
 @triton.jit
@@ -141,7 +176,7 @@ def resize_kernel(
     pixels,  # uint8: images one after the other, each [3, height, width]
     images,  # [B, 3] int64: first byte, height and width
     boxes,  # [N, 6] int32
-    colours,  # [N, 11] float32
+    colours,  # [N, 17] float32
     views,  # [N, 3, size, size] uint8
     greys,  # [N, tiles] float32: the sum of grey over each tile
     size,
@@ -192,6 +227,11 @@ def resize_kernel(
     ]
     r, g, b = level(r * unit), level(g * unit), level(b * unit)
 
+    lane, stain = tl.arange(0, 8), colour + STAINS
+    unchanged = tl.where(lane < 3, 1.0, 0.0)
+    if tl.sum(tl.abs(tl.load(stain + lane, mask=lane < 6, other=0.0) - unchanged), 0) > 0:
+        r, g, b = change_stains(r, g, b, stain)
+
     before = True
     for k in tl.static_range(4):
         step = tl.load(colour + ORDER + k).to(tl.int32)
@@ -218,7 +258,7 @@ def resize_kernel(
 @triton.jit
 def colour_kernel(
     views,  # [N, 3, size, size] uint8, changed in place if the view is to be blurred
-    colours,  # [N, 11] float32
+    colours,  # [N, 17] float32
     greys,  # [N, tiles] float32
     out,  # [N, 3, size, size]
     area,  # size * size
@@ -275,7 +315,7 @@ def reflected(pixel, size):
 @triton.jit
 def blur_kernel(
     views,  # [N, 3, size, size] uint8
-    colours,  # [N, 11] float32
+    colours,  # [N, 17] float32
     out,  # [N, 3, size, size]
     size,
     TILE: tl.constexpr,

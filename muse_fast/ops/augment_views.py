@@ -1,4 +1,4 @@
-"""Views cut from decoded ROIs: crop, resize, flip and turn, colour jitter, blur, normalisation."""
+"""Views cut from decoded ROIs: crop, resize, flip and turn, stains, colour jitter, blur, normalisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from muse_fast.ops import backends, reference
 BOX_COLUMNS = ("image", "x", "y", "side", "flip", "turns")
 JITTER = ("brightness", "contrast", "saturation", "hue")
 ORDER = ("first", "second", "third", "fourth")  # of JITTER, by number: the order in which they are applied
-COLOUR_COLUMNS = (*JITTER, *ORDER, "grey", "sigma", "solarise")
+STAINS = ("haematoxylin", "eosin", "residual")  # factors of their amounts
+STAIN_SHIFTS = tuple(f"{stain}_shift" for stain in STAINS)
+COLOUR_COLUMNS = (*JITTER, *ORDER, "grey", "sigma", "solarise", *STAINS, *STAIN_SHIFTS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,12 +32,15 @@ def augment_views(
        mode="bicubic", antialias=True)``: a cubic kernel with a = -1/2, stretched when downsampling. Pixels outside the
        square are not read.
     2. Mirror left-right if ``flip``, then rotate by ``turns`` quarter turns counter-clockwise.
-    3. Multiply brightness, contrast (about the mean grey of the view) and saturation by their factors (1 changes
+    3. Multiply the amounts of the three stains by their factors (1 changes nothing) and add their shifts (0 changes
+       nothing), with the stain vectors of Ruifrok and Johnston (2001): the optical densities -ln(level / 255) of a
+       pixel are the sum of its amounts times these vectors. The level 0 counts as 1/4.
+    4. Multiply brightness, contrast (about the mean grey of the view) and saturation by their factors (1 changes
        nothing) and shift the hue (0 changes nothing, 1 is the whole HSV colour circle), in the given order; then
        convert to greyscale if ``grey``.
-    4. If ``sigma`` is above 0, apply a Gaussian blur with a radius of 3 sigma, rounded, at least 1 and at most
+    5. If ``sigma`` is above 0, apply a Gaussian blur with a radius of 3 sigma, rounded, at least 1 and at most
        ``size // 2 - 1``, mirrored at the borders.
-    5. If ``solarise``, replace every level from 128 up by 255 - level; then normalise.
+    6. If ``solarise``, replace every level from 128 up by 255 - level; then normalise.
 
     Between steps, values are whole levels, rounded or truncated as torchvision does on uint8, so views equal those of
     the CPU path except for occasional differences of one level. The op is not differentiable.
@@ -45,7 +50,7 @@ def augment_views(
         images: ``[B, 3]`` int64: first byte, height and width of each image.
         boxes: ``[N, 6]`` int32, columns as in ``BOX_COLUMNS``: image number, x, y and side of the square in pixels of
             that image, flip (0 or 1), turns (0 to 3). The square must lie inside its image (not checked on CUDA).
-        colours: ``[N, 11]`` float32, columns as in ``COLOUR_COLUMNS``; ``grey`` and ``solarise`` are 0 or 1.
+        colours: ``[N, 17]`` float32, columns as in ``COLOUR_COLUMNS``; ``grey`` and ``solarise`` are 0 or 1.
         size: side of a view in pixels, at least 4.
         dtype: dtype of the views: float32, bfloat16 or float16.
         backend: ``reference`` or ``triton`` to force one.

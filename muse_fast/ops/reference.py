@@ -118,8 +118,11 @@ def augment_views(
 
 
 def _coloured(view: Tensor, colour: list[float]) -> Tensor:
-    """Jitter in the given order, then grey, blur, solarise; levels ``[3, R, R]`` in and out."""
-    *strengths, first, second, third, fourth, grey, sigma, solarise = colour
+    """Stains, jitter in the given order, then grey, blur, solarise; levels ``[3, R, R]`` in and out."""
+    *strengths, first, second, third, fourth, grey, sigma, solarise = colour[:11]
+    factors, shifts = colour[11:14], colour[14:]
+    if factors != [1, 1, 1] or shifts != [0, 0, 0]:
+        view = _restained(view, factors, shifts)
     for step in (int(first), int(second), int(third), int(fourth)):
         strength = strengths[step]
         if step == 3:
@@ -132,6 +135,16 @@ def _coloured(view: Tensor, colour: list[float]) -> Tensor:
     if sigma > 0:
         view = _blurred(view, sigma)
     return torch.where(view >= 128, 255 - view, view) if solarise else view
+
+
+def _restained(view: Tensor, factors: list[float], shifts: list[float]) -> Tensor:
+    """Scale and shift the amounts of the stains: solve for those whose vectors add up to the pixel's density."""
+    vectors = view.new_tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], dtype=torch.float64)
+    density = -(view.double().clamp(min=0.25) / 255).log()
+    amounts = torch.linalg.solve(vectors.T, density.flatten(1))
+    amounts = amounts * amounts.new_tensor(factors)[:, None] + amounts.new_tensor(shifts)[:, None]
+    levels = 255 * (-vectors.T @ amounts).exp()
+    return levels.round().clamp(max=255).view_as(view).to(view.dtype)
 
 
 def _grey(view: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ One sample of the pipeline is one ROI: it is decoded once, cropped and resized V
 are stacked, so that every later operator handles them all at once. Boxes, turns and colours are inputs next to the
 JPEG. The steps are those of ``ops.augment_views``. Hue and contrast are written as arithmetic, because DALI's own
 operators differ from torchvision's: its hue rotates in YIQ, not around the HSV circle, and its contrast does not
-use the mean grey.
+use the mean grey. It has none for stains.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from muse_fast.ops.augment_views import BOX_COLUMNS, COLOUR_COLUMNS
-from muse_fast.views.colours import blur_radius
+from muse_fast.ops.augment_views import BOX_COLUMNS, COLOUR_COLUMNS, STAIN_SHIFTS, STAINS
+from muse_fast.views.colours import DARKEST, blur_radius, stain_maps
 from muse_fast.views.damage import damaged_jpeg
 
 _PREFETCH = 2  # batches in preparation
@@ -44,6 +44,7 @@ class Inputs(NamedTuple):
     sigmas: list[NDArray[np.float32]]  # [V]
     steps: list[NDArray[np.float32]]  # [V, 4, 4, 1, 1, 1] of each step: factor, is contrast, is saturation, hue shift
     flags: list[NDArray[np.float32]]  # [V, 2, 1, 1, 1] grey, solarise
+    stains: list[NDArray[np.float32]]  # [V, 3, 4, 1, 1, 1] see `stain_maps`
 
 
 def render_batches(
@@ -94,6 +95,7 @@ def pipeline_inputs(planned: PlannedViews, config: ViewsConfig) -> Inputs:
         np.where(blurred, colours["sigma"], 1).astype(np.float32),
         _steps(colours)[..., None, None, None],
         np.stack([colours["grey"], colours["solarise"]], axis=1)[..., None, None, None],
+        stain_maps(np.stack([colours[name] for name in (*STAINS, *STAIN_SHIFTS)], axis=1))[..., None, None, None],
     )
     return Inputs(
         [planned.jpeg(b).numpy() for b in range(planned.num_rois)],
@@ -169,8 +171,11 @@ def _views(image: Node, inputs: Inputs, views: range, size: int, config: ViewsCo
     if config.turns:
         pixels = fn.warp_affine(pixels, matrix=fn.per_frame(select(inputs.turns)), interp_type=types.INTERP_NN)
     steps, flags = on_device(inputs.steps), on_device(inputs.flags)
-    if config.jitter or config.grey:
+    stained = config.stain or config.stain_shift
+    if stained or config.jitter or config.grey:
         levels = fn.cast(pixels, dtype=types.FLOAT)
+        if stained:
+            levels = _stained(levels, on_device(inputs.stains))
         for step in range(4 if config.jitter else 0):
             levels = _jittered(levels, *(steps[:, step, column] for column in range(4)))
         levels = levels + flags[:, 0] * (_grey(levels) - levels)
@@ -184,6 +189,17 @@ def _views(image: Node, inputs: Inputs, views: range, size: int, config: ViewsCo
     mean, deviation = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
     levels = levels * _per_channel(1 / (255 * deviation), gpu) - _per_channel(mean / deviation, gpu)
     return fn.transpose(levels, perm=[0, 3, 1, 2])
+
+
+def _stained(levels: Node, maps: Node) -> Node:
+    """Apply `stain_maps` to the logarithms of the levels."""
+    red, green, blue = (math.log(math.max(channel, DARKEST)) for channel in _channels(levels))
+    changed = []
+    for row in range(3):
+        of_red, of_green, of_blue, offset = (maps[:, row, column] for column in range(4))
+        logs = of_red * red + of_green * green + of_blue * blue + offset
+        changed.append(math.floor(math.min(math.exp(logs), 255.0) + 0.5))
+    return fn.cat(*changed, axis=3)
 
 
 def _jittered(levels: Node, factor: Node, is_contrast: Node, is_saturation: Node, shift: Node) -> Node:

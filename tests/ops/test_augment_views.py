@@ -19,6 +19,7 @@ from muse_fast.images.imagenet import normalise
 from muse_fast.ops import backends
 from muse_fast.views.boxes import ViewBox
 from muse_fast.views.colours import Colour, apply_colour
+from tests.support.stains import STRONG, stained_exactly
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -59,7 +60,7 @@ def augmented(
     return ops.augment_views(
         *packed(images),
         torch.tensor(boxes, dtype=torch.int32, device=DEVICE).view(-1, 6),
-        torch.tensor(rows, dtype=torch.float32, device=DEVICE).view(-1, 11),
+        torch.tensor(rows, dtype=torch.float32, device=DEVICE).view(-1, 17),
         size,
         dtype,
         backend=backend,
@@ -139,6 +140,20 @@ def test_hue_equals_colorsys(backend: str) -> None:
 
 
 @BACKENDS
+def test_stains_equal_the_equations(backend: str) -> None:
+    """For all colours of a coarse cube, black and white included, with strong changes and with none."""
+    grid = torch.tensor([0, 51, 102, 153, 204, 255], dtype=torch.uint8)
+    image = torch.cartesian_prod(grid, grid, grid)[-196:].T.reshape(3, 14, 14)
+    image[:, 0, 0] = 0
+    stains = [STRONG, (2, 0, 2, -1, 1, -1), (1, 1, 1, 0, 0, 0.1), (1, 1, 1, 0, 0, 0)]
+    colours = [Colour(stain=stain) for stain in stains]
+    got = augmented([image], [(0, 0, 0, 14, 0, 0)] * 4, 14, backend, colours)
+    for view, stain in zip(got, stains, strict=True):
+        assert np.abs(levels(view).numpy() - stained_exactly(image, stain)).max() <= 0.501, stain
+    assert torch.equal(levels(got[3]).round().to(torch.uint8), image)
+
+
+@BACKENDS
 def test_jitter_in_every_order_equals_torchvision(backend: str) -> None:
     (image,) = pictures((16, 16))
     colours = [
@@ -174,7 +189,7 @@ def test_triton_and_reference_agree_on_tissue(shared_data: Path) -> None:
     boxes: list[Box] = [(0, 3, 30, 64, 1, 1), (0, 40, 20, 41, 0, 3)]
     colours = [
         Colour(0.8, 1.3, 0.9, -0.05, (3, 1, 0, 2), blur_sigma=1.1, solarise=True),
-        Colour(1.2, 0.7, 1.1, 0.08, (2, 0, 1, 3)),
+        Colour(1.2, 0.7, 1.1, 0.08, (2, 0, 1, 3), stain=STRONG),
     ]
     expected, got = (augmented([image], boxes, 36, backend, colours) for backend in ("reference", "triton"))
     off = (levels(got) - levels(expected)).abs()
@@ -224,8 +239,8 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         ({"pixels": torch.zeros(9)}, r"pixels must be uint8 \[bytes\], got torch.float32"),
         ({"images": torch.zeros(1, 2).long()}, r"images must be torch.int64 \[1, 3\], got torch.int64 \[1, 2\]"),
         ({"boxes": torch.zeros(2, 6)}, "boxes must be torch.int32"),
-        ({"colours": torch.zeros(3, 11)}, r"colours must be torch.float32 \[2, 11\]"),
-        ({"colours": torch.zeros(2, 11, device="meta")}, "colours on meta"),
+        ({"colours": torch.zeros(3, 17)}, r"colours must be torch.float32 \[2, 17\]"),
+        ({"colours": torch.zeros(2, 17, device="meta")}, "colours on meta"),
         ({"size": 3}, "size must be at least 4"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16"),
         ({"images": torch.tensor([[0, 20, 25]])}, r"\[\[0, 20, 25\]\] do not fit in 1440 bytes"),

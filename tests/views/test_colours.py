@@ -1,11 +1,16 @@
 import colorsys
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
+from skimage.color import hed2rgb, rgb2hed
 
-from muse_fast.config import ViewsConfig
+from muse_fast.config import ViewsConfig, load_config
+from muse_fast.errors import UserError
 from muse_fast.images.imagenet import denormalise, normalise
 from muse_fast.views.colours import Colour, apply_colour, draw_colour
+from tests.support.stains import STRONG, stained_exactly
 
 
 def picture(size: int = 32) -> torch.Tensor:
@@ -70,3 +75,75 @@ def test_with_all_off_a_draw_changes_nothing_but_consumes_the_same_numbers() -> 
     assert apply_colour(picture(), drawn) is not None and torch.equal(apply_colour(picture(), drawn), picture())
     draw_colour(b, "second", ViewsConfig())
     assert a.random() == b.random()
+
+
+def assert_rounded(got: torch.Tensor, exact: np.ndarray) -> None:
+    """To the nearest level; float32 may decide a tie either way."""
+    assert got.dtype == torch.uint8
+    assert np.abs(got.numpy() - exact).max() <= 0.501
+
+
+@pytest.mark.parametrize("stain", [STRONG, (0.0, 1.0, 2.0, 0, 0, 0), (1.0, 1.0, 1.0, -1.0, 1.0, -0.3)])
+def test_stain_equals_the_equations(stain: tuple[float, ...]) -> None:
+    """Random colours, most of which no stain has, in a view that is not square."""
+    image = picture()[:, :31]
+    got = apply_colour(image, Colour(stain=stain))
+    assert_rounded(got, stained_exactly(image, stain))
+    assert not torch.equal(got, image)
+
+
+def test_stain_equals_scikit_image() -> None:
+    """Its amounts are densities / ln 1e6, and negative ones become 0, so we compare colours of positive amounts."""
+    rng, unit = np.random.default_rng(0), np.log(1e6)
+    amounts = rng.uniform(0.02, 0.8, size=(3, 24, 25)) / unit
+    image = torch.from_numpy((255 * hed2rgb(amounts, channel_axis=0)).round().astype(np.uint8))
+    separated = rgb2hed(image.numpy(), channel_axis=0)
+    positive = (separated > 0).all(0)
+    changed = separated * np.reshape(STRONG[:3], (3, 1, 1)) + np.reshape(STRONG[3:], (3, 1, 1)) / unit
+    got = apply_colour(image, Colour(stain=STRONG))
+    assert positive.mean() > 0.9
+    assert_rounded(got[:, positive], 255 * hed2rgb(changed, channel_axis=0)[:, positive])
+
+
+def test_stain_that_changes_nothing_returns_every_level() -> None:
+    level = torch.arange(256, dtype=torch.uint8)
+    image = torch.stack([level.view(16, 16), level.flip(0).view(16, 16), level.roll(77).view(16, 16)])
+    assert torch.equal(apply_colour(image, Colour(stain=(1, 1, 1, 0, 0, 0))), image)
+
+
+def test_stain_of_extreme_colours() -> None:
+    """Black, white and pure colours, with amounts that double, vanish or are shifted far."""
+    corners = torch.cartesian_prod(*[torch.tensor([0, 255], dtype=torch.uint8)] * 3).T.reshape(3, 2, 4)
+    for stain in (STRONG, (2, 2, 2, 1, 1, 1), (0, 0, 0, -1, -1, -1), (2, 0, 2, -1, 1, -1)):
+        got = apply_colour(corners, Colour(stain=stain))
+        assert_rounded(got, stained_exactly(corners, stain))
+    black, white = apply_colour(corners, Colour(stain=(0.5, 0.5, 0.5, 0.1, 0.1, 0.1)))[:, [0, 1], [0, 3]].T.tolist()
+    assert max(black) < 20 and 200 < min(white) < 245
+
+
+def test_stains_are_drawn_within_their_ranges_and_independently() -> None:
+    config = ViewsConfig(stain=0.4, stain_shift=0.08)
+    rng = np.random.default_rng(0)
+    drawn = np.array([draw_colour(rng, "local", config).stain for _ in range(1000)])
+    spread = np.hstack([drawn[:, :3] - 1, drawn[:, 3:]]) / ([0.4] * 3 + [0.08] * 3)
+    assert np.abs(spread).max() <= 1 and spread.max(0).min() > 0.98 and spread.min(0).max() < -0.98
+    assert np.abs(np.corrcoef(spread.T) - np.eye(6)).max() < 0.12
+    only = draw_colour(np.random.default_rng(0), "local", ViewsConfig(stain_shift=0.08)).stain
+    assert only is not None and only[:3] == (1, 1, 1) and min(map(abs, only[3:])) > 0
+
+
+def test_stain_leaves_all_other_draws_as_they_are() -> None:
+    a, b = np.random.default_rng([7, 0, 3]), np.random.default_rng([7, 0, 3])
+    for role in ("first", "second", "local"):
+        with_stain = draw_colour(a, role, ViewsConfig(stain=0.4, stain_shift=0.08))
+        without = draw_colour(b, role, ViewsConfig())
+        assert without.stain is None and replace(with_stain, stain=None) == without
+    assert a.random() == b.random()
+
+
+@pytest.mark.parametrize(
+    "item", ["views.stain=-0.1", "views.stain=1.1", "views.stain_shift=2", "views.stain_shift=nan"]
+)
+def test_stain_settings_out_of_range_are_refused_by_name(item: str) -> None:
+    with pytest.raises(UserError, match=f"{item}.*expected"):
+        load_config(None, [item])

@@ -28,6 +28,7 @@ from tests.support.dots import assert_dots_at, draw_dots, scattered
 CPU = torch.device("cpu")
 SMALL = ViewsConfig(global_size=48, local_size=32, num_locals=2)
 PLAIN = {"jitter": 0.0, "grey": 0.0, "solarise": 0.0, "blur": False}
+STAINED = {"stain": 0.4, "stain_shift": 0.08}
 
 Load = Callable[[RoiSet, ViewsConfig], list[Views]]
 
@@ -130,7 +131,7 @@ def assert_same_but_pixels(a: Views, b: Views) -> None:
 @pytest.mark.parametrize("coloured", [False, True], ids=["plain", "coloured"])
 def test_agrees_with_the_cpu_backend(coloured: bool, load: Load, tissue: RoiSet) -> None:
     """Within a grey level: torch resizes uint8 in integers, which by itself accounts for a fifth of a level."""
-    config = ViewsConfig(num_locals=3, **({} if coloured else PLAIN))
+    config = ViewsConfig(num_locals=3, **(STAINED if coloured else PLAIN))
     expected, got = by_cpu(tissue, config), load(tissue, config)
     assert len(got) == len(expected) == 2
     for a, b in zip(expected, got, strict=True):
