@@ -16,6 +16,7 @@ COMMANDS = {
     "finetune": "fine-tune a pretrained backbone to detect and classify nuclei",
     "evaluate": "evaluate a backbone by nucleus classification, or score a detector",
     "predict": "find the nuclei of slides and images: GeoJSON, CSV and a picture",
+    "embed": "describe every nucleus of slides and images by a vector, in files for scanpy",
     "export": "write a trained network as safetensors, for timm or in the published layout",
     "train_detector": "train a nucleus detector from annotated nuclei",
     "doctor": "show what is installed and the backend of each op, or check a ROI set or a run",

@@ -257,7 +257,7 @@ def test_non_finite_detections_are_refused(
         (["tile=64"], "tile=64: expected at least 112, as 40 px"),
         (["batches=2"], "no setting 'batches'; did you mean 'batch'?"),
         (["mpp=40"], "mpp=40.0: expected 0.05 to 5.0 um per pixel"),
-        (["mpp=1.5"], "1.5 um/px is too coarse for a detector that works at 0.5, expected at most 1"),
+        (["mpp=1.5"], "1.5 um/px is too coarse for a network that works at 0.5, expected at most 1"),
         (["absent.svs"], "absent.svs: no such file or folder"),
     ],
 )

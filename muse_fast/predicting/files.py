@@ -67,7 +67,7 @@ class CellFiles:
     def write(self, xy: NDArray[np.float64], label: NDArray[np.int64], score: NDArray[np.float64]) -> None:
         """Append nuclei: xy ``[n, 2]`` in level-0 pixels, label ``[n]``, score ``[n]``, all finite."""
         first = int(self.counts.sum())
-        xy = np.minimum(xy.round(2), np.array(self._size) - 0.01)  # a point on the far edge would be outside
+        xy = as_written(xy, self._size)
         rows = list(zip(*xy.T.tolist(), label.tolist(), score.tolist(), strict=True))
         left, top = self._origin
         self._geojson.writelines(
@@ -98,6 +98,11 @@ class CellFiles:
 
     def close(self) -> None:
         self._opened.close()
+
+
+def as_written(xy: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float64]:
+    """Points ``[n, 2]`` on a page of ``size`` (w, h) with the two decimals of the files."""
+    return np.minimum(xy.round(2), np.array(size) - 0.01)  # a point on the far edge would be outside
 
 
 def colour(label: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Pages, which are slides or plain images, read in pieces at the um per pixel that a detector expects.
+"""Pages, which are slides or plain images, read in pieces at the um per pixel that a network expects.
 
 Positions are in level-0 pixels, in pixels of a level, or in pixels of the page scaled to other um per pixel. All have
 the same origin, so they differ only by factors.
@@ -7,6 +7,7 @@ the same origin, so they differ only by factors.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from muse_fast.images.slide import Level, Lost, Slide, find_slides, open_slide
 
 SAME_SCALE = 0.02  # relative difference in um per pixel below which pixels are not resampled
 OVERLAY = "overlay.png"  # predict may write it next to slides; it is not one
-MAX_ENLARGEMENT = 2.0  # in coarser slides a detector would see only blur
+MAX_ENLARGEMENT = 2.0  # in coarser slides a network would see only blur
 
 
 class PageFile(NamedTuple):
@@ -63,8 +64,40 @@ def find_pages(inputs: Sequence[Path], mpp: float | None) -> tuple[list[PageFile
     return sorted(pages.values(), key=lambda page: not page.listed), tables.without_effect()
 
 
+class PagePerThread:
+    """A page, opened by each thread that reads it: an error would close a shared handle for the other threads too.
+
+    Attributes:
+        first: open, for the thread that made this.
+
+    Raises:
+        UserError: as in `open_slide`.
+    """
+
+    def __init__(self, file: PageFile) -> None:
+        self._file, self.first = file, file.open()
+        self._opened, self._lock, self._local = [self.first], threading.Lock(), threading.local()
+        self._local.page = self.first
+
+    def own(self) -> Slide:
+        """The page as opened by this thread; an image, which is in memory, is opened once."""
+        if self.first.in_memory:
+            return self.first
+        if not hasattr(self._local, "page"):
+            page = self._file.open()
+            with self._lock:
+                self._opened.append(page)
+            self._local.page = page
+        own: Slide = self._local.page
+        return own
+
+    def close(self) -> None:
+        for page in self._opened:
+            page.close()
+
+
 class Scale:
-    """A page at the um per pixel that a detector expects.
+    """A page at the um per pixel that a network expects.
 
     It is read from the coarsest level that is fine enough. A level within ``SAME_SCALE`` is used as it is.
 
@@ -80,7 +113,7 @@ class Scale:
     def __init__(self, page: Slide, mpp: float) -> None:
         if page.mpp > MAX_ENLARGEMENT * mpp * (1 + SAME_SCALE):
             raise UserError(
-                f"{page.path}: {page.mpp:g} um/px is too coarse for a detector that works at {mpp:g}, "
+                f"{page.path}: {page.mpp:g} um/px is too coarse for a network that works at {mpp:g}, "
                 f"expected at most {MAX_ENLARGEMENT * mpp:g}"
             )
         wanted = mpp / page.mpp

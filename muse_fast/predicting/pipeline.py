@@ -7,13 +7,12 @@ for the others instead of piling up work, so memory does not grow with the page.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +20,9 @@ from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
-from muse_fast.images.slide import Lost, Slide
+from muse_fast.images.slide import Lost
 from muse_fast.predicting.detectors import TileDetector
-from muse_fast.predicting.files import CellFiles
-from muse_fast.predicting.pages import PageFile, Scale
+from muse_fast.predicting.pages import PageFile, PagePerThread, Scale
 from muse_fast.predicting.seams import Found, Seams
 from muse_fast.predicting.tiles import Grid, Tile, Tissue
 
@@ -44,11 +42,19 @@ class Tally:
     seconds: float = 0.0  # from the first tile to the last
 
 
+class Sink(Protocol):
+    """Takes the nuclei of a page as they are found."""
+
+    def write(self, xy: NDArray[np.float64], label: NDArray[np.int64], score: NDArray[np.float64]) -> None:
+        """Append nuclei: xy ``[n, 2]`` in level-0 pixels, label ``[n]``, score ``[n]``, all finite."""
+        ...
+
+
 class Prediction:
     """The nuclei of one page, found tile by tile.
 
     Args:
-        file: the page; every reading thread opens its own.
+        file: the page.
         everywhere: look for nuclei outside tissue too.
         tile: side of a tile in pixels; None: the default of the detector.
         max_unreadable: share of the tissue, or of the page, that may be unreadable.
@@ -74,7 +80,8 @@ class Prediction:
         max_unreadable: float,
     ) -> None:
         self._file, self._detector = file, detector
-        self.page = page = file.open()
+        self._pages = PagePerThread(file)
+        self.page = page = self._pages.first
         self._scale = Scale(page, detector.mpp)
         self.step = self._scale.step
         self.radius = detector.min_distance_um / self._scale.mpp
@@ -83,13 +90,12 @@ class Prediction:
         grid = Grid(self._scale, side, margin)
         self.tissue = Tissue(page, everywhere, max_unreadable)
         self.tiles = [tile for tile in grid.tiles() if self._has_tissue(tile)]
-        self._local, self._pages, self._lock = threading.local(), [page], threading.Lock()
 
     def _has_tissue(self, tile: Tile) -> bool:
         (step_x, step_y), x, y = self.step, tile.x, tile.y
         return self.tissue.overlaps(x.core * step_x, y.core * step_y, x.end * step_x, y.end * step_y)
 
-    def run(self, files: CellFiles, *, batch: int, readers: int, done: Callable[[int], None]) -> Tally:
+    def run(self, files: Sink, *, batch: int, readers: int, done: Callable[[int], None]) -> Tally:
         """Find the nuclei and write them to ``files``; call ``done`` with the tiles so far after each batch.
 
         Raises:
@@ -98,10 +104,10 @@ class Prediction:
         tally, started = Tally(), time.perf_counter()
         writer = _Writer(self, files)
         with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
-            read = _map_ahead(reading, self._read, self.tiles, batch + readers)
+            read = map_ahead(reading, self._read, self.tiles, batch + readers)
             try:
                 results = self._detect(_batches(self._counted(read), batch), tally)
-                for count in _map_ahead(writing, writer.add, results, _MAX_UNWRITTEN):
+                for count in map_ahead(writing, writer.add, results, _MAX_UNWRITTEN):
                     tally.tiles += count
                     done(tally.tiles)
                 writer.finish()
@@ -114,19 +120,7 @@ class Prediction:
     def _read(self, tile: Tile) -> tuple[Tile, _Pixels, Lost]:
         """Pixels ``[H, W, 3]`` of a tile, white where they are lost."""
         x, y, lost = tile.x, tile.y, Lost()
-        return tile, self._scale.read(self._thread_page(), x.start, y.start, x.length, y.length, lost), lost
-
-    def _thread_page(self) -> Slide:
-        """The page as opened by this thread: an error would close a shared handle for the other threads too."""
-        if self.page.in_memory:
-            return self.page
-        if not hasattr(self._local, "page"):
-            page = self._file.open()
-            with self._lock:
-                self._pages.append(page)
-            self._local.page = page
-        own: Slide = self._local.page
-        return own
+        return tile, self._scale.read(self._pages.own(), x.start, y.start, x.length, y.length, lost), lost
 
     def _counted(self, read: Iterable[tuple[Tile, _Pixels, Lost]]) -> Iterator[tuple[Tile, _Pixels]]:
         """The tiles, with what is lost in them counted; raises an error if it is too much."""
@@ -166,14 +160,13 @@ class Prediction:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for page in self._pages:
-            page.close()
+        self._pages.close()
 
 
 class _Writer:
     """Collects the points of tiles row by row, and writes those that later rows cannot change."""
 
-    def __init__(self, prediction: Prediction, files: CellFiles) -> None:
+    def __init__(self, prediction: Prediction, files: Sink) -> None:
         self._prediction, self._files = prediction, files
         self._seams = Seams(prediction.radius)
         self._row: list[Found] = []
@@ -202,7 +195,7 @@ def _within(xy: NDArray[np.float64], low: NDArray[Any], high: NDArray[Any]) -> N
     return np.all((xy >= low) & (xy < high), axis=1)
 
 
-def _map_ahead(
+def map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], most: int
 ) -> Iterator[_Result]:
     """Results in the order of the items, of which at most ``most`` are waiting or in progress."""

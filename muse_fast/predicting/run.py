@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,17 +13,23 @@ import torch
 
 from muse_fast.errors import UserError
 from muse_fast.images.mpp import MPP_RANGE
-from muse_fast.images.slide import Slide, slide_identity
 from muse_fast.predicting.detectors import TileDetector, open_detector
 from muse_fast.predicting.files import CellFiles
+from muse_fast.predicting.inputs import (
+    SlidesTaken,
+    changed_words,
+    fingerprint_of,
+    read_record,
+    scale_words,
+    unlike_header,
+    weights_sha256,
+)
 from muse_fast.predicting.pages import PageFile, find_pages
 from muse_fast.predicting.pipeline import Prediction
 from muse_fast.runtime import atomic
 from muse_fast.runtime.device import peak_memory, pick_device
-from muse_fast.runtime.folders import find_files
 from muse_fast.runtime.options import Config, fixed_settings, setting
 from muse_fast.runtime.progress_bar import ProgressBar
-from muse_fast.sources.names import SlidesSeen
 from muse_fast.sources.wsi import listed, reason_of, usable_cpus
 from muse_fast.version import __version__
 
@@ -69,7 +73,7 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
     made_with = {
         "program": f"muse_fast {__version__}",
         "weights": weights,
-        "weights_sha256": _fingerprint(weights),
+        "weights_sha256": weights_sha256(weights),
         "class_names": list(detector.class_names),
         "detector_mpp": detector.mpp,
         "settings": dict(fixed_settings(settings)),
@@ -78,7 +82,8 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
     print(f"predict {len(left)} of {len(pages)} inputs with {weights} on {device} -> {out}", flush=True)
     for line in without_effect:
         print(f"no effect: {line}", flush=True)
-    slides = _SlidesTaken(out, [page for page in pages if page not in left and page.path not in refused])
+    finished = [page for page in pages if page not in left and page.path not in refused]
+    slides = SlidesTaken({page: read_record(out / page.name / _SUMMARY).get("identity") for page in finished})
     repeated: dict[Path, str] = {}
     for number, page in enumerate(left, start=1):
         try:
@@ -96,7 +101,7 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
             print(f"{number}/{len(left)} {page.path.name}: {refused[page.path]}", flush=True)
             continue
         print(f"{number}/{len(left)} {page.path.name}: {_describe(summary)}", flush=True)
-    done = [_content(out / page.name / _SUMMARY) for page in pages if page.path not in refused | repeated]
+    done = [read_record(out / page.name / _SUMMARY) for page in pages if page.path not in refused | repeated]
     total = _total(done) | {
         "refused": {path.name: reason for path, reason in refused.items()},
         "repeated": {str(path): reason for path, reason in repeated.items()},
@@ -121,15 +126,11 @@ def _left_to_do(
         UserError: all are done, or ``out`` was made with other weights or settings.
     """
     record = out / _RECORD
-    before = _content(record) or made_with
+    before = read_record(record) or made_with
     if before != made_with and any(out.glob(f"*/{_SUMMARY}")):
         changed = next(key for key in made_with | before if before.get(key) != made_with.get(key))
-        old, new = before.get(changed), made_with.get(changed)
-        if isinstance(old, dict) and isinstance(new, dict):  # settings
-            old, new = (
-                {key: one[key] for key in one if one[key] != other.get(key)} for one, other in ((old, new), (new, old))
-            )
-        raise UserError(f"{out} contains predictions made with {changed} {old}, not {new}; choose another --out")
+        words = changed_words(changed, before.get(changed), made_with.get(changed))
+        raise UserError(f"{out} contains predictions made with {words}; choose another --out")
     left, refused, names = [], {}, dict[str, Path]()
     for page in pages:
         if (first := names.setdefault(page.name, page.path)) != page.path:
@@ -146,72 +147,15 @@ def _left_to_do(
 
 def _made_otherwise(folder: Path, page: PageFile, made_with: dict[str, Any]) -> str:
     """Why a folder is not the finished prediction of this page; "" if it is."""
-    summary = _content(folder / _SUMMARY)
+    summary = read_record(folder / _SUMMARY)
     if not summary:
         return "is not a finished prediction"
     if changed := next((key for key in made_with if summary.get(key) != made_with[key]), ""):
         return f"was made with other {changed}"
-    if any(summary.get(key) != value for key, value in _fingerprint_of(page.path).items()):
+    if any(summary.get(key) != value for key, value in fingerprint_of(page.path).items()):
         return "belongs to another file"
     before, now = summary.get("mpp_given"), page.mpp
-    return "" if before == now else f"was made with {_scale_words(before)}, not {_scale_words(now)}"
-
-
-def _scale_words(mpp: float | None) -> str:
-    return "the um/px of the header" if mpp is None else f"{mpp} um/px"
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """What a JSON file of an earlier command contains; empty if there is none or it is damaged, as by a power cut."""
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-class _SlidesTaken:
-    """The slides that have been predicted, to predict those that consist of several files, or have copies, once.
-
-    Args:
-        finished: pages predicted by an earlier command.
-    """
-
-    def __init__(self, out: Path, finished: Sequence[PageFile]) -> None:
-        self._seen, self._taken = SlidesSeen(), dict[Path, PageFile]()
-        self._first_of: dict[Path, Path] = {}  # of the pages asked for, as finding out opens the slide
-        for page in finished:
-            self._taken[self._seen.first(page.path, _content(out / page.name / _SUMMARY).get("identity"))] = page
-
-    def same_as(self, page: PageFile) -> Path | None:
-        """The file from which the slide of this page was read; None: it has not been read.
-
-        Raises:
-            UserError: the page cannot be opened, or the tables give both files different um per pixel.
-        """
-        other = self._taken.get(self._first(page))
-        if other and other.listed and page.listed and other.mpp != page.mpp:
-            raise UserError(
-                f"the same slide as {other.path}, but mpp.csv gives it {page.mpp:g} um/px and that {other.mpp:g}; "
-                "correct mpp.csv, or remove one of the files"
-            )
-        return other.path if other else None
-
-    def take(self, page: PageFile) -> None:
-        """Record that a page was predicted."""
-        self._taken[self._first(page)] = page
-
-    def _first(self, page: PageFile) -> Path:
-        if page.path not in self._first_of:
-            self._first_of[page.path] = self._seen.first(page.path, slide_identity(page.path))
-        return self._first_of[page.path]
-
-
-def _fingerprint_of(path: Path) -> dict[str, Any]:
-    """Identifies a file without reading all of it."""
-    with open(path, "rb") as file:
-        head = hashlib.sha256(file.read(1 << 20)).hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256_of_first_mib": head}
+    return "" if before == now else f"was made with {scale_words(before)}, not {scale_words(now)}"
 
 
 def _predict_page(
@@ -246,7 +190,7 @@ def _predict_page(
         nuclei, area = int(files.counts.sum()), found.tissue.area_mm2
         seconds = time.perf_counter() - started
         summary = {
-            **_fingerprint_of(file.path),
+            **fingerprint_of(file.path),
             "identity": page.identity,
             "width": page.width,
             "height": page.height,
@@ -261,7 +205,7 @@ def _predict_page(
             "tiles": tally.tiles,
             "unreadable_mm2": round(found.tissue.damage.unreadable_mm2, 6),
             "nothing_found": _nothing_found(nuclei, area, page.mpp),
-            "unlike_header": _unlike_header(page),
+            "unlike_header": unlike_header(page),
             "seconds": round(seconds, 3),
             "nuclei_per_second": round(nuclei / seconds, 1),
             "mm2_per_second": round(area / seconds, 4),
@@ -280,28 +224,6 @@ def _nothing_found(nuclei: int, area: float, mpp: float) -> str:
     if not area:
         return "no tissue found; if there is some, tissue=false searches everywhere"
     return f"no nuclei found on {area:.3g} mm2: is {mpp:g} um/px right, and is it H&E?"
-
-
-def _unlike_header(page: Slide) -> str:
-    """How the given um/px differs from the header's, if by more than a fifth; else ""."""
-    try:
-        header = page.header_mpp()
-    except UserError:  # implausible: that is why another is given
-        return ""
-    if header is None or max(header / page.mpp, page.mpp / header) < 1.2:
-        return ""
-    return f"{page.mpp:g} um/px as given, though the header says {header:g}"
-
-
-def _fingerprint(weights: str) -> str:
-    """Hash of the user's weights; "" for a built-in detector."""
-    path = Path(weights)
-    if path.is_file():
-        return atomic.file_sha256(path)
-    digest = hashlib.sha256()
-    for file in find_files(path, "**/*.safetensors"):
-        digest.update(f"{file.relative_to(path)} {atomic.file_sha256(file)}\n".encode())
-    return digest.hexdigest() if path.is_dir() else ""
 
 
 def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -39,13 +39,13 @@ def begin(out: Path) -> Path:
 def commit(folder: Path, out: Path) -> None:
     """Rename the finished temporary ``folder`` to ``out``, which survives a power failure once this returns."""
     for path in folder.rglob("*"):
-        _fsync(path)
-    _fsync(folder)
+        fsync(path)
+    fsync(folder)
     try:
         folder.rename(out)
     except OSError as error:
         raise UserError(f"{out}: the finished folder cannot be moved there ({error.strerror})") from error
-    _fsync(out.parent)
+    fsync(out.parent)
 
 
 @contextmanager
@@ -115,7 +115,8 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file, or the list of files in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -90,8 +90,8 @@ class Slides(Source):
             self._tables.read_all(root)
         self._groups = read_groups(Path(options.groups)) if options.groups else None
         self._tissue, self._nuclei = _folder("tissue", options.tissue), _folder("nuclei", options.nuclei)
-        self._tissue_of = _by_name(self._tissue, TISSUE_SUFFIXES)
-        self._nuclei_of = _by_name(self._nuclei, NUCLEI_SUFFIXES)
+        self._tissue_of = files_by_name(self._tissue, TISSUE_SUFFIXES)
+        self._nuclei_of = files_by_name(self._nuclei, NUCLEI_SUFFIXES)
         self.files = self._describe_all(paths)
         self.without_effect = [
             *self._tables.without_effect(),
@@ -130,10 +130,10 @@ class Slides(Source):
         group = self._groups.find(slide, *names_of(path, self._root)) if self._groups else None
         if self._groups and group is None:
             raise UserError(f"not listed in groups={self.options.groups}")
-        nuclei = _find(self._nuclei_of, name)
+        nuclei = file_named(self._nuclei_of, name)
         if self._nuclei and nuclei is None:
             raise UserError(f"nuclei={self._nuclei} has no file {name} with suffix {', '.join(NUCLEI_SUFFIXES)}")
-        tissue = _find(self._tissue_of, name)
+        tissue = file_named(self._tissue_of, name)
         return SlideFile(
             path, text_of(name), text_of(slide), row.split if row else "", group or "", mpp, mpp_from, tissue, nuclei
         )
@@ -269,7 +269,7 @@ def _folder(option: str, text: str) -> Path | None:
     return Path(text)
 
 
-def _by_name(folder: Path | None, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+def files_by_name(folder: Path | None, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     """The files in a folder of masks or nuclei by the key of their slide's name."""
     found: dict[str, list[Path]] = defaultdict(list)
     for path in find_files(folder, "*") if folder else ():
@@ -279,7 +279,7 @@ def _by_name(folder: Path | None, suffixes: Sequence[str]) -> dict[str, list[Pat
     return found
 
 
-def _find(by_name: Mapping[str, list[Path]], name: str) -> Path | None:
+def file_named(by_name: Mapping[str, list[Path]], name: str) -> Path | None:
     """The file of a slide in a folder of masks or nuclei; UserError if there are several."""
     found = by_name.get(key_of(name), [])
     if len(found) > 1:

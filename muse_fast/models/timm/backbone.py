@@ -87,6 +87,23 @@ class TimmBackbone(nn.Module):
         Raises:
             UserError: the images do not have the side that the network was built for.
         """
+        maps: list[Tensor] = self.network.forward_intermediates(
+            self._fitted(images), indices=self.stages, norm=self.plain, output_fmt="NCHW", intermediates_only=True
+        )
+        return maps
+
+    def cls(self, images: Tensor) -> Tensor:
+        """Image features ``[I, image_dim]``: what the network returns without its classifier, its CLS token or a pool
+        of its map; ``global_pool=`` in its name decides, see ``timm.create_model``.
+
+        Raises:
+            UserError: as in `maps`.
+        """
+        features: Tensor = self.network(self._fitted(self._normalised(images)))
+        return features
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        """Images with the side and the statistics of the network."""
         stride = self.strides[-1]
         if images.shape[-2:] != (images.shape[-1],) * 2 or _round_up(images.shape[-1], stride) != self.side:
             raise UserError(
@@ -94,11 +111,7 @@ class TimmBackbone(nn.Module):
             )
         if images.shape[-1] != self.side:
             images = F.interpolate(images, size=(self.side, self.side), mode="bicubic", antialias=True)
-        images = images * self.gain + self.offset
-        maps: list[Tensor] = self.network.forward_intermediates(
-            images, indices=self.stages, norm=self.plain, output_fmt="NCHW", intermediates_only=True
-        )
-        return maps
+        return images * self.gain + self.offset
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
         """One feature per nucleus, ``[N, D]``; see `muse_fast.models.Backbone.nucleus_features`."""

@@ -1,0 +1,43 @@
+"""``python -m muse_fast.embed --weights W --out DIR IMAGE_OR_SLIDE ... [key=value ...]``: one vector per nucleus.
+
+Each slide or image gets NAME.h5ad in DIR, which scanpy opens, NAME.parquet without the vectors, and NAME.json. A file
+appears only when it is complete; an interrupted command continues when it is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from muse_fast.embedding.run import EmbedConfig, embed
+from muse_fast.models.weights import COMPATS
+from muse_fast.runtime.cli import run, written_to
+from muse_fast.runtime.options import known_keys, load_settings, split_settings
+
+WEIGHTS_HELP = (
+    "run, checkpoint, export, .pth, run of finetune, random:ARCH, or a network of timm as "
+    "timm:NAME[:key=value ...]@FILE"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.embed", description="Describe every nucleus of slides and images by a vector."
+    )
+    parser.add_argument("--weights", required=True, help=WEIGHTS_HELP)
+    parser.add_argument("--out", type=Path, required=True, help="output folder, with the files of each input")
+    parser.add_argument("--arch", help="needed only if the weights do not record it")
+    parser.add_argument("--compat", choices=COMPATS, help="resampling of the position embedding, see load_backbone")
+    help_ = f"files or folders of files; also settings as key=value: {', '.join(known_keys(EmbedConfig))}"
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_SLIDE", help=help_)
+    args = parser.parse_intermixed_args(argv)
+    given, inputs = split_settings(args.inputs)
+    settings = load_settings(EmbedConfig, None, given)
+    with written_to(args.out):
+        embed(args.weights, args.out, [Path(one) for one in inputs], settings, args.arch, args.compat)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

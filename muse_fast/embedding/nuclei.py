@@ -1,0 +1,162 @@
+"""Which nuclei of a page are described: those that a detector finds, or those of the user's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muse_fast.errors import UserError
+from muse_fast.images.nuclei_files import SUFFIXES, read_nuclei_and_names
+from muse_fast.images.slide import Slide
+from muse_fast.predicting.detectors import TileDetector
+from muse_fast.predicting.files import as_written
+from muse_fast.predicting.inputs import fingerprint_of, read_record
+from muse_fast.predicting.pages import PageFile
+from muse_fast.predicting.pipeline import Prediction
+from muse_fast.sources.wsi import file_named, files_by_name
+
+PREDICTIONS = "predict.json"  # in a folder that `muse_fast.predict` has written
+_TILES = 4  # that a detector processes at a time
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Nuclei:
+    """The nuclei of one page."""
+
+    xy: NDArray[np.float64]  # [n, 2] level-0 pixels, on the page
+    label: NDArray[np.int16]  # [n] index into class_names, -1 unknown
+    score: NDArray[np.float32]  # [n] NaN without scores
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.xy)
+
+
+class NucleiSource(Protocol):
+    """Gives the nuclei of pages."""
+
+    def record(self, file: PageFile) -> Any:
+        """What the nuclei of a page depend on, for JSON.
+
+        Raises:
+            UserError: there is no file for the page.
+        """
+        ...
+
+    def of(self, file: PageFile, progress: Progress) -> Nuclei:
+        """The nuclei of a page, always in the same order.
+
+        Raises:
+            UserError: page or nuclei cannot be read.
+        """
+        ...
+
+
+class Detected:
+    """The nuclei that `muse_fast.predict` finds, with the numbers that it writes.
+
+    Args:
+        name: of the detector's weights; sha256: of those.
+        everywhere: also outside tissue.
+    """
+
+    def __init__(
+        self,
+        detector: TileDetector,
+        name: str,
+        sha256: str,
+        *,
+        everywhere: bool,
+        readers: int,
+        max_unreadable: float,
+    ) -> None:
+        self._detector, self._record = detector, {"detector": name, "sha256": sha256}
+        self._everywhere, self._readers, self._max_unreadable = everywhere, readers, max_unreadable
+
+    def record(self, file: PageFile) -> Any:
+        return self._record
+
+    def of(self, file: PageFile, progress: Progress) -> Nuclei:
+        with Prediction(
+            file, self._detector, everywhere=self._everywhere, tile=None, max_unreadable=self._max_unreadable
+        ) as found:
+            sink = _Collector((found.page.width, found.page.height))
+            found.run(
+                sink,
+                batch=_TILES,
+                readers=self._readers,
+                done=lambda tiles: progress(tiles, len(found.tiles), "tiles"),
+            )
+        return sink.nuclei(self._detector.class_names)
+
+
+class _Collector:
+    """Keeps nuclei as they are read from the table that `muse_fast.predict` would write."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self._size = size
+        self._xy, self._label, self._score = [np.zeros((0, 2))], [np.zeros(0, np.int16)], [np.zeros(0, np.float32)]
+
+    def write(self, xy: NDArray[np.float64], label: NDArray[np.int64], score: NDArray[np.float64]) -> None:
+        """See `muse_fast.predicting.pipeline.Sink`."""
+        self._xy.append(as_written(xy, self._size).astype(np.float32).astype(np.float64))
+        self._label.append(label.astype(np.int16))
+        self._score.append(score.round(4).astype(np.float32))
+
+    def nuclei(self, class_names: tuple[str, ...]) -> Nuclei:
+        xy, label, score = np.concatenate(self._xy), np.concatenate(self._label), np.concatenate(self._score)
+        return Nuclei(xy, label, score, class_names)
+
+
+class FromFiles:
+    """The nuclei of the user's files: one file for one page, a folder of files named like the pages, or a folder of
+    earlier predictions.
+
+    Args:
+        target: the file or folder.
+        multi, frame: of GeoJSON, see `muse_fast.images.nuclei_files.read_nuclei`.
+    """
+
+    def __init__(self, target: Path, multi: str, frame: str) -> None:
+        self._target, self._multi, self._frame = target, multi, frame
+        self._predictions = (target / PREDICTIONS).is_file()
+        self._names = tuple(read_record(target / PREDICTIONS).get("class_names", ()))
+        self._by_name = files_by_name(target, SUFFIXES) if target.is_dir() and not self._predictions else {}
+
+    def record(self, file: PageFile) -> Any:
+        return fingerprint_of(self._file_of(file))
+
+    def of(self, file: PageFile, progress: Progress) -> Nuclei:
+        page = file.open()
+        try:
+            return self._read(self._file_of(file), page)
+        finally:
+            page.close()
+
+    def _read(self, path: Path, page: Slide) -> Nuclei:
+        points, names, left_out = read_nuclei_and_names(path, page, self._names, self._multi, self._frame)
+        if left_out:
+            print(f"{path}: left out {', '.join(f'{n} x {why}' for why, n in left_out.items())}", flush=True)
+        score = np.full(len(points), np.nan, np.float32) if points.score is None else points.score.astype(np.float32)
+        unique = tuple(dict.fromkeys(names))  # a table may give two labels one name
+        label = np.array([*map(unique.index, names), -1], np.int16)[points.classes()]
+        return Nuclei(points.xy.astype(np.float64), label, score, unique)
+
+    def _file_of(self, file: PageFile) -> Path:
+        if self._target.is_file():
+            return self._target
+        if self._predictions:
+            path = self._target / file.name / "cells.csv"
+            if not path.is_file():
+                raise UserError(f"nuclei={self._target} has no prediction {file.name} (no {path.name} there)")
+            return path
+        found = file_named(self._by_name, file.name)
+        if found is None:
+            raise UserError(f"nuclei={self._target} has no file {file.name} with suffix {', '.join(SUFFIXES)}")
+        return found

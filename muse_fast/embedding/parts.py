@@ -1,0 +1,108 @@
+"""Finished parts of a slide's vectors, from which an interrupted command continues."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muse_fast.embedding.nuclei import Nuclei
+from muse_fast.predicting.inputs import read_record
+from muse_fast.runtime import atomic
+
+_MADE_WITH, _NUCLEI = "made_with.json", "nuclei.npz"
+
+
+class Parts:
+    """A folder with the nuclei of a slide and their vectors, in parts that are whole or absent.
+
+    Args:
+        folder: what it contains is kept only if it was made with the same ``made_with``.
+        made_with: all that the vectors depend on, for JSON.
+    """
+
+    def __init__(self, folder: Path, made_with: Mapping[str, Any]) -> None:
+        self.folder = folder
+        known = json.loads(json.dumps(made_with))
+        if folder.is_dir() and read_record(folder / _MADE_WITH) != known:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(folder / _MADE_WITH, known)
+
+    def nuclei(self) -> Nuclei | None:
+        """The nuclei, once they are known."""
+        path = self.folder / _NUCLEI
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            return Nuclei(file["xy"], file["label"], file["score"], tuple(file["class_names"].tolist()))
+
+    def keep_nuclei(self, nuclei: Nuclei) -> None:
+        with _whole(self.folder / _NUCLEI) as temporary, open(temporary, "wb") as file:
+            names = np.array(nuclei.class_names, np.str_)
+            np.savez(file, xy=nuclei.xy, label=nuclei.label, score=nuclei.score, class_names=names)
+
+    def has(self, number: int) -> bool:
+        return self._path(number).is_file()
+
+    def keep(self, number: int, rows: NDArray[np.float32]) -> None:
+        """Keep the vectors ``[n, D]`` of a part."""
+        with _whole(self._path(number)) as temporary, open(temporary, "wb") as file:
+            np.save(file, rows)
+
+    def read(self, number: int) -> NDArray[np.float32]:
+        """The vectors ``[n, D]`` of a part, mapped from its file."""
+        rows: NDArray[np.float32] = np.load(self._path(number), mmap_mode="r", allow_pickle=False)
+        return rows
+
+    def lost(self) -> int:
+        """Number of nuclei in the parts kept so far that could not be read."""
+        return sum(int(np.isnan(self.read(int(path.stem))[:, 0]).sum()) for path in self.folder.glob("*.npy"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.npy"
+
+
+class Rows:
+    """The vectors of all nuclei of a slide, in their order, from parts in the order of windows.
+
+    Args:
+        parts: read through this.
+        members: rows of the nuclei ``[n]`` of each part.
+        count: of nuclei.
+        dim: D.
+    """
+
+    def __init__(self, parts: Parts, members: Sequence[NDArray[np.int64]], count: int, dim: int) -> None:
+        self._parts, self.count, self.dim = parts, count, dim
+        self._part, self._place = np.zeros(count, np.int32), np.zeros(count, np.int64)
+        for number, rows in enumerate(members):
+            self._part[rows], self._place[rows] = number, np.arange(len(rows))
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Blocks of at most ``size`` nuclei, with their vectors; rows of NaN are nuclei that could not be read."""
+        for start in range(0, self.count, size):
+            block = slice(start, min(start + size, self.count))
+            rows = np.empty((block.stop - start, self.dim), np.float32)
+            part, place = self._part[block], self._place[block]
+            for number in np.unique(part).tolist():
+                here = part == number
+                rows[here] = self._parts.read(number)[place[here]]
+            yield block, rows
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """`atomic.replacing` for a file that also survives a power failure once the block has ended."""
+    with atomic.replacing(path) as temporary:
+        yield temporary
+        atomic.fsync(temporary)
