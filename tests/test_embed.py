@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from PIL import Image
 
 from muse_fast import load_backbone
 from muse_fast.embed import main as embed_main
-from muse_fast.embedding import pipeline
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.runtime.cli import run
 
@@ -65,7 +64,7 @@ def by_hand(field: Path, arch: str, side: int) -> np.ndarray:
     vectors = []
     for xy in table(field):
         # The first window in whose core the nucleus is: cores end in the middle of an overlap.
-        ends = [(a + side + b) / 2 for a, b in zip(starts, starts[1:], strict=False)]
+        ends = [(a + side + b) / 2 for a, b in pairwise(starts)]
         left, top = (starts[sum(place >= end for end in ends)] for place in xy)
         assert all(place - start >= margin or start == 0 for place, start in zip(xy, (left, top), strict=True))
         window = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None]

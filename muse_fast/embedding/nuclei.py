@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_fast.errors import UserError
-from muse_fast.images.nuclei_files import SUFFIXES, read_nuclei_and_names
+from muse_fast.images.geojson import read_geojson_points
+from muse_fast.images.nuclei_files import SUFFIXES, read_nuclei
+from muse_fast.images.points import Points, drop_outside
+from muse_fast.images.points_csv import read_points_and_names
 from muse_fast.images.slide import Slide
 from muse_fast.predicting.detectors import TileDetector
 from muse_fast.predicting.files import as_written
@@ -21,6 +25,7 @@ from muse_fast.predicting.pipeline import Prediction
 from muse_fast.sources.wsi import file_named, files_by_name
 
 PREDICTIONS = "predict.json"  # in a folder that `muse_fast.predict` has written
+_ONE_CLASS = "nucleus"
 _TILES = 4  # that a detector processes at a time
 Progress = Callable[[int, int, str], None]
 
@@ -140,7 +145,7 @@ class FromFiles:
             page.close()
 
     def _read(self, path: Path, page: Slide) -> Nuclei:
-        points, names, left_out = read_nuclei_and_names(path, page, self._names, self._multi, self._frame)
+        points, names, left_out = _read_with_names(path, page, self._names, self._multi, self._frame)
         if left_out:
             print(f"{path}: left out {', '.join(f'{n} x {why}' for why, n in left_out.items())}", flush=True)
         score = np.full(len(points), np.nan, np.float32) if points.score is None else points.score.astype(np.float32)
@@ -160,3 +165,27 @@ class FromFiles:
         if found is None:
             raise UserError(f"nuclei={self._target} has no file {file.name} with suffix {', '.join(SUFFIXES)}")
         return found
+
+
+def _read_with_names(
+    path: Path, slide: Slide, names: tuple[str, ...], multi: str, frame: str
+) -> tuple[Points, tuple[str, ...], Counter[str]]:
+    """The nuclei of a file as by `read_nuclei`, the names of their labels, and what was left out, by reason.
+
+    Without ``names``, these are the names in the file, in the order of a CSV's labels, else of the alphabet; numbers
+    if a CSV has no names.
+    """
+    suffix = path.suffix.lower()
+    if names or suffix in (".h5", ".hdf5"):
+        points, left_out = read_nuclei(path, slide, names, multi, frame)
+        return points, names or (_ONE_CLASS,), left_out
+    if suffix == ".csv":
+        points, named = read_points_and_names(path, slide.width, slide.height)
+        labels = range(int(points.classes().max(initial=0)) + 1)
+        return points, tuple(named.get(i, _ONE_CLASS if points.label is None else str(i)) for i in labels), Counter()
+    within = slide.frame(frame)
+    found = read_geojson_points(path, slide.mpp, multi, within.origin)
+    names = tuple(sorted({*found.label} - {""}))
+    points = Points(found.xy, found.labels(names) if names else None)
+    points, outside = drop_outside(points, within.box, path, within.area, within.expected)
+    return points, names or (_ONE_CLASS,), +(found.left_out + Counter({"nucleus outside the slide": outside}))

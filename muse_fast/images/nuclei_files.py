@@ -17,8 +17,6 @@ from muse_fast.images.slide import Slide
 
 SUFFIXES = (".csv", *GEOJSON_SUFFIXES, ".json", ".h5", ".hdf5")
 HDF5_KEY = "prediction"  # the dataset that the authors' sample builder reads: [n, 2 or more], x and y first
-_ONE_CLASS = "nucleus"
-_OUTSIDE = "nucleus outside the slide"
 _NO_LABELS = "name of a class, as labels= is not given"
 
 
@@ -55,36 +53,8 @@ def read_nuclei(
         if not label_names and len({*found.label} - {""}) > 1:
             left_out[_NO_LABELS] = sum(map(bool, found.label))
     nuclei, outside = drop_outside(nuclei, within.box, path, within.area, within.expected)
-    left_out[_OUTSIDE] = outside
+    left_out["nucleus outside the slide"] = outside
     return nuclei, +left_out
-
-
-def read_nuclei_and_names(
-    path: Path, slide: Slide, label_names: tuple[str, ...] = (), multi: str = "auto", frame: str = "qupath"
-) -> tuple[Points, tuple[str, ...], Counter[str]]:
-    """Like `read_nuclei`, with the names of the classes that the file has, or numbers without names.
-
-    Args:
-        label_names: names of the classes, if they are known; empty: those in the file, in the order of a CSV's numbers,
-            else of the alphabet.
-
-    Returns:
-        The nuclei, names by label (``nucleus`` in a file without classes), and what was left out.
-    """
-    if not label_names and path.suffix.lower() == ".csv":
-        nuclei, names = read_points_and_names(path, slide.width, slide.height)
-        count = int(nuclei.classes().max(initial=0)) + 1
-        unnamed = (_ONE_CLASS,) if nuclei.label is None else tuple(map(str, range(count)))
-        return nuclei, tuple(names.get(label, unnamed[label]) for label in range(count)), Counter()
-    if not label_names and path.suffix.lower().endswith((".json", ".geojson", ".gz")):
-        within = slide.frame(frame)
-        found = read_geojson_points(path, slide.mpp, multi, within.origin)
-        names = tuple(sorted({*found.label} - {""})) or (_ONE_CLASS,)
-        label = found.labels(names) if any(found.label) else None
-        nuclei, outside = drop_outside(Points(found.xy, label), within.box, path, within.area, within.expected)
-        return nuclei, names, +(found.left_out + Counter({_OUTSIDE: outside}))
-    nuclei, left_out = read_nuclei(path, slide, label_names, multi, frame)
-    return nuclei, label_names or (_ONE_CLASS,), left_out
 
 
 def _read_hdf5(path: Path) -> NDArray[np.float64]:
