@@ -69,7 +69,10 @@ def test_same_seed_same_numbers(few: Path, tmp_path: Path) -> None:
     assert confusion[0] == confusion[1] != confusion[2]
 
 
-def test_untrained_twin_of_a_run_is_its_first_state(few: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("thin")
+def test_untrained_twin_of_a_run_is_its_first_state(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run whose teacher never changed scores like its own baseline, and unlike a run with another seed."""
     runs = []
     for seed, claimed in ((5, 5), (6, 7)):
@@ -82,9 +85,43 @@ def test_untrained_twin_of_a_run_is_its_first_state(few: Path, tmp_path: Path) -
         "knn", few, tmp_path / "knn.json", "--baseline-random", "standardise=raw", "k=[3]", weights=(*map(str, runs),)
     )
     rows = {row["weights"]: row["test"]["confusion"] for row in report["results"]}
-    assert list(rows) == [str(runs[0]), f"{runs[0]} untrained", str(runs[1]), f"{runs[1]} untrained"]
+    names = [f"{run}{twin}" for run in runs for twin in ("", " untrained", " untrained, calibrated")]
+    assert list(rows) == names
     assert rows[str(runs[0])] == rows[f"{runs[0]} untrained"]
     assert rows[str(runs[1])] != rows[f"{runs[1]} untrained"]
+    assert rows[names[1]] != rows[names[2]]
+
+    # Both runs against their calibrated twins, then the second against the first; not where k was chosen on test.
+    found = report["differences"]
+    assert [(one["weights"], one["minus"]) for one in found] == [
+        (names[0], names[2]), (names[3], names[5]), (names[3], names[0])
+    ]  # fmt: skip
+    assert {one["classifier"] for one in found} == {"k chosen on val"}
+    of = {row["weights"]: row["test"] for row in report["results"] if row["classifier"] == "k chosen on val"}
+    for one in found:
+        for figure in ("accuracy", "balanced_accuracy"):
+            mean = of[one["weights"]][figure] - of[one["minus"]][figure]
+            assert one[figure] == pytest.approx([mean] * 3, abs=1e-12)  # one patient: every draw is the same
+    printed = capsys.readouterr().out
+    assert f"{100 * mean:+.1f} [{100 * mean:+.1f}, {100 * mean:+.1f}]" in printed
+
+
+@pytest.mark.usefixtures("thin")
+def test_folds_choose_in_place_of_val(few: Path, tmp_path: Path) -> None:
+    """Train and val have one image each, so two folds are those images."""
+    with pytest.raises(UserError, match="folds=3: train and val have nuclei of 2 patients"):
+        evaluate("ridge", few, tmp_path / "x.json", "folds=3")
+    for task, more in (("knn", "k=[1,5]"), ("linear", "epochs=2"), ("ridge", "penalty=[0.1,1]")):
+        report = evaluate(task, few, tmp_path / f"{task}.json", "folds=2", more)
+        nuclei = report["data"]["nuclei"]
+        for row in report["results"]:
+            assert row["folds"]["count"] == sum(nuclei["train"]) + sum(nuclei["val"])
+            assert row["test"]["count"] == sum(nuclei["test"])
+            assert "val" not in row and "best on test" not in row["selection"]
+        kinds = [(row["features"], row["classifier"]) for row in report["results"]]
+        names = {"knn": ["k chosen on 2 folds"], "linear": ["linear"], "ridge": ["ridge", "balanced ridge"]}[task]
+        features = ["standardised"] if task == "ridge" else ["raw", "standardised"]
+        assert kinds == [(kind, name) for kind in features for name in names]
 
 
 def test_finetuning_reports_the_probe_and_the_tuned_network(few: Path, tmp_path: Path) -> None:
@@ -98,16 +135,20 @@ def test_finetuning_reports_the_probe_and_the_tuned_network(few: Path, tmp_path:
     assert tuned["history"][1]["train_loss"] < tuned["history"][0]["train_loss"]
 
 
+@pytest.mark.usefixtures("thin")
 def test_backbones_of_timm_next_to_ours(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(11)
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "r.safetensors")
     given = (f"timm:resnet10t@{tmp_path}/r.safetensors", "timm:vit_tiny_patch16_224:depth=2", "random:vit_tiny")
     report = evaluate("knn", few, tmp_path / "knn.json", "--baseline-random", "standardise=raw", "k=[3]", weights=given)
     rows = {row["weights"]: row for row in report["results"]}
-    assert list(rows) == [given[0], f"{given[0]} untrained", f"{given[1]} untrained", given[2]]
+    untrained, calibrated = f"{given[0]} untrained", f"{given[0]} untrained, calibrated"
+    plain = f"{given[1]} untrained"  # without BatchNorm
+    assert list(rows) == [given[0], untrained, calibrated, plain, given[2], f"{given[2]}, calibrated"]
     assert [row["arch"] for row in rows.values()] == [
-        "timm:resnet10t", "timm:resnet10t", "timm:vit_tiny_patch16_224", "vit_tiny"
+        *["timm:resnet10t"] * 3, "timm:vit_tiny_patch16_224", *["vit_tiny"] * 2
     ]  # fmt: skip
+    assert rows[untrained]["test"]["confusion"] != rows[calibrated]["test"]["confusion"]
     assert rows[given[0]]["test"]["confusion"] != rows[f"{given[0]} untrained"]["test"]["confusion"]
     assert rows[given[0]]["timm"]["file"] == f"{tmp_path}/r.safetensors"
     assert rows[f"{given[0]} untrained"]["timm"]["file"] is None
@@ -144,6 +185,10 @@ def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
         (("linear", "epoch=3"), r"no setting 'epoch'; did you mean 'epochs'\?"),
         (("linear", "epochs=many"), r"epochs=many"),
         (("linear", "epochs=0"), r"epochs=0: expected 1 or more"),
+        (("linear", "folds=1"), r"folds=1: expected 2 or more, or 0 to choose on val"),
+        (("ridge", "penalty=[0]"), r"penalty=\[0.0\]: expected numbers above 0"),
+        (("ridge", "folds=1"), r"folds=1: expected 2 or more"),
+        (("knn", "folds=1"), r"folds=1: expected 2 or more"),
         (("knn", "k=[0,3]"), r"k=\[0, 3\]: expected numbers above 0"),
         (("knn", "standardise=never"), r"standardise=never: expected raw, train or both"),
         (("knn", "device=gpu"), r"device=gpu: expected auto, cpu, cuda"),

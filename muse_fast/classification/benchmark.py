@@ -2,7 +2,8 @@
 
 Labelled nuclei are classified by nearest neighbours, by a linear probe, or by fine-tuning the network. One table
 compares several weights, including networks of timm as ``timm:NAME[@FILE]`` (see `muse_fast.models.timm.backbone`);
-with ``baseline``, the same architecture is also evaluated untrained.
+with ``baseline``, the same architecture is also evaluated untrained, as built and with calibrated BatchNorm. Below it
+are the differences from the baseline and from the first weights, with intervals.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from muse_fast.classification.bootstrap import FIGURES, paired_difference
+from muse_fast.classification.calibration import batch_norms_of, calibrate_batch_norm
 from muse_fast.classification.features import extract_features
 from muse_fast.classification.metrics import METRICS, majority
-from muse_fast.classification.tasks import TASKS, Row, Subject, TaskConfig
+from muse_fast.classification.tasks import BEST_ON_TEST, TASKS, ProbeConfig, Row, Subject, TaskConfig
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone, build_backbone
@@ -46,6 +49,7 @@ class Network(NamedTuple):
     name: str  # shown in the table
     backbone: Backbone | TimmBackbone
     about: dict[str, Any] | None = None  # description of a network of timm for the report
+    calibrate: bool = False  # whether to set the BatchNorm statistics to those of the tiles of train, in place
 
 
 class Benchmark(NamedTuple):
@@ -84,19 +88,23 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     data = _describe(job, source.label_names, tiles)
     _print_counts(console, data)
 
-    results = []
-    for network in _networks(job, options):
-        if network.about is not None:
-            console.print(f"{network.name}: {summarise(network.about)}", highlight=False)
-        with ProgressBar(network.name) as bar:
-            results += _evaluate_network(job.task, network, device, tiles, len(data["classes"]), options, bar.show)
+    results: list[list[list[dict[str, Any]]]] = []  # rows of each network, for each of the weights
+    for weights in job.weights:
+        results.append([])
+        for network in _networks(weights, job, options):
+            if network.about is not None and not network.calibrate:
+                console.print(f"{network.name}: {summarise(network.about)}", highlight=False)
+            with ProgressBar(network.name) as bar:
+                rows = _evaluate_network(job.task, network, device, tiles, len(data["classes"]), options, bar.show)
+            results[-1].append(rows)
     report = {
         "task": job.task,
         "protocol": job.protocol,
         "data": data,
         "options": asdict(options),
         "majority": majority(data["nuclei"]["train"], data["nuclei"]["test"]),
-        "results": results,
+        "results": [row for networks in results for rows in networks for row in rows],
+        "differences": _differences(results),
         "environment": {
             "muse_fast": __version__,
             "torch": torch.__version__,
@@ -136,39 +144,47 @@ def _evaluate_network(
 ) -> list[dict[str, Any]]:
     """Evaluate one network and return its rows."""
     backbone = network.backbone.to(device)
-    bf16 = options.precision == "bf16"
+    how = {"device": device, "batch_size": options.extract_batch, "bf16": options.precision == "bf16"}
     began = time.perf_counter()
-    sets = extract_features(
-        backbone, tiles, device=device, batch_size=options.extract_batch, bf16=bf16, progress=progress
-    )
+    if network.calibrate:
+        calibrate_batch_norm(backbone, tiles["train"], **how, progress=progress)
+    sets = extract_features(backbone, tiles, **how, progress=progress)
     extracted = time.perf_counter()
     subject = Subject(backbone, tiles, {split: one.to(device) for split, one in sets.items()}, num_classes)
     rows = TASKS[task].run(subject, options, progress)
     seconds = {"features": extracted - began, "classification": time.perf_counter() - extracted}
     known = {"weights": network.name, "arch": backbone.arch} | ({"timm": network.about} if network.about else {})
-    return [{**known, **_as_json(row), "seconds": seconds} for row in rows]
+    held_out = "folds" if isinstance(options, ProbeConfig) and options.folds else "val"
+    return [{**known, **_as_json(row, held_out), "seconds": seconds} for row in rows]
 
 
-def _networks(job: Benchmark, options: TaskConfig) -> Iterator[Network]:
-    """Yield every network to evaluate, each followed by its untrained counterpart if requested."""
-    for weights in job.weights:
-        torch.manual_seed(options.seed)
-        if weights.startswith(PREFIX):
-            yield from _networks_of_timm(weights, job, options)
-            continue
-        backbone = load_backbone(job.arch, weights, compat=job.compat)
-        yield Network(weights, backbone)
-        if options.baseline and not weights.startswith("random"):
-            seed, image_size = _origin(Path(weights), options.seed)
-            torch.manual_seed(seed)
-            untrained = build_backbone(
-                backbone.arch,
-                image_size=image_size,
-                pos_embed_resize=backbone.pos_embed_resize,
-                decoder_dim=backbone.decoder_dim,
-                taps=backbone.taps,
-            )
-            yield Network(f"{weights} untrained", untrained.eval())
+def _networks(weights: str, job: Benchmark, options: TaskConfig) -> Iterator[Network]:
+    """Yield the network of ``weights``, followed by its untrained counterparts if requested.
+
+    The last of these is calibrated if it has BatchNorm. Fine-tuning replaces the statistics, so there it is left out.
+    """
+    torch.manual_seed(options.seed)
+    build = _networks_of_timm if weights.startswith(PREFIX) else _networks_of_ours
+    for network in build(weights, job, options):
+        yield network
+    if options.baseline and isinstance(options, ProbeConfig) and batch_norms_of(network.backbone):
+        yield network._replace(name=f"{network.name}, calibrated", calibrate=True)
+
+
+def _networks_of_ours(weights: str, job: Benchmark, options: TaskConfig) -> Iterator[Network]:
+    backbone = load_backbone(job.arch, weights, compat=job.compat)
+    yield Network(weights, backbone)
+    if options.baseline and not weights.startswith("random"):
+        seed, image_size = _origin(Path(weights), options.seed)
+        torch.manual_seed(seed)
+        untrained = build_backbone(
+            backbone.arch,
+            image_size=image_size,
+            pos_embed_resize=backbone.pos_embed_resize,
+            decoder_dim=backbone.decoder_dim,
+            taps=backbone.taps,
+        )
+        yield Network(f"{weights} untrained", untrained.eval())
 
 
 def _networks_of_timm(weights: str, job: Benchmark, options: TaskConfig) -> Iterator[Network]:
@@ -188,16 +204,39 @@ def _origin(weights: Path, default_seed: int) -> tuple[int, int]:
     return config["seed"], config["views"]["global_size"]
 
 
+def _differences(results: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> list[dict[str, Any]]:
+    """Compare the first network of all weights with its last baseline and with the first network of all.
+
+    Rows whose k is the best on test are left out: two such choices cannot be compared.
+
+    Args:
+        results: rows of each network, for each of the weights; all networks have the same kinds of rows.
+    """
+    pairs = [(networks[0], networks[-1]) for networks in results if len(networks) > 1]
+    pairs += [(networks[0], results[0][0]) for networks in results[1:]]
+    return [
+        {
+            **{key: ours[key] for key in ("weights", "features", "classifier")},
+            "minus": theirs["weights"],
+            **{figure: paired_difference(ours["test"], theirs["test"], figure) for figure in FIGURES},
+        }
+        for pair in pairs
+        for ours, theirs in zip(*pair, strict=True)
+        if BEST_ON_TEST not in ours["classifier"]
+    ]
+
+
 # ----------------------------------------------------------------------------------------------------------- output
 
 
-def _as_json(row: Row) -> dict[str, Any]:
+def _as_json(row: Row, held_out: str) -> dict[str, Any]:
     return {
         "features": row.features,
+        "classifier": row.classifier,
         "selection": row.selection,
         **row.details,
         "test": row.test,
-        "val": row.val,
+        held_out: row.held_out,
     }
 
 
@@ -218,6 +257,8 @@ def _print_results(console: Console, report: Mapping[str, Any]) -> None:
         values = (metric.show(row["test"][name]) for name, metric in shown.items())
         table.add_row(row["weights"], row["features"], row["selection"], *values)
     console.print(table)
+    if report["differences"]:
+        console.print(_table_of_differences(report["differences"]))
     majority_rates = report["majority"]
     console.print(
         f"majority class: {100 * majority_rates['test_majority_share']:.2f} % of test; always predicting the majority "
@@ -225,3 +266,16 @@ def _print_results(console: Console, report: Mapping[str, Any]) -> None:
         f"{report['seconds']:.1f} s in all.",
         highlight=False,
     )
+
+
+def _table_of_differences(differences: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="paired differences on the test split, points, with 95 % intervals over patients")
+    for heading in ("weights", "minus", "features", "classifier"):
+        table.add_column(heading)
+    for figure in FIGURES:
+        table.add_column(METRICS[figure].heading, justify="right")
+    for one in differences:
+        names = (one[key] for key in ("weights", "minus", "features", "classifier"))
+        values = (100 * np.array(one[figure]) for figure in FIGURES)
+        table.add_row(*names, *(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in values))
+    return table

@@ -13,6 +13,7 @@ from torch import Tensor
 from muse_fast.classification.tiles import Tile
 from muse_fast.images.imagenet import normalise
 from muse_fast.runtime.progress_bar import ShowProgress
+from muse_fast.sources.names import patient_or_slide
 
 
 class NucleusFeatures(Protocol):
@@ -27,10 +28,20 @@ class NucleusSet:
 
     features: Tensor  # [N, D] float32
     labels: Tensor  # [N] int64
-    slides: Tensor  # [N] int64, slide of each nucleus; nuclei of one slide are not independent
+    patients: Tensor  # [N] int64, patient of each nucleus, or slide; nuclei of one patient are not independent
 
     def to(self, device: torch.device | str) -> NucleusSet:
-        return NucleusSet(self.features.to(device), self.labels.to(device), self.slides.to(device))
+        return NucleusSet(self.features.to(device), self.labels.to(device), self.patients.to(device))
+
+    def __getitem__(self, rows: Tensor) -> NucleusSet:
+        """The nuclei that ``rows`` selects: their numbers, or a mask ``[N]``."""
+        return NucleusSet(self.features[rows], self.labels[rows], self.patients[rows])
+
+    @staticmethod
+    def joined(parts: Sequence[NucleusSet]) -> NucleusSet:
+        """All nuclei of ``parts``, one after the other."""
+        columns = ([one.features for one in parts], [one.labels for one in parts], [one.patients for one in parts])
+        return NucleusSet(*(torch.cat(column) for column in columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +75,35 @@ def extract_features(
     bf16: bool = False,
     progress: ShowProgress | None = None,
 ) -> dict[str, NucleusSet]:
-    """Features of every nucleus of every split, on the CPU; the backbone must be in eval mode on ``device``."""
+    """Features of every nucleus of every split, on the CPU; the backbone must be in eval mode on ``device``.
+
+    Patients are numbered in the order of their names, over all splits; a slide counts as one if its patient is unknown.
+    """
     total = sum(len(found) for found in tiles.values())
+    names = sorted({patient_or_slide(tile.slide) for found in tiles.values() for tile in found})
+    number_of = {name: number for number, name in enumerate(names)}
     done = 0
     sets = {}
     for split, found in tiles.items():
         rows = []
         for start in range(0, len(found), batch_size):
             chunk = found[start : start + batch_size]
-            rows.append(_features(backbone, stack_tiles(chunk, device), bf16).cpu())
+            rows.append(features_of(backbone, stack_tiles(chunk, device), bf16).cpu())
             done += len(chunk)
             if progress is not None:
                 progress(done, total, "tiles")
-        sets[split] = NucleusSet(torch.cat(rows), *_labels_and_slides(found))
+        sets[split] = NucleusSet(torch.cat(rows), *_labels_and_patients(found, number_of))
     return sets
 
 
 @torch.inference_mode()
-def _features(backbone: NucleusFeatures, batch: TileBatch, bf16: bool) -> Tensor:
+def features_of(backbone: NucleusFeatures, batch: TileBatch, bf16: bool) -> Tensor:
+    """Features ``[N, D]`` float32 of the nuclei of a batch."""
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
         return backbone.nucleus_features(batch.images, batch.xy, batch.image_index).float()
 
 
-def _labels_and_slides(tiles: Sequence[Tile]) -> tuple[Tensor, Tensor]:
-    numbers: dict[str, int] = {}
-    slides = [numbers.setdefault(tile.slide, len(numbers)) for tile in tiles]
-    counts = [len(tile.label) for tile in tiles]
+def _labels_and_patients(tiles: Sequence[Tile], number_of: Mapping[str, int]) -> tuple[Tensor, Tensor]:
     labels = torch.from_numpy(np.concatenate([tile.label for tile in tiles]))
-    return labels, torch.from_numpy(np.repeat(np.array(slides, dtype=np.int64), counts))
+    patients = torch.tensor([number_of[patient_or_slide(tile.slide)] for tile in tiles])
+    return labels, patients.repeat_interleave(torch.tensor([len(tile.label) for tile in tiles]))

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+from muse_fast.classification.bootstrap import Interval, interval
 from muse_fast.classification.features import NucleusSet
 from muse_fast.errors import UserError
 
 Scores = dict[str, Any]
 """A value for each name in `METRICS`."""
 
-Interval = tuple[float, float]
 PerClass = tuple[float | None, ...]  # None where undefined, such as the recall of a class that does not occur
 
 
@@ -33,7 +33,7 @@ class Predictions:
 
     probabilities: NDArray[np.float64]  # [N, C]
     labels: NDArray[np.int64]  # [N] true classes
-    slides: NDArray[np.int64]  # [N] slide of each nucleus; nuclei of one slide are not independent
+    patients: NDArray[np.int64]  # [N] patient or slide of each nucleus, see `NucleusSet`
 
     @property
     def num_classes(self) -> int:
@@ -56,7 +56,7 @@ def score(probabilities: Tensor, truth: NucleusSet) -> Scores:
     Raises:
         UserError: probabilities are NaN.
     """
-    predictions = Predictions(probabilities.cpu().numpy(), truth.labels.cpu().numpy(), truth.slides.cpu().numpy())
+    predictions = Predictions(probabilities.cpu().numpy(), truth.labels.cpu().numpy(), truth.patients.cpu().numpy())
     if np.isnan(predictions.probabilities).any():
         raise UserError("class probabilities are NaN: the network's features are not finite; check its weights")
     return {name: metric.compute(predictions) for name, metric in METRICS.items()}
@@ -69,21 +69,17 @@ def accuracy(predictions: Predictions) -> float:
     return float((predictions.classes == predictions.labels).mean())
 
 
-def accuracy_ci95(predictions: Predictions, draws: int = 2000) -> Interval:
-    """95 % interval of the accuracy by bootstrap over slides, not nuclei: nuclei of one slide are not independent."""
-    hits = np.bincount(predictions.slides, weights=predictions.classes == predictions.labels)
-    count = np.bincount(predictions.slides)
-    hits, count = hits[count > 0], count[count > 0]
-    drawn = np.random.default_rng(0).integers(len(count), size=(draws, len(count)))
-    low, high = np.quantile(hits[drawn].sum(axis=1) / count[drawn].sum(axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
 def confusion(predictions: Predictions) -> list[list[int]]:
     """``[C][C]`` counts of nuclei: rows are true classes, columns predicted ones."""
+    return np.asarray(confusion_by_patient(predictions)).sum(axis=0).tolist()
+
+
+def confusion_by_patient(predictions: Predictions) -> list[list[list[int]]]:
+    """``[P][C][C]`` the same for every patient, in the order of their numbers; what intervals are made of."""
+    names, patient = np.unique(predictions.patients, return_inverse=True)
     size = predictions.num_classes
-    pairs = np.bincount(predictions.labels * size + predictions.classes, minlength=size**2)
-    return pairs.reshape(size, size).tolist()
+    cell = (patient * size + predictions.labels) * size + predictions.classes
+    return np.bincount(cell, minlength=len(names) * size**2).reshape(len(names), size, size).tolist()
 
 
 def recall(predictions: Predictions) -> PerClass:
@@ -112,6 +108,11 @@ def average_precision(predictions: Predictions) -> PerClass:
         float(average_precision_score(is_kind, probability)) if is_kind.any() else None
         for is_kind, probability in predictions.one_vs_rest()
     )
+
+
+def _interval_of(figure: str) -> Callable[[Predictions], Interval]:
+    """A 95 % interval by bootstrap over patients."""
+    return lambda predictions: interval(confusion_by_patient(predictions), figure)
 
 
 def macro(values: PerClass) -> float | None:
@@ -148,14 +149,16 @@ class Metric(NamedTuple):
 
 METRICS = {
     "accuracy": Metric(accuracy, "ACC"),
-    "accuracy_ci95": Metric(accuracy_ci95, "95 % interval", percent_interval),
+    "accuracy_ci95": Metric(_interval_of("accuracy"), "95 % interval", percent_interval),
     "balanced_accuracy": Metric(lambda predictions: macro(recall(predictions)), "balanced"),
+    "balanced_accuracy_ci95": Metric(_interval_of("balanced_accuracy")),
     "mean_roc_auc": Metric(lambda predictions: macro(roc_auc(predictions)), "ROC-AUC"),
     "roc_auc": Metric(roc_auc),
     "mean_average_precision": Metric(lambda predictions: macro(average_precision(predictions)), "mAP"),
     "average_precision": Metric(average_precision),
     "recall": Metric(recall, "recall {classes}", percent_per_class),
     "confusion": Metric(confusion),
+    "confusion_by_patient": Metric(confusion_by_patient),
     "count": Metric(lambda predictions: len(predictions.labels)),
 }
 

@@ -1,13 +1,16 @@
 """Nucleus classification on frozen features: nearest neighbours and a linear probe, as MUSE reports them.
 
-Both take a :class:`NucleusSet` for each of ``train``, ``val`` and ``test``, and score the class probabilities with
+Both take `Splits`, which say what k and the epoch are chosen on, and score the class probabilities with
 `muse_fast.classification.metrics`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +18,12 @@ from torch import Tensor, nn
 
 from muse_fast.classification.features import NucleusSet
 from muse_fast.classification.metrics import Scores, score
+from muse_fast.classification.splits import Pair, Splits
 from muse_fast.errors import UserError
 from muse_fast.runtime.progress_bar import ShowProgress
 
 KNN_NEIGHBOURS = (10, 20, 100, 200, 500)
 KNN_TEMPERATURE = 0.07
-
-
-def standardised(sets: Mapping[str, NucleusSet]) -> dict[str, NucleusSet]:
-    """Subtract the mean of ``train`` from all splits and divide by its standard deviation, per feature."""
-    train = sets["train"].features
-    mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
-    return {name: NucleusSet((one.features - mean) / std, one.labels, one.slides) for name, one in sets.items()}
 
 
 # ---------------------------------------------------------------------------------------------- nearest neighbours
@@ -73,39 +70,42 @@ def knn_probabilities(
 
 @dataclass(frozen=True, slots=True)
 class KnnResult:
-    """Scores for every k, and the k that each of two rules chooses."""
+    """Scores by k, and the k that each of two rules chooses."""
 
-    test: dict[int, Scores]
-    val: dict[int, Scores]
-    k_best_on_test: int  # the published protocol, which is optimistic
-    k_chosen_on_val: int  # unbiased
-    skipped: tuple[int, ...]  # values of k above the number of train nuclei
+    held_out: dict[int, Scores]  # on val, or on all folds
+    test: dict[int, Scores]  # with folds, only of the chosen k
+    k_chosen: int  # on val or on folds; unbiased
+    k_best_on_test: int | None  # the published protocol, which is optimistic; None with folds
+    skipped: tuple[int, ...]  # values of k above the number of nuclei to choose from
 
 
-def knn(sets: Mapping[str, NucleusSet], num_classes: int, neighbours: tuple[int, ...] = KNN_NEIGHBOURS) -> KnnResult:
-    """Classify ``val`` and ``test`` by a weighted vote of their k nearest neighbours in ``train``.
+def knn(splits: Splits, num_classes: int, neighbours: tuple[int, ...] = KNN_NEIGHBOURS) -> KnnResult:
+    """Classify nuclei by a weighted vote of their k nearest neighbours among those of train.
 
     Raises:
-        UserError: ``train`` has fewer nuclei than the smallest k.
+        UserError: there are fewer nuclei than the smallest k.
     """
-    train = sets["train"]
-    usable = tuple(k for k in neighbours if k <= len(train.labels))
+    count = splits.fewest_to_train_on
+    usable = tuple(k for k in neighbours if k <= count)
     if not usable:
         raise UserError(
-            f"the train split has {len(train.labels)} nuclei, fewer than the smallest number of neighbours "
+            f"there are {count} nuclei to choose from, fewer than the smallest number of neighbours "
             f"({min(neighbours)}); add train images or pass a smaller k=..."
         )
-    scores = {}
-    for split in ("val", "test"):
-        found = knn_probabilities(train.features, train.labels, sets[split].features, usable, num_classes=num_classes)
-        scores[split] = {k: score(found[k], sets[split]) for k in usable}
-    return KnnResult(
-        test=scores["test"],
-        val=scores["val"],
-        k_best_on_test=max(usable, key=lambda k: scores["test"][k]["accuracy"]),
-        k_chosen_on_val=max(usable, key=lambda k: scores["val"][k]["accuracy"]),
-        skipped=tuple(k for k in neighbours if k not in usable),
-    )
+    votes = [_votes(pair, usable, num_classes) for pair in splits.trials()]
+    truth = splits.held_out
+    held_out = {k: score(torch.cat([found[k] for found in votes]), truth) for k in usable}
+    chosen = max(usable, key=lambda k: held_out[k]["accuracy"])
+    final = splits.final()
+    on_test = _votes(final, usable if splits.fold is None else (chosen,), num_classes)
+    test = {k: score(shares, final.other) for k, shares in on_test.items()}
+    best = max(usable, key=lambda k: test[k]["accuracy"]) if splits.fold is None else None
+    return KnnResult(held_out, test, chosen, best, tuple(k for k in neighbours if k not in usable))
+
+
+def _votes(pair: Pair, neighbours: tuple[int, ...], num_classes: int) -> dict[int, Tensor]:
+    train, other = pair
+    return knn_probabilities(train.features, train.labels, other.features, neighbours, num_classes=num_classes)
 
 
 # ----------------------------------------------------------------------------------------------------- linear probe
@@ -116,9 +116,9 @@ class LinearResult:
     """A trained linear classifier and its scores."""
 
     head: nn.Linear  # with the weights of the best epoch
-    val: Scores
+    held_out: Scores  # on val, or on all folds
     test: Scores
-    epoch: int  # the best epoch, counted from 0: the last one with the highest accuracy on val
+    epoch: int  # the best epoch, counted from 0: the last one with the highest accuracy on val or on all folds
     step: float  # see `step_over_stable`
 
 
@@ -150,7 +150,7 @@ def step_over_stable(features: Tensor, num_classes: int, lr: float) -> float:
 
 
 def linear_probe(
-    sets: Mapping[str, NucleusSet],
+    splits: Splits,
     num_classes: int,
     *,
     seed: int = 2025,
@@ -159,26 +159,57 @@ def linear_probe(
     batch_size: int = 256,
     progress: ShowProgress | None = None,
 ) -> LinearResult:
-    """Train a cross-entropy classifier by SGD: momentum 0.9, no weight decay, cosine schedule to 0 per epoch.
+    """Train a cross-entropy classifier by SGD and keep the best epoch; see `_epochs_of_training`.
 
-    One CPU generator seeded with ``seed`` draws the weights, then a permutation per epoch. The last incomplete batch
-    of an epoch is dropped, as published; a train split smaller than one batch is used as one batch.
+    With folds, the best epoch is that of the heads trained without each fold; then a head is trained on train and val
+    up to that epoch of the same schedule.
 
     If `step_over_stable` is below 1, other implementations and precisions give the same predictions.
 
     Raises:
         UserError: the loss is no longer finite.
     """
-    train, val, test = sets["train"], sets["val"], sets["test"]
+    train = partial(
+        _epochs_of_training, num_classes=num_classes, seed=seed, lr=lr, epochs=epochs, batch_size=batch_size
+    )
+    heads: list[list[nn.Linear]] = []  # by trial and epoch
+    hits = [0] * epochs
+    for nuclei, other in splits.trials():
+        heads.append([])
+        for epoch, head in enumerate(train(nuclei)):
+            heads[-1].append(copy.deepcopy(head))
+            hits[epoch] += int((class_probabilities(head, other.features).argmax(dim=1) == other.labels).sum())
+            if progress is not None:
+                progress(epoch + 1, epochs, "epochs")
+    best = max(range(epochs), key=lambda epoch: (hits[epoch], epoch))
+    trials = zip(heads, splits.trials(), strict=True)
+    held_out = [class_probabilities(of_trial[best], pair.other.features) for of_trial, pair in trials]
+    nuclei, test = splits.final()
+    chosen = heads[0][best] if splits.fold is None else next(islice(train(nuclei), best, None))
+    return LinearResult(
+        head=chosen,
+        held_out=score(torch.cat(held_out), splits.held_out),
+        test=score(class_probabilities(chosen, test.features), test),
+        epoch=best,
+        step=step_over_stable(nuclei.features, num_classes, lr),
+    )
+
+
+def _epochs_of_training(
+    train: NucleusSet, *, num_classes: int, seed: int, lr: float, epochs: int, batch_size: int
+) -> Iterator[nn.Linear]:
+    """Yield the classifier after each epoch: momentum 0.9, no weight decay, cosine schedule to 0 per epoch.
+
+    One CPU generator seeded with ``seed`` draws the weights, then a permutation per epoch. The last incomplete batch
+    of an epoch is dropped, as published; a train split smaller than one batch is used as one batch.
+    """
     device = train.features.device
     generator = torch.Generator().manual_seed(seed)
     head = new_head(train.features.shape[1], num_classes, generator).to(device)
     optimiser = torch.optim.SGD(head.parameters(), lr=lr, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-
     count = len(train.labels)
     batch_size = min(batch_size, count)
-    best_hits, best_epoch, best_state = -1, 0, {}
     for epoch in range(epochs):
         order = torch.randperm(count, generator=generator).to(device)
         features, labels = train.features[order], train.labels[order]
@@ -191,20 +222,7 @@ def linear_probe(
         schedule.step()
         if not torch.isfinite(loss):
             raise UserError(f"the linear probe diverged in epoch {epoch} (loss {loss.item()}); lower lr={lr}")
-        hits = int((class_probabilities(head, val.features).argmax(dim=1) == val.labels).sum())
-        if hits >= best_hits:
-            best_hits, best_epoch = hits, epoch
-            best_state = {name: value.clone() for name, value in head.state_dict().items()}
-        if progress is not None:
-            progress(epoch + 1, epochs, "epochs")
-    head.load_state_dict(best_state)
-    return LinearResult(
-        head=head,
-        val=score(class_probabilities(head, val.features), val),
-        test=score(class_probabilities(head, test.features), test),
-        epoch=best_epoch,
-        step=step_over_stable(train.features, num_classes, lr),
-    )
+        yield head
 
 
 @torch.no_grad()

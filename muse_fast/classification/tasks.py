@@ -1,14 +1,18 @@
-"""The three tasks of the nucleus-classification benchmark and their settings."""
+"""The tasks of the nucleus-classification benchmark and their settings."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from muse_fast.classification.bootstrap import FIGURES
 from muse_fast.classification.features import NucleusSet
 from muse_fast.classification.metrics import Scores
-from muse_fast.classification.probes import KNN_NEIGHBOURS, LinearResult, knn, linear_probe, standardised
+from muse_fast.classification.probes import KNN_NEIGHBOURS, LinearResult, knn, linear_probe
+from muse_fast.classification.ridge import LAMBDAS, ridge_probe
+from muse_fast.classification.splits import Splits, folds_of_nuclei
 from muse_fast.classification.tiles import Tile
 from muse_fast.classification.tuned import finetune
 from muse_fast.errors import require
@@ -31,28 +35,52 @@ class TaskConfig(Config):
     extract_batch: int = setting(16, ge=1)
     """Tiles per batch of feature extraction."""
     baseline: bool = False
-    """Also evaluate each architecture untrained."""
+    """Also evaluate each architecture untrained, as built and with BatchNorm calibrated on the tiles of train."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KnnConfig(TaskConfig):
+class ProbeConfig(TaskConfig):
+    """Settings of the tasks on frozen features."""
+
+    folds: int = setting(0, ge=0)
+    """Choose the settings of the classifier on this many folds of the patients of train and val, and train it on both;
+    0: choose them on val."""
+
+    def check(self) -> None:
+        require(self.folds != 1, "folds", self.folds, "2 or more, or 0 to choose on val")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnnConfig(ProbeConfig):
     k: list[int] = field(default_factory=lambda: list(KNN_NEIGHBOURS))
     """Numbers of neighbours."""
     standardise: str = setting("both", choices=("raw", "train", "both"))
     """Features as they are (``raw``), standardised by the train split (``train``), or ``both``."""
 
     def check(self) -> None:
+        ProbeConfig.check(self)
         require(min(self.k, default=0) > 0, "k", self.k, "numbers above 0, such as k=[10,20]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LinearConfig(TaskConfig):
+class LinearConfig(ProbeConfig):
     lr: float = setting(0.01, gt=0)
     epochs: int = setting(100, ge=1)
     batch_size: int = setting(256, ge=1)
     """Nuclei."""
     standardise: str = setting("both", choices=("raw", "train", "both"))
     """Features as they are (``raw``), standardised by the train split (``train``), or ``both``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RidgeConfig(ProbeConfig):
+    penalty: list[float] = field(default_factory=lambda: list(LAMBDAS))
+    """Values of lambda to choose from."""
+
+    def check(self) -> None:
+        ProbeConfig.check(self)
+        usable = bool(self.penalty) and all(0 < value < math.inf for value in self.penalty)
+        require(usable, "penalty", self.penalty, "numbers above 0, such as penalty=[0.01,0.1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +96,8 @@ class TuneConfig(TaskConfig):
 
 # ------------------------------------------------------------------------------------------------------------ tasks
 
+BEST_ON_TEST = "best on test"  # the published rule for k, which is optimistic
+
 
 class Subject(NamedTuple):
     """A network to evaluate, on the device, and its nuclei."""
@@ -82,33 +112,41 @@ class Row(NamedTuple):
     """One line of the table."""
 
     features: str  # raw, standardised or tuned
-    selection: str  # how the classifier was chosen
+    classifier: str  # its kind; with ``features``, the same for all networks
+    selection: str  # what was chosen for this network, and how
     test: Scores
-    val: Scores
+    held_out: Scores  # of the nuclei that it was chosen on: val, or with folds all of train and val
     details: dict[str, Any]
 
 
 def run_knn(subject: Subject, options: KnnConfig, progress: ShowProgress) -> list[Row]:
-    """Two rows per kind of features: k by the published rule (best on test), and k chosen on val."""
+    """Per kind of features a row with k chosen on val, and one with k by the published rule, best on test.
+
+    With folds there is only one row, with k chosen on them.
+    """
     rows = []
-    for name, sets in _feature_kinds(subject.sets, options.standardise):
-        result = knn(sets, subject.num_classes, tuple(options.k))
-        by_k = {
-            k: {"val": result.val[k]["accuracy"], "test": test["accuracy"], "balanced": test["balanced_accuracy"]}
-            for k, test in result.test.items()
-        }
-        for rule, k in (("chosen on val", result.k_chosen_on_val), ("best on test", result.k_best_on_test)):
-            details = {"k": k, "by_k": by_k, "k_skipped": result.skipped}
-            rows.append(Row(name, f"k={k}, {rule}", result.test[k], result.val[k], details))
+    for name, splits in _kinds(subject, options, options.standardise):
+        result = knn(splits, subject.num_classes, tuple(options.k))
+        by_k: dict[int, dict[str, float]] = {}
+        for k, held_out in result.held_out.items():
+            by_k[k] = {_held_out(options): held_out["accuracy"]}
+            if k in result.test:
+                by_k[k] |= {"test": result.test[k]["accuracy"], "balanced": result.test[k]["balanced_accuracy"]}
+        details = {"by_k": by_k, "k_skipped": result.skipped}
+        chosen = {_chosen(options): result.k_chosen, BEST_ON_TEST: result.k_best_on_test}
+        for rule, k in chosen.items():
+            if k is not None:
+                found = result.test[k], result.held_out[k]
+                rows.append(Row(name, f"k {rule}", f"k={k}, {rule}", *found, {"k": k, **details}))
     return rows
 
 
 def run_linear(subject: Subject, options: LinearConfig, progress: ShowProgress) -> list[Row]:
     """One row per kind of features."""
     rows = []
-    for name, sets in _feature_kinds(subject.sets, options.standardise):
+    for name, splits in _kinds(subject, options, options.standardise):
         result = linear_probe(
-            sets,
+            splits,
             subject.num_classes,
             seed=options.seed,
             lr=options.lr,
@@ -120,9 +158,27 @@ def run_linear(subject: Subject, options: LinearConfig, progress: ShowProgress) 
     return rows
 
 
+def run_ridge(subject: Subject, options: RidgeConfig, progress: ShowProgress) -> list[Row]:
+    """A row for the plain and one for the balanced probe, on standardised features."""
+    rows = []
+    splits = _splits(subject, options)
+    for balanced, name in ((False, "ridge"), (True, "balanced ridge")):
+        result = ridge_probe(splits, subject.num_classes, balanced=balanced, lambdas=options.penalty)
+        details = {
+            "lambda": result.chosen,
+            "by_lambda": {
+                value: {figure: scores[figure] for figure in FIGURES} for value, scores in result.held_out.items()
+            },
+        }
+        selection = f"{'balanced, ' if balanced else ''}lambda={result.chosen:g}, {_chosen(options)}"
+        held_out = result.held_out[result.chosen]
+        rows.append(Row("standardised", name, selection, result.test, held_out, details))
+    return rows
+
+
 def run_finetune(subject: Subject, options: TuneConfig, progress: ShowProgress) -> list[Row]:
     """One row for the linear probe that fine-tuning starts from, one for the fine-tuned network."""
-    probe = linear_probe(subject.sets, subject.num_classes, seed=options.seed, progress=progress)
+    probe = linear_probe(Splits(subject.sets), subject.num_classes, seed=options.seed, progress=progress)
     lr = options.lr or subject.backbone.finetune_lr
     tuned = finetune(
         subject.backbone,
@@ -140,21 +196,39 @@ def run_finetune(subject: Subject, options: TuneConfig, progress: ShowProgress) 
     details = {"epoch": tuned.epoch, "lr": lr, "history": tuned.history}
     return [
         _linear_row("raw", "linear, ", probe),
-        Row("tuned", f"epoch {tuned.epoch + 1}", tuned.test, tuned.val, details),
+        Row("tuned", "fine-tuned", f"epoch {tuned.epoch + 1}", tuned.test, tuned.val, details),
     ]
 
 
 def _linear_row(features: str, prefix: str, result: LinearResult) -> Row:
     unstable = f", lr {result.step:.1f} x the largest stable" if result.step > 1 else ""
     details = {"epoch": result.epoch, "step_over_stable": result.step}
-    return Row(features, f"{prefix}epoch {result.epoch + 1}{unstable}", result.test, result.val, details)
+    selection = f"{prefix}epoch {result.epoch + 1}{unstable}"
+    return Row(features, "linear", selection, result.test, result.held_out, details)
 
 
-def _feature_kinds(sets: Mapping[str, NucleusSet], standardise: str) -> Iterator[tuple[str, Mapping[str, NucleusSet]]]:
+def _kinds(subject: Subject, options: ProbeConfig, standardise: str) -> Iterator[tuple[str, Splits]]:
+    splits = _splits(subject, options)
     if standardise in ("raw", "both"):
-        yield "raw", sets
+        yield "raw", splits
     if standardise in ("train", "both"):
-        yield "standardised", standardised(sets)
+        yield "standardised", replace(splits, standardise=True)
+
+
+def _splits(subject: Subject, options: ProbeConfig) -> Splits:
+    if not options.folds:
+        return Splits(subject.sets)
+    tiles = [*subject.tiles["train"], *subject.tiles["val"]]
+    device = subject.sets["train"].labels.device
+    return Splits(subject.sets, folds_of_nuclei(tiles, options.folds, options.seed, device))
+
+
+def _held_out(options: ProbeConfig) -> str:
+    return f"{options.folds} folds" if options.folds else "val"
+
+
+def _chosen(options: ProbeConfig) -> str:
+    return f"chosen on {_held_out(options)}"
 
 
 class Task(NamedTuple):
@@ -165,5 +239,6 @@ class Task(NamedTuple):
 TASKS = {
     "knn": Task(KnnConfig, run_knn),
     "linear": Task(LinearConfig, run_linear),
+    "ridge": Task(RidgeConfig, run_ridge),
     "finetune": Task(TuneConfig, run_finetune),
 }

@@ -33,6 +33,11 @@ def patient(name: str) -> str | None:
     return found[0] if found else None
 
 
+def patient_or_slide(name: str) -> str:
+    """Return the patient of a slide, or the slide's normalised name where no patient is known."""
+    return patient(name) or slide_name(name)
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """The slides and patients of one set."""

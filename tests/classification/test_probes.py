@@ -20,8 +20,8 @@ from muse_fast.classification.probes import (
     knn_probabilities,
     linear_probe,
     new_head,
-    standardised,
 )
+from muse_fast.classification.splits import Splits
 from muse_fast.classification.tiles import Tile, cut_tiles, tiles_by_split
 from muse_fast.classification.tuned import NucleusClassifier, finetune, predict, turn_tiles
 from muse_fast.errors import UserError
@@ -162,7 +162,7 @@ def test_features_follow_their_nuclei() -> None:
     expected = [(t.image[int(y), int(x)] / 255 - mean) / std for t in tiles for x, y in t.xy]
     np.testing.assert_allclose(sets["train"].features[:, :3], expected, atol=1e-6)
     assert sets["train"].labels.tolist() == np.concatenate([t.label for t in tiles]).tolist()
-    assert sets["train"].slides.tolist() == [0, 1, 1, 1, 1, 0, 0]
+    assert sets["train"].patients.tolist() == [0, 1, 1, 1, 1, 0, 0]
     assert sets["val"].features.shape == (1, 5)
     assert calls[-1] == (4, 4, "tiles")
 
@@ -237,30 +237,19 @@ def test_votes_that_differ_in_the_last_bit_do_not_tie() -> None:
 
 def test_knn_chooses_k_on_val_and_reports_the_best_on_test() -> None:
     sets = random_sets(counts=(90, 60, 70))
-    result = knn(sets, 3)
+    result = knn(Splits(sets), 3)
     assert result.skipped == (100, 200, 500)
     assert list(result.test) == [10, 20]
-    assert result.val[result.k_chosen_on_val]["accuracy"] == max(s["accuracy"] for s in result.val.values())
+    assert result.held_out[result.k_chosen]["accuracy"] == max(s["accuracy"] for s in result.held_out.values())
     assert result.test[result.k_best_on_test]["accuracy"] == max(s["accuracy"] for s in result.test.values())
     with pytest.raises(UserError, match=r"5 nuclei.*smallest number of neighbours \(10\)"):
-        knn(random_sets(counts=(5, 60, 70)), 3)
-
-
-def test_standardising_uses_only_the_train_split() -> None:
-    sets = random_sets()
-    sets["train"].features[:, 0] = 3.0  # a constant feature stays finite
-    done = standardised(sets)
-    train = sets["train"].features.double()
-    expected = (sets["test"].features.double() - train.mean(0)) / train.std(0, correction=0).clamp_min(1e-6)
-    torch.testing.assert_close(done["test"].features[:, 1:].double(), expected[:, 1:], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(done["train"].features.mean(0), torch.zeros(24), atol=1e-5, rtol=0)
-    assert all(torch.isfinite(one.features).all() for one in done.values())
+        knn(Splits(random_sets(counts=(5, 60, 70))), 3)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(600, 256), (100, 256), (513, 256)])
 def test_linear_probe_equals_float64_reference(count: int, batch_size: int) -> None:
     sets = random_sets(counts=(count, 200, 300))
-    result = linear_probe(sets, 3, seed=7, epochs=30, batch_size=batch_size)
+    result = linear_probe(Splits(sets), 3, seed=7, epochs=30, batch_size=batch_size)
     weight, bias, epoch = linear_probe_in_float64(sets, 7, 0.01, 30, min(batch_size, count))
     assert result.epoch == epoch
     np.testing.assert_allclose(result.head.weight.detach(), weight, atol=1e-5)
@@ -274,7 +263,7 @@ def test_linear_probe_reports_divergence() -> None:
     sets = random_sets()
     sets["train"].features[5, 2] = float("nan")
     with pytest.raises(UserError, match="diverged in epoch 0"):
-        linear_probe(sets, 3, epochs=2)
+        linear_probe(Splits(sets), 3, epochs=2)
 
 
 # ----------------------------------------------------------------------------------------------------- fine-tuning

@@ -17,9 +17,9 @@ from muse_fast.classification.probes import (
     class_probabilities,
     knn_probabilities,
     linear_probe,
-    standardised,
     step_over_stable,
 )
+from muse_fast.classification.splits import Splits
 from muse_fast.classification.tiles import tiles_by_split
 from muse_fast.models.timm.backbone import load_timm
 from muse_fast.sources import open_source
@@ -49,6 +49,12 @@ def real(shared_data: Path) -> dict[str, Sets]:
         "resnet10t": theirs,
         "resnet10t, standardised": standardised(theirs),
     }
+
+
+def standardised(sets: Sets) -> Sets:
+    """By mean and standard deviation of train."""
+    mean, std = sets["train"].features.mean(0), sets["train"].features.std(0, correction=0).clamp_min(1e-6)
+    return {name: NucleusSet((one.features - mean) / std, one.labels, one.patients) for name, one in sets.items()}
 
 
 def knn_of_scikit_learn(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> list[int]:
@@ -100,7 +106,7 @@ def test_knn_agrees_with_scikit_learn_if_votes_tie() -> None:
 @pytest.mark.parametrize("features", ["vit_tiny, standardised", "resnet10t", "resnet10t, standardised"])
 def test_linear_probe_agrees_with_float64_on_real_nuclei(real: dict[str, Sets], features: str) -> None:
     sets = real[features]
-    result = linear_probe(sets, 3)
+    result = linear_probe(Splits(sets), 3)
     assert result.step < 1
     weight, bias, epoch = linear_probe_in_float64(sets, 2025, 0.01, 100, 256)
     assert result.epoch == epoch
@@ -129,7 +135,7 @@ def test_two_precisions_diverge_beyond_the_stable_step(ratio: float, settles: bo
         features = centres[labels] + rng.normal(size=(count, 6)) * 2
         sets[split] = NucleusSet(torch.tensor(features).float(), torch.tensor(labels), torch.zeros(count).long())
     lr = 0.01 * ratio / step_over_stable(sets["train"].features, 3, 0.01)
-    result = linear_probe(sets, 3, lr=lr, epochs=60)
+    result = linear_probe(Splits(sets), 3, lr=lr, epochs=60)
     assert result.step == pytest.approx(ratio, rel=1e-5)
     weight, _, _ = linear_probe_in_float64(sets, 2025, lr, 60, 256)
     apart = np.abs(result.head.weight.detach().numpy() - weight).max()

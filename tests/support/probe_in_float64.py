@@ -11,9 +11,12 @@ from muse_fast.classification.features import NucleusSet
 
 
 def linear_probe_in_float64(
-    sets: dict[str, NucleusSet], seed: int, lr: float, epochs: int, batch_size: int
+    sets: dict[str, NucleusSet], seed: int, lr: float, epochs: int, batch_size: int, stop_after: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Train as the benchmark does: softmax gradient, momentum, cosine schedule and choice of the epoch."""
+    """Train as the benchmark does: softmax gradient, momentum, cosine schedule and choice of the epoch.
+
+    ``stop_after`` is the epoch whose weights are wanted instead of the best one's.
+    """
     generator = torch.Generator().manual_seed(seed)
     dim = sets["train"].features.shape[1]
     weight = torch.empty(3, dim).normal_(0, 0.01, generator=generator).double().numpy()
@@ -35,6 +38,8 @@ def linear_probe_in_float64(
             weight, bias = weight - rate * velocity_w, bias - rate * velocity_b
         val = sets["val"].features.double().numpy() @ weight.T + bias
         accuracy = (val.argmax(1) == sets["val"].labels.numpy()).mean()
+        if epoch == stop_after:
+            return weight, bias, epoch
         if accuracy >= best[0]:
             best = (accuracy, weight, bias, epoch)
     return best[1], best[2], best[3]
