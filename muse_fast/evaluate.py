@@ -1,4 +1,4 @@
-"""``python -m muse_fast.evaluate {knn|linear|finetune} --weights W ... --data SOURCE --json OUT [key=value ...]``
+"""``python -m muse_fast.evaluate {knn|linear|ridge|finetune} --weights W ... --data SOURCE --json OUT [key=value ...]``
 
 Evaluates nucleus classification by the published protocol, see `muse_fast.classification.benchmark`.
 ``evaluate detect`` scores a fine-tuned detector, see `muse_fast.detection.score_detector`, and ``evaluate points``
@@ -74,7 +74,11 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", help="needed only if the weights do not record it")
     parser.add_argument("--compat", choices=COMPATS, help="resampling of the position embedding, see load_backbone")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="muse", help=PROTOCOL_HELP)
-    parser.add_argument("--baseline-random", action="store_true", help="also evaluate the same network untrained")
+    parser.add_argument(
+        "--baseline-random",
+        action="store_true",
+        help="also evaluate the same network untrained, as built and with calibrated BatchNorm",
+    )
     parser.add_argument("--json", type=Path, help="write all numbers to this new file")
     known = "; ".join(f"{name}: {', '.join(known_keys(task.config))}" for name, task in TASKS.items())
     help_ = f"settings of the task ({known}), or options of the source as source.key=value"

@@ -113,7 +113,9 @@ def test_folds_choose_in_place_of_val(few: Path, tmp_path: Path) -> None:
         evaluate("ridge", few, tmp_path / "x.json", "folds=3")
     for task, more in (("knn", "k=[1,5]"), ("linear", "epochs=2"), ("ridge", "penalty=[0.1,1]")):
         report = evaluate(task, few, tmp_path / f"{task}.json", "folds=2", more)
-        nuclei = report["data"]["nuclei"]
+        nuclei, folds = report["data"]["nuclei"], report["data"]["folds"]
+        assert {fold["nuclei"] for fold in folds} == {sum(nuclei["train"]), sum(nuclei["val"])}
+        assert [len(fold["patients"]) for fold in folds] == [1, 1]
         for row in report["results"]:
             assert row["folds"]["count"] == sum(nuclei["train"]) + sum(nuclei["val"])
             assert row["test"]["count"] == sum(nuclei["test"])

@@ -25,7 +25,8 @@ from muse_fast.classification.bootstrap import FIGURES, paired_difference
 from muse_fast.classification.calibration import batch_norms_of, calibrate_batch_norm
 from muse_fast.classification.features import extract_features
 from muse_fast.classification.metrics import METRICS, majority
-from muse_fast.classification.tasks import BEST_ON_TEST, TASKS, ProbeConfig, Row, Subject, TaskConfig
+from muse_fast.classification.splits import nuclei_of_patients, patient_folds
+from muse_fast.classification.tasks import BEST_ON_TEST, TASKS, ProbeConfig, Row, Subject, TaskConfig, held_out_name
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone, build_backbone
@@ -85,7 +86,7 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
         raise UserError(f"{job.data}: the source has no classes; evaluation needs labelled nuclei")
     console.print(f"{job.task} on {job.data}: {job.size} px tiles at {job.mpp} um/px, on {device}", highlight=False)
     tiles = tiles_by_split(source, SPLITS, size=job.size, mpp=job.mpp, truncate=job.protocol == "muse")
-    data = _describe(job, source.label_names, tiles)
+    data = _describe(job, source.label_names, tiles, options)
     _print_counts(console, data)
 
     results: list[list[list[dict[str, Any]]]] = []  # rows of each network, for each of the weights
@@ -119,9 +120,11 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
         console.print(f"numbers in {json}", highlight=False)
 
 
-def _describe(job: Benchmark, classes: Sequence[str], tiles: Mapping[str, Sequence[Tile]]) -> dict[str, Any]:
+def _describe(
+    job: Benchmark, classes: Sequence[str], tiles: Mapping[str, Sequence[Tile]], options: TaskConfig
+) -> dict[str, Any]:
     labels = {split: np.concatenate([tile.label for tile in found]) for split, found in tiles.items()}
-    return {
+    data = {
         "source": job.data,
         "options": job.source_options,
         "mpp": job.mpp,
@@ -131,6 +134,12 @@ def _describe(job: Benchmark, classes: Sequence[str], tiles: Mapping[str, Sequen
         "tiles": {split: len(found) for split, found in tiles.items()},
         "nuclei": {split: np.bincount(one, minlength=len(classes)).tolist() for split, one in labels.items()},
     }
+    if isinstance(options, ProbeConfig) and options.folds:
+        nuclei = nuclei_of_patients([*tiles["train"], *tiles["val"]])
+        fold_of = patient_folds(nuclei, options.folds, options.seed)
+        folds = [sorted(name for name in fold_of if fold_of[name] == fold) for fold in range(options.folds)]
+        data["folds"] = [{"nuclei": sum(map(nuclei.__getitem__, names)), "patients": names} for names in folds]
+    return data
 
 
 def _evaluate_network(
@@ -144,7 +153,7 @@ def _evaluate_network(
 ) -> list[dict[str, Any]]:
     """Evaluate one network and return its rows."""
     backbone = network.backbone.to(device)
-    how = {"device": device, "batch_size": options.extract_batch, "bf16": options.precision == "bf16"}
+    how: dict[str, Any] = {"device": device, "batch_size": options.extract_batch, "bf16": options.precision == "bf16"}
     began = time.perf_counter()
     if network.calibrate:
         calibrate_batch_norm(backbone, tiles["train"], **how, progress=progress)
@@ -154,8 +163,7 @@ def _evaluate_network(
     rows = TASKS[task].run(subject, options, progress)
     seconds = {"features": extracted - began, "classification": time.perf_counter() - extracted}
     known = {"weights": network.name, "arch": backbone.arch} | ({"timm": network.about} if network.about else {})
-    held_out = "folds" if isinstance(options, ProbeConfig) and options.folds else "val"
-    return [{**known, **_as_json(row, held_out), "seconds": seconds} for row in rows]
+    return [{**known, **_as_json(row, held_out_name(options)), "seconds": seconds} for row in rows]
 
 
 def _networks(weights: str, job: Benchmark, options: TaskConfig) -> Iterator[Network]:
@@ -244,6 +252,9 @@ def _print_counts(console: Console, data: Mapping[str, Any]) -> None:
     for split in SPLITS:
         named = ", ".join(f"{n} {name}" for name, n in zip(data["classes"], data["nuclei"][split], strict=True))
         console.print(f"{split:>5}: {sum(data['nuclei'][split])} nuclei ({named})", highlight=False)
+    if "folds" in data:
+        sizes = ", ".join(f"{len(fold['patients'])} ({fold['nuclei']})" for fold in data["folds"])
+        console.print(f"folds of train and val, patients (nuclei): {sizes}", highlight=False)
 
 
 def _print_results(console: Console, report: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ def _resampled(by_patient: ArrayLike) -> Confusions:
     return np.einsum("dp,...pij->...dij", _times_drawn(by_patient.shape[-3]), by_patient, optimize=True)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _times_drawn(patients: int) -> NDArray[np.float64]:
     """``[DRAWS, patients]`` how often each patient is in each draw."""
     drawn = np.random.default_rng(0).integers(patients, size=(DRAWS, patients))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,8 +94,8 @@ def patient_folds(nuclei: Mapping[str, int], folds: int, seed: int) -> dict[str,
     """
     if len(nuclei) < folds:
         raise UserError(
-            f"folds={folds}: train and val have nuclei of {len(nuclei)} patients (a slide whose patient is not known "
-            "counts as one); choose fewer folds, or folds=0 to choose settings on val"
+            f"folds={folds}: train and val have nuclei of {len(nuclei)} patients (a slide counts as one if its patient "
+            "is unknown); choose fewer folds, or folds=0 to choose settings on val"
         )
 
     def place_in_order(name: str) -> tuple[int, bytes]:
@@ -109,11 +109,16 @@ def patient_folds(nuclei: Mapping[str, int], folds: int, seed: int) -> dict[str,
     return fold_of
 
 
-def folds_of_nuclei(tiles: Sequence[Tile], folds: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """``[N]`` int64, fold of every nucleus of ``tiles``, see `patient_folds`."""
+def nuclei_of_patients(tiles: Iterable[Tile]) -> Counter[str]:
+    """Number of nuclei in ``tiles`` by patient; a slide counts as one if its patient is unknown."""
     nuclei: Counter[str] = Counter()
     for tile in tiles:
         nuclei[patient_or_slide(tile.slide)] += len(tile.label)
-    fold_of = patient_folds(nuclei, folds, seed)
+    return nuclei
+
+
+def folds_of_nuclei(tiles: Sequence[Tile], folds: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """``[N]`` int64, fold of every nucleus of ``tiles``, see `patient_folds`."""
+    fold_of = patient_folds(nuclei_of_patients(tiles), folds, seed)
     of_tile = torch.tensor([fold_of[patient_or_slide(tile.slide)] for tile in tiles])
     return of_tile.repeat_interleave(torch.tensor([len(tile.label) for tile in tiles])).to(device)

@@ -129,15 +129,15 @@ def run_knn(subject: Subject, options: KnnConfig, progress: ShowProgress) -> lis
         result = knn(splits, subject.num_classes, tuple(options.k))
         by_k: dict[int, dict[str, float]] = {}
         for k, held_out in result.held_out.items():
-            by_k[k] = {_held_out(options): held_out["accuracy"]}
+            by_k[k] = {held_out_name(options): held_out["accuracy"]}
             if k in result.test:
                 by_k[k] |= {"test": result.test[k]["accuracy"], "balanced": result.test[k]["balanced_accuracy"]}
-        details = {"by_k": by_k, "k_skipped": result.skipped}
-        chosen = {_chosen(options): result.k_chosen, BEST_ON_TEST: result.k_best_on_test}
-        for rule, k in chosen.items():
-            if k is not None:
-                found = result.test[k], result.held_out[k]
-                rows.append(Row(name, f"k {rule}", f"k={k}, {rule}", *found, {"k": k, **details}))
+        rules = {_chosen(options): result.k_chosen}
+        if result.k_best_on_test is not None:
+            rules[BEST_ON_TEST] = result.k_best_on_test
+        for rule, k in rules.items():
+            details = {"k": k, "by_k": by_k, "k_skipped": result.skipped}
+            rows.append(Row(name, f"k {rule}", f"k={k}, {rule}", result.test[k], result.held_out[k], details))
     return rows
 
 
@@ -223,12 +223,13 @@ def _splits(subject: Subject, options: ProbeConfig) -> Splits:
     return Splits(subject.sets, folds_of_nuclei(tiles, options.folds, options.seed, device))
 
 
-def _held_out(options: ProbeConfig) -> str:
-    return f"{options.folds} folds" if options.folds else "val"
-
-
 def _chosen(options: ProbeConfig) -> str:
-    return f"chosen on {_held_out(options)}"
+    return f"chosen on {options.folds} folds" if options.folds else "chosen on val"
+
+
+def held_out_name(options: TaskConfig) -> str:
+    """Name of the nuclei that classifiers are chosen on, ``val`` or ``folds``."""
+    return "folds" if isinstance(options, ProbeConfig) and options.folds else "val"
 
 
 class Task(NamedTuple):

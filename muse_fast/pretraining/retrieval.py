@@ -1,8 +1,8 @@
 """Nucleus retrieval@1: how well features distinguish nuclei across views, without labels.
 
 Every nucleus that is in both global views of its ROI is a query. It is a hit if its nearest feature (cosine) among all
-nuclei of the other view of all ROIs is the nucleus itself. The score is the share of hits. An untrained or collapsed
-network scores little more than chance, one in the number of candidates.
+nuclei of the other view of all ROIs is the nucleus itself. The score is the share of hits. A collapsed
+network scores about chance, one in the number of candidates; an untrained one may score several times that.
 """
 
 from __future__ import annotations
