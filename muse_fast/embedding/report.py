@@ -1,7 +1,11 @@
-"""Pictures of the vectors of a command, and a page with all of them that needs no other file."""
+"""Pictures of vectors, and a page with all of them that needs no other file.
+
+``python -m muse_fast.embed report H5AD ... --out DIR`` draws them for the files of one or several commands.
+"""
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import io
@@ -20,8 +24,9 @@ from muse_fast.embedding.components import Components, Sample, fit_colours, fit_
 from muse_fast.embedding.crops import read_crops
 from muse_fast.embedding.neighbours import Neighbours, Place, describe, find_neighbours
 from muse_fast.embedding.overview import MOST_SLIDES, Overview, draw_overview
-from muse_fast.embedding.vectors import VectorFile
-from muse_fast.runtime.atomic import replacing
+from muse_fast.embedding.vectors import VectorFile, find_vectors, open_vectors
+from muse_fast.runtime.atomic import new_folder, replacing
+from muse_fast.runtime.cli import written_to
 from muse_fast.runtime.names import text_of
 
 OVERVIEW, ATLAS, PAGE = "overview.png", "atlas.png", "report.html"
@@ -48,6 +53,28 @@ class _Group:
     query: Place
     neighbours: Neighbours
     crops: list[Image.Image]  # of the query, then of the neighbours
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m muse_fast.embed report", description="Draw the vectors of some slides: two pictures and a page."
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="H5AD", help="files of embed, or folders with them")
+    parser.add_argument("--out", type=Path, required=True, help=f"new folder, for {OVERVIEW}, {ATLAS} and {PAGE}")
+    parser.add_argument("--slides", type=Path, metavar="DIR", help="where the slides are now, if they have moved")
+    args = parser.parse_args(argv)
+    files = open_vectors(find_vectors(args.files))
+    with written_to(args.out), new_folder(args.out) as built:
+        problems = write_pictures(built, files, args.slides)
+    print(f"{args.out}: pictures of {sum(file.count for file in files):,} nuclei of {len(files)} slides")
+    for line in missing(problems):
+        print(line)
+    return 0
+
+
+def missing(problems: Mapping[str, str]) -> list[str]:
+    """Lines for the user about pictures that are missing, from `write_pictures`."""
+    return [f"not all pictures of {text_of(slide)}: {reason}" for slide, reason in problems.items()]
 
 
 def write_pictures(out: Path, files: Sequence[VectorFile], folder: Path | None = None) -> dict[str, str]:

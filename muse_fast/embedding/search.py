@@ -107,7 +107,8 @@ def _write_table(path: Path, files: Sequence[VectorFile], found: Neighbours, nuc
             x_um, y_um = nucleus.x * file.slide_mpp, nucleus.y * file.slide_mpp
             numbers = [f"{number:.2f}" for number in (nucleus.x, nucleus.y, x_um, y_um)]
             start = [rank, text_of(file.slide), text_of(nucleus.name), f"{value:.6f}", nucleus.kind]
-            writer.writerow([*start, f"{nucleus.score:.4f}", *numbers, text_of(file.path)])
+            score = "" if math.isnan(nucleus.score) else f"{nucleus.score:.4f}"
+            writer.writerow([*start, score, *numbers, text_of(file.path)])
 
 
 def _draw(

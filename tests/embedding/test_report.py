@@ -17,6 +17,7 @@ from muse_fast.embedding import report
 from muse_fast.embedding.neighbours import find_neighbours
 from muse_fast.embedding.report import typical, write_pictures
 from muse_fast.embedding.vectors import VectorFile
+from muse_fast.errors import UserError
 from tests.support.vector_files import draw_slide, some_files
 
 VOID = {"meta", "img", "br"}
@@ -117,6 +118,24 @@ def test_slides_that_have_moved_are_in_the_page(tmp_path: Path) -> None:
     assert list(problems) == ["b"] and "no such slide" in problems["b"]
     texts = Page((tmp_path / "out" / "report.html").read_text("utf-8")).texts
     assert problems["b"] in texts and "complete" in texts
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of two folders, whose slides are in a third one now, but for one."""
+    files = [*some_files(tmp_path / "one", {"a": 5}), *some_files(tmp_path / "two", {"b": 5, "c": 1})]
+    with_slides(files)
+    (tmp_path / "slides").mkdir()
+    for file in files[:2]:
+        slide = file.path.with_suffix(".png")
+        slide.rename(tmp_path / "slides" / slide.name)
+    given = [str(tmp_path / "one"), str(tmp_path / "two"), "--slides", str(tmp_path / "slides")]
+    assert report.main([*given, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "pictures of 11 nuclei of 3 slides" in said
+    assert "not all pictures of c: " in said and "pictures of a:" not in said
+    assert (tmp_path / "out" / "report.html").is_file()
+    with pytest.raises(UserError, match="out exists already"):
+        report.main([*given, "--out", str(tmp_path / "out")])
 
 
 def test_typical_vectors_differ() -> None:

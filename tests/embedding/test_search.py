@@ -10,9 +10,9 @@ from PIL import Image
 from muse_fast.embedding import search
 from muse_fast.embedding.neighbours import Place, find_neighbours
 from muse_fast.embedding.search import find_query, main
-from muse_fast.embedding.vectors import VectorFile
+from muse_fast.embedding.vectors import VectorFile, open_vectors
 from muse_fast.errors import UserError
-from tests.support.vector_files import draw_slide, some_files
+from tests.support.vector_files import draw_slide, some_files, write_vectors
 
 
 @pytest.fixture
@@ -44,6 +44,13 @@ def test_table_and_sheet(files: list[VectorFile], tmp_path: Path, capsys: pytest
         middle = pixels[10 + 22 + 10 + 64, 10 + rank * 138 + 64]
         assert (middle == (60, 120)[place.file]).all()
     assert "4 nuclei most similar to b:1:2, of 3 slides" in capsys.readouterr().out
+
+
+def test_nuclei_without_scores_and_classes(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "a.h5ad", np.eye(2), kinds=[None, None], score=np.nan)
+    search.search(open_vectors([path]), "a:20,20", 1, tmp_path / "found")
+    with open(tmp_path / "found" / "search.csv", newline="", encoding="utf-8") as table:
+        assert [(row["class"], row["score"]) for row in csv.DictReader(table)] == [("", "")] * 2
 
 
 def test_all_nuclei_and_a_long_sheet(files: list[VectorFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

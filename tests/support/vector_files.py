@@ -23,7 +23,8 @@ def write_vectors(
     vectors: np.ndarray,
     xy: np.ndarray | None = None,
     *,
-    kinds: Sequence[str] | None = None,
+    kinds: Sequence[str | None] | None = None,
+    score: float | None = None,
     **record: Any,
 ) -> Path:
     """Write vectors ``[n, D]`` of nuclei at ``xy`` (default: 40 px apart) of the slide that the file is named after."""
@@ -32,7 +33,7 @@ def write_vectors(
     obs = pandas.DataFrame(
         {
             "class": pandas.Categorical(["nucleus"] * count if kinds is None else list(kinds)),
-            "score": np.linspace(0.5, 1, count, dtype=np.float32),
+            "score": np.linspace(0.5, 1, count, dtype=np.float32) if score is None else np.full(count, score, "f4"),
             "x_um": xy[:, 0] * MPP,
             "y_um": xy[:, 1] * MPP,
             "slide": pandas.Categorical([path.stem] * count),
