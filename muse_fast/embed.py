@@ -2,15 +2,20 @@
 
 Each slide or image gets NAME.h5ad in DIR, which scanpy opens, NAME.parquet without the vectors, and NAME.json. A file
 appears only when it is complete; an interrupted command continues when it is repeated.
+
+``embed search`` finds the nuclei most similar to one, see `muse_fast.exploring.search`, and ``embed report`` draws the
+vectors of several commands, see `muse_fast.exploring.report`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from muse_fast.embedding.run import EmbedConfig, embed
+from muse_fast.exploring import report, search
 from muse_fast.models.weights import COMPATS
 from muse_fast.runtime.cli import run, written_to
 from muse_fast.runtime.options import known_keys, load_settings, split_settings
@@ -19,11 +24,21 @@ WEIGHTS_HELP = (
     "run, checkpoint, export, .pth, run of finetune, random:ARCH, or a network of timm as "
     "timm:NAME[:key=value ...]@FILE"
 )
+EPILOG = (
+    "`python -m muse_fast.embed search H5AD ...` finds the nuclei most similar to one, and `python -m muse_fast.embed "
+    "report H5AD ...` draws the vectors of several commands; each has its own --help."
+)
+OTHERS = {"search": search.main, "report": report.main}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in OTHERS:
+        return OTHERS[arguments[0]](arguments[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m muse_fast.embed", description="Describe every nucleus of slides and images by a vector."
+        prog="python -m muse_fast.embed",
+        description="Describe every nucleus of slides and images by a vector.",
+        epilog=EPILOG,
     )
     parser.add_argument("--weights", required=True, help=WEIGHTS_HELP)
     parser.add_argument("--out", type=Path, required=True, help="output folder, with the files of each input")
@@ -31,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compat", choices=COMPATS, help="resampling of the position embedding, see load_backbone")
     help_ = f"files or folders of files; also settings as key=value: {', '.join(known_keys(EmbedConfig))}"
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_SLIDE", help=help_)
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(arguments)
     given, inputs = split_settings(args.inputs)
     settings = load_settings(EmbedConfig, None, given)
     with written_to(args.out):

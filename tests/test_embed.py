@@ -40,7 +40,7 @@ def field(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embed(field: Path, out: Path, *settings: str, weights: str = "random:vit_tiny") -> int:
     given = ["--weights", weights, "--out", str(out), str(field / "a.png")]
-    return main([*given, f"nuclei={field / 'a.csv'}", "dtype=float32", *settings])
+    return main([*given, f"nuclei={field / 'a.csv'}", "dtype=float32", "pictures=false", *settings])
 
 
 def read(out: Path) -> Any:
@@ -82,3 +82,26 @@ def test_vectors_are_those_of_a_window_cut_by_hand(field: Path, tmp_path: Path, 
     np.testing.assert_allclose(found.X, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(found.obsm["spatial"], table(field), atol=1e-4)
     assert found.obs["class"].tolist()[:4] == ["a", "b", "a", "b"]
+
+
+def test_pictures_and_search(field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures are drawn at the end, also by a command that has nothing else left to do, and only on request."""
+    out = tmp_path / "out"
+    assert embed(field, out) == 0
+    assert not list(out.glob("*.png")) and not (out / "report.html").exists()
+    assert embed(field, out, "pictures=true") == 0
+    assert f"{out / 'report.html'}: the vectors in pictures" in capsys.readouterr().out
+    assert {"overview.png", "atlas.png", "report.html"} <= {path.name for path in out.iterdir()}
+    assert embed(field, out, "pictures=true") == 2
+    assert "already contains" in capsys.readouterr().err
+
+    x, y = table(field)[17]
+    assert (
+        main(["search", str(out), "--like", f"a:{x + 0.1:.2f},{y:.2f}", "--top", "5", "--out", str(tmp_path / "s")])
+        == 0
+    )
+    rows = (tmp_path / "s" / "search.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6 and rows[1].startswith("0,a,a:17,1.000000,b,0.5")
+    vectors = read(out).X.astype(float)
+    cosine = vectors @ vectors[17] / np.linalg.norm(vectors, axis=1)
+    assert [int(row.split(",")[2][2:]) for row in rows[2:]] == np.argsort(-cosine, kind="stable")[1:6].tolist()

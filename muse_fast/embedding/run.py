@@ -17,6 +17,8 @@ from muse_fast.embedding.nuclei import PREDICTIONS, Detected, FromFiles, NucleiS
 from muse_fast.embedding.parts import Parts
 from muse_fast.embedding.pipeline import Embedding, Tally
 from muse_fast.errors import UserError, require
+from muse_fast.exploring.report import PAGE, missing, write_pictures
+from muse_fast.exploring.vectors import SUFFIX, open_vectors
 from muse_fast.images.geojson import MULTI
 from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.nuclei_files import SUFFIXES
@@ -86,6 +88,12 @@ class EmbedConfig(Config):
     """Of the encoder; ``auto``: bf16 on a GPU, fp32 on the CPU."""
     max_unreadable: float = setting(0.05, ge=0, lt=1)
     """Share of the tissue, and of the nuclei, that may be unreadable; with more, the slide is given up."""
+    pictures: bool = setting(True, may_change=True)
+    """Draw the vectors of all inputs at the end; with format=h5ad."""
+
+    @property
+    def draws(self) -> bool:
+        return self.pictures and f".{self.format}" == SUFFIX
 
     def check(self) -> None:
         if self.protocol == "crop":
@@ -211,8 +219,22 @@ def embed(
     }
     atomic.write_json(out / _SUMMARY, total | job.made_with)
     print(f"{out}: {total['nuclei']:,} nuclei of {len(done)} inputs in {time.monotonic() - started:.0f} s")
+    if settings.draws:
+        _draw(out, [page for page in pages if page.path not in refused | repeated])
     if refused:
         raise UserError(f"{len(refused)} of {len(pages)} inputs could not be used\n{listed(refused)}")
+
+
+def _draw(out: Path, pages: Sequence[PageFile]) -> None:
+    """Draw the vectors of all pages; they are complete, so what prevents it is only printed."""
+    if not pages:
+        return
+    try:
+        problems = write_pictures(out, open_vectors([out / f"{page.name}{SUFFIX}" for page in pages]))
+    except UserError as error:
+        print(f"no pictures: {error}")
+        return
+    print("\n".join([f"{out / PAGE}: the vectors in pictures", *missing(problems)]))
 
 
 def _left_to_do(out: Path, pages: Sequence[PageFile], job: Job, refused: dict[Path, str]) -> list[PageFile]:
@@ -238,7 +260,7 @@ def _left_to_do(out: Path, pages: Sequence[PageFile], job: Job, refused: dict[Pa
                 left.append(page)
         except UserError as error:
             refused[page.path] = reason_of(error, page.path)
-    if not left and not refused:
+    if not left and not refused and ((out / PAGE).is_file() or not job.settings.draws):
         raise UserError(f"{out} already contains all vectors; remove it or choose another --out")
     atomic.write_json(out / _RECORD, job.made_with)
     return left
@@ -331,7 +353,7 @@ def _vectors(job: Job, file: PageFile, parts: Parts, bar: ProgressBar) -> tuple[
             "weights_sha256": job.weights.sha256,
             "settings": json.dumps(job.made_with["settings"]),
             "mpp": embedding.mpp,
-            "slide_path": text_of(file.path),
+            "slide_path": text_of(file.path.absolute()),
             "slide_mpp": [page.mpp, page.mpp],
             "frame": "level0",
             "qupath_origin": list(page.qupath_frame.origin),

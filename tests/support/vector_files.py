@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muse_fast.embedding.vectors import VectorFile, open_vectors
+from muse_fast.exploring.vectors import VectorFile, open_vectors
 
 anndata = pytest.importorskip("anndata")
 pandas = pytest.importorskip("pandas")

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from muse_fast.embedding.components import Colours, Sample
-from muse_fast.embedding.crops import read_crops
-from muse_fast.embedding.vectors import VectorFile
+from muse_fast.exploring.components import Colours, Sample
+from muse_fast.exploring.crops import read_crops
+from muse_fast.exploring.vectors import VectorFile
 from muse_fast.images.drawing import GAP, Sheet
 
 CROP_UM = 24.0

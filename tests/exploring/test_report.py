@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muse_fast.embedding import report
-from muse_fast.embedding.neighbours import find_neighbours
-from muse_fast.embedding.report import typical, write_pictures
-from muse_fast.embedding.vectors import VectorFile
 from muse_fast.errors import UserError
+from muse_fast.exploring import report
+from muse_fast.exploring.neighbours import find_neighbours
+from muse_fast.exploring.report import typical, write_pictures
+from muse_fast.exploring.vectors import VectorFile
 from tests.support.vector_files import draw_slide, some_files
 
 VOID = {"meta", "img", "br"}

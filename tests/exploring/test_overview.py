@@ -6,10 +6,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from muse_fast.embedding import overview
-from muse_fast.embedding.components import Colours, fit_colours, fit_components
-from muse_fast.embedding.overview import colour_nuclei, draw_overview
-from muse_fast.embedding.vectors import VectorFile, open_vectors
+from muse_fast.exploring import overview
+from muse_fast.exploring.components import Colours, fit_colours, fit_components
+from muse_fast.exploring.overview import colour_nuclei, draw_overview
+from muse_fast.exploring.vectors import VectorFile, open_vectors
 from tests.support.vector_files import draw_slide, some_files, write_vectors
 
 

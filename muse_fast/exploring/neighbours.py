@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from muse_fast.embedding.vectors import Block, Nucleus, VectorFile
+from muse_fast.exploring.vectors import Block, Nucleus, VectorFile
 
 
 class Place(NamedTuple):

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.embedding.components import Colours
-from muse_fast.embedding.crops import open_slide_of
-from muse_fast.embedding.vectors import VectorFile
 from muse_fast.errors import UserError
+from muse_fast.exploring.components import Colours
+from muse_fast.exploring.crops import open_slide_of
+from muse_fast.exploring.vectors import VectorFile
 from muse_fast.images.drawing import CAPTION, GAP, Sheet
 from muse_fast.runtime.names import text_of
 
 MOST_SLIDES = 24  # in a sheet
-_WIDTH = 1500  # pixels of a sheet, about
+_WIDTH = 2000  # pixels of a sheet, about
 _COLUMNS = 3  # slides side by side, at most
 _DOT_UM = 4.0  # radius of a nucleus in the picture
 _FADED = 0.5  # contrast of the grey slide behind the nuclei
@@ -61,8 +61,9 @@ def draw_overview(files: Sequence[VectorFile], colours: Colours, folder: Path | 
             file, left = shown[number * columns + column], GAP + column * 2 * (side + GAP)
             caption = f"{file.count:,} nuclei   {text_of(file.slide)}{'' if pair else '   slide not read'}"
             sheet.text(left, top, caption[: 2 * side // 8])
-            for place, picture in enumerate(pair):
-                sheet.cell(left + place * (side + GAP), top + CAPTION, picture)
+            for picture in pair:
+                sheet.cell(left, top + CAPTION, picture)
+                left += picture.width + GAP
         top += height + CAPTION + GAP
     return Overview(sheet, problems)
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muse_fast.embedding import search
-from muse_fast.embedding.neighbours import Place, find_neighbours
-from muse_fast.embedding.search import find_query, main
-from muse_fast.embedding.vectors import VectorFile, open_vectors
 from muse_fast.errors import UserError
+from muse_fast.exploring import search
+from muse_fast.exploring.neighbours import Place, find_neighbours
+from muse_fast.exploring.search import find_query, main
+from muse_fast.exploring.vectors import VectorFile, open_vectors
 from tests.support.vector_files import draw_slide, some_files, write_vectors
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.embedding.vectors import VectorFile
 from muse_fast.errors import UserError
+from muse_fast.exploring.vectors import VectorFile
 from muse_fast.images.slide import Slide, open_slide
 from muse_fast.runtime.names import text_of
 

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.embedding.atlas import CROP_UM, Atlas, draw_atlas
-from muse_fast.embedding.components import Components, Sample, fit_colours, fit_components
-from muse_fast.embedding.crops import read_crops
-from muse_fast.embedding.neighbours import Neighbours, Place, describe, find_neighbours
-from muse_fast.embedding.overview import MOST_SLIDES, Overview, draw_overview
-from muse_fast.embedding.vectors import VectorFile, find_vectors, open_vectors
+from muse_fast.exploring.atlas import CROP_UM, Atlas, draw_atlas
+from muse_fast.exploring.components import Components, Sample, fit_colours, fit_components
+from muse_fast.exploring.crops import read_crops
+from muse_fast.exploring.neighbours import Neighbours, Place, describe, find_neighbours
+from muse_fast.exploring.overview import MOST_SLIDES, Overview, draw_overview
+from muse_fast.exploring.vectors import VectorFile, find_vectors, open_vectors
 from muse_fast.runtime.atomic import new_folder, replacing
 from muse_fast.runtime.cli import written_to
 from muse_fast.runtime.names import text_of
@@ -183,7 +183,7 @@ def _page(
 def _facts(file: VectorFile) -> str:
     record = file.record
     facts = {
-        "weights": f"{record['weights']} (sha256 {str(record['weights_sha256'])[:12]})",
+        "weights": f"{record['weights']} (sha256 {str(record['weights_sha256'])[:12] or 'none'})",
         "vectors": f"{file.dim} numbers, protocol {record['protocol']}, {float(record['mpp']):g} um/px",
         "made with": f"muse_fast {record.get('version', '')}",
     }

@@ -10,10 +10,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from muse_fast.embedding import atlas
-from muse_fast.embedding.atlas import draw_atlas, fill_grid, place
-from muse_fast.embedding.components import fit_colours, fit_components
-from muse_fast.embedding.vectors import open_vectors
+from muse_fast.exploring import atlas
+from muse_fast.exploring.atlas import draw_atlas, fill_grid, place
+from muse_fast.exploring.components import fit_colours, fit_components
+from muse_fast.exploring.vectors import open_vectors
 from tests.support.vector_files import draw_slide, some_files, write_vectors
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from muse_fast.embedding.crops import open_slide_of, read_crops
-from muse_fast.embedding.vectors import VectorFile, open_vectors
 from muse_fast.errors import UserError
+from muse_fast.exploring.crops import open_slide_of, read_crops
+from muse_fast.exploring.vectors import VectorFile, open_vectors
 from tests.support.vector_files import MPP, draw_slide, write_vectors
 
 XY = np.array([[30.0, 30], [200, 100], [398, 100]])

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from muse_fast.embedding.components import Colours, fit_colours, fit_components
-from muse_fast.embedding.vectors import VectorFile, open_vectors
+from muse_fast.exploring.components import Colours, fit_colours, fit_components
+from muse_fast.exploring.vectors import VectorFile, open_vectors
 from tests.support.vector_files import some_files, write_vectors
 
 

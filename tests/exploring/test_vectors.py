@@ -7,12 +7,12 @@ import h5py
 import numpy as np
 import pytest
 
-from muse_fast.embedding import vectors
-from muse_fast.embedding.components import fit_colours, fit_components
-from muse_fast.embedding.neighbours import Place, find_neighbours, nearest_nucleus
-from muse_fast.embedding.overview import colour_nuclei
-from muse_fast.embedding.vectors import find_vectors, open_vectors
 from muse_fast.errors import UserError
+from muse_fast.exploring import vectors
+from muse_fast.exploring.components import fit_colours, fit_components
+from muse_fast.exploring.neighbours import Place, find_neighbours, nearest_nucleus
+from muse_fast.exploring.overview import colour_nuclei
+from muse_fast.exploring.vectors import find_vectors, open_vectors
 from tests.support.vector_files import some_files, write_vectors
 
 
@@ -55,17 +55,26 @@ def test_files_in_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("ours", "theirs", "said"),
     [
-        ({"weights_sha256": "b" * 64, "weights": "other.pth"}, "weights random:vit_tiny and other.pth"),
-        ({"protocol": "crop"}, "protocol is map and crop"),
-        ({"mpp": 0.53}, "0.5 and 0.53 um/px"),
-        ({"dim": 4}, "vectors have 3 and 4 numbers"),
+        (
+            {},
+            {"weights_sha256": "b" * 64, "weights": "b.pth"},
+            f"random:vit_tiny and b.pth, sha256 {'a' * 64} and {'b' * 64}",
+        ),
+        ({"weights_sha256": ""}, {"weights_sha256": "", "weights": "random:resnet50"}, "vit_tiny and random:resnet50"),
+        ({}, {"weights_sha256": ""}, f"sha256 {'a' * 64} and none"),
+        ({}, {"protocol": "crop"}, "protocols are map and crop"),
+        ({}, {"mpp": 0.53}, "0.5 and 0.53 um/px"),
+        ({}, {"dim": 4}, "vectors have 3 and 4 numbers"),
     ],
 )
-def test_files_that_cannot_be_compared(tmp_path: Path, record: dict[str, object], said: str) -> None:
-    other = np.ones((2, int(record.pop("dim", 3))))
-    paths = [write_vectors(tmp_path / "a.h5ad", np.ones((2, 3))), write_vectors(tmp_path / "b.h5ad", other, **record)]
+def test_files_that_cannot_be_compared(
+    tmp_path: Path, ours: dict[str, object], theirs: dict[str, object], said: str
+) -> None:
+    dim = {"a": 3, "b": theirs.get("dim", 3)}
+    record = {"a": ours, "b": {key: value for key, value in theirs.items() if key != "dim"}}
+    paths = [write_vectors(tmp_path / f"{name}.h5ad", np.ones((2, dim[name])), **record[name]) for name in "ab"]
     with pytest.raises(UserError, match=said) as error:
         open_vectors(paths)
     assert all(str(path) in str(error.value) for path in paths)

@@ -19,7 +19,7 @@ from muse_fast.runtime.names import text_of
 
 SUFFIX = ".h5ad"
 RECORD = "muse_fast"  # in uns: how the vectors were made
-_SAME = ("weights_sha256", "protocol")  # vectors that differ in one of these cannot be compared
+_NEEDED = ("weights", "weights_sha256", "protocol", "mpp", "slide_path", "slide_mpp")  # in the record
 _SAME_MPP = 0.05  # relative difference: slides of one command may differ by 4 %, as near levels are used as they are
 _BLOCK_BYTES = 32 << 20  # of a block in float64
 _POSITIONS = 1 << 18  # positions, or classes, read at a time
@@ -146,15 +146,20 @@ def open_vectors(paths: Sequence[Path]) -> list[VectorFile]:
 
 def _difference(one: VectorFile, other: VectorFile) -> str:
     """Why the vectors of two files cannot be compared; "" if they can."""
-    for key in _SAME:
-        ours, theirs = one.record[key], other.record[key]
-        if ours != theirs:
-            weights = f", weights {one.record['weights']} and {other.record['weights']}"
-            return f"{key} is {ours} and {theirs}{weights if key == 'weights_sha256' else ''}"
+    (name, sha256), (other_name, other_sha256) = _weights(one), _weights(other)
+    if (sha256 or name) != (other_sha256 or other_name):  # random weights have no hash
+        return f"their weights are {name} and {other_name}, sha256 {sha256 or 'none'} and {other_sha256 or 'none'}"
+    if one.record["protocol"] != other.record["protocol"]:
+        return f"their protocols are {one.record['protocol']} and {other.record['protocol']}"
     ours, theirs = float(one.record["mpp"]), float(other.record["mpp"])
     if abs(ours - theirs) > _SAME_MPP * min(ours, theirs):
-        return f"the encoder saw {ours:g} and {theirs:g} um/px"
-    return f"vectors have {one.dim} and {other.dim} numbers" if one.dim != other.dim else ""
+        return f"their encoder saw {ours:g} and {theirs:g} um/px"
+    return f"their vectors have {one.dim} and {other.dim} numbers" if one.dim != other.dim else ""
+
+
+def _weights(file: VectorFile) -> tuple[str, str]:
+    """Name and SHA-256 of the weights."""
+    return file.record["weights"], file.record["weights_sha256"]
 
 
 def _open(path: Path) -> VectorFile:
@@ -162,7 +167,7 @@ def _open(path: Path) -> VectorFile:
         if RECORD not in file.get("uns", {}):
             raise UserError(f"{path}: not a file of muse_fast.embed, uns has no {RECORD!r}")
         record = {key: _value(value[()]) for key, value in file["uns"][RECORD].items()}
-        if lacking := [key for key in (*_SAME, "mpp", "weights", "slide_path", "slide_mpp") if key not in record]:
+        if lacking := [key for key in _NEEDED if key not in record]:
             raise UserError(f"{path}: uns[{RECORD!r}] has no {', '.join(lacking)}; embed the slide again")
         vectors, obs = file["X"], file["obs"]
         if not isinstance(vectors, h5py.Dataset) or vectors.ndim != 2:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from muse_fast.embedding.crops import read_crops
-from muse_fast.embedding.neighbours import Neighbours, Place, describe, find_neighbours, nearest_nucleus
-from muse_fast.embedding.vectors import Nucleus, VectorFile, find_vectors, open_vectors
 from muse_fast.errors import UserError, did_you_mean
+from muse_fast.exploring.crops import read_crops
+from muse_fast.exploring.neighbours import Neighbours, Place, describe, find_neighbours, nearest_nucleus
+from muse_fast.exploring.vectors import Nucleus, VectorFile, find_vectors, open_vectors
 from muse_fast.images.drawing import CAPTION, GAP, INK, Sheet
 from muse_fast.images.tables import parse_number
 from muse_fast.runtime.atomic import new_folder

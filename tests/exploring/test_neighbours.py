@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from muse_fast.embedding.neighbours import Place, describe, find_neighbours, nearest_nucleus
-from muse_fast.embedding.vectors import VectorFile, open_vectors
+from muse_fast.exploring.neighbours import Place, describe, find_neighbours, nearest_nucleus
+from muse_fast.exploring.vectors import VectorFile, open_vectors
 from tests.support.vector_files import some_files, write_vectors
 
 

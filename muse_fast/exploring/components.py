@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from muse_fast.embedding.vectors import VectorFile
+from muse_fast.exploring.vectors import VectorFile
 
 SAMPLE = 20_000  # nuclei, at most, of which pictures show positions and ranges
 _NOISE = 1e-12  # components with less than this share of the largest variance are rounding errors
