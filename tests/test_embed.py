@@ -14,6 +14,7 @@ from PIL import Image
 
 from muse_fast import load_backbone
 from muse_fast.embed import main as embed_main
+from muse_fast.exploring import atlas
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.runtime.cli import run
 
@@ -84,8 +85,11 @@ def test_vectors_are_those_of_a_window_cut_by_hand(field: Path, tmp_path: Path, 
     assert found.obs["class"].tolist()[:4] == ["a", "b", "a", "b"]
 
 
-def test_pictures_and_search(field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Pictures are drawn at the end, also by a command that has nothing else left to do, and only on request."""
+def test_pictures_and_search(
+    field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures are drawn at the end, also by a command that has nothing else left to do, unless they are not wanted."""
+    monkeypatch.setattr(atlas, "has_umap", lambda: False)  # it takes long to load
     out = tmp_path / "out"
     assert embed(field, out) == 0
     assert not list(out.glob("*.png")) and not (out / "report.html").exists()

@@ -58,12 +58,16 @@ def place(sample: Sample, colours: Colours) -> tuple[NDArray[np.float64], str]:
     UMAP compares vectors by cosine and starts from a fixed seed.
     """
     size = len(sample.row)
-    if size > 2 * _NEIGHBOURS and importlib.util.find_spec("umap"):
+    if size > 2 * _NEIGHBOURS and has_umap():
         from umap import UMAP
 
         placed = UMAP(n_neighbors=_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1).fit_transform(sample.vectors)
         return placed.astype(np.float64), "UMAP"
     return colours.components.project(sample.vectors)[:, :2], "PCA"
+
+
+def has_umap() -> bool:
+    return importlib.util.find_spec("umap") is not None
 
 
 def fill_grid(

@@ -176,7 +176,8 @@ def _open(path: Path) -> VectorFile:
         if len(slides) > 1:
             raise UserError(f"{path}: has nuclei of {len(slides)} slides; expected one, as embed wrote it")
         slide = slides[0] if slides else path.stem
-        return VectorFile(path, slide, *vectors.shape, _count(obs["class"]), record)
+        count, dim = vectors.shape
+        return VectorFile(path, slide, count, dim, _count(obs["class"]), record)
 
 
 def _count(kinds: h5py.Group) -> dict[str, int]:

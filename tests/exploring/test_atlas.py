@@ -19,7 +19,7 @@ from tests.support.vector_files import draw_slide, some_files, write_vectors
 
 @pytest.fixture(autouse=True)
 def without_umap() -> Iterator[None]:
-    with mock.patch.object(atlas.importlib.util, "find_spec", return_value=None):
+    with mock.patch.object(atlas, "has_umap", return_value=False):
         yield
 
 
@@ -82,7 +82,7 @@ def test_umap_places_the_nuclei_if_it_is_installed(tmp_path: Path) -> None:
             return 2 * vectors[:, :2]
 
     with (
-        mock.patch.object(atlas.importlib.util, "find_spec", return_value=True),
+        mock.patch.object(atlas, "has_umap", return_value=True),
         mock.patch.dict(sys.modules, umap=SimpleNamespace(UMAP=UMAP)),
     ):
         positions, method = place(sample, colours)
