@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,17 +15,23 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 WHITE = max((1 - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))  # the largest value, 2.64
 
 
+@lru_cache(maxsize=8)  # a copy from the host would make it wait for the device
+@torch.inference_mode(False)  # training may use what an evaluation has made
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each ``[3, 1, 1]``."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
+
+
 def normalise(views: Tensor) -> Tensor:
     """uint8 ``[..., 3, R, R]`` -> float32, normalised with ImageNet's mean and standard deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=views.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=views.device).view(3, 1, 1)
+    mean, std = _statistics(views.device)
     return (views.float() / 255 - mean) / std
 
 
 def denormalise(views: Tensor) -> Tensor:
     """The inverse of :func:`normalise`, to uint8."""
-    mean = torch.tensor(IMAGENET_MEAN, device=views.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=views.device).view(3, 1, 1)
+    mean, std = _statistics(views.device)
     return ((views.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 

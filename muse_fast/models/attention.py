@@ -65,6 +65,19 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return f"{module} cannot be imported ({error})"
     if dtype == torch.float64:
         return "it does not support fp64"
+    return _failure(backend, device, dtype)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _failure(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a small example fails, or None: a package may be importable but built for another torch or another GPU."""
+    qkv = torch.zeros(8, 3 * 64, device=device, dtype=dtype, requires_grad=True)
+    try:
+        attend(qkv, 1, ((2, 3), (1, 2)), backend).sum().backward()
+    except Exception as error:
+        return f"a small example fails ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     return None
 
 

@@ -103,7 +103,7 @@ class Trainer:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         if self.config.train.compile:
             for layer in network.backbone.encoder.layers:
-                layer.compile()
+                layer.compile(dynamic=False)  # a network sees few shapes
         return network
 
     def train_step(self, *micro_batches: Views, measure: bool = True) -> Metrics:

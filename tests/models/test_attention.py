@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -100,7 +101,27 @@ def test_why_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute capability 8.0" in (why_not("varlen", cuda, torch.bfloat16) or "")
     assert "xformers.ops cannot be imported" in (why_not("xformers", cuda, torch.float32) or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_failure", lambda *_: None)
     assert why_not("varlen", cuda, torch.bfloat16) is None
+
+
+def test_a_package_that_imports_but_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As xformers does if it was built for another torch. The example itself is tried on the CPU."""
+
+    def broken(*arguments: object, **options: object) -> Tensor:
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs ...")
+
+    fake = ModuleType("xformers.ops")
+    fake.memory_efficient_attention = broken  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", fake)
+    monkeypatch.setattr(attention, "_block_diagonal", lambda *_: None)
+    attention._failure.cache_clear()
+    said = attention._failure("xformers", CPU, torch.float32)
+    assert said == (
+        "a small example fails (NotImplementedError: No operator found for `memory_efficient_attention_forward`)"
+    )
+    assert attention._failure("sdpa", CPU, torch.float32) is None
 
 
 @pytest.mark.parametrize("backend", ["xformers", "varlen"])
