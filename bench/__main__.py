@@ -1,4 +1,4 @@
-"""``python -m bench {ops|step|data|ablation} --help``"""
+"""``python -m bench {ops|step|data|rates|ablation} --help``"""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ import torch
 from bench.ablation import command as ablation_command
 from bench.data import command as data_command
 from bench.ops import command as ops_command
+from bench.rates import command as rates_command
 from bench.step import command as step_command
 
-COMMANDS = {"ops": ops_command, "step": step_command, "data": data_command, "ablation": ablation_command}
+COMMANDS = {
+    "ops": ops_command,
+    "step": step_command,
+    "data": data_command,
+    "rates": rates_command,
+    "ablation": ablation_command,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,25 +1,34 @@
 #!/usr/bin/env bash
-# Build, test, sanitize and time the ops, the training step and the data path on a machine with a GPU, and measure what
+# Build, test, time and sanitize the ops, the training step and the data path on a machine with a GPU, and measure what
 # short runs learn there. Needs no network.
 #
-#   bench/gpu.sh [STAGE ...]      build test sanitize ops step lfov data ablation; by default all, in this order
+#   bench/gpu.sh first|second|STAGE ...
 #
-# The exit code is 1 if a stage failed; later stages still run. Each stage ends within 8 minutes, and all within BUDGET
-# seconds if it is set, for machines that are lent for a short time. A stage with less than a minute left is not started
-# and counts as failed.
-# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, ops.json, step-*.json,
-# data.json and ablation.json.
+# first, for 560 seconds of a machine that is lent for a short time:
+#   build preflight tiny engine baselines test ops rates
+# second, after mending what it shows:
+#   sanitize base lfov data ablation
+# By default all, in this order. The exit code is 1 if a stage failed; later stages still run. Each stage ends within 8
+# minutes, and all within BUDGET seconds if it is set. A stage with less than 20 seconds left is not started and counts
+# as failed.
+#
+# Written to $OUT: stages.json (torch, GPU, commit; result and seconds of each stage), STAGE.log, and the JSON files of
+# the benchmarks, which write theirs after every row. $OUT.tar.gz has all of this after every stage, so that a machine
+# that is taken away leaves what it has measured.
 #
 # Environment: OUT (runs/gpu), PYTHON (python3), DEVICE (cuda; cpu to try the script), COMMIT (for the JSON files; by
 # default from git), ROIS (the set of muse_fast/configs/ablation.yaml), BUDGET, WHEELS (folder of packages that the
-# machine lacks, installed first), WORKERS (4; processes of the tests, with pytest-xdist).
+# machine lacks, installed first), WORKERS (8; processes of the tests, with pytest-xdist).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-STAGES=(build test sanitize ops step lfov data ablation)
+FIRST=(build preflight tiny engine baselines test ops rates)
+SECOND=(sanitize base lfov data ablation)
+STAGES=("${FIRST[@]}" "${SECOND[@]}")
 OUT=$(realpath -m "${OUT:-runs/gpu}")
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 BUDGET=${BUDGET:-86400}
+LEAST=20
 BEGAN=$EPOCHSECONDS
 export PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin
 
@@ -49,48 +58,89 @@ sys.exit("; ".join(filter(None, errors)) or None)
 PYTHON
 }
 
+# What this machine lacks: tests of it cannot be collected, and the others still run.
+stage_preflight() {
+  "$PYTHON" - <<'PYTHON'
+import importlib
+import sys
+
+required = ("numpy", "PIL", "torch", "torchvision", "timm", "omegaconf", "rich", "safetensors", "simplejpeg", "scipy", "shapely")
+optional = ("triton", "openslide", "xformers", "nvidia.dali", "pytest", "xdist", "hypothesis", "pytest_timeout", "sklearn")
+missing = []
+for name in (*required, *optional):
+    try:
+        found = importlib.import_module(name)
+        print(f"{name:16} {getattr(found, '__version__', 'there')}")
+    except Exception as error:  # a package that cannot be imported is as good as none, whatever it raises
+        print(f"{name:16} MISSING ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+        missing += [name] * (name in required)
+sys.exit(f"missing: {', '.join(missing)}" if missing else None)
+PYTHON
+}
+
+# Every op on the smallest inputs, then against float64.
+stage_tiny() {
+  timeout "$(within 60)" "$PYTHON" -m bench.ops.tiny --device "$DEVICE"
+}
+
+# Whole steps of the engine at 224 px: a batch that fills a GPU, and one that hides the host's time.
+stage_engine() {
+  local failed=0
+  step vit_small 224 64 --only fast --compile --attention sdpa --attention varlen || failed=1
+  step vit_small 224 256 --only fast --compile || failed=1
+  return $failed
+}
+
+# The same beside both baselines: the fair one at 64 ROIs, the literal one at the paper's 16.
+stage_baselines() {
+  local failed=0
+  step vit_small 224 64 --only fair --only fast --compile || failed=1
+  step vit_small 224 16 --compile || failed=1
+  return $failed
+}
+
 # The tests of every op and kernel, and everything else that needs a GPU.
 stage_test() {
-  local files op workers=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "${WORKERS:-4}") # kernels compile in parallel
+  local files workers=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "${WORKERS:-8}") # kernels compile in parallel
   mapfile -t files < <(
     ls tests/ops/test_*.py tests/kernels/test_*.py
     grep -rlE --include='test_*.py' 'mark\.gpu' tests
   )
   mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
-  timeout "$(within 470)" "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" "${files[@]}"
-}
-
-# Out-of-bounds accesses, races in shared memory and reads of uninitialised memory, on the smallest inputs. Without torch's
-# cache of device memory, which would hide an access past the end of a tensor.
-stage_sanitize() {
-  local tool
-  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; return 1; }
-  for tool in memcheck racecheck initcheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(within 155)" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$PYTHON" -m bench.ops.tiny --device "$DEVICE" || return
-  done
+  timeout "$(within 470)" "$PYTHON" -m pytest -q -p no:cacheprovider --continue-on-collection-errors \
+    "${workers[@]}" "${files[@]}"
 }
 
 stage_ops() {
   timeout "$(within 470)" "$PYTHON" -m bench ops --device "$DEVICE" --json "$OUT/ops.json"
 }
 
-# Whole steps at 224 px, with a batch that fills a GPU and with the paper's.
-stage_step() {
-  local failed=0
-  step vit_small 224 64 || failed=1
-  step vit_base 224 64 || failed=1
-  step vit_small 224 16 || failed=1
-  step vit_base 224 16 || failed=1
-  return $failed
+# Matrix products and convolutions of a step by themselves.
+stage_rates() {
+  timeout "$(within 60)" "$PYTHON" -m bench rates --device "$DEVICE" --json "$OUT/rates.json"
+}
+
+# Out-of-bounds accesses, and races in shared memory, on the smallest inputs. Without torch's cache of device memory,
+# which would hide an access past the end of a tensor.
+stage_sanitize() {
+  local tool
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; return 1; }
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(within 155)" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$PYTHON" -m bench.ops.tiny --device "$DEVICE" || return
+  done
+}
+
+stage_base() {
+  step vit_base 224 64 --only fair --only fast --compile
 }
 
 # Large fields of view: whole steps at 512 px; forward and backward at 1024 px, as fine-tuning runs them.
 stage_lfov() {
   local failed=0
-  step vit_small 512 16 || failed=1
-  step vit_base 512 16 || failed=1
+  step vit_small 512 16 --only fair --only fast --compile || failed=1
+  step vit_base 512 16 --only fast --compile || failed=1
   if [[ $DEVICE == cuda ]]; then
     timeout "$(within 115)" "$PYTHON" -m bench step --device cuda --arch vit_base --lfov 1024 --json "$OUT/step-1024.json" || failed=1
   else
@@ -120,16 +170,21 @@ stage_ablation() {
     --json "$OUT/ablation.json" "${arguments[@]}"
 }
 
-# ARCH SIZE ROIS; on a CPU a small model instead.
+# ARCH SIZE ROIS [OPTION ...]; on a CPU a small model instead.
 step() {
-  local arguments=(--arch "$1" --size "$2" --batch "$3" --compile --seconds 4)
+  local arch=$1 size=$2 rois=$3 only arguments
+  shift 3
+  arguments=(--arch "$arch" --size "$size" --batch "$rois" --seconds 4 "$@")
+  only=$([[ " $* " == *" fair "* || " $* " != *" --only "* ]] && echo all || echo fast)
   if [[ $DEVICE == cpu ]]; then
     arguments=(--arch vit_tiny --batch 1 --seconds 0 views.global_size=64 views.local_size=32 head.prototypes=64)
+    [[ $only == fast ]] && arguments+=(--only fast)
   fi
-  timeout "$(within 115)" "$PYTHON" -m bench step --device "$DEVICE" --json "$OUT/step-$1-$2-$3.json" "${arguments[@]}"
+  timeout "$(within 150)" "$PYTHON" -m bench step --device "$DEVICE" --json "$OUT/step-$arch-$size-$rois-$only.json" \
+    "${arguments[@]}"
 }
 
-# STAGE EXIT_CODE SECONDS, for every stage so far -> stages.json
+# STAGE EXIT_CODE SECONDS, for every stage so far -> stages.json; then everything -> one archive.
 record() {
   "$PYTHON" - "$OUT" "$DEVICE" "$@" <<'PYTHON'
 import json
@@ -149,22 +204,32 @@ for row in stages:
 report = {"environment": environment(device), "stages": stages}
 (Path(out) / "stages.json").write_text(json.dumps(report, indent=2) + "\n")
 PYTHON
+  (cd "$OUT" && tar -czf "$OUT.tar.gz.part" -- *.json *.log) && mv "$OUT.tar.gz.part" "$OUT.tar.gz"
 }
 
+(($#)) || set -- first second
+wanted=()
 for stage in "$@"; do
-  if [[ " ${STAGES[*]} " != *" $stage "* ]]; then
-    echo "bench/gpu.sh: unknown stage '$stage'; expected some of: ${STAGES[*]}" >&2
-    exit 2
-  fi
+  case $stage in
+    first) wanted+=("${FIRST[@]}") ;;
+    second) wanted+=("${SECOND[@]}") ;;
+    *)
+      if [[ " ${STAGES[*]} " != *" $stage "* ]]; then
+        echo "bench/gpu.sh: unknown stage '$stage'; expected first, second or some of: ${STAGES[*]}" >&2
+        exit 2
+      fi
+      wanted+=("$stage")
+      ;;
+  esac
 done
 mkdir -p "$OUT"
 results=()
 failed=0
-for stage in "${@:-${STAGES[@]}}"; do
+for stage in "${wanted[@]}"; do
   echo "== $stage"
   SECONDS=0
-  if (($(within 60) < 60)); then
-    echo "less than a minute of the budget is left"
+  if (($(within $LEAST) < LEAST)); then
+    echo "less than $LEAST seconds of the budget are left"
     false
   else
     "stage_$stage"

@@ -48,7 +48,10 @@ def print_verdicts(to: Console, rows: Sequence[dict[str, Any]], figures: dict[st
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    """Write it whole or not at all, as it is written again after every row."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def number(value: float) -> str:

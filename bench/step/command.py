@@ -4,6 +4,7 @@ views; or, with --lfov, forward and backward of a backbone on large images."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", choices=ATTENTION, action="append", help="attention of the engine; repeat to time several"
     )
+    parser.add_argument(
+        "--only", choices=[*timing.BASELINES, "fast"], action="append", help="kind of version to time (all); repeatable"
+    )
     parser.add_argument("--compile", action="store_true", help="also time the engine with torch.compile")
     parser.add_argument("--seconds", type=float, default=20, help="time per version; at least three repeats")
     parser.add_argument("--lfov", type=int, metavar="SIDE", help="time forward and backward on images of SIDE pixels")
@@ -66,18 +70,25 @@ def main(options: argparse.Namespace) -> int:
     out, machine, rates = console(), environment(device), machine_rates(device)
     print_machine(out, machine, rates)
     peak = peak_flops(torch.device(device))
+
+    def keep(report: dict[str, Any]) -> None:  # again and again, in case the command is interrupted
+        if options.json:
+            write_json(options.json, {"environment": machine, "rates": rates._asdict(), "peak_flops": peak, **report})
+
     try:
-        report = (large_images if options.lfov else steps)(options, out, rates.matmul, peak)
+        report = (large_images if options.lfov else steps)(options, out, rates.matmul, peak, keep)
     except UserError as error:
         options.parser.error(str(error))
+    keep(report)
     print_verdicts(out, report["results"], FIGURES)
-    if options.json:
-        write_json(options.json, {"environment": machine, "rates": rates._asdict(), "peak_flops": peak, **report})
-    engine = [row for row in report["results"] if row["kind"] == "fast"]
-    return 1 if any("wrong" in row for row in report["results"]) or all("skipped" in row for row in engine) else 0
+    wanted = [row for row in report["results"] if row["kind"] == "fast"] or report["results"]
+    return 1 if any("wrong" in row for row in report["results"]) or all("skipped" in row for row in wanted) else 0
 
 
-def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float | None) -> dict[str, Any]:
+Keep = Callable[[dict[str, Any]], None]
+
+
+def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float | None, keep: Keep) -> dict[str, Any]:
     shared = [
         f"model.arch={options.arch[0]}",
         f"views.global_size={options.size}",
@@ -95,7 +106,16 @@ def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float 
         f"{config.views.global_size} and {config.views.num_locals} x {config.views.local_size} px, "
         f"{inputs['rows']:.0f} nuclei and {inputs['pairs']:.0f} pairs per ROI, {config.head.prototypes} prototypes ..."
     )
-    rows = timing.run(versions(options), shared, options.device, options.seconds, matmul, peak)
+    known = {"settings": shared, "inputs": inputs}
+    rows = timing.run(
+        versions(options),
+        shared,
+        options.device,
+        options.seconds,
+        matmul,
+        peak,
+        lambda rows: keep({**known, "results": rows}),
+    )
     chip = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     timing.add_targets(rows, timing.targets(chip, config))
     out.print(table(COLUMNS, [cells(row) for row in rows if "median_ms" in row]))
@@ -103,7 +123,7 @@ def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float 
         if "profile" in row:
             out.print(f"{row['version']}: where the time of a step goes")
             out.print(table(("operation", "calls", "ms", "share"), [profile_cells(line) for line in row["profile"]]))
-    return {"settings": shared, "inputs": inputs, "results": rows}
+    return {**known, "results": rows}
 
 
 def versions(options: argparse.Namespace) -> list[timing.Version]:
@@ -122,10 +142,13 @@ def versions(options: argparse.Namespace) -> list[timing.Version]:
         for arch in (options.arch or [])[1:]
         for version in fast
     ]
-    return [timing.Version("literal", "literal"), timing.Version("fair", "fair"), *fast, *beside]
+    found = [timing.Version("literal", "literal"), timing.Version("fair", "fair"), *fast, *beside]
+    return [version for version in found if not options.only or version.kind in options.only]
 
 
-def large_images(options: argparse.Namespace, out: Console, matmul: float, peak: float | None) -> dict[str, Any]:
+def large_images(
+    options: argparse.Namespace, out: Console, matmul: float, peak: float | None, keep: Keep
+) -> dict[str, Any]:
     arch = options.arch[0]
     out.print(f"\n{arch}, {options.precision}, {options.batch} x {options.lfov} px, forward and backward ...")
     rows = lfov.run(arch, options.lfov, options.batch, options.precision, options.device, matmul, peak)

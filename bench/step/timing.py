@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +136,13 @@ def rms(low: float, high: float) -> float:
 
 
 def run(
-    versions: Sequence[Version], shared: Sequence[str], device: str, seconds: float, matmul: float, peak: float | None
+    versions: Sequence[Version],
+    shared: Sequence[str],
+    device: str,
+    seconds: float,
+    matmul: float,
+    peak: float | None,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Return one row per version: its figures, or under ``wrong`` or ``skipped`` the reason why it has none.
 
@@ -144,17 +150,25 @@ def run(
         shared: settings of the run, ``key=value``.
         seconds: duration of timed steps per version; every version gets at least MIN_REPEATS.
         matmul, peak: FLOP per second of a large matrix product here, and in the chip's data sheet if known.
+        keep: gets the rows as far as they are known, after the checks and after every round of timed steps.
     """
     config = load_config(None, shared)
     rows: dict[str, Row] = {version.name: {"version": version.name, "kind": version.kind} for version in versions}
     views = synthetic_views(config)
     for gate in gates(config):
         check(passed(versions, rows), [*shared, *gate], device, rows)
+        keep(list(rows.values()))
     timed = {version.name: version for version in passed(versions, rows)}
-    for name, times in interleaved([*timed.values()], shared, views.to(device), device, seconds, rows).items():
-        flops = step_flops(timed[name].config(shared), rows_per_roi(views))
-        rows[name] |= figures(times, views.num_rois, flops, matmul, peak)
-    add_ratios(list(rows.values()))
+    flops = {name: step_flops(version.config(shared), rows_per_roi(views)) for name, version in timed.items()}
+
+    def add_figures(times: dict[str, list[float]]) -> None:
+        for name, some in times.items():
+            if len(some) > 1:
+                rows[name] |= figures(some, views.num_rois, flops[name], matmul, peak)
+        add_ratios(list(rows.values()))
+        keep(list(rows.values()))
+
+    interleaved([*timed.values()], shared, views.to(device), device, seconds, rows, add_figures)
     return list(rows.values())
 
 
@@ -250,9 +264,18 @@ def relative_error(losses: Sequence[float], truth: Sequence[float]) -> float:
 
 
 def interleaved(
-    versions: Sequence[Version], shared: Sequence[str], views: Views, device: str, seconds: float, rows: dict[str, Row]
-) -> dict[str, list[float]]:
-    """Time steps in milliseconds, alternating the versions so that drift of the machine affects them equally."""
+    versions: Sequence[Version],
+    shared: Sequence[str],
+    views: Views,
+    device: str,
+    seconds: float,
+    rows: dict[str, Row],
+    keep: Callable[[dict[str, list[float]]], None],
+) -> None:
+    """Time steps in milliseconds, alternating the versions so that drift of the machine affects them equally.
+
+    ``keep`` gets all times so far after every round, and at the end.
+    """
     trainers: dict[str, Any] = {}
     weights = None
     for version in versions:
@@ -272,11 +295,12 @@ def interleaved(
             if "skipped" in rows[name]:
                 del trainers[name], times[name]
                 release()
+        keep(times)
     for version in versions:
         if version.kind == "fast" and version.name in trainers:
             trainers[version.name].check()  # training on NaNs would make the times meaningless
             rows[version.name]["profile"] = top(trainers[version.name], views, device)
-    return times
+    keep(times)
 
 
 def steps_ms(trainer: Any, views: Views, device: str, steps: int) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,11 +317,27 @@ def test_gpu_script_rejects_an_unknown_stage_before_it_starts(stages: list[str],
 
 def test_gpu_script_skips_stages_beyond_the_budget(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "bench" / "gpu.sh"
-    variables = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable, "BUDGET": "30"}
+    variables = os.environ | {"OUT": str(tmp_path), "DEVICE": "cpu", "PYTHON": sys.executable, "BUDGET": "10"}
     finished = subprocess.run([script, "ops", "data"], env=variables, capture_output=True, text=True)
-    assert finished.returncode == 1 and finished.stdout.count("less than a minute of the budget is left") == 2
+    assert finished.returncode == 1 and finished.stdout.count("less than 20 seconds of the budget are left") == 2
     stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
     assert [(row["stage"], row["exit_code"]) for row in stages] == [("ops", 1), ("data", 1)]
+
+
+def test_gpu_script_says_what_is_missing_and_archives_after_every_stage(tmp_path: Path) -> None:
+    """An archive has what was measured before a stage that fails, here as a package cannot be imported."""
+    script = Path(__file__).parents[2] / "bench" / "gpu.sh"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "simplejpeg.py").write_text("raise OSError('libjpeg is missing')")
+    out = tmp_path / "out"
+    variables = os.environ | {"OUT": str(out), "DEVICE": "cpu", "PYTHON": sys.executable}
+    variables |= {"PYTHONPATH": str(tmp_path / "broken"), "WHEELS": str(tmp_path / "no wheels")}
+    finished = subprocess.run([script, "preflight", "build"], env=variables, capture_output=True, text=True)
+    assert finished.returncode == 1 and "simplejpeg       MISSING (OSError: libjpeg is missing)" in finished.stdout
+    with tarfile.open(f"{out}.tar.gz") as archive:
+        assert {"stages.json", "preflight.log", "build.log"} <= set(archive.getnames())
+        stages = json.loads(archive.extractfile("stages.json").read())["stages"]  # type: ignore[union-attr]
+    assert [row["stage"] for row in stages] == ["preflight", "build"] and all(row["exit_code"] for row in stages)
 
 
 def test_commit_comes_from_the_environment_without_git_history(monkeypatch: pytest.MonkeyPatch) -> None:

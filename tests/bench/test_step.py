@@ -280,6 +280,22 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "where the time of a step goes" in printed and "target 1.5x faster than literal" in printed
 
 
+def test_rows_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, real, calls = tmp_path / "step.json", timing.steps_ms, []
+
+    def interrupted(*arguments: Any) -> float:
+        calls.append(arguments)
+        if len(calls) > 3:  # the warm-up and two rounds
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(timing, "steps_ms", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["step", "--device", "cpu", "--seconds", "0", "--only", "fast", "--json", str(out), *TINY])
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["version"] == "fast" and row["repeats"] == 2 and row["median_ms"] > 0 and row["step_bytes"] > 0
+
+
 def test_a_wrong_engine_ends_with_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(Trainer, "train_step", changed_step(lambda loss: loss * 1.01))
     monkeypatch.setattr(step_command, "versions", lambda options: [FAIR, FAST])
