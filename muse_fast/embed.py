@@ -5,6 +5,8 @@ appears only when it is complete; an interrupted command continues when it is re
 
 ``embed search`` finds the nuclei most similar to one, see `muse_fast.exploring.search`, and ``embed report`` draws the
 vectors of several commands, see `muse_fast.exploring.report`.
+
+``python -m muse_fast.embed --to-geojson FILE COLUMN`` writes a column of a file, such as clusters, for QuPath.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from muse_fast.embedding.run import EmbedConfig, embed
+from muse_fast.embedding.to_qupath import to_geojson
 from muse_fast.exploring import report, search
 from muse_fast.models.weights import COMPATS
 from muse_fast.runtime.cli import run, written_to
@@ -40,17 +43,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Describe every nucleus of slides and images by a vector.",
         epilog=EPILOG,
     )
-    parser.add_argument("--weights", required=True, help=WEIGHTS_HELP)
-    parser.add_argument("--out", type=Path, required=True, help="output folder, with the files of each input")
+    parser.add_argument("--weights", help=WEIGHTS_HELP)
+    parser.add_argument("--out", type=Path, help="output folder, with the files of each input")
     parser.add_argument("--arch", help="needed only if the weights do not record it")
     parser.add_argument("--compat", choices=COMPATS, help="resampling of the position embedding, see load_backbone")
     help_ = f"files or folders of files; also settings as key=value: {', '.join(known_keys(EmbedConfig))}"
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_SLIDE", help=help_)
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE_OR_SLIDE", help=help_)
+    parser.add_argument(
+        "--to-geojson",
+        nargs=2,
+        metavar=("FILE", "COLUMN"),
+        help="instead, write a column of a file as SLIDE.COLUMN.geojson for QuPath, to --out or next to the file",
+    )
     args = parser.parse_intermixed_args(arguments)
+    if args.to_geojson:
+        return _to_geojson(Path(args.to_geojson[0]), args.to_geojson[1], args.out)
+    if not (args.weights and args.out and args.inputs):
+        parser.error("--weights, --out and inputs are needed, or --to-geojson FILE COLUMN")
     given, inputs = split_settings(args.inputs)
     settings = load_settings(EmbedConfig, None, given)
     with written_to(args.out):
         embed(args.weights, args.out, [Path(one) for one in inputs], settings, args.arch, args.compat)
+    return 0
+
+
+def _to_geojson(path: Path, column: str, out: Path | None) -> int:
+    for file in to_geojson(path, column, out or path.parent):
+        print(file)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from muse_fast import ops
@@ -138,10 +139,13 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> Proposals:
         """Proposals for images ``[I, 3, R, R]``, normalised floats, R a multiple of 16 from 32 to 1024."""
-        count, side = len(images), images.shape[-1]
-        levels = self.backbone(images).levels
-        xy = grid(side, self.spec.stride).to(images.device)
-        image_index = torch.arange(count, device=images.device).repeat_interleave(len(xy))
+        return self._proposals(self.backbone(images).levels, images.shape[-1])
+
+    def _proposals(self, levels: tuple[Tensor, ...], side: int) -> Proposals:
+        """Proposals from the map of images of ``side`` pixels."""
+        count, device = len(levels[0]), levels[0].device
+        xy = grid(side, self.spec.stride).to(device)
+        image_index = torch.arange(count, device=device).repeat_interleave(len(xy))
         rows = ops.sample_nuclei(levels, xy.repeat(count, 1), image_index, side)
         offsets = self.spec.stride * self.reg_head(rows).float().unflatten(0, (count, len(xy)))
         return Proposals(xy, xy + offsets, self.type_head(rows).float().unflatten(0, (count, len(xy))))
@@ -160,26 +164,48 @@ class Detector(nn.Module):
         Raises:
             UserError: the shape or dtype is different.
         """
+        return [points for points, _ in self.describe(images, vectors=False)]
+
+    @torch.inference_mode()
+    def describe(self, images: Tensor, *, vectors: bool = True) -> list[tuple[Points, Tensor]]:
+        """Detect nuclei as `detect`, and read the map from which they were detected at each of them.
+
+        Returns:
+            Points as from `detect`, and vectors ``[n, D]`` float32 per image, on the device; none without ``vectors``.
+
+        Raises:
+            UserError: as in `detect`.
+        """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or 0 in images.shape[2:]:
             raise UserError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
         was_training = self.training
         self.eval()
         height, width = images.shape[2:]
         margin = math.ceil(self.reach_um / self.mpp)
-        found: list[list[Points]] = [[] for _ in range(len(images))]
+        found: list[list[tuple[Points, Tensor]]] = [[] for _ in range(len(images))]
         for top, *rows in windows(height, self.tile_size, margin):
             for left, *columns in windows(width, self.tile_size, margin):
                 square = cut_square(images, left, top, self.tile_size, self.spec.surroundings)
                 area = (columns[0], rows[0], columns[1], rows[1])
-                for one, points in zip(found, self._detect_square(square, (left, top), (width, height)), strict=True):
-                    one.append(_within(points, area))
+                parts = self._detect_square(square, (left, top), (width, height), area, vectors)
+                for one, part in zip(found, parts, strict=True):
+                    one.append(part)
         self.train(was_training)
-        return [suppress(_join(parts), self.spec.nms_um / self.mpp) for parts in found]
+        return [_suppressed(parts, self.spec.nms_um / self.mpp) for parts in found]
 
-    def _detect_square(self, squares: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> list[Points]:
-        """Detections per square, in pixels of the whole image, of proposals inside the image."""
+    def _detect_square(
+        self,
+        squares: Tensor,
+        corner: tuple[int, int],
+        size: tuple[int, int],
+        area: tuple[int, int, int, int],
+        vectors: bool,
+    ) -> list[tuple[Points, Tensor]]:
+        """Detections per square in ``area``, in pixels of the whole image, of proposals inside the image."""
         device = next(self.parameters()).device
-        xy, points, logits = self(normalise(squares.to(device)))
+        images, side = normalise(squares.to(device)), squares.shape[-1]
+        levels = self.backbone(images).levels if vectors else ()
+        xy, points, logits = self._proposals(levels, side) if vectors else self(images)
         limit = torch.tensor(size, dtype=torch.float32, device=device)
         origin = torch.tensor(corner, dtype=torch.float32, device=device)
         place = xy + origin
@@ -190,7 +216,14 @@ class Detector(nn.Module):
         label = probabilities[..., :-1].argmax(dim=-1)
         keep = in_image & (score >= self.spec.min_score)
         arrays = (tensor.cpu().numpy() for tensor in (nuclei, label, score, keep))
-        return [Points(x[k], kind[k], s[k]) for x, kind, s, k in zip(*arrays, strict=True)]
+        found = [_within(Points(x[k], kind[k], s[k]), area) for x, kind, s, k in zip(*arrays, strict=True)]
+        if not vectors:
+            return [(one, torch.zeros(0, 0)) for one in found]
+        counts = [len(one) for one in found]
+        place = torch.from_numpy(np.concatenate([one.xy for one in found])).to(device) - origin
+        image_index = torch.arange(len(found)).repeat_interleave(torch.tensor(counts)).to(device)
+        rows = ops.sample_nuclei(levels, place, image_index, side).float()
+        return list(zip(found, rows.split(counts), strict=True))
 
 
 def grid(side: int, stride: int) -> Tensor:
@@ -219,8 +252,21 @@ def suppress(points: Points, radius: float) -> Points:
 
     At equal confidence the earlier point is kept. The result is sorted by descending confidence.
     """
+    return points.take(_unsuppressed(points, radius))
+
+
+def _unsuppressed(points: Points, radius: float) -> NDArray[np.int64]:
+    """The rows that `suppress` keeps."""
     order = np.argsort(-points.confidence(), kind="stable")
-    return points.take(order[non_maximum_suppression(points.xy[order], radius)])
+    kept: NDArray[np.int64] = order[non_maximum_suppression(points.xy[order], radius)]
+    return kept
+
+
+def _suppressed(parts: Sequence[tuple[Points, Tensor]], radius: float) -> tuple[Points, Tensor]:
+    """The points of all windows of an image after `suppress`, and their vectors."""
+    points, rows = _join([points for points, _ in parts]), torch.cat([rows for _, rows in parts])
+    order = _unsuppressed(points, radius)
+    return points.take(order), rows[torch.from_numpy(order).to(rows.device)] if len(rows) else rows
 
 
 def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detector:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from muse_fast.detection.detector import BEST, STEM, load_detector
+from muse_fast.detection.detector import BEST, STEM, Detector, load_detector
 from muse_fast.detection.squares import cut_square
 from muse_fast.errors import UserError, require
 from muse_fast.models.backbone import Backbone
@@ -175,8 +175,9 @@ class Weights(NamedTuple):
     name: str
     sha256: str  # of the file, or of the checkpoint's tensors; "" if they are random
     mpp: float | None  # um per pixel of a detector's images
-    side: int  # of the images that it was made for
+    side: int  # of the images in pixels
     network: Backbone | TimmBackbone
+    detector: Detector | None = None  # of which it is the backbone
 
 
 def open_weights(text: str, arch: str | None, compat: str | None, side: int | None) -> Weights:
@@ -196,7 +197,7 @@ def open_weights(text: str, arch: str | None, compat: str | None, side: int | No
             side = side or _TIMM_SIDE
             sha256 = weights_sha256(str(file)) if file else ""
             return Weights(text, sha256, None, side, load_timm(text, image_size=side).backbone)
-        mpp = None
+        mpp = detector = None
         if holds_detector(Path(text)):
             detector = load_detector(text)
             network, mpp, made_for = detector.backbone, detector.mpp, detector.spec.sample_size
@@ -208,7 +209,7 @@ def open_weights(text: str, arch: str | None, compat: str | None, side: int | No
     expected = f"{describe_sides(network.sides)} for {network.arch}; the nearest is {nearest(side, network.sides)}"
     require(side in network.sides, "window", side, expected)
     sha256 = "" if text.startswith("random") else weights_sha256(str(_tensors_of(folder)))
-    return Weights(text, sha256, mpp, side, network)
+    return Weights(text, sha256, mpp, side, network, detector)
 
 
 def holds_detector(path: Path) -> bool:

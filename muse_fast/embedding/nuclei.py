@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +23,12 @@ from muse_fast.predicting.files import as_written
 from muse_fast.predicting.inputs import fingerprint_of, read_record
 from muse_fast.predicting.pages import PageFile
 from muse_fast.predicting.pipeline import Prediction
+from muse_fast.runtime.progress_bar import ShowProgress
 from muse_fast.sources.wsi import file_named, files_by_name
 
 PREDICTIONS = "predict.json"  # in a folder that `muse_fast.predict` has written
 _ONE_CLASS = "nucleus"
 _TILES = 4  # that a detector processes at a time
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class NucleiSource(Protocol):
         """
         ...
 
-    def of(self, file: PageFile, progress: Progress) -> Nuclei:
+    def of(self, file: PageFile, progress: ShowProgress) -> Nuclei:
         """The nuclei of a page, always in the same order.
 
         Raises:
@@ -67,7 +68,7 @@ class Detected:
     """The nuclei that `muse_fast.predict` finds, with the numbers that it writes.
 
     Args:
-        name: of the detector's weights; sha256: of those.
+        name, fingerprint: of the detector's weights.
         everywhere: also outside tissue.
     """
 
@@ -75,23 +76,23 @@ class Detected:
         self,
         detector: TileDetector,
         name: str,
-        sha256: str,
+        fingerprint: str,
         *,
         everywhere: bool,
         readers: int,
         max_unreadable: float,
     ) -> None:
-        self._detector, self._record = detector, {"detector": name, "sha256": sha256}
+        self._detector, self._record = detector, {"detector": name, "sha256": fingerprint}
         self._everywhere, self._readers, self._max_unreadable = everywhere, readers, max_unreadable
 
     def record(self, file: PageFile) -> Any:
         return self._record
 
-    def of(self, file: PageFile, progress: Progress) -> Nuclei:
+    def of(self, file: PageFile, progress: ShowProgress) -> Nuclei:
         with Prediction(
             file, self._detector, everywhere=self._everywhere, tile=None, max_unreadable=self._max_unreadable
         ) as found:
-            sink = _Collector((found.page.width, found.page.height))
+            sink = Collector((found.page.width, found.page.height))
             found.run(
                 sink,
                 batch=_TILES,
@@ -101,7 +102,38 @@ class Detected:
         return sink.nuclei(self._detector.class_names)
 
 
-class _Collector:
+class Given:
+    """Nuclei at the positions ``[n, 2]`` in level-0 pixels, all of one class.
+
+    Raises:
+        UserError: other positions.
+    """
+
+    def __init__(self, xy: NDArray[np.float64]) -> None:
+        if xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all():
+            raise UserError(f"nuclei of shape {list(xy.shape)}: expected finite positions [n, 2] in level-0 pixels")
+        self._xy = xy
+
+    def record(self, file: PageFile) -> Any:
+        """See `NucleiSource.record`."""
+        return sha256(self._xy.tobytes()).hexdigest()
+
+    def of(self, file: PageFile, progress: ShowProgress) -> Nuclei:
+        """See `NucleiSource.of`."""
+        with closing(file.open()) as page:
+            outside = ~((self._xy >= 0) & (self._xy <= (page.width, page.height))).all(axis=1)
+            if outside.any():
+                row = int(outside.argmax())
+                raise UserError(
+                    f"{file.path}: {int(outside.sum())} of {len(self._xy)} nuclei lie outside its {page.width} x "
+                    f"{page.height} px (row {row} at {', '.join(f'{p:g}' for p in self._xy[row])}); expected level-0 "
+                    "pixels"
+                )
+        count = len(self._xy)
+        return Nuclei(self._xy, np.zeros(count, np.int16), np.full(count, np.nan, np.float32), (_ONE_CLASS,))
+
+
+class Collector:
     """Keeps nuclei as they are read from the table that `muse_fast.predict` would write."""
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -137,12 +169,9 @@ class FromFiles:
     def record(self, file: PageFile) -> Any:
         return fingerprint_of(self._file_of(file))
 
-    def of(self, file: PageFile, progress: Progress) -> Nuclei:
-        page = file.open()
-        try:
+    def of(self, file: PageFile, progress: ShowProgress) -> Nuclei:
+        with closing(file.open()) as page:
             return self._read(self._file_of(file), page)
-        finally:
-            page.close()
 
     def _read(self, path: Path, page: Slide) -> Nuclei:
         points, names, left_out = _read_with_names(path, page, self._names, self._multi, self._frame)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,18 @@ class Parts:
     def has(self, number: int) -> bool:
         return self._path(number).is_file()
 
-    def keep(self, number: int, rows: NDArray[np.float32]) -> None:
-        """Keep the vectors ``[n, D]`` of a part."""
+    def keep(self, number: int, rows: NDArray[np.float32], extra: Mapping[str, Any] | None = None) -> None:
+        """Keep the vectors ``[n, D]`` of a part, and what belongs to them."""
+        if extra is not None:
+            with _whole(self._path(number).with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **extra)
         with _whole(self._path(number)) as temporary, open(temporary, "wb") as file:
             np.save(file, rows)
+
+    def extra(self, number: int) -> dict[str, NDArray[Any]]:
+        """What belongs to the vectors of a part."""
+        with np.load(self._path(number).with_suffix(".npz"), allow_pickle=False) as file:
+            return dict(file)
 
     def read(self, number: int) -> NDArray[np.float32]:
         """The vectors ``[n, D]`` of a part, mapped from its file."""
@@ -73,20 +81,18 @@ class Parts:
 
 
 class Rows:
-    """The vectors of all nuclei of a slide, in their order, from parts in the order of windows.
+    """The vectors of all nuclei of a slide, in their order.
 
     Args:
         parts: read through this.
-        members: rows of the nuclei ``[n]`` of each part.
-        count: of nuclei.
+        part: ``[n]`` the part with the vector of each nucleus.
+        place: ``[n]`` its row there.
         dim: D.
     """
 
-    def __init__(self, parts: Parts, members: Sequence[NDArray[np.int64]], count: int, dim: int) -> None:
-        self._parts, self.count, self.dim = parts, count, dim
-        self._part, self._place = np.zeros(count, np.int32), np.zeros(count, np.int64)
-        for number, rows in enumerate(members):
-            self._part[rows], self._place[rows] = number, np.arange(len(rows))
+    def __init__(self, parts: Parts, part: NDArray[np.int32], place: NDArray[np.int64], dim: int) -> None:
+        self._parts, self._part, self._place, self.dim = parts, part, place, dim
+        self.count = len(part)
 
     def blocks(self, size: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Blocks of at most ``size`` nuclei, with their vectors; rows of NaN are nuclei that could not be read."""

@@ -7,10 +7,10 @@ writes them. Each waits for the others instead of piling up work, so memory does
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +26,10 @@ from muse_fast.errors import UserError
 from muse_fast.images.slide import Lost
 from muse_fast.predicting.pages import PageFile, PagePerThread, Scale
 from muse_fast.predicting.pipeline import map_ahead
+from muse_fast.runtime.progress_bar import ShowProgress
 
 PART = 64  # windows: of a finished part, of which nothing is lost if the command is killed
-_MAX_UNWRITTEN = 2  # batches that wait to be written
+MAX_UNWRITTEN = 2  # batches that wait to be written
 
 
 @dataclass(slots=True)
@@ -36,7 +37,6 @@ class Tally:
     """Statistics of a page."""
 
     windows: int = 0
-    share: float = 0.0  # of all windows; an earlier command did the others
     encoding: float = 0.0  # seconds in the encoder
     seconds: float = 0.0  # from the first window to the last
     lost: int = 0  # nuclei that could not be read
@@ -79,7 +79,8 @@ class Embedding:
     Attributes:
         page: open, for the calling thread.
         mpp: um per pixel of the windows, that of a level of the page if one is close enough to the encoder's.
-        windows: those with nuclei, in order.
+        windows: number of those with nuclei.
+        area_mm2: of their cores.
 
     Raises:
         UserError: the page cannot be used, or the windows are too small.
@@ -93,51 +94,53 @@ class Embedding:
         self.mpp = self._scale.mpp
         self._xy = np.minimum(nuclei.xy / self._scale.step, (self._scale.width, self._scale.height))
         grid = Windows(self._scale.width, self._scale.height, encoder.side, encoder.margin)
-        self.windows = list(grid.occupied(self._xy)) if len(nuclei) else []
+        self._windows = list(grid.occupied(self._xy)) if len(nuclei) else []
+        self.windows = len(self._windows)
+        self.area_mm2 = sum(window.area for window in self._windows) * self.mpp**2 / 1e6
 
-    def run(self, parts: Parts, *, batch: int, readers: int, done: Callable[[int], None]) -> Tally:
-        """Compute the parts that are missing; call ``done`` with the nuclei so far after each batch.
+    def run(self, parts: Parts, *, batch: int, readers: int, progress: ShowProgress) -> Tally:
+        """Compute the parts that are missing.
 
         Args:
             batch: images that the encoder processes at a time.
+            progress: called after each batch.
 
         Raises:
             UserError: too much is unreadable, or the encoder returns NaNs.
         """
         tally, started = Tally(lost=parts.lost()), time.perf_counter()
         writer = _Writer(self, parts, tally)
-        todo = [(part, window) for part, windows in self.parts() if not parts.has(part) for window in windows]
+        todo = [(part, window) for part, windows in self._parts() if not parts.has(part) for window in windows]
         nuclei = len(self._nuclei) - sum(len(window.nuclei) for _, window in todo)
         with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
             read = map_ahead(reading, self._read, todo, self._encoder.windows_of(batch) + readers)
             try:
                 results = self._encode(_batches(read, batch), batch, tally)
-                for count in map_ahead(writing, writer.add, results, _MAX_UNWRITTEN):
+                for count in map_ahead(writing, writer.add, results, MAX_UNWRITTEN):
                     nuclei += count
-                    done(nuclei)
+                    progress(nuclei, len(self._nuclei), "nuclei")
             finally:
                 for pool in (reading, writing):
                     pool.shutdown(wait=False, cancel_futures=True)
         tally.windows, tally.seconds = len(todo), time.perf_counter() - started
-        tally.share = len(todo) / max(len(self.windows), 1)
         return tally
 
-    def parts(self) -> Iterator[tuple[int, list[Window]]]:
+    def _parts(self) -> Iterator[tuple[int, list[Window]]]:
         """Number and windows of each part."""
-        windows = iter(self.windows)
-        number = 0
-        while part := list(islice(windows, PART)):
-            yield number, part
-            number += 1
+        for first in range(0, self.windows, PART):
+            yield first // PART, self._windows[first : first + PART]
 
-    def rows(self, parts: Parts) -> Rows:
-        """The vectors, once all parts are there."""
-        members = [np.concatenate([window.nuclei for window in windows]) for _, windows in self.parts()]
-        return Rows(parts, members, len(self._nuclei), self._encoder.dim)
+    def result(self, parts: Parts) -> tuple[Nuclei, Rows]:
+        """The nuclei and their vectors, once all parts are there."""
+        part, place = np.zeros(len(self._nuclei), np.int32), np.zeros(len(self._nuclei), np.int64)
+        for number, windows in self._parts():
+            rows = np.concatenate([window.nuclei for window in windows])
+            part[rows], place[rows] = number, np.arange(len(rows))
+        return self._nuclei, Rows(parts, part, place, self._encoder.dim)
 
     def count_of(self, part: int) -> int:
         """Number of nuclei of a part."""
-        return sum(len(window.nuclei) for window in self.windows[part * PART : (part + 1) * PART])
+        return sum(len(window.nuclei) for window in self._windows[part * PART : (part + 1) * PART])
 
     def _read(self, item: tuple[int, Window]) -> _Piece:
         """Read a window; pixels are white where they are lost."""
@@ -168,10 +171,7 @@ class Embedding:
             UserError: others are not finite, or too many could not be read.
         """
         lost = np.concatenate([piece.lost for piece in batch.pieces])
-        if not np.isfinite(rows[~lost]).all():
-            raise UserError(
-                f"{self._file.path}: the encoder returned values that are not finite; its weights may be damaged"
-            )
+        check_finite(rows[~lost], self._file.path)
         tally.lost += int(lost.sum())
         tally.lost_reason = tally.lost_reason or next((piece.reason for piece in batch.pieces if piece.reason), "")
         if tally.lost > self._max_unreadable * len(self._nuclei):
@@ -186,6 +186,16 @@ class Embedding:
 
     def __exit__(self, *raised: object) -> None:
         self._pages.close()
+
+
+def check_finite(rows: NDArray[np.float32], path: Path) -> None:
+    """Refuse vectors of a page that are not finite.
+
+    Raises:
+        UserError: names the page.
+    """
+    if not np.isfinite(rows).all():
+        raise UserError(f"{path}: the network returned values that are not finite; its weights may be damaged")
 
 
 class _Writer:

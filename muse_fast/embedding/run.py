@@ -14,6 +14,7 @@ import torch
 from muse_fast.embedding import files
 from muse_fast.embedding.encoders import CropEncoder, Encoder, MapEncoder, Weights, open_weights
 from muse_fast.embedding.nuclei import PREDICTIONS, Detected, FromFiles, NucleiSource
+from muse_fast.embedding.one_pass import OnePass
 from muse_fast.embedding.parts import Parts
 from muse_fast.embedding.pipeline import Embedding, Tally
 from muse_fast.errors import UserError, require
@@ -23,7 +24,7 @@ from muse_fast.images.geojson import MULTI
 from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.nuclei_files import SUFFIXES
 from muse_fast.images.slide import FRAMES
-from muse_fast.predicting.detectors import NUCLEI, open_detector
+from muse_fast.predicting.detectors import NUCLEI, FineTunedDetector, open_detector
 from muse_fast.predicting.inputs import (
     SlidesTaken,
     changed_words,
@@ -38,7 +39,7 @@ from muse_fast.runtime import atomic
 from muse_fast.runtime.device import peak_memory, pick_device
 from muse_fast.runtime.names import text_of
 from muse_fast.runtime.options import Config, fixed_settings, setting
-from muse_fast.runtime.progress_bar import ProgressBar
+from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
 from muse_fast.sources.wsi import listed, reason_of, usable_cpus
 from muse_fast.version import __version__
 
@@ -107,6 +108,7 @@ class Job(NamedTuple):
     weights: Weights
     encoder: Encoder
     source: NucleiSource
+    one_pass: FineTunedDetector | None  # finds and describes nuclei at once, in place of source and encoder
     settings: EmbedConfig
     device: torch.device
     made_with: dict[str, Any]
@@ -135,8 +137,8 @@ def open_job(weights: str, settings: EmbedConfig, arch: str | None = None, compa
     return job_of(opened, settings, device)
 
 
-def job_of(weights: Weights, settings: EmbedConfig, device: torch.device) -> Job:
-    """As `open_job`, of weights that are open."""
+def job_of(weights: Weights, settings: EmbedConfig, device: torch.device, nuclei: NucleiSource | None = None) -> Job:
+    """As `open_job`, of weights that are open, and of ``nuclei`` if they are given."""
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
     encoder: Encoder
     if settings.protocol == "crop":
@@ -145,7 +147,9 @@ def job_of(weights: Weights, settings: EmbedConfig, device: torch.device) -> Job
         mpp = settings.encoder_mpp or weights.mpp or _MPP
         encoder = MapEncoder(weights.network, mpp, weights.side, settings.context_um, device, bf16)
     named = settings.nuclei or (NUCLEI if weights.mpp is None else weights.name)
-    source = _open_nuclei(named, settings, device)
+    own = None if weights.detector is None else FineTunedDetector(weights.detector.to(device), device, bf16)
+    own = own if named == weights.name and nuclei is None else None
+    source = nuclei or _open_nuclei(named, settings, device, own)
     made_with = {
         "program": f"muse_fast {__version__}",
         "weights": weights.name,
@@ -153,17 +157,24 @@ def job_of(weights: Weights, settings: EmbedConfig, device: torch.device) -> Job
         "encoder_mpp": encoder.mpp,
         "settings": dict(fixed_settings(settings)) | {"nuclei": named, "window": encoder.side},
     }
-    return Job(weights, encoder, source, settings, device, made_with)
+    one_pass = own if own and _fits(encoder, own, settings) else None
+    return Job(weights, encoder, source, one_pass, settings, device, made_with)
 
 
-def _open_nuclei(text: str, settings: EmbedConfig, device: torch.device) -> NucleiSource:
+def _fits(encoder: Encoder, detector: FineTunedDetector, settings: EmbedConfig) -> bool:
+    """Whether the vectors that are asked for are in the map from which a detector finds its nuclei."""
+    wanted = (encoder.protocol, encoder.mpp, encoder.side)
+    return wanted == ("map", detector.mpp, detector.tile_size) and settings.context_um <= detector.reach_um
+
+
+def _open_nuclei(text: str, settings: EmbedConfig, device: torch.device, own: FineTunedDetector | None) -> NucleiSource:
     path = Path(text)
     is_file = path.is_file() and path.name.lower().endswith(SUFFIXES)
     is_folder = path.is_dir() and ((path / PREDICTIONS).is_file() or not any((path / n).is_dir() for n in _RUN))
-    if is_file or is_folder:
+    if own is None and (is_file or is_folder):
         return FromFiles(path, settings.multi, settings.frame)
     return Detected(
-        open_detector(text, device),
+        own or open_detector(text, device),
         text,
         weights_sha256(text),
         everywhere=not settings.tissue,
@@ -301,11 +312,11 @@ def embed_page(job: Job, file: PageFile, out: Path) -> dict[str, Any]:
     made = {**fingerprint_of(file.path), "nuclei_from": job.source.record(file), "mpp_given": file.mpp, **job.made_with}
     parts = Parts(out / f".{file.name}.parts", made)
     with ProgressBar(file.name) as bar:
-        described, embedding, tally = _vectors(job, file, parts, bar)
+        described, embedding, tally = described_page(job, file, parts, bar.show)
     written = files.write(parts.folder, file.name, described, job.settings.dtype, job.settings.format)
     seconds = time.perf_counter() - started
     page, nuclei = embedding.page, written.nuclei
-    area = sum(window.area for window in embedding.windows) * embedding.mpp**2 / 1e6
+    area, share = embedding.area_mm2, tally.windows / max(embedding.windows, 1)  # an earlier command did the others
     summary = {
         "identity": page.identity,
         "width": page.width,
@@ -317,13 +328,13 @@ def embed_page(job: Job, file: PageFile, out: Path) -> dict[str, Any]:
         "nuclei_per_class": written.per_class,
         "nuclei_unreadable": written.lost,
         "dim": described.rows.dim,
-        "windows": len(embedding.windows),
+        "windows": embedding.windows,
         "area_mm2": round(area, 6),
         "nothing_found": "" if nuclei else "no nuclei",
         "unlike_header": unlike_header(page),
         "seconds": round(seconds, 3),
-        "nuclei_per_second": round(nuclei * tally.share / seconds, 1),
-        "mm2_per_second": round(area * tally.share / seconds, 4),
+        "nuclei_per_second": round(nuclei * share / seconds, 1),
+        "mm2_per_second": round(area * share / seconds, 4),
         "encoder_busy": round(tally.encoding / tally.seconds, 3) if tally.windows else 0.0,
         "peak_memory_mb": round(peak_memory(job.device) / 1e6),
         **made,
@@ -336,16 +347,17 @@ def embed_page(job: Job, file: PageFile, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _vectors(job: Job, file: PageFile, parts: Parts, bar: ProgressBar) -> tuple[files.Described, Embedding, Tally]:
-    """Find the nuclei of a page and compute the parts that are missing."""
-    nuclei = parts.nuclei()
-    if nuclei is None:
-        nuclei = job.source.of(file, bar.show)
-        parts.keep_nuclei(nuclei)
-    with Embedding(file, job.encoder, nuclei, max_unreadable=job.settings.max_unreadable) as embedding:
-        tally = embedding.run(
-            parts, batch=job.batch, readers=job.readers, done=lambda done: bar.show(done, len(nuclei), "nuclei")
-        )
+def described_page(
+    job: Job, file: PageFile, parts: Parts, progress: ShowProgress
+) -> tuple[files.Described, Embedding | OnePass, Tally]:
+    """Find the nuclei of a page and compute the parts that are missing.
+
+    Raises:
+        UserError: page or nuclei cannot be used.
+    """
+    with _open_page(job, file, parts, progress) as embedding:
+        tally = embedding.run(parts, batch=job.batch, readers=job.readers, progress=progress)
+        nuclei, rows = embedding.result(parts)
         page = embedding.page
         record = {
             "version": __version__,
@@ -359,8 +371,18 @@ def _vectors(job: Job, file: PageFile, parts: Parts, bar: ProgressBar) -> tuple[
             "qupath_origin": list(page.qupath_frame.origin),
             "protocol": job.encoder.protocol,
         }
-        rows = embedding.rows(parts)
         return files.Described(text_of(file.name), nuclei, rows, page.mpp, record), embedding, tally
+
+
+def _open_page(job: Job, file: PageFile, parts: Parts, progress: ShowProgress) -> Embedding | OnePass:
+    share = job.settings.max_unreadable
+    if job.one_pass:
+        return OnePass(file, job.one_pass, everywhere=not job.settings.tissue, max_unreadable=share)
+    nuclei = parts.nuclei()
+    if nuclei is None:
+        nuclei = job.source.of(file, progress)
+        parts.keep_nuclei(nuclei)
+    return Embedding(file, job.encoder, nuclei, max_unreadable=share)
 
 
 def _total(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from muse_fast.detection.detector import Detector, load_detector
 from muse_fast.finders import classical
 from muse_fast.finders.learned import LearnedFinder, load_finder
 from muse_fast.images.points import Points
@@ -70,20 +71,33 @@ class NucleusDetector:
 
 
 class FineTunedDetector:
-    """A network from ``muse_fast.finetune``; it runs in bf16 on a GPU."""
+    """A network from ``muse_fast.finetune``."""
 
-    def __init__(self, weights: str, device: torch.device) -> None:
-        from muse_fast.detection.detector import load_detector
+    def __init__(self, network: Detector, device: torch.device, bf16: bool | None = None) -> None:
+        """
+        Args:
+            network: in evaluation mode, on the device.
+            bf16: None: on a GPU.
 
-        self._network, self._device = load_detector(weights, device), device
+        Attributes:
+            dim: width D of the vectors of `describe`.
+        """
+        self._network, self._device = network, device
+        self._bf16 = device.type == "cuda" if bf16 is None else bf16
         self.mpp, self.class_names = self._network.mpp, self._network.class_names
         self.tile_size, self.reach_um = self._network.tile_size, self._network.reach_um
         self.min_distance_um = self._network.spec.nms_um
+        self.dim = network.backbone.dense_dim
 
     def detect(self, images: Tensor) -> list[Points]:
         """See `TileDetector.detect`."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             return self._network.detect(images)
+
+    def describe(self, images: Tensor) -> list[tuple[Points, Tensor]]:
+        """See `Detector.describe`."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            return self._network.describe(images)
 
 
 def open_detector(weights: str, device: torch.device) -> TileDetector:
@@ -100,4 +114,4 @@ def open_detector(weights: str, device: torch.device) -> TileDetector:
         return NucleusDetector("default", device)
     if weights == "classical" or weights.endswith(".safetensors"):
         return NucleusDetector(weights, device)
-    return FineTunedDetector(weights, device)
+    return FineTunedDetector(load_detector(weights, device), device)

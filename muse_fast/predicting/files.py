@@ -28,6 +28,68 @@ _DOT_UM = 3.0  # radius of a dot, within 1 to 5 pixels
 _LINE = 24  # pixels: height of a line of the legend
 
 
+class QuPathFile:
+    """A GeoJSON of detections for QuPath, as points that count from the corner of the part that QuPath shows.
+
+    Args:
+        file: written to.
+        name: of the slide; the ids of its nuclei are derived from it and from their numbers.
+        origin: that corner, in level-0 pixels; it is recorded.
+        classes: name and colour (RGB) of each.
+        measurement: name of the number that nuclei have in QuPath.
+    """
+
+    def __init__(
+        self,
+        file: IO[str],
+        name: str,
+        origin: tuple[int, int],
+        classes: Sequence[tuple[str, Sequence[int]]],
+        measurement: str,
+    ) -> None:
+        self._file, self._origin, self._first = file, origin, True
+        self._ids = uuid.uuid5(uuid.NAMESPACE_URL, f"muse_fast:{text_of(name)}")
+        self._classes = [
+            f'"classification":{json.dumps({"name": class_name, "color": list(rgb)}, separators=(",", ":"))},'
+            for class_name, rgb in classes
+        ]
+        self._measurement = json.dumps(measurement)
+        head = json.dumps(qupath_record(origin), separators=(",", ":"))
+        file.write(f'{head[:-1]},"features":[')
+
+    def write(
+        self,
+        xy: NDArray[np.float64],
+        label: NDArray[np.integer],
+        value: NDArray[np.floating],
+        number: Sequence[int] | range,
+    ) -> None:
+        """Append nuclei.
+
+        Args:
+            xy: ``[n, 2]`` level-0 pixels.
+            label: ``[n]`` class, -1 for none.
+            value: ``[n]`` of the measurement; NaN for none.
+            number: ``[n]`` which nucleus of the slide each is.
+        """
+        left, top = self._origin
+        rows = zip(number, *xy.T.tolist(), label.tolist(), value.tolist(), strict=True)
+        for nucleus, x, y, kind, measured in rows:
+            value_of = f"{self._measurement}:{measured:.4f}" if measured == measured else ""
+            self._file.write(
+                f"{'' if self._first else ','}\n"
+                f'{{"type":"Feature","id":"{uuid.uuid5(self._ids, str(nucleus))}",'
+                f'"geometry":{{"type":"Point","coordinates":[{x - left:.2f},{y - top:.2f}]}},'
+                f'"properties":{{"objectType":"detection",{self._classes[kind] if kind >= 0 else ""}'
+                f'"measurements":{{{value_of}}}}}}}'
+            )
+            self._first = False
+
+    def finish(self) -> None:
+        """Complete the file."""
+        self._file.write("\n]}\n")
+
+
 class CellFiles:
     """``cells.geojson`` (or ``.geojson.gz``), ``cells.csv`` and ``overlay.png`` of one page, in a folder.
 
@@ -46,22 +108,17 @@ class CellFiles:
         self.counts = np.zeros(len(class_names), np.int64)
         self._names, self._folder = class_names, folder
         self._size, self._origin = (page.width, page.height), page.qupath_frame.origin
-        self._ids = uuid.uuid5(uuid.NAMESPACE_URL, f"muse_fast:{text_of(name)}")
-        self._geojson_classes = [
-            json.dumps({"name": class_name, "color": list(colour(label))}, separators=(",", ":"))
-            for label, class_name in enumerate(class_names)
-        ]
         self._csv_classes = [_csv_cell(class_name) for class_name in class_names]
         um = max(page.mpp, max(page.width, page.height) * page.mpp / OVERLAY_SIDE)
         self._picture = page.thumbnail(um)
         self._shrink = um / page.mpp
         self._radius = min(max(_DOT_UM / um, 1.0), 5.0)
         with ExitStack() as opened:
-            self._geojson = opened.enter_context(_open_text(folder / f"cells.geojson{'.gz' if compress else ''}"))
-            self._csv = opened.enter_context(_open_text(folder / "cells.csv"))
+            geojson = opened.enter_context(open_text(folder / f"cells.geojson{'.gz' if compress else ''}"))
+            self._csv = opened.enter_context(open_text(folder / "cells.csv"))
             self._opened = opened.pop_all()
-        head = json.dumps(qupath_record(self._origin), separators=(",", ":"))
-        self._geojson.write(f'{head[:-1]},"features":[')
+        classes = [(class_name, colour(label)) for label, class_name in enumerate(class_names)]
+        self._geojson = QuPathFile(geojson, name, self._origin, classes, "score")
         self._csv.write(",".join(["x,y,label,class,score", *(QUPATH_COLUMNS if any(self._origin) else ())]) + "\n")
 
     def write(self, xy: NDArray[np.float64], label: NDArray[np.int64], score: NDArray[np.float64]) -> None:
@@ -70,9 +127,7 @@ class CellFiles:
         xy = as_written(xy, self._size)
         rows = list(zip(*xy.T.tolist(), label.tolist(), score.tolist(), strict=True))
         left, top = self._origin
-        self._geojson.writelines(
-            f"{',' if number else ''}\n{self._feature(number, *row)}" for number, row in enumerate(rows, start=first)
-        )
+        self._geojson.write(xy, label, score, range(first, first + len(xy)))
         self._csv.writelines(
             f"{x:.2f},{y:.2f},{kind},{self._csv_classes[kind]},{score:.4f}"
             f"{f',{x - left:.2f},{y - top:.2f}' if left or top else ''}\n"
@@ -81,18 +136,9 @@ class CellFiles:
         self._picture = np.asarray(overlay(self._picture, (xy / self._shrink).astype(np.float32), label, self._radius))
         self.counts += np.bincount(label, minlength=len(self.counts))
 
-    def _feature(self, number: int, x: float, y: float, label: int, score: float) -> str:
-        x, y = x - self._origin[0], y - self._origin[1]
-        return (
-            f'{{"type":"Feature","id":"{uuid.uuid5(self._ids, str(number))}",'
-            f'"geometry":{{"type":"Point","coordinates":[{x:.2f},{y:.2f}]}},'
-            f'"properties":{{"objectType":"detection","classification":{self._geojson_classes[label]},'
-            f'"measurements":{{"score":{score:.4f}}}}}}}'
-        )
-
     def finish(self) -> None:
         """Complete the GeoJSON and the table, and write the picture."""
-        self._geojson.write("\n]}\n")
+        self._geojson.finish()
         self.close()
         _with_legend(self._picture, self._names, self.counts.tolist()).save(self._folder / OVERLAY)
 
@@ -111,7 +157,7 @@ def colour(label: int) -> tuple[int, int, int]:
 
 
 @contextmanager
-def _open_text(path: Path) -> Iterator[IO[str]]:
+def open_text(path: Path) -> Iterator[IO[str]]:
     """Open a text file to write; its bytes depend only on the text, even if it is gzipped."""
     with open(path, "wb") as file:
         if path.suffix != ".gz":

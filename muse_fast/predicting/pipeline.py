@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
@@ -30,7 +31,14 @@ _MAX_UNWRITTEN = 2  # batches that wait to be written
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_Pixels = NDArray[np.uint8]
+
+
+class _Read(NamedTuple):
+    """A tile that has been read."""
+
+    tile: Tile
+    lost: Lost
+    pixels: NDArray[np.uint8]  # [H, W, 3] white where they are lost
 
 
 @dataclass(slots=True)
@@ -102,41 +110,66 @@ class Prediction:
             UserError: too much is unreadable, or the detector returns NaNs.
         """
         tally, started = Tally(), time.perf_counter()
-        writer = _Writer(self, files)
-        with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
-            read = map_ahead(reading, self._read, self.tiles, batch + readers)
+        settler = Settler(self, lambda found: files.write(found.xy, found.label, found.score))
+
+        def write(results: list[tuple[Tile, Lost, Points]]) -> int:
+            for tile, _, points in results:
+                settler.add(tile, self.found_in(tile, points))
+            return len(results)
+
+        with ThreadPoolExecutor(1) as writing:
             try:
-                results = self._detect(_batches(self._counted(read), batch), tally)
-                for count in map_ahead(writing, writer.add, results, _MAX_UNWRITTEN):
+                results = self.detected(self.tiles, self._detector.detect, tally, batch=batch, readers=readers)
+                for count in map_ahead(writing, write, results, _MAX_UNWRITTEN):
                     tally.tiles += count
                     done(tally.tiles)
-                writer.finish()
+                settler.finish()
             finally:
-                for pool in (reading, writing):
-                    pool.shutdown(wait=False, cancel_futures=True)
+                writing.shutdown(wait=False, cancel_futures=True)
         tally.seconds = time.perf_counter() - started
         return tally
 
-    def _read(self, tile: Tile) -> tuple[Tile, _Pixels, Lost]:
-        """Pixels ``[H, W, 3]`` of a tile, white where they are lost."""
+    def detected(
+        self,
+        tiles: Sequence[Tile],
+        detect: Callable[[Tensor], list[_Result]],
+        tally: Tally,
+        *,
+        batch: int,
+        readers: int,
+        group: Callable[[Tile], int] = lambda tile: 0,
+    ) -> Iterator[list[tuple[Tile, Lost, _Result]]]:
+        """Batches of tiles, what of them is unreadable, and what ``detect`` finds in them, in order.
+
+        Args:
+            tiles: to read.
+            detect: called with ``[B, 3, H, W]`` uint8 RGB.
+            group: of a tile; a batch has tiles of one group.
+
+        Raises:
+            UserError: too much is unreadable.
+        """
+        with ThreadPoolExecutor(readers) as reading:
+            try:
+                read = self._counted(map_ahead(reading, self._read, tiles, batch + readers))
+                for items in _batches(read, batch, group):
+                    images = torch.from_numpy(np.stack([item.pixels for item in items])).permute(0, 3, 1, 2)
+                    before = time.perf_counter()
+                    found = detect(images)
+                    tally.detecting += time.perf_counter() - before
+                    yield [(item.tile, item.lost, one) for item, one in zip(items, found, strict=True)]
+            finally:
+                reading.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, tile: Tile) -> _Read:
         x, y, lost = tile.x, tile.y, Lost()
-        return tile, self._scale.read(self._pages.own(), x.start, y.start, x.length, y.length, lost), lost
+        return _Read(tile, lost, self._scale.read(self._pages.own(), x.start, y.start, x.length, y.length, lost))
 
-    def _counted(self, read: Iterable[tuple[Tile, _Pixels, Lost]]) -> Iterator[tuple[Tile, _Pixels]]:
+    def _counted(self, read: Iterable[_Read]) -> Iterator[_Read]:
         """The tiles, with what is lost in them counted; raises an error if it is too much."""
-        for tile, pixels, lost in read:
-            self.tissue.damage.add(lost)
-            yield tile, pixels
-
-    def _detect(
-        self, batches: Iterable[list[tuple[Tile, _Pixels]]], tally: Tally
-    ) -> Iterator[list[tuple[Tile, Points]]]:
-        for batch in batches:
-            images = torch.from_numpy(np.stack([pixels for _, pixels in batch])).permute(0, 3, 1, 2)
-            before = time.perf_counter()
-            found = self._detector.detect(images)
-            tally.detecting += time.perf_counter() - before
-            yield [(tile, points) for (tile, _), points in zip(batch, found, strict=True)]
+        for one in read:
+            self.tissue.damage.add(one.lost)
+            yield one
 
     def found_in(self, tile: Tile, points: Points) -> Found:
         """The points of a tile's core and of the seams around it, in pixels of the scale.
@@ -153,8 +186,8 @@ class Prediction:
         xy += np.array([tile.x.start, tile.y.start])
         core, end = np.array([tile.x.core, tile.y.core]), np.array([tile.x.end, tile.y.end])
         near = _within(xy, core - self.radius, end + self.radius)
-        number = np.full(len(xy), tile.number)
-        return Found(xy, points.classes().astype(np.int64), score, number, _within(xy, core, end)).take(near)
+        number, label = np.full(len(xy), tile.number), points.classes().astype(np.int64)
+        return Found(xy, label, score, number, _within(xy, core, end), np.arange(len(xy))).take(near)
 
     def __enter__(self) -> Prediction:
         return self
@@ -163,32 +196,34 @@ class Prediction:
         self._pages.close()
 
 
-class _Writer:
-    """Collects the points of tiles row by row, and writes those that later rows cannot change."""
+class Settler:
+    """Collects the points of tiles row by row, and passes on those that later rows cannot change.
 
-    def __init__(self, prediction: Prediction, files: Sink) -> None:
-        self._prediction, self._files = prediction, files
+    Args:
+        take: called with points in tissue, in level-0 pixels.
+    """
+
+    def __init__(self, prediction: Prediction, take: Callable[[Found], None]) -> None:
+        self._prediction, self._take = prediction, take
         self._seams = Seams(prediction.radius)
         self._row: list[Found] = []
         self._number = -1
 
-    def add(self, results: list[tuple[Tile, Points]]) -> int:
-        """Add tiles, in order; returns how many."""
-        for tile, points in results:
-            if tile.row != self._number and self._row:
-                self._write(tile.y.core)
-            self._number = tile.row
-            self._row.append(self._prediction.found_in(tile, points))
-        return len(results)
+    def add(self, tile: Tile, found: Found) -> None:
+        """Add a tile, in order, and its points, see `Prediction.found_in`."""
+        if tile.row != self._number and self._row:
+            self._settle(tile.y.core)
+        self._number = tile.row
+        self._row.append(found)
 
     def finish(self) -> None:
-        self._write(math.inf)
+        """Pass on the points of the last row."""
+        self._settle(math.inf)
 
-    def _write(self, bottom: float) -> None:
+    def _settle(self, bottom: float) -> None:
         found, self._row = self._seams.settle(self._row, bottom), []
-        xy = found.xy * self._prediction.step
-        keep = self._prediction.tissue.contains(xy)
-        self._files.write(xy[keep], found.label[keep], found.score[keep])
+        found = replace(found, xy=found.xy * self._prediction.step)
+        self._take(found.take(self._prediction.tissue.contains(found.xy)))
 
 
 def _within(xy: NDArray[np.float64], low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.bool_]:
@@ -208,11 +243,12 @@ def map_ahead(
         yield waiting.popleft().result()
 
 
-def _batches(items: Iterable[tuple[Tile, _Pixels]], size: int) -> Iterator[list[tuple[Tile, _Pixels]]]:
-    """Batches of at most ``size`` tiles, all of one shape, in order."""
-    batch: list[tuple[Tile, _Pixels]] = []
+def _batches(items: Iterable[_Read], size: int, group: Callable[[Tile], int]) -> Iterator[list[_Read]]:
+    """Batches of at most ``size`` tiles, all of one shape and one group, in order."""
+    batch: list[_Read] = []
     for item in items:
-        if batch and (len(batch) == size or item[1].shape != batch[0][1].shape):
+        kinds = {(one.pixels.shape, group(one.tile)) for one in (*batch[:1], item)}
+        if batch and (len(batch) == size or len(kinds) > 1):
             yield batch
             batch = []
         batch.append(item)

@@ -25,6 +25,7 @@ class Found:
     score: NDArray[np.float64]  # [n]
     tile: NDArray[np.int64]  # [n] number of the tile
     owned: NDArray[np.bool_]  # [n] whether it lies in the core of its tile
+    row: NDArray[np.int64]  # [n] of the point among all that were found in the tile
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -38,7 +39,8 @@ class Found:
 
     @staticmethod
     def empty() -> Found:
-        return Found(np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, bool))
+        none = np.zeros(0, np.int64)
+        return Found(np.zeros((0, 2)), none, np.zeros(0), none, np.zeros(0, bool), none)
 
 
 class Seams:

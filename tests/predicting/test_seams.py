@@ -14,7 +14,7 @@ def found(*points: tuple[float, float, float, int, bool]) -> Found:
     """Points (x, y, score, tile, owned)."""
     x, y, score, tile, owned = np.array(points, float).reshape(-1, 5).T
     number = tile.astype(int)
-    return Found(np.stack([x, y], axis=1), np.zeros(len(x), int), score, number, owned.astype(bool))
+    return Found(np.stack([x, y], axis=1), np.zeros(len(x), int), score, number, owned.astype(bool), np.arange(len(x)))
 
 
 def settled(*points: tuple[float, float, float, int, bool], radius: float = 3.0) -> list[tuple[float, float]]:
@@ -66,7 +66,9 @@ def test_row_by_row_equals_all_at_once() -> None:
         y = rng.uniform(row * height - 3, (row + 1) * height + 3, 60)
         owned = (y >= row * height) & (y < (row + 1) * height)
         xy = np.stack([rng.uniform(0, 60, 60), y], axis=1)
-        parts.append(Found(xy, np.zeros(60, int), rng.permutation(60) / 60 + row, np.full(60, row), owned))
+        parts.append(
+            Found(xy, np.zeros(60, int), rng.permutation(60) / 60 + row, np.full(60, row), owned, np.arange(60))
+        )
     whole = Seams(3.0).settle(parts, math.inf)
     seams, pieces, most = Seams(3.0), [], 0
     for row, part in enumerate(parts):
