@@ -269,7 +269,8 @@ def _print_results(console: Console, report: Mapping[str, Any]) -> None:
         table.add_row(row["weights"], row["features"], row["selection"], *values)
     console.print(table)
     if report["differences"]:
-        console.print(_table_of_differences(report["differences"]))
+        patients = len(report["results"][0]["test"]["confusion_by_patient"])
+        console.print(_table_of_differences(report["differences"], patients))
     majority_rates = report["majority"]
     console.print(
         f"majority class: {100 * majority_rates['test_majority_share']:.2f} % of test; always predicting the majority "
@@ -279,8 +280,8 @@ def _print_results(console: Console, report: Mapping[str, Any]) -> None:
     )
 
 
-def _table_of_differences(differences: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="paired differences on the test split, points, with 95 % intervals over patients")
+def _table_of_differences(differences: Sequence[Mapping[str, Any]], patients: int) -> Table:
+    table = Table(title=f"paired differences on the test split, points, with 95 % intervals over {patients} patients")
     for heading in ("weights", "minus", "features", "classifier"):
         table.add_column(heading)
     for figure in FIGURES:

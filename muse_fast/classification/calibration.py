@@ -6,6 +6,7 @@ first is learning, so an untrained network should be compared after it has got t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,8 @@ def calibrate_batch_norm(
     Args:
         backbone: on ``device``, with `muse_fast.classification.features.NucleusFeatures`; left in evaluation mode.
         tiles: of one size, at least one.
-        batch_size: most tiles in a batch; batches differ by at most one tile.
+        batch_size: most tiles in a batch; below 3, it is 3. Batches differ by at most one tile, so none has a single
+            one, whose coarsest map may have only one value per channel.
 
     Returns:
         Number of layers that were calibrated; 0 if the network has none, and nothing ran.
@@ -56,7 +58,7 @@ def calibrate_batch_norm(
     try:
         for norm in norms:
             norm.reset_running_stats()
-        for chosen in order.tensor_split(-(-len(tiles) // batch_size)):
+        for chosen in order.tensor_split(math.ceil(len(tiles) / max(batch_size, 3))):
             done += len(chosen)
             for norm in norms:
                 norm.momentum = len(chosen) / done

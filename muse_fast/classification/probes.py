@@ -76,7 +76,7 @@ class KnnResult:
     test: dict[int, Scores]  # with folds, only of the chosen k
     k_chosen: int  # on val or on folds; unbiased
     k_best_on_test: int | None  # the published protocol, which is optimistic; None with folds
-    skipped: tuple[int, ...]  # values of k above the number of nuclei to choose from
+    skipped: tuple[int, ...]  # values of k above the number of nuclei to train on
 
 
 def knn(splits: Splits, num_classes: int, neighbours: tuple[int, ...] = KNN_NEIGHBOURS) -> KnnResult:
@@ -89,7 +89,7 @@ def knn(splits: Splits, num_classes: int, neighbours: tuple[int, ...] = KNN_NEIG
     usable = tuple(k for k in neighbours if k <= count)
     if not usable:
         raise UserError(
-            f"there are {count} nuclei to choose from, fewer than the smallest number of neighbours "
+            f"there are {count} nuclei to train on, fewer than the smallest number of neighbours "
             f"({min(neighbours)}); add train images or pass a smaller k=..."
         )
     votes = [_votes(pair, usable, num_classes) for pair in splits.trials()]

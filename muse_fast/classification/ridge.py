@@ -22,6 +22,7 @@ from muse_fast.classification.splits import Pair, Splits
 from muse_fast.errors import UserError
 
 LAMBDAS = tuple(10.0**power for power in range(-5, 2))
+LEAST_LAMBDA = 1e-8  # far above the rounding of the normal equations in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ def ridge(
     Args:
         features: ``[N, D]`` float.
         labels: ``[N]`` int64; classes without nuclei have no influence.
+        lambdas: at least `LEAST_LAMBDA`.
 
     Returns:
         Weights ``[D, C]`` and intercept ``[C]`` for each lambda.
@@ -86,5 +88,5 @@ def ridge(
     weighted = (x * weight[:, None]).T
     gram, target = weighted @ x, weighted @ y
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solutions = [torch.linalg.solve(gram + value * eye, target) for value in lambdas]
+    solutions = [torch.cholesky_solve(target, torch.linalg.cholesky(gram + value * eye)) for value in lambdas]
     return [(found, y_mean - x_mean @ found) for found in solutions]

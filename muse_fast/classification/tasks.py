@@ -11,7 +11,7 @@ from muse_fast.classification.bootstrap import FIGURES
 from muse_fast.classification.features import NucleusSet
 from muse_fast.classification.metrics import Scores
 from muse_fast.classification.probes import KNN_NEIGHBOURS, LinearResult, knn, linear_probe
-from muse_fast.classification.ridge import LAMBDAS, ridge_probe
+from muse_fast.classification.ridge import LAMBDAS, LEAST_LAMBDA, ridge_probe
 from muse_fast.classification.splits import Splits, folds_of_nuclei
 from muse_fast.classification.tiles import Tile
 from muse_fast.classification.tuned import finetune
@@ -79,8 +79,9 @@ class RidgeConfig(ProbeConfig):
 
     def check(self) -> None:
         ProbeConfig.check(self)
-        usable = bool(self.penalty) and all(0 < value < math.inf for value in self.penalty)
-        require(usable, "penalty", self.penalty, "numbers above 0, such as penalty=[0.01,0.1]")
+        usable = bool(self.penalty) and all(LEAST_LAMBDA <= value < math.inf for value in self.penalty)
+        expected = f"numbers of {LEAST_LAMBDA:g} or more, such as penalty=[0.01,0.1]"
+        require(usable, "penalty", self.penalty, expected)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

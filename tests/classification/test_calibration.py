@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -90,6 +91,15 @@ def test_result_depends_on_tiles_weights_and_seed_only() -> None:
         assert torch.equal(first[name], value)
     calibrate_batch_norm(network, images, batch_size=4, seed=1)
     assert not torch.equal(first["layers.4.running_var"], statistics(network)["layers.4.running_var"])
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_no_batch_has_a_single_tile(count: int) -> None:
+    """torch refuses a batch with one value per channel, which one tile of 3 px would have."""
+    network, sizes = Small(), []
+    network.layers[0].register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    calibrate_batch_norm(network, [dataclasses.replace(one, xy=one.xy * 0) for one in tiles(count, 5)], batch_size=1)
+    assert sum(sizes) == count and min(sizes) >= 2 and max(sizes) <= 3
 
 
 def test_a_network_without_batch_norm_does_not_run() -> None:

@@ -11,8 +11,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
 from muse_fast.classification.features import NucleusSet
-from muse_fast.classification.ridge import LAMBDAS, predictions, ridge, ridge_probe
-from muse_fast.classification.splits import Splits
+from muse_fast.classification.ridge import LAMBDAS, LEAST_LAMBDA, predictions, ridge, ridge_probe
+from muse_fast.classification.splits import Pair, Splits
 from muse_fast.errors import UserError
 
 
@@ -89,6 +89,20 @@ def test_lambda_is_chosen_on_val_and_test_is_scored_with_it(balanced: bool, figu
     truth = sets["test"].labels.numpy()
     assert result.test["accuracy"] == pytest.approx((predicted == truth).mean(), abs=1e-12)
     assert result.test["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(truth, predicted), abs=1e-12)
+
+
+def test_the_least_lambda_is_solved_although_features_repeat() -> None:
+    """Copies of one feature make the normal equations singular."""
+    train = nuclei(300, 0)
+    copies = NucleusSet(train.features[:, :1].repeat(1, 200), train.labels, train.patients)
+    ((weight, intercept),) = ridge(
+        Pair(copies, copies).standardised().train.features, copies.labels, 3, [LEAST_LAMBDA], balanced=False
+    )
+    x = copies.features[:, 0].double()
+    x = ((x - x.mean()) / x.std(correction=0)).numpy()
+    expected = Ridge(alpha=1e-12).fit(x[:, None], np.eye(3)[copies.labels])
+    np.testing.assert_allclose(weight.sum(0), expected.coef_[:, 0], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(intercept, expected.intercept_, rtol=1e-3, atol=1e-6)
 
 
 def test_infinite_features_are_refused() -> None:
