@@ -190,6 +190,8 @@ def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
         (("linear", "folds=1"), r"folds=1: expected 2 or more, or 0 to choose on val"),
         (("ridge", "penalty=[1,0]"), r"penalty=\[1.0, 0.0\]: expected numbers of 1e-08 or more"),
         (("ridge", "penalty=[]"), r"penalty=\[\]: expected numbers of 1e-08 or more"),
+        (("ridge", "penalty=[1,many]"), r"penalty=\[1,many\]: expected numbers"),
+        (("ridge", "penalty=1"), r"penalty=1: expected numbers"),
         (("ridge", "folds=1"), r"folds=1: expected 2 or more"),
         (("knn", "folds=1"), r"folds=1: expected 2 or more"),
         (("knn", "k=[0,3]"), r"k=\[0, 3\]: expected numbers above 0"),

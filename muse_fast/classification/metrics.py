@@ -44,6 +44,14 @@ class Predictions:
         """``[N]`` most probable class; the first of equally probable ones."""
         return self.probabilities.argmax(axis=1)
 
+    @cached_property
+    def confusions(self) -> NDArray[np.int64]:
+        """``[P, C, C]`` counts of the nuclei of every patient, in the order of their numbers: rows are true classes."""
+        numbers, patient = np.unique(self.patients, return_inverse=True)
+        size = self.num_classes
+        cell = (patient * size + self.labels) * size + self.classes
+        return np.bincount(cell, minlength=len(numbers) * size**2).reshape(len(numbers), size, size)
+
     def one_vs_rest(self) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
         """For each class: which nuclei belong to it ``[N]``, and its predicted probability ``[N]``."""
         for kind, probability in enumerate(self.probabilities.T):
@@ -71,15 +79,7 @@ def accuracy(predictions: Predictions) -> float:
 
 def confusion(predictions: Predictions) -> list[list[int]]:
     """``[C][C]`` counts of nuclei: rows are true classes, columns predicted ones."""
-    return np.asarray(confusion_by_patient(predictions)).sum(axis=0).tolist()
-
-
-def confusion_by_patient(predictions: Predictions) -> list[list[list[int]]]:
-    """``[P][C][C]`` the same for every patient, in the order of their numbers; what intervals are made of."""
-    names, patient = np.unique(predictions.patients, return_inverse=True)
-    size = predictions.num_classes
-    cell = (patient * size + predictions.labels) * size + predictions.classes
-    return np.bincount(cell, minlength=len(names) * size**2).reshape(len(names), size, size).tolist()
+    return predictions.confusions.sum(axis=0).tolist()
 
 
 def recall(predictions: Predictions) -> PerClass:
@@ -112,7 +112,7 @@ def average_precision(predictions: Predictions) -> PerClass:
 
 def _interval_of(figure: str) -> Callable[[Predictions], Interval]:
     """A 95 % interval by bootstrap over patients."""
-    return lambda predictions: interval(confusion_by_patient(predictions), figure)
+    return lambda predictions: interval(predictions.confusions, figure)
 
 
 def macro(values: PerClass) -> float | None:
@@ -158,7 +158,7 @@ METRICS = {
     "average_precision": Metric(average_precision),
     "recall": Metric(recall, "recall {classes}", percent_per_class),
     "confusion": Metric(confusion),
-    "confusion_by_patient": Metric(confusion_by_patient),
+    "confusion_by_patient": Metric(lambda predictions: predictions.confusions.tolist()),  # for paired differences
     "count": Metric(lambda predictions: len(predictions.labels)),
 }
 

@@ -28,7 +28,14 @@ from muse_fast.errors import UserError, did_you_mean, require
 _T = TypeVar("_T")
 _Config = TypeVar("_Config", bound="Config")
 
-_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "whole numbers"}
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[int]: "whole numbers",
+    list[float]: "numbers",
+}
 CONFIGS = Path(__file__).parents[1] / "configs"  # shipped with the package
 _REFERENCES = "expected ${NAME} or ${oc.env:NAME} for a variable of the environment, ${section.key} for a setting"
 MAX_SEED = 2**32 - 1  # of both numpy's and torch's generators
@@ -291,9 +298,11 @@ def _set(settings: DictConfig, values: Iterable[tuple[str, Any]], kind: type[Con
 
 def _check_value(value: Any, type_: Any) -> None:
     """Raise a ValueError, or an error of OmegaConf, if references led to a section or to a list of something else."""
-    numbers: Any = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else []
-    is_list = OmegaConf.is_list(value) and all(isinstance(number, int) for number in numbers)
-    if OmegaConf.is_dict(value) or is_list != (type_ == list[int]):
+    of = {list[int]: int, list[float]: int | float}.get(type_)
+    if OmegaConf.is_dict(value) or OmegaConf.is_list(value) != (of is not None):
+        raise ValueError
+    numbers: Any = OmegaConf.to_container(value, resolve=True) if of is not None else []
+    if of is not None and not all(isinstance(number, of) for number in numbers):
         raise ValueError
 
 
