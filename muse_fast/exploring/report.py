@@ -24,7 +24,7 @@ from muse_fast.exploring.components import Components, Sample, fit_colours, fit_
 from muse_fast.exploring.crops import read_crops
 from muse_fast.exploring.neighbours import Neighbours, Place, describe, find_neighbours
 from muse_fast.exploring.overview import MOST_SLIDES, Overview, draw_overview
-from muse_fast.exploring.vectors import VectorFile, find_vectors, open_vectors
+from muse_fast.exploring.vectors import Nucleus, VectorFile, find_vectors, open_vectors
 from muse_fast.runtime.atomic import new_folder, replacing
 from muse_fast.runtime.cli import written_to
 from muse_fast.runtime.names import text_of
@@ -52,7 +52,8 @@ class _Group:
 
     query: Place
     neighbours: Neighbours
-    crops: list[Image.Image]  # of the query, then of the neighbours
+    nuclei: list[Nucleus]  # the query, then the neighbours
+    crops: list[Image.Image]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,14 +110,14 @@ def _groups(files: Sequence[VectorFile], sample: Sample, folder: Path | None) ->
     apart = math.inf if sum(file.count > 0 for file in files) > 1 else _ELSEWHERE_UM
     found = find_neighbours(files, places, _TOP, apart_um=apart)
     shown = [place for query, near in zip(places, found, strict=True) for place in (query, *near.places)]
-    xy = np.array([(nucleus.x, nucleus.y) for nucleus in describe(files, shown)])
-    file_of = np.array([place.file for place in shown])
-    crops = read_crops(files, file_of, xy, CROP_UM, _CROP_SIDE, folder)
-    pictures = iter(crops.pictures)
-    groups = [
-        _Group(query, near, [next(pictures) for _ in range(1 + len(near.places))])
-        for query, near in zip(places, found, strict=True)
-    ]
+    nuclei = describe(files, shown)
+    xy = np.array([(nucleus.x, nucleus.y) for nucleus in nuclei])
+    crops = read_crops(files, np.array([place.file for place in shown]), xy, CROP_UM, _CROP_SIDE, folder)
+    groups, first = [], 0
+    for query, near in zip(places, found, strict=True):
+        here = slice(first, first + 1 + len(near.places))
+        groups.append(_Group(query, near, nuclei[here], crops.pictures[here]))
+        first = here.stop
     return groups, crops.problems
 
 
@@ -212,7 +213,7 @@ def _explained(files: Sequence[VectorFile]) -> str:
     )
     return (
         f"<p>Nuclei nearest to the centres of k-means clusters (left), and the nuclei {where} whose vectors are the "
-        "most similar to theirs, with the cosine of the angle between the two.</p>"
+        "most similar to theirs, with the cosine of the angle between the two and the place in level-0 pixels.</p>"
     )
 
 
@@ -220,11 +221,11 @@ def _row(files: Sequence[VectorFile], group: _Group) -> str:
     cosines = ["query", *(f"{value:.3f}" for value in group.neighbours.similarity.tolist())]
     places = [group.query, *group.neighbours.places]
     figures = []
-    for crop, cosine, place in zip(group.crops, cosines, places, strict=True):
-        text = f"{cosine}<br>{_escaped(files[place.file].slide)}"
-        figures.append(
-            f"<figure{_QUERY if cosine == 'query' else ''}>{_image(crop)}<figcaption>{text}</figcaption></figure>"
-        )
+    for crop, cosine, place, nucleus in zip(group.crops, cosines, places, group.nuclei, strict=True):
+        slide = f"{_escaped(files[place.file].slide)}<br>" if len(files) > 1 else ""
+        text = f"{cosine}<br>{slide}{nucleus.x:.0f}, {nucleus.y:.0f}"
+        opening = f"<figure{_QUERY if place == group.query else ''}>"
+        figures.append(f"{opening}{_image(crop)}<figcaption>{text}</figcaption></figure>")
     return f'<div class="row">{"".join(figures)}</div>'
 
 

@@ -36,22 +36,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="H5AD", help="files of embed, or folders with them")
     parser.add_argument("--like", required=True, metavar="SLIDE:X,Y", help="the nucleus nearest to X,Y, level-0 pixels")
     parser.add_argument("--top", type=int, default=50, help="number of nuclei (50)")
+    help_ = "leave out nuclei of the same slide nearer than this to the query; inf: all of its slide (0)"
+    parser.add_argument("--apart", type=float, default=0.0, metavar="UM", help=help_)
     parser.add_argument("--out", type=Path, required=True, help=f"new folder, for {TABLE} and {SHEET}")
     parser.add_argument("--slides", type=Path, metavar="DIR", help="where the slides are now, if they have moved")
     args = parser.parse_args(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: expected 1 or more")
+    if not args.apart >= 0:
+        raise UserError(f"--apart {args.apart}: expected 0 or more um")
+    files = open_vectors(find_vectors(args.files))
     with written_to(args.out):
-        search(open_vectors(find_vectors(args.files)), args.like, args.top, args.out, args.slides)
+        search(files, args.like, args.top, args.out, apart_um=args.apart, folder=args.slides)
     return 0
 
 
-def search(files: Sequence[VectorFile], like: str, top: int, out: Path, folder: Path | None = None) -> None:
+def search(
+    files: Sequence[VectorFile], like: str, top: int, out: Path, *, apart_um: float = 0.0, folder: Path | None = None
+) -> None:
     """Write the ``top`` nuclei most similar to one as a table and a sheet of crops into the new folder ``out``.
 
     Args:
         files: from `open_vectors`.
         like: ``SLIDE:X,Y``, see `find_query`.
+        apart_um: see `find_neighbours`.
         folder: where the slides are now; None: where they were.
 
     Raises:
@@ -59,7 +67,7 @@ def search(files: Sequence[VectorFile], like: str, top: int, out: Path, folder: 
     """
     query = find_query(files, like)
     with new_folder(out) as built:
-        found = find_neighbours(files, [query], top)[0]
+        found = find_neighbours(files, [query], top, apart_um=apart_um)[0]
         found = Neighbours([query, *found.places], np.append(1.0, found.similarity))
         nuclei = describe(files, found.places)
         _write_table(built / TABLE, files, found, nuclei)
@@ -122,9 +130,11 @@ def _draw(
     step_x, step_y = _CELL + GAP, _CELL + 2 * CAPTION
     sheet = Sheet(max(GAP + columns * step_x, 560), GAP + CAPTION + math.ceil(len(places) / columns) * step_y)
     sheet.text(GAP, GAP, f"the query (framed) and the nuclei most similar to it, with cosine; crops of {_CROP_UM:g} um")
-    for rank, (place, crop, value) in enumerate(zip(places, crops.pictures, found.similarity.tolist(), strict=False)):
+    shown = zip(places, nuclei, crops.pictures, found.similarity.tolist(), strict=False)
+    for rank, (place, nucleus, crop, value) in enumerate(shown):
         left, top = GAP + rank % columns * step_x, GAP + CAPTION + GAP + rank // columns * step_y
         sheet.cell(left, top, crop, None if rank else INK, f"{rank}   {value:.3f}" if rank else "query")
-        sheet.text(left + 2, top + _CELL + CAPTION - 4, text_of(files[place.file].slide)[:16])
+        where = text_of(files[place.file].slide)[:16] if len(files) > 1 else f"{nucleus.x:.0f}, {nucleus.y:.0f}"
+        sheet.text(left + 2, top + _CELL + CAPTION - 4, where)
     sheet.save(path)
     return crops.problems

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,15 @@ def test_nuclei_without_scores_and_classes(tmp_path: Path) -> None:
         assert [(row["class"], row["score"]) for row in csv.DictReader(table)] == [("", "")] * 2
 
 
+@pytest.mark.parametrize(("apart", "allowed"), [("60", range(3, 7)), ("inf", ())])
+def test_neighbours_that_are_apart(files: list[VectorFile], tmp_path: Path, apart: str, allowed: Sequence[int]) -> None:
+    """The nuclei of a slide are 20 um apart; those of other slides always count."""
+    assert main([str(tmp_path), "--like", "a:20,20", "--apart", apart, "--out", str(tmp_path / "found")]) == 0
+    with open(tmp_path / "found" / "search.csv", newline="", encoding="utf-8") as table:
+        names = [row["nucleus"] for row in csv.DictReader(table)][1:]
+    assert sorted(names) == [*(f"a:{row}" for row in allowed), *(f"b:1:{row}" for row in range(9))]
+
+
 def test_all_nuclei_and_a_long_sheet(files: list[VectorFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "MOST_DRAWN", 12)
     search.search(files, "a:20,20", 1000, tmp_path / "found")
@@ -100,6 +110,8 @@ def test_nothing_is_written_on_an_error(files: list[VectorFile], tmp_path: Path)
     out = tmp_path / "found"
     for arguments, said in (
         (["--like", "a:20,20", "--top", "0"], "--top 0: expected 1 or more"),
+        (["--like", "a:20,20", "--apart", "-1"], "--apart -1.0: expected 0 or more um"),
+        (["--like", "a:20,20", "--apart", "nan"], "--apart nan: expected 0 or more um"),
         (["--like", "x:20,20"], "no slide x"),
     ):
         with pytest.raises(UserError, match=said):
