@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -25,7 +26,6 @@ from muse_fast.embedding.encoders import MapEncoder
 from muse_fast.embedding.parts import Parts
 from muse_fast.embedding.to_qupath import to_geojson
 from muse_fast.errors import UserError
-from muse_fast.exploring import atlas
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.models.backbone import build_backbone
 from muse_fast.predict import main as predict_main
@@ -114,7 +114,7 @@ def test_pictures_and_search(
     field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pictures are drawn at the end, also by a command that has nothing else left to do, unless they are not wanted."""
-    monkeypatch.setattr(atlas, "has_umap", lambda: False)  # it takes long to load
+    monkeypatch.setitem(sys.modules, "umap", None)  # it takes long to load
     out = tmp_path / "out"
     assert embed(field, out) == 0
     assert not list(out.glob("*.png")) and not (out / "report.html").exists()

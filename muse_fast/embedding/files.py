@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from muse_fast.embedding.nuclei import Nuclei
 from muse_fast.embedding.parts import Rows
 from muse_fast.errors import UserError
+from muse_fast.exploring.vectors import RECORD
 from muse_fast.runtime import atomic
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-RECORD = "muse_fast"  # the key of `uns`
 FORMATS = ("h5ad", "zarr")
 DTYPES = ("float16", "float32")
 _GROWING = ("X", "obsm/spatial", "obs/_index", *(f"obs/{name}" for name in ("score", "x_um", "y_um")))

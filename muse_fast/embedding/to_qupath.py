@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageColor
 
-from muse_fast.embedding.files import RECORD, need_libraries
+from muse_fast.embedding.files import need_libraries
 from muse_fast.errors import UserError, did_you_mean
+from muse_fast.exploring.vectors import RECORD
 from muse_fast.predicting.files import QuPathFile, colour, open_text
 from muse_fast.predicting.inputs import read_record
 from muse_fast.runtime.atomic import replacing

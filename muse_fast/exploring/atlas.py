@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,17 +56,21 @@ def place(sample: Sample, colours: Colours) -> tuple[NDArray[np.float64], str]:
 
     UMAP compares vectors by cosine and starts from a fixed seed.
     """
-    size = len(sample.row)
-    if size > 2 * _NEIGHBOURS and has_umap():
+    umap = _umap() if len(sample.row) > 2 * _NEIGHBOURS else None
+    if umap is None:
+        return colours.components.project(sample.vectors)[:, :2], "PCA"
+    placed = umap(n_neighbors=_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1).fit_transform(sample.vectors)
+    return placed.astype(np.float64), "UMAP"
+
+
+def _umap() -> type[Any] | None:
+    """The class of umap-learn; None if it, or a package that it needs, cannot be loaded."""
+    try:
         from umap import UMAP
-
-        placed = UMAP(n_neighbors=_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1).fit_transform(sample.vectors)
-        return placed.astype(np.float64), "UMAP"
-    return colours.components.project(sample.vectors)[:, :2], "PCA"
-
-
-def has_umap() -> bool:
-    return importlib.util.find_spec("umap") is not None
+    except ImportError:
+        return None
+    found: type[Any] = UMAP
+    return found
 
 
 def fill_grid(

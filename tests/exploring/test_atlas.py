@@ -10,7 +10,6 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from muse_fast.exploring import atlas
 from muse_fast.exploring.atlas import draw_atlas, fill_grid, place
 from muse_fast.exploring.components import fit_colours, fit_components
 from muse_fast.exploring.vectors import open_vectors
@@ -19,7 +18,7 @@ from tests.support.vector_files import draw_slide, some_files, write_vectors
 
 @pytest.fixture(autouse=True)
 def without_umap() -> Iterator[None]:
-    with mock.patch.object(atlas, "has_umap", return_value=False):
+    with mock.patch.dict(sys.modules, umap=None):
         yield
 
 
@@ -81,10 +80,7 @@ def test_umap_places_the_nuclei_if_it_is_installed(tmp_path: Path) -> None:
         def fit_transform(self, vectors: np.ndarray) -> np.ndarray:
             return 2 * vectors[:, :2]
 
-    with (
-        mock.patch.object(atlas, "has_umap", return_value=True),
-        mock.patch.dict(sys.modules, umap=SimpleNamespace(UMAP=UMAP)),
-    ):
+    with mock.patch.dict(sys.modules, umap=SimpleNamespace(UMAP=UMAP)):
         positions, method = place(sample, colours)
         small, plain = place(type(sample)(*(column[:30] for column in sample)), colours)
     assert method == "UMAP" and given["metric"] == "cosine" and given["random_state"] == 0
