@@ -7,6 +7,7 @@ This skips rows whose quick form is a test of the suite already: C1 and C3 (test
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from muse_fast.embedding import files
 from muse_fast.roiset import roiset
 from muse_fast.runtime import checkpoint, options, watchdog
 from torture import __main__ as command
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally, run
-from torture.rows import checkpoints, data, outlines, runs, security, settings, slides, table
+from torture.rows import checkpoints, data, outlines, runs, security, settings, slides, table, vectors
 from torture.suite import ROOT
 
-QUICK = ("C4", "S1", "S2", "D6", "T1", "T3", "T4", "T6", "T7", "U1", "O1")
+QUICK = ("C4", "S1", "S2", "D6", "T1", "T3", "T4", "T6", "T7", "U1", "O1", "O2")
 
 
 @pytest.mark.slow
@@ -116,6 +118,18 @@ def test_damage_taken_for_glass_is_detected(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(slides, "QUICK", ("tiles damaged in all levels",))
     monkeypatch.setattr("muse_fast.images.slide.Lost.add", blind)
     assert fails(slides.silent_losses, tmp_path)
+
+
+def test_vectors_written_in_place_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = files.write
+
+    def in_place(folder: Path, stem: str, *rest: Any) -> Any:
+        (folder.parent / f"{stem}.h5ad").write_bytes(b"half of it")
+        time.sleep(1)  # kills hit this, as the rest takes less
+        return write(folder, stem, *rest)
+
+    monkeypatch.setattr(files, "write", in_place)
+    assert fails(vectors.interrupted_vectors, tmp_path)
 
 
 def test_rings_that_do_not_close_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

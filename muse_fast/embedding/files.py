@@ -61,7 +61,7 @@ def need_libraries(format: str = "h5ad") -> None:
     """
     try:
         import anndata  # noqa: F401
-        import pyarrow  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
 
         if format == "zarr":
             from zarr import Group
@@ -86,7 +86,10 @@ def write(folder: Path, stem: str, described: Described, dtype: str, format: str
     """
     path, table = folder / f"{stem}.{format}", folder / f"{stem}.parquet"
     _remove(path)
-    written = _write(path, table, described, np.dtype(dtype))
+    try:
+        written = _write(path, table, described, np.dtype(dtype))
+    except RuntimeError as error:  # of HDF5, when it closes a file on a full disk
+        raise OSError(f"{path}: {' '.join(str(error).split())}") from error
     for file in (table, *(path.rglob("*") if path.is_dir() else [path])):
         atomic.fsync(file)
     return written

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +44,9 @@ class Parts:
             return Nuclei(file["xy"], file["label"], file["score"], tuple(file["class_names"].tolist()))
 
     def keep_nuclei(self, nuclei: Nuclei) -> None:
-        with _whole(self.folder / _NUCLEI) as temporary, open(temporary, "wb") as file:
-            names = np.array(nuclei.class_names, np.str_)
-            np.savez(file, xy=nuclei.xy, label=nuclei.label, score=nuclei.score, class_names=names)
+        names = np.array(nuclei.class_names, np.str_)
+        arrays: dict[str, Any] = {"xy": nuclei.xy, "label": nuclei.label, "score": nuclei.score, "class_names": names}
+        _write(self.folder / _NUCLEI, lambda file: np.savez(file, **arrays))
 
     def has(self, number: int) -> bool:
         return self._path(number).is_file()
@@ -54,10 +54,8 @@ class Parts:
     def keep(self, number: int, rows: NDArray[np.float32], extra: Mapping[str, Any] | None = None) -> None:
         """Keep the vectors ``[n, D]`` of a part, and what belongs to them."""
         if extra is not None:
-            with _whole(self._path(number).with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **extra)
-        with _whole(self._path(number)) as temporary, open(temporary, "wb") as file:
-            np.save(file, rows)
+            _write(self._path(number).with_suffix(".npz"), lambda file: np.savez(file, **extra))
+        _write(self._path(number), lambda file: np.save(file, rows))
 
     def extra(self, number: int) -> dict[str, NDArray[Any]]:
         """What belongs to the vectors of a part."""
@@ -106,9 +104,14 @@ class Rows:
             yield block, rows
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """`atomic.replacing` for a file that also survives a power failure once the block has ended."""
+def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file that is whole or absent, also after a power failure.
+
+    Raises:
+        OSError: the disk is full, for example. numpy, which writes past Python, would not say why.
+    """
+    content = io.BytesIO()
+    write(content)
     with atomic.replacing(path) as temporary:
-        yield temporary
+        temporary.write_bytes(content.getbuffer())
         atomic.fsync(temporary)

@@ -184,7 +184,7 @@ def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
         out = place / "run"
         with toy.start(workplace, out) as child:
             toy.wait_for_step(out, 5, child)
-            _fill(place / "others")
+            fill(place / "others")
             code = child.wait()
             said = child.output()
         newest, problems = checkpoint.latest(out)
@@ -203,7 +203,8 @@ def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def _fill(path: Path) -> None:
+def fill(path: Path) -> None:
+    """Write a file until the disk is full."""
     with open(path, "wb", buffering=0) as file:
         for block in (1 << 20, 4096, 1):
             try:

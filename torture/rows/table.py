@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torture.rows import checkpoints, data, operators, outlines, ranks, runs, security, settings, slides
+from torture.rows import checkpoints, data, operators, outlines, ranks, runs, security, settings, slides, vectors
 
 _ORDER = "CSDTUKO"
-_MODULES = (checkpoints, runs, security, data, ranks, settings, operators, outlines, slides)
+_MODULES = (checkpoints, runs, security, data, ranks, settings, operators, outlines, slides, vectors)
 
 ROWS = sorted(
     [row for module in _MODULES for row in module.ROWS] + operators.NOT_APPLICABLE,
