@@ -1,4 +1,4 @@
-"""``python -m bench {ops|step|data|rates|ablation} --help``"""
+"""``python -m bench {ops|loss|step|data|rates|ablation} --help``"""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 
 from bench.ablation import command as ablation_command
 from bench.data import command as data_command
+from bench.loss import command as loss_command
 from bench.ops import command as ops_command
 from bench.rates import command as rates_command
 from bench.step import command as step_command
 
 COMMANDS = {
     "ops": ops_command,
+    "loss": loss_command,
     "step": step_command,
     "data": data_command,
     "rates": rates_command,
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Time the ops, the training step and the data path; compare the features of short runs.",
+        description="Time the ops, the loss, the training step and the data path; compare the features of short runs.",
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     for name, command in COMMANDS.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from muse_fast.errors import require
-from muse_fast.runtime.options import MAX_SEED, Config, load_settings, setting
+from muse_fast.runtime.options import AUTO, MAX_SEED, SWITCH, Config, Switch, load_settings, setting
 
 DATA_BACKENDS = ("cpu", "dali", "cuda")
 ATTENTION = ("sdpa", "xformers", "varlen")
@@ -134,9 +134,9 @@ class LossConfig(Config):
     centering: str = setting("ema", choices=CENTERINGS)
     """``ema`` (the paper's) or ``sinkhorn`` (three iterations; for small batches, where the EMA centre oscillates)."""
     center_momentum: float = setting(0.9, ge=0, lt=1)
-    logit_free: bool = setting(True, may_change=True)
-    """Compute logits twice instead of storing them, which saves two fifths of the step's memory at K = 65536. Below a
-    few thousand prototypes, stored logits are faster."""
+    logit_free: Switch = setting(AUTO, choices=SWITCH, before=True, may_change=True)
+    """Compute logits twice instead of storing them: less memory, more arithmetic, other rounding. ``auto``: as is best
+    for the machine on which the run begins (`muse_fast.pretraining.logits`); a run that resumes keeps that choice."""
 
     def check(self) -> None:
         require(self.lambda_image + self.lambda_nucleus > 0, "lambda_nucleus", 0, "one of the weights above 0")

@@ -49,6 +49,10 @@ def test_every_misspelt_key_is_refused_and_the_correct_one_suggested() -> None:
         ("optim.lr=nan", "optim.lr=nan: expected a finite number"),
         ("views.local_mpp_max=inf", "views.local_mpp_max=inf: expected a finite number"),
         ("views.blur=7", "views.blur=7: expected true or false"),
+        ("loss.logit_free=maybe", "loss.logit_free=maybe: expected auto, true or false"),
+        ("loss.logit_free=2", "expected auto, true or false"),
+        ("loss.logit_free=null", "expected auto, true or false"),
+        ("loss.logit_free=${seed}", "expected auto, true or false"),
         ("views.global_size=16", "32 to 1024"),
         ("views.global_mpp_min=0.9", "global_mpp_max"),
         ("loss.centering=none", "ema or sinkhorn"),
@@ -72,6 +76,17 @@ def test_every_misspelt_key_is_refused_and_the_correct_one_suggested() -> None:
 def test_bad_values_are_refused_by_key(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("auto", "auto"), ("true", True), ("no", False), ("1", True), ("${head.input_norm}", False), ("False", False)],
+)
+def test_a_switch_is_auto_or_a_bool(text: str, value: bool | str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"loss:\n  logit_free: {text}\n")
+    for config in (load_config(file), load_config(None, [f"loss.logit_free={text}"])):
+        assert (type(config.loss.logit_free), config.loss.logit_free) == (type(value), value)
 
 
 def test_typo_in_file_names_the_file(tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", choices=[*timing.BASELINES, "fast"], action="append", help="kind of version to time (all); repeatable"
     )
+    parser.add_argument(
+        "--logit-free",
+        choices=["auto", "true", "false"],
+        action="append",
+        help="loss of the engine; repeat to time several",
+    )
     parser.add_argument("--compile", action="store_true", help="also time the engine with torch.compile")
     parser.add_argument("--seconds", type=float, default=20, help="time per version; at least three repeats")
     parser.add_argument("--lfov", type=int, metavar="SIDE", help="time forward and backward on images of SIDE pixels")
@@ -128,12 +134,15 @@ def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float 
 
 def versions(options: argparse.Namespace) -> list[timing.Version]:
     fast = []
-    attentions = options.attention or ["sdpa"]
-    for attention, compiled in product(attentions, (False, True) if options.compile else (False,)):
-        settings = (f"model.attention={attention}", f"train.compile={compiled}")
+    attentions, losses = options.attention or ["sdpa"], options.logit_free or [""]
+    for attention, loss, compiled in product(attentions, losses, (False, True) if options.compile else (False,)):
+        settings: tuple[str, ...] = (f"model.attention={attention}", f"train.compile={compiled}")
+        settings += (f"loss.logit_free={loss}",) if loss else ()
         name = "fast"
         if len(attentions) > 1:
             name += f" {attention}"
+        if len(losses) > 1:
+            name += f" logit_free={loss}"
         if compiled:
             name += " compiled"
         fast.append(timing.Version(name, "fast", settings))

@@ -283,6 +283,8 @@ def interleaved(
             config = version.config([*shared, "optim.freeze_prototypes_steps=0"])  # as after the first epoch
             weights = weights or initial_weights(config, device)
             trainer = version.build(config, weights, torch.device(device))
+            if isinstance(trainer, Trainer):
+                rows[version.name]["logit_free"] = trainer.logits.logit_free
             steps_ms(trainer, views, device, WARMUP_STEPS[device])
             trainers[version.name] = trainer
     times: dict[str, list[float]] = {name: [] for name in trainers}
@@ -359,7 +361,7 @@ def targets(chip: str, config: PretrainConfig) -> dict[str, float]:
     """Return the minimum figures that the engine should reach, if the project has set any."""
     arch, size, rois = config.model.arch, config.views.global_size, config.optim.batch_size
     if chip == "cpu":
-        return {"speedup_literal": 1.5, "speedup_fair": 1.0, "memory_literal": 2.0}
+        return {"speedup_literal": 1.5, "speedup_fair": 1.0}
     if "H100" not in chip:
         return {}
     if (size, rois) == (224, 16):

@@ -110,7 +110,7 @@ def _distillation(head: str) -> Callable[[LossInputs], Tensor]:
             inputs.centers[head],
             inputs.pairs[head],
             inputs.temps,
-            logit_free=inputs.config.logit_free,
+            logit_free=bool(inputs.config.logit_free),  # the trainer has replaced "auto"
         )
 
     return summed

@@ -30,7 +30,8 @@ def remedies(config: PretrainConfig, rois: int, ranks: int) -> list[str]:
     resumed = []
     if "model.recompute" in find_arch(model.arch, taps=model.taps).supports and model.recompute != "full":
         resumed.append(f"model.recompute={'selective' if model.recompute == 'none' else 'full'}")
-    if not config.loss.logit_free:
+    # With few prototypes, what is kept instead of logits is larger: bench/results/2026-11-29-cpu-loss-*.json.
+    if not config.loss.logit_free and config.head.prototypes > 4 * config.head.bottleneck_dim:
         resumed.append("loss.logit_free=true")
     if ranks > 1 and config.train.parallel == "ddp":
         resumed.append("train.parallel=fsdp")

@@ -81,6 +81,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
         else:
             expected = "0 for a run without model.init, whose encoder has yet to learn everything"
             require(config.optim.freeze_encoder == 0, "optim.freeze_encoder", config.optim.freeze_encoder, expected)
+        config = trainer.config  # "auto" is decided, and a checkpoint may have decided it
         dataset = ViewDataset(roiset, config.views, config.seed)
         sampler = _sampler(trainer, roi_ids)
         if distributed.is_main():
@@ -229,6 +230,8 @@ def _announce(
             f"         encoder frozen for {optim.freeze_encoder} steps; learning rate x {optim.encoder_lr_scale:g}, "
             f"x {optim.layer_decay:g} per layer"
         )
+    if trainer.logits.reason:
+        print(f"  loss   {trainer.logits}")
     if start is not None:
         print(f"  resume {start}, step {trainer.step}")
     print_precision_note(config.train.precision, trainer.device)

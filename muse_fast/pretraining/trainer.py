@@ -18,6 +18,7 @@ from muse_fast.models.archs import check_model
 from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.heads import HeadOutput
+from muse_fast.pretraining import logits
 from muse_fast.pretraining.centering import sinkhorn_center, update_center
 from muse_fast.pretraining.distill import (
     Network,
@@ -40,6 +41,7 @@ from muse_fast.pretraining.parallel import gradient_sync, parallelise, shard
 from muse_fast.pretraining.start import Start, read_networks, read_start
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
+from muse_fast.runtime.options import AUTO
 from muse_fast.runtime.tensors import refuse_misfits
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import apply_schedule, build_optimizer, clip_gradients, load_moments, moments
@@ -69,11 +71,16 @@ class Trainer:
 
     Attributes:
         step: completed steps.
+        config: the settings, without any ``auto`` that the run decides by itself.
+        logits: how ``loss.logit_free`` was decided.
     """
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         check_model(config)
-        self.config, self.device, self.step = config, device, 0
+        self.device, self.step = device, 0
+        self._auto = config.loss.logit_free == AUTO
+        self.logits = logits.choose(config, device)
+        self.config = config = self.logits.written_into(config)
         dtype = DTYPES[config.train.precision]
         if reason := why_not(config.model.attention, device, dtype):
             raise UserError(f"model.attention={config.model.attention} cannot run: {reason}; or use sdpa")
@@ -283,10 +290,16 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Continue from the checkpoint ``folder``, which any number of ranks may have written.
 
+        Where the settings say ``auto``, those of the checkpoint count, so that the run goes on bit for bit.
+
         Raises:
             CheckpointError: a file is damaged.
         """
-        self.step = checkpoint.read_state(folder)["step"]
+        state = checkpoint.read_state(folder)
+        self.step = state["step"]
+        if self._auto:
+            self.logits = logits.recorded(state["config"])
+            self.config = self.logits.written_into(self.config)
         self._take(read_networks(folder), str(folder))
         load_moments(self.student, self.optimizer, checkpoint.read_tensors(folder, "optimizer"))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -77,3 +80,36 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of host memory that processes can still take, at most the limit of this process's cgroup.
+
+    The limit counts in full, though other processes of the group may use some of it. Without ``/proc``, it is the
+    machine's memory.
+    """
+    try:
+        found = re.search(r"^MemAvailable: +(\d+) kB$", (proc / "meminfo").read_text(), re.MULTILINE)
+        groups = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]
+    except OSError:
+        found, groups = None, []
+    machine = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [limit for _, kinds, path in groups for limit in _limits(cgroups, kinds, path)]
+    return min([machine, *limits])
+
+
+def _limits(cgroups: Path, kinds: str, path: str) -> Iterator[int]:
+    """Yield the memory limits of a group and those around it, of version 2 of cgroups (no kinds) or 1."""
+    if kinds not in ("", "memory"):
+        return
+    root, name = (cgroups / "memory", "memory.limit_in_bytes") if kinds else (cgroups, "memory.max")
+    group = root / path.lstrip("/")
+    for folder in (group, *group.parents):
+        try:
+            text = (folder / name).read_text().strip()
+        except OSError:  # a container may not see the groups around it
+            text = ""
+        if text.isdigit():
+            yield int(text)
+        if folder == root:
+            return

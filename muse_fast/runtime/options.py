@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import BooleanNode, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationValidationError, OmegaConfBaseException
 
 from muse_fast.errors import UserError, did_you_mean, require
@@ -28,8 +28,14 @@ from muse_fast.errors import UserError, did_you_mean, require
 _T = TypeVar("_T")
 _Config = TypeVar("_Config", bound="Config")
 
+Switch = bool | str
+"""The type of a setting that is true or false, or ``auto``: the run decides. Declare it with ``choices=SWITCH``."""
+AUTO: Switch = "auto"
+SWITCH = (AUTO, True, False)
+
 _EXPECTED = {
     bool: "true or false",
+    Switch: "auto, true or false",
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -72,7 +78,7 @@ class Range:
     def __str__(self) -> str:
         """Describe the range for a message, such as ``a multiple of 16, 32 to 1024``."""
         if self.choices is not None:
-            *others, last = map(str, self.choices)
+            *others, last = self.words()
             return f"{', '.join(others)} or {last}" if others else last
         parts = [f"a multiple of {self.multiple_of}"] if self.multiple_of is not None else []
         low, high = self.ge, self.le
@@ -87,6 +93,10 @@ class Range:
         if low is None and self.lt is not None:
             parts.append(f"below {self.lt}")
         return ", ".join(parts) + (f" {self.unit}" if self.unit else "")
+
+    def words(self) -> list[str]:
+        """Return the choices as one types them."""
+        return [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in self.choices or ()]
 
 
 def setting(default: _T, *, may_change: bool = False, before: _T | None = None, **bounds: Any) -> _T:
@@ -114,7 +124,7 @@ class Config:
             value, allowed = getattr(self, field.name), field.metadata.get(_RANGE)
             require(not isinstance(value, float) or math.isfinite(value), field.name, value, "a finite number")
             if allowed is not None and value is not None and not allowed.contains(value):
-                hint = did_you_mean(value, allowed.choices) if allowed.choices and isinstance(value, str) else ""
+                hint = did_you_mean(value, allowed.words()) if isinstance(value, str) else ""
                 raise UserError(f"{field.name}={value}: expected {allowed}{hint}")
         self.check()
 
@@ -288,8 +298,10 @@ def _set(settings: DictConfig, values: Iterable[tuple[str, Any]], kind: type[Con
             if isinstance(typed, str) and types[key] is not str:
                 typed = _read_value(typed)
             # OmegaConf accepts any number as a bool.
-            if types[key] is bool and isinstance(typed, int | float) and typed not in (0, 1):
+            if types[key] in (bool, Switch) and isinstance(typed, int | float) and typed not in (0, 1):
                 raise ValueError
+            if types[key] == Switch and typed != AUTO:  # OmegaConf would keep any text, such as "no"
+                typed = BooleanNode(typed)._value()
             OmegaConf.update(settings, key, typed, merge=False)
             _check_value(OmegaConf.select(settings, key, throw_on_missing=True), types[key])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:

@@ -24,6 +24,7 @@ from bench.step import timing
 from bench.step.timing import Version
 from muse_fast.config import load_config
 from muse_fast.models.backbone import build_backbone
+from muse_fast.ops import backends
 from muse_fast.pretraining.trainer import Trainer
 from tests.support.thin import thin_networks
 
@@ -32,6 +33,7 @@ TINY = [
     "head.hidden_dim=32", "head.prototypes=24", "optim.batch_size=2",
 ]  # fmt: skip
 LITERAL, FAIR, FAST = versions = [Version(name, name) for name in ("literal", "fair", "fast")]
+PLAIN = ("model.attention=sdpa", "train.compile=False")
 CPU = torch.device("cpu")
 
 
@@ -231,7 +233,7 @@ def test_ratios_targets_and_efficiency() -> None:
 @pytest.mark.parametrize(
     ("chip", "settings", "expected"),
     [
-        ("cpu", [], {"speedup_literal": 1.5, "speedup_fair": 1.0, "memory_literal": 2.0}),
+        ("cpu", [], {"speedup_literal": 1.5, "speedup_fair": 1.0}),
         ("NVIDIA H100 80GB HBM3", ["optim.batch_size=64"], {"speedup_fair": 2.5, "mfu": 0.4, "memory_fair": 2.0}),
         ("NVIDIA H100 80GB HBM3", ["optim.batch_size=16", "model.arch=vit_base"], {"speedup_literal": 3.0}),
         ("NVIDIA H100 80GB HBM3", ["optim.batch_size=8"], {}),
@@ -274,6 +276,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert row["repeats"] == timing.MIN_REPEATS and row["step_bytes"] > 0
     fast = report["results"][-1]
     assert fast["speedup_literal"] == pytest.approx(report["results"][0]["median_ms"] / fast["median_ms"])
+    assert fast["logit_free"] is (backends.library_error() is not None)
     assert len(fast["profile"]) == timing.TOP
     assert [line["ms"] for line in fast["profile"]] == sorted((line["ms"] for line in fast["profile"]), reverse=True)
     printed = capsys.readouterr().out
@@ -303,13 +306,17 @@ def test_a_wrong_engine_ends_with_code_1(monkeypatch: pytest.MonkeyPatch, capsys
     assert "fast wrong: losses of 3 steps in fp32 differ by 1e-02" in capsys.readouterr().out
 
 
-def test_attention_and_compile_make_versions_of_the_engine() -> None:
+def test_attention_loss_and_compile_make_versions_of_the_engine() -> None:
     options = command.parse(["step", "--device", "cpu", "--attention", "sdpa", "--attention", "varlen", "--compile"])
     assert step_command.versions(options)[2:] == [
-        Version("fast sdpa", "fast", ("model.attention=sdpa", "train.compile=False")),
+        Version("fast sdpa", "fast", PLAIN),
         Version("fast sdpa compiled", "fast", ("model.attention=sdpa", "train.compile=True")),
         Version("fast varlen", "fast", ("model.attention=varlen", "train.compile=False")),
         Version("fast varlen compiled", "fast", ("model.attention=varlen", "train.compile=True")),
+    ]
+    options = command.parse(["step", "--device", "cpu", "--logit-free", "true", "--logit-free", "false"])
+    assert step_command.versions(options)[2:] == [
+        Version(f"fast logit_free={each}", "fast", (*PLAIN, f"loss.logit_free={each}")) for each in ("true", "false")
     ]
     options = command.parse(["step", "--device", "cpu", "--arch", "vit_tiny", "--arch", "timm:vit_tiny_patch16_224"])
     assert [version.name for version in step_command.versions(options)[2:]] == [

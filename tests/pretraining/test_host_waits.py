@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(backends.library_error() is not None, reason=str(backends.library_error()))
 
 SETTINGS = [
-    pytest.param((), id="recipe"),
-    pytest.param(("loss.centering=sinkhorn",), id="sinkhorn"),
+    pytest.param(("loss.logit_free=true",), id="recipe"),
+    pytest.param(("loss.logit_free=true", "loss.centering=sinkhorn"), id="sinkhorn"),
     pytest.param(("loss.logit_free=false",), id="stored-logits"),
     pytest.param(("loss.logit_free=false", "loss.centering=sinkhorn"), id="stored-logits-sinkhorn"),
     pytest.param(("head.input_norm=true",), id="input-norm"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from muse_fast.errors import UserError
-from muse_fast.runtime.device import peak_flops, peak_flops_of, peak_memory, pick_device
+from muse_fast.runtime.device import available_memory, peak_flops, peak_flops_of, peak_memory, pick_device
 
 
 def test_auto_is_a_gpu_if_there_is_one() -> None:
@@ -70,3 +70,35 @@ def test_peak_memory_of_a_gpu_includes_freed_memory() -> None:
 def test_the_peak_of_a_gpu_is_found_by_its_name() -> None:
     device = torch.device("cuda")
     assert peak_flops(device) == peak_flops_of(torch.cuda.get_device_name(device))
+
+
+@pytest.mark.parametrize(
+    ("group", "limits", "expected"),
+    [
+        ("0::/", {}, 2000 * 1024),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "3000"}, 3000),
+        ("0::/a/b", {"a/b/memory.max": "5000", "a/memory.max": "7000", "memory.max": "6000"}, 5000),
+        ("0::/gone/b", {"memory.max": "4000"}, 4000),
+        ("0::/a", {"a/memory.max": "9000000000"}, 2000 * 1024),
+        ("4:memory:/x", {"memory/x/memory.limit_in_bytes": "8000", "x/memory.max": "1"}, 8000),
+        ("4:memory:/x", {"memory/memory.limit_in_bytes": "9000"}, 9000),
+        ("4:cpu:/x\n0::/", {"cpu/x/memory.limit_in_bytes": "1"}, 2000 * 1024),
+    ],
+)
+def test_available_memory_is_limited_by_the_cgroup(
+    group: str, limits: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  1 kB\nMemAvailable:    2000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"{group}\n")
+    for name, limit in limits.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{limit}\n")
+    assert available_memory(tmp_path / "proc", tmp_path / "cgroup") == expected
+
+
+def test_available_memory_of_this_machine(tmp_path: Path) -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert available_memory(tmp_path) == physical  # without /proc
+    assert 0 < available_memory() <= physical

@@ -25,6 +25,8 @@ from tests.pretraining.test_trainer import toy
         (["model.recompute=selective"], 256, 1, ["model.recompute=full", "optim.accumulate=2", "optim.batch_size=128"]),
         (["model.recompute=full", "loss.logit_free=false"], 32, 8,
          ["loss.logit_free=true", "train.parallel=fsdp", "optim.accumulate=2"]),
+        (["model.recompute=full", "loss.logit_free=false", "head.prototypes=1024"], 32, 8,
+         ["train.parallel=fsdp", "optim.accumulate=2", "optim.batch_size=128"]),
         (["model.arch=resnet50", "optim.batch_size=1"], 1, 1,
          ["views.num_locals=4", "head.prototypes=32768", "a smaller views.global_size"]),
         (["model.arch=resnet50", "optim.batch_size=24"], 3, 8,
