@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,17 +48,38 @@ def sinkhorn_knopp(
         )
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temp
     padding = None if num_rows is None else torch.arange(len(scores), device=scores.device).unsqueeze(1) >= num_rows
-    row_scale = scores.new_zeros(len(scores), 1)
-    column_scale = scores.new_zeros(scores.shape[1])
-    for _ in range(n_iterations):
-        counted = row_scale if padding is None else row_scale.masked_fill(padding, -torch.inf)
-        column_scale = -_logsumexp_over_ranks(torch.logsumexp(scores + counted, dim=0), group)
-        row_scale = -torch.logsumexp(scores + column_scale, dim=1, keepdim=True)
+    over_ranks = partial(_logsumexp_over_ranks, group=group)
+    row_scale, column_scale = log_scales(scores, n_iterations, over_ranks, padding=padding)
     targets = torch.exp(scores + column_scale + row_scale)
     return targets if padding is None else targets.masked_fill(padding, 0)
 
 
-def _logsumexp_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def log_scales(
+    scores: Tensor,
+    n_iterations: int,
+    logsumexp_over_ranks: Callable[[Tensor], Tensor],
+    *,
+    log_share: float | Tensor = 0.0,
+    padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the logarithms of the factors of rows ``[N, 1]`` and columns ``[K]`` that `sinkhorn_knopp` applies.
+
+    Args:
+        scores: ``[N, K]``, logits over temperature.
+        logsumexp_over_ranks: from ``[K]`` of each process to that of all.
+        log_share: logarithm of the sum that columns are scaled to; rows are scaled to 1.
+        padding: ``[N, 1]`` bool, rows that do not count.
+    """
+    row_scale = scores.new_zeros(len(scores), 1)
+    column_scale = scores.new_zeros(scores.shape[1])
+    for _ in range(n_iterations):
+        counted = row_scale if padding is None else row_scale.masked_fill(padding, -torch.inf)
+        column_scale = log_share - logsumexp_over_ranks(torch.logsumexp(scores + counted, dim=0))
+        row_scale = -torch.logsumexp(scores + column_scale, dim=1, keepdim=True)
+    return row_scale, column_scale
+
+
+def _logsumexp_over_ranks(values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     if not is_distributed():
         return values
     largest = values.clone()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from muse_fast.kernels.sinkhorn import log_scales
 from muse_fast.runtime.distributed import gather_over_ranks, sum_over_ranks
 
 SINKHORN_ITERATIONS = 3
@@ -26,17 +27,15 @@ def sinkhorn_center(logits: Tensor, temp: float, iterations: int = SINKHORN_ITER
     rows the centre is zero. The result is float32 (float64 for float64) and the same on every rank. Columns are summed
     over ranks by gathering the logarithms of their sums, because an all-reduce would first need their maximum.
     """
-    prototypes = logits.shape[1]
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temp
     rows = sum_over_ranks(scores.new_full((), logits.shape[0]))
-    log_share = torch.log(rows / prototypes)  # the sum of each column when all are used evenly
-    row_scale = scores.new_zeros(logits.shape[0], 1)
-    column_scale = scores.new_zeros(prototypes)
-    for _ in range(iterations):
-        column_sums = gather_over_ranks(torch.logsumexp(scores + row_scale, dim=0))
-        column_scale = log_share - torch.logsumexp(column_sums, dim=0)
-        row_scale = -torch.logsumexp(scores + column_scale, dim=1, keepdim=True)
+    log_share = torch.log(rows / logits.shape[1])  # the sum of each column when all are used evenly
+    _, column_scale = log_scales(scores, iterations, _logsumexp_over_ranks, log_share=log_share)
     return torch.where(rows > 0, -temp * column_scale, 0)
+
+
+def _logsumexp_over_ranks(values: Tensor) -> Tensor:
+    return torch.logsumexp(gather_over_ranks(values), dim=0)
 
 
 @torch.no_grad()
