@@ -21,7 +21,7 @@ from PIL import Image
 import muse_fast
 from muse_fast.detection.detector import Detector, DetectorSpec
 from muse_fast.embed import main as embed_main
-from muse_fast.embedding import pipeline
+from muse_fast.embedding import files, pipeline
 from muse_fast.embedding.encoders import MapEncoder
 from muse_fast.embedding.parts import Parts
 from muse_fast.embedding.to_qupath import to_geojson
@@ -31,6 +31,8 @@ from muse_fast.models.backbone import build_backbone
 from muse_fast.predict import main as predict_main
 from muse_fast.runtime import atomic, checkpoint
 from muse_fast.runtime.cli import run
+from tests.support.planted import write_pyramid
+from tests.support.small_slides import page_with_tissue
 
 anndata = pytest.importorskip("anndata")
 pandas = pytest.importorskip("pandas")
@@ -39,6 +41,7 @@ pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.usefixtures("thin")
 main = partial(run, embed_main)
 SIDE = 512
+TINY = "timm:vit_tiny_patch16_224:depth=1:embed_dim=48:num_heads=3"
 CLOSE = {"rtol": 1e-5, "atol": 5e-5}  # of values up to ten
 
 
@@ -245,8 +248,7 @@ def test_crops(field: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", ["map", "crop"])
 def test_networks_of_timm(field: Path, tmp_path: Path, protocol: str) -> None:
     settings = ["protocol=crop", "size=32", "crop_um=16"] if protocol == "crop" else ["window=96"]
-    weights = "timm:vit_tiny_patch16_224:depth=1:embed_dim=48:num_heads=3"
-    found = embedded(field, tmp_path, *settings, weights=weights)
+    found = embedded(field, tmp_path, *settings, weights=TINY)
     assert found.shape == (200, 48) and np.isfinite(found.X).all() and np.unique(found.X, axis=0).shape[0] > 190
 
 
@@ -359,6 +361,20 @@ def test_qupath_and_back(field: Path, tmp_path: Path) -> None:
     assert main(["--to-geojson", str(out / "all.h5ad"), "clusters"]) == 2
 
 
+def test_a_slide_of_several_levels(tmp_path: Path) -> None:
+    """Nuclei and windows come from the level that fits; positions are those of level 0."""
+    page = page_with_tissue(side=200, height=300, width=400)
+    fine = np.asarray(Image.fromarray(page).resize((800, 600), Image.Resampling.BICUBIC))
+    slide = write_pyramid(tmp_path / "a.tif", fine, 0.25, (2,))
+    assert (
+        main(["--weights", TINY, "--out", str(tmp_path / "out"), str(slide), "nuclei=classical", "pictures=false"]) == 0
+    )
+    found, summary = read(tmp_path / "out"), json.loads((tmp_path / "out" / "a.json").read_text())
+    assert len(found) == summary["nuclei"] > 20 and summary["window_mpp"] == 0.5 and summary["mpp"] == 0.25
+    assert found.obsm["spatial"].max() > 500
+    np.testing.assert_allclose(found.obs[["x_um", "y_um"]].to_numpy(), found.obsm["spatial"] * 0.25)
+
+
 def test_scanpy_opens_and_clusters_the_file(field: Path, tmp_path: Path) -> None:
     scanpy = pytest.importorskip("scanpy")
     pytest.importorskip("igraph")
@@ -386,6 +402,21 @@ def test_squidpy_opens_the_file(field: Path, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be used
+
+
+def test_two_commands_at_once(field: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one writes its file, the other finishes and removes the parts of both."""
+    write = files.write
+
+    def late(*args: Any) -> Any:
+        with monkeypatch.context() as other:
+            other.setattr(files, "write", write)
+            assert embed(field, tmp_path) == 0
+        return write(*args)
+
+    monkeypatch.setattr(files, "write", late)
+    assert embed(field, tmp_path) == 0
+    assert len(read(tmp_path)) == 200 and json.loads((tmp_path / "summary.json").read_text())["refused"] == {}
 
 
 def test_two_inputs_of_one_name(field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

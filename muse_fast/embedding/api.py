@@ -13,7 +13,7 @@ from muse_fast.embedding import files
 from muse_fast.embedding.encoders import Weights, open_weights
 from muse_fast.embedding.nuclei import Given
 from muse_fast.embedding.parts import Parts
-from muse_fast.embedding.run import EmbedConfig, described_page, job_of
+from muse_fast.embedding.run import EmbedConfig, describe_page, job_of, open_page
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.timm.backbone import TimmBackbone
 from muse_fast.predicting.pages import PageFile
@@ -57,5 +57,11 @@ def embed_slide(
     job = job_of(weights, config, pick_device(config.device, "device"), None if given is None else Given(given))
     with TemporaryDirectory() as folder:
         parts = Parts(Path(folder) / "parts", {})
-        described, _, _ = described_page(job, PageFile(Path(path), config.mpp), parts, lambda *_: None)
-        return files.in_memory(described, config.dtype)
+        file = PageFile(Path(path), config.mpp)
+        with open_page(job, file, parts, _silent) as page:
+            page.run(parts, batch=job.batch, readers=job.readers, progress=_silent)
+            return files.in_memory(describe_page(job, file, page, parts), config.dtype)
+
+
+def _silent(done: int, total: int | None, unit: str) -> None:
+    """Show no progress."""

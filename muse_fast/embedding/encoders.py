@@ -43,6 +43,7 @@ class Encoder(Protocol):
         side: of the windows that are read, in pixels.
         margin: pixels that a window shows around a nucleus, at least.
         dim: D, width of a vector.
+        device: of the network.
     """
 
     protocol: str
@@ -50,6 +51,7 @@ class Encoder(Protocol):
     side: int
     margin: int
     dim: int
+    device: torch.device
 
     def windows_of(self, batch: int) -> int:
         """Number of windows that have at least ``batch`` images, as a rule."""
@@ -73,15 +75,14 @@ class Encoder(Protocol):
 class _Encoder:
     def __init__(self, network: Backbone | TimmBackbone, device: torch.device, bf16: bool) -> None:
         self.network = network.to(device).eval()
-        self._device, self._bf16 = device, bf16
+        self.device, self._bf16 = device, bf16
 
-    def _on_device(self, shown: Shown) -> Shown:
-        if self._device.type == "cpu":
-            return shown
-        return Shown(*(one.pin_memory().to(self._device, non_blocking=True) for one in shown))
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """The tensor in memory from which it can be copied to a GPU without waiting."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
 
 
 def _as_image(pixels: NDArray[np.uint8]) -> Tensor:
@@ -128,7 +129,8 @@ class MapEncoder(_Encoder):
     def vectors(self, shown: Shown) -> Tensor:
         """See `Encoder.vectors`."""
         with self._autocast():
-            return self.network.nucleus_features(*self._on_device(shown)).float()
+            images, xy, image_index = map(self._pinned, shown)
+            return self.network.nucleus_features(images.to(self.device, non_blocking=True), xy, image_index).float()
 
 
 class CropEncoder(_Encoder):
@@ -166,7 +168,7 @@ class CropEncoder(_Encoder):
     def vectors(self, shown: Shown) -> Tensor:
         """See `Encoder.vectors`."""
         with self._autocast():
-            return self.network.cls(self._on_device(shown).images).float()
+            return self.network.cls(self._pinned(shown.images).to(self.device, non_blocking=True)).float()
 
 
 class Weights(NamedTuple):

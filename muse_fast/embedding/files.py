@@ -51,6 +51,7 @@ class Written(NamedTuple):
     nuclei: int
     per_class: dict[str, int]
     lost: int  # nuclei left out, as they could not be read
+    dim: int  # D
 
 
 def need_libraries(format: str = "h5ad") -> None:
@@ -135,7 +136,8 @@ def _write(path: Path, table: Path, described: Described, dtype: np.dtype[Any]) 
         import zarr
 
         zarr.consolidate_metadata(str(path))
-    return Written(count, dict(zip(names, per_class.tolist(), strict=True)), described.rows.count - count)
+    lost = described.rows.count - count
+    return Written(count, dict(zip(names, per_class.tolist(), strict=True)), lost, described.rows.dim)
 
 
 def _blocks(

@@ -26,6 +26,7 @@ from muse_fast.errors import UserError
 from muse_fast.images.slide import Lost
 from muse_fast.predicting.pages import PageFile, PagePerThread, Scale
 from muse_fast.predicting.pipeline import map_ahead
+from muse_fast.runtime.device import Stopwatch
 from muse_fast.runtime.progress_bar import ShowProgress
 
 PART = 64  # windows: of a finished part, of which nothing is lost if the command is killed
@@ -66,6 +67,14 @@ class _Batch:
         images, xy, index = zip(*(piece.shown for piece in self.pieces), strict=True)
         shifted = [one + first for one, first in zip(index, firsts, strict=True)]
         return Shown(torch.cat(images), torch.cat(xy), torch.cat(shifted))
+
+
+class _Encoded(NamedTuple):
+    """A batch and its vectors, which a GPU may still be computing."""
+
+    batch: _Batch
+    rows: list[Tensor]
+    stopwatch: Stopwatch
 
 
 class Embedding:
@@ -115,7 +124,7 @@ class Embedding:
         with ThreadPoolExecutor(readers) as reading, ThreadPoolExecutor(1) as writing:
             read = map_ahead(reading, self._read, todo, self._encoder.windows_of(batch) + readers)
             try:
-                results = self._encode(_batches(read, batch), batch, tally)
+                results = self._encode(_batches(read, batch), batch)
                 for count in map_ahead(writing, writer.add, results, MAX_UNWRITTEN):
                     nuclei += count
                     progress(nuclei, len(self._nuclei), "nuclei")
@@ -156,13 +165,13 @@ class Embedding:
         shown = self._encoder.shown(pixels, corner, self._xy[window.nuclei] - (left, top))
         return _Piece(part, shown, _within_any(self._nuclei.xy[window.nuclei], lost.boxes), lost.reason)
 
-    def _encode(self, batches: Iterable[_Batch], batch: int, tally: Tally) -> Iterator[tuple[_Batch, list[Tensor]]]:
+    def _encode(self, batches: Iterable[_Batch], batch: int) -> Iterator[_Encoded]:
         for one in batches:
             shown = one.shown()
-            before = time.perf_counter()
+            stopwatch = Stopwatch(self._encoder.device)
             rows = [self._encoder.vectors(chunk) for chunk in _chunks(shown, batch)]
-            tally.encoding += time.perf_counter() - before
-            yield one, rows
+            stopwatch.stop()
+            yield _Encoded(one, rows, stopwatch)
 
     def checked(self, rows: NDArray[np.float32], batch: _Batch, tally: Tally) -> NDArray[np.float32]:
         """The vectors, as NaN where a nucleus could not be read.
@@ -205,10 +214,11 @@ class _Writer:
         self._embedding, self._parts, self._tally = embedding, parts, tally
         self._rows: list[NDArray[np.float32]] = []
 
-    def add(self, result: tuple[_Batch, list[Tensor]]) -> int:
+    def add(self, encoded: _Encoded) -> int:
         """Add a batch, in order; returns the number of its nuclei."""
-        batch, chunks = result
-        rows = torch.cat(chunks).cpu().numpy()
+        batch = encoded.batch
+        rows = torch.cat(encoded.rows).cpu().numpy()
+        self._tally.encoding += encoded.stopwatch.seconds()
         self._rows.append(self._embedding.checked(rows, batch, self._tally))
         if sum(map(len, self._rows)) == self._embedding.count_of(batch.part):
             self._parts.keep(batch.part, np.concatenate(self._rows))

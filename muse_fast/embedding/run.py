@@ -206,7 +206,8 @@ def embed(
     job = open_job(weights, settings, arch, compat)
     refused = dict[Path, str]()
     left = _left_to_do(out, pages, job, refused)
-    print(f"embed {len(left)} of {len(pages)} inputs with {weights} on {job.device} -> {out}", flush=True)
+    random = "" if job.weights.sha256 else " (random)"
+    print(f"embed {len(left)} of {len(pages)} inputs with {weights}{random} on {job.device} -> {out}", flush=True)
     for line in without_effect:
         print(f"no effect: {line}", flush=True)
     finished = [page for page in pages if page not in left and page.path not in refused]
@@ -219,8 +220,13 @@ def embed(
             else:
                 words = _describe(embed_page(job, page, out))
                 slides.take(page)
-        except UserError as error:
-            words = refused[page.path] = reason_of(error, page.path)
+        except (UserError, FileNotFoundError) as error:
+            if _done_meanwhile(out, page, job):
+                words = "done by another command meanwhile"
+            elif isinstance(error, UserError):
+                words = refused[page.path] = reason_of(error, page.path)
+            else:
+                raise
         print(f"{number}/{len(left)} {page.path.name}: {words}", flush=True)
     done = [read_record(_summary_of(out, page)) for page in pages if page.path not in refused | repeated]
     total = _total(done) | {
@@ -296,6 +302,11 @@ def _made_otherwise(out: Path, page: PageFile, job: Job) -> str:
     return "" if before == now else f"was made with {scale_words(before)}, not {scale_words(now)}"
 
 
+def _done_meanwhile(out: Path, page: PageFile, job: Job) -> bool:
+    """Whether another command has finished a page, and removed the parts of both."""
+    return _summary_of(out, page).is_file() and not _made_otherwise(out, page, job)
+
+
 def _summary_of(out: Path, page: PageFile) -> Path:
     return out / f"{page.name}.json"
 
@@ -311,13 +322,27 @@ def embed_page(job: Job, file: PageFile, out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     made = {**fingerprint_of(file.path), "nuclei_from": job.source.record(file), "mpp_given": file.mpp, **job.made_with}
     parts = Parts(out / f".{file.name}.parts", made)
-    with ProgressBar(file.name) as bar:
-        described, embedding, tally = described_page(job, file, parts, bar.show)
-    written = files.write(parts.folder, file.name, described, job.settings.dtype, job.settings.format)
-    seconds = time.perf_counter() - started
+    with ProgressBar(file.name) as bar, open_page(job, file, parts, bar.show) as page:
+        tally = page.run(parts, batch=job.batch, readers=job.readers, progress=bar.show)
+        described = describe_page(job, file, page, parts)
+        written = files.write(parts.folder, file.name, described, job.settings.dtype, job.settings.format)
+        seconds = time.perf_counter() - started
+        summary = _summary(page, written, tally, seconds) | {
+            "peak_memory_mb": round(peak_memory(job.device) / 1e6),
+            **made,
+        }
+    for suffix in ("parquet", job.settings.format):
+        name = f"{file.name}.{suffix}"
+        (parts.folder / name).replace(out / name)
+    atomic.write_json(_summary_of(out, file), summary)  # last: it says that all is there
+    parts.remove()
+    return summary
+
+
+def _summary(embedding: Embedding | OnePass, written: files.Written, tally: Tally, seconds: float) -> dict[str, Any]:
     page, nuclei = embedding.page, written.nuclei
     area, share = embedding.area_mm2, tally.windows / max(embedding.windows, 1)  # an earlier command did the others
-    summary = {
+    return {
         "identity": page.identity,
         "width": page.width,
         "height": page.height,
@@ -327,7 +352,7 @@ def embed_page(job: Job, file: PageFile, out: Path) -> dict[str, Any]:
         "nuclei": nuclei,
         "nuclei_per_class": written.per_class,
         "nuclei_unreadable": written.lost,
-        "dim": described.rows.dim,
+        "dim": written.dim,
         "windows": embedding.windows,
         "area_mm2": round(area, 6),
         "nothing_found": "" if nuclei else "no nuclei",
@@ -336,45 +361,34 @@ def embed_page(job: Job, file: PageFile, out: Path) -> dict[str, Any]:
         "nuclei_per_second": round(nuclei * share / seconds, 1),
         "mm2_per_second": round(area * share / seconds, 4),
         "encoder_busy": round(tally.encoding / tally.seconds, 3) if tally.windows else 0.0,
-        "peak_memory_mb": round(peak_memory(job.device) / 1e6),
-        **made,
     }
-    for suffix in ("parquet", job.settings.format):
-        name = f"{file.name}.{suffix}"
-        (parts.folder / name).replace(out / name)
-    atomic.write_json(_summary_of(out, file), summary)  # last: it says that all is there
-    parts.remove()
-    return summary
 
 
-def described_page(
-    job: Job, file: PageFile, parts: Parts, progress: ShowProgress
-) -> tuple[files.Described, Embedding | OnePass, Tally]:
-    """Find the nuclei of a page and compute the parts that are missing.
+def describe_page(job: Job, file: PageFile, embedding: Embedding | OnePass, parts: Parts) -> files.Described:
+    """The nuclei of a page and their vectors, once all parts are there."""
+    nuclei, rows = embedding.result(parts)
+    page = embedding.page
+    record = {
+        "version": __version__,
+        "weights": job.weights.name,
+        "weights_sha256": job.weights.sha256,
+        "settings": json.dumps(job.made_with["settings"]),
+        "mpp": embedding.mpp,
+        "slide_path": text_of(file.path.absolute()),
+        "slide_mpp": [page.mpp, page.mpp],
+        "frame": "level0",
+        "qupath_origin": list(page.qupath_frame.origin),
+        "protocol": job.encoder.protocol,
+    }
+    return files.Described(text_of(file.name), nuclei, rows, page.mpp, record)
+
+
+def open_page(job: Job, file: PageFile, parts: Parts, progress: ShowProgress) -> Embedding | OnePass:
+    """Open a page, and find its nuclei if they are not described as they are found.
 
     Raises:
         UserError: page or nuclei cannot be used.
     """
-    with _open_page(job, file, parts, progress) as embedding:
-        tally = embedding.run(parts, batch=job.batch, readers=job.readers, progress=progress)
-        nuclei, rows = embedding.result(parts)
-        page = embedding.page
-        record = {
-            "version": __version__,
-            "weights": job.weights.name,
-            "weights_sha256": job.weights.sha256,
-            "settings": json.dumps(job.made_with["settings"]),
-            "mpp": embedding.mpp,
-            "slide_path": text_of(file.path.absolute()),
-            "slide_mpp": [page.mpp, page.mpp],
-            "frame": "level0",
-            "qupath_origin": list(page.qupath_frame.origin),
-            "protocol": job.encoder.protocol,
-        }
-        return files.Described(text_of(file.name), nuclei, rows, page.mpp, record), embedding, tally
-
-
-def _open_page(job: Job, file: PageFile, parts: Parts, progress: ShowProgress) -> Embedding | OnePass:
     share = job.settings.max_unreadable
     if job.one_pass:
         return OnePass(file, job.one_pass, everywhere=not job.settings.tissue, max_unreadable=share)

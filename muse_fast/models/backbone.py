@@ -90,12 +90,14 @@ class Backbone(nn.Module):
         Args:
             images: ``[I, 3, R, R]``, uint8 or normalised floats.
             xy: ``[N, 2]`` float32, pixels of the image, origin at its top-left corner.
-            image_index: ``[N]`` int64, the image of each point; negative for padding, whose rows are zero.
+            image_index: ``[N]`` int64, the image of each point; negative for padding, whose rows are zero. Both may be
+                on the CPU, where they are checked without waiting for a GPU.
 
         Raises:
             UserError: a point lies outside its image.
         """
         check_points(xy, image_index, images.shape[-1])
+        xy, image_index = (one.to(images.device, non_blocking=True) for one in (xy, image_index))
         _, encoded = self.encoder([self._normalised(images)])
         return self.decoder.nucleus_rows(encoded, [(xy, image_index)], [images.shape[-1]])
 

@@ -6,8 +6,10 @@ import os
 import re
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,6 +74,29 @@ def peak_flops_of(gpu: str) -> float | None:
     if "MIG" in words:
         return None
     return next((peak for name, peak in _PEAKS if words.issuperset(name.split())), None)
+
+
+class Stopwatch:
+    """Measures the work that a device is given from now until `stop`, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._marks = device.type == "cuda", list[Any]()
+        self.stop()
+
+    def stop(self) -> None:
+        mark: Any = time.perf_counter()
+        if self._on_gpu:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append(mark)
+
+    def seconds(self) -> float:
+        """Seconds that the work took; waits until a GPU has done it."""
+        began, ended = self._marks
+        if not self._on_gpu:
+            return float(ended - began)
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) / 1e3
 
 
 def peak_memory(device: torch.device) -> int:

@@ -117,6 +117,7 @@ class TimmBackbone(nn.Module):
         """One feature per nucleus, ``[N, D]``; see `muse_fast.models.Backbone.nucleus_features`."""
         side = images.shape[-1]
         check_points(xy, image_index, side)
+        xy, image_index = (one.to(images.device, non_blocking=True) for one in (xy, image_index))
         maps = self.maps(self._normalised(images))
         return torch.cat([self._read(one, xy, image_index, side) for one in maps], dim=1)
 
