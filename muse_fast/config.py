@@ -57,6 +57,10 @@ class ViewsConfig(Config):
     """Coarsest um/px of a local view."""
     min_overlap: float = setting(0.5, gt=0, le=1)
     """Least overlap of two global views along each axis, as a fraction of the smaller one's side."""
+    min_nuclei: int = setting(0, ge=0)
+    """Nuclei that the region of the two global views should hold; it is placed again if it holds fewer."""
+    anchor_redraws: int = setting(3, ge=1)
+    """Most times that the region is placed again; the last place counts, whatever it holds."""
     turns: bool = True
     """Random flips and 90 degree turns."""
     stain: float = setting(0.0, ge=0, le=1)

@@ -89,9 +89,9 @@ def synthetic_views(config: PretrainConfig, seed: int = 0) -> Views:
 def roi_views(
     config: PretrainConfig, roi: int, nuclei: int, rng: np.random.Generator, pixels: torch.Generator
 ) -> Views:
-    globals_, locals_ = draw_boxes(rng, ROI_SIDE, ROI_SIDE, ROI_MPP, config.views)
-    boxes = globals_ + locals_
     xy = rng.uniform(0, ROI_SIDE, (nuclei, 2)).astype(np.float32)
+    globals_, locals_ = draw_boxes(rng, ROI_SIDE, ROI_SIDE, ROI_MPP, xy, config.views)
+    boxes = globals_ + locals_
     seen = [box.nuclei(xy) for box in boxes]
     counts = [len(index) for _, index in seen]
     return Views(

@@ -74,17 +74,19 @@ class ViewBox:
 
 
 def draw_boxes(
-    rng: np.random.Generator, width: int, height: int, roi_mpp: float, config: ViewsConfig
+    rng: np.random.Generator, width: int, height: int, roi_mpp: float, xy: NDArray[np.float32], config: ViewsConfig
 ) -> tuple[list[ViewBox], list[ViewBox]]:
     """Draw the global and local boxes of one ROI.
 
     The globals lie in an anchor region just large enough for them, placed at random in the ROI, so that any two share
     at least ``min_overlap`` of the smaller side on each axis; each local lies inside a randomly chosen global. If views
-    were placed independently in a 2048 px ROI, almost no nucleus would be in two of them.
+    were placed independently in a 2048 px ROI, almost no nucleus would be in two of them. An anchor with fewer than
+    ``min_nuclei`` nuclei is placed again, up to ``anchor_redraws`` times.
 
     Args:
         width, height: of the ROI, pixels.
         roi_mpp: um per pixel of the ROI.
+        xy: its nuclei, ``[n, 2]`` pixels.
 
     Raises:
         UserError: the ROI is too small for the finest view that the settings allow.
@@ -96,8 +98,12 @@ def draw_boxes(
     ]
     shortest, second = sorted(sides)[:2]
     anchor_side = min(room, shortest + second - math.ceil(config.min_overlap * shortest))
-    anchor_x = int(rng.integers(width - anchor_side + 1))
-    anchor_y = int(rng.integers(height - anchor_side + 1))
+    for _ in range(1 + config.anchor_redraws):
+        anchor_x = int(rng.integers(width - anchor_side + 1))
+        anchor_y = int(rng.integers(height - anchor_side + 1))
+        offset = xy - (anchor_x, anchor_y)
+        if ((offset >= 0) & (offset < anchor_side)).all(axis=1).sum() >= config.min_nuclei:
+            break
     globals_ = []
     for side in sides:
         x, y = (int(v) for v in rng.integers(anchor_side - side + 1, size=2))

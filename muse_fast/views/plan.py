@@ -58,7 +58,7 @@ def draw_plan(roi: Roi, epoch: int, seed: int, config: ViewsConfig) -> Plan:
         UserError: the ROI is too small for the views.
     """
     rng = np.random.default_rng([seed, epoch, roi.id])
-    globals_, locals_ = draw_boxes(rng, roi.width, roi.height, roi.mpp, config)
+    globals_, locals_ = draw_boxes(rng, roi.width, roi.height, roi.mpp, roi.xy, config)
     roles = ["first", "second", *["local"] * len(locals_)]
     return Plan(
         roi=roi,

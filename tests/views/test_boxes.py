@@ -12,6 +12,7 @@ from muse_fast.errors import UserError
 from muse_fast.views.boxes import ViewBox, check_room, draw_boxes
 from tests.support.dots import assert_dots_at, draw_dots, scattered
 
+NONE = np.empty((0, 2), np.float32)
 SMALL = ViewsConfig(global_size=96, local_size=64, num_locals=6)
 
 
@@ -21,7 +22,7 @@ def test_dots_are_found_in_every_view_to_half_a_pixel(seed: int) -> None:
     xy = scattered(rng, 310)
     image = draw_dots(310, xy, sigma=2.5)
     found = 0
-    for box in [box for boxes in draw_boxes(rng, 310, 310, 0.3, SMALL) for box in boxes]:
+    for box in [box for boxes in draw_boxes(rng, 310, 310, 0.3, NONE, SMALL) for box in boxes]:
         points, index = box.nuclei(xy)
         assert (np.diff(index) > 0).all()
         found += assert_dots_at(box.render(image)[0], points)
@@ -95,7 +96,7 @@ def test_boxes_lie_in_the_roi_overlap_and_have_a_scale_in_the_range(
         check_room(width, height, mpp, config)
     except UserError:
         return
-    globals_, locals_ = draw_boxes(np.random.default_rng(seed), width, height, mpp, config)
+    globals_, locals_ = draw_boxes(np.random.default_rng(seed), width, height, mpp, NONE, config)
     for box, low in [(b, config.global_mpp_min) for b in globals_] + [(b, config.local_mpp_min) for b in locals_]:
         assert box.x >= 0 and box.y >= 0 and box.x + box.side <= width and box.y + box.side <= height
         half_pixel = 0.51 * mpp / box.size
@@ -114,9 +115,34 @@ def test_boxes_lie_in_the_roi_overlap_and_have_a_scale_in_the_range(
         assert any(inside) or any(g.side < box.side for g in globals_)
 
 
+@pytest.mark.parametrize("redraws", [1, 3])
+def test_the_anchor_is_placed_again_until_it_holds_enough_nuclei(redraws: int) -> None:
+    """With a nucleus in every column of the left half, an anchor of 96 px holds 40 of them up to x = 472."""
+    xy = np.stack([np.arange(512), np.full(512, 48)], axis=1).astype(np.float32)
+    config = ViewsConfig(
+        global_size=96,
+        global_mpp_max=0.25,
+        num_locals=0,
+        min_overlap=1.0,  # both views are the anchor
+        min_nuclei=40,
+        anchor_redraws=redraws,
+    )
+    rng = np.random.default_rng(0)
+    lefts = np.array([draw_boxes(rng, 1024, 96, 0.25, xy, config)[0][0].x for _ in range(2000)])
+    share = 473 / (1024 - 96 + 1)  # of all places
+    assert (lefts <= 472).mean() == pytest.approx(1 - (1 - share) ** (1 + redraws), abs=0.03)
+    assert lefts.max() > 850, "the last place counts, whatever it holds"
+
+
+def test_draws_without_a_minimum_do_not_depend_on_the_nuclei() -> None:
+    full = np.full((50, 2), 100, np.float32)
+    drawn = [draw_boxes(np.random.default_rng(1), 400, 400, 0.25, xy, SMALL) for xy in (NONE, full)]
+    assert drawn[0] == drawn[1]
+
+
 def test_um_per_px_is_uniform_over_the_range() -> None:
     rng = np.random.default_rng(0)
-    drawn = [draw_boxes(rng, 2048, 2048, 0.25, ViewsConfig(num_locals=0))[0][0].mpp(0.25) for _ in range(4000)]
+    drawn = [draw_boxes(rng, 2048, 2048, 0.25, NONE, ViewsConfig(num_locals=0))[0][0].mpp(0.25) for _ in range(4000)]
     counts = np.histogram(drawn, bins=5, range=(0.25, 0.5))[0]
     assert np.abs(counts / 800 - 1).max() < 0.12  # 3.4 standard deviations of a uniform draw
 
