@@ -17,6 +17,7 @@ REPEATS = 20
 MIN_REPEATS = 3
 SECONDS_PER_VERSION = 1.5  # a version stops after this time if it has MIN_REPEATS
 CACHE_BYTES = 256 * 2**20  # more than the cache of any supported GPU
+HEAD_START_CYCLES = 20_000_000  # about 10 ms of any supported GPU, more than launching one op takes the host
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs an error if there is no GPU
 
@@ -67,13 +68,18 @@ def interleaved(calls: dict[str, Call], arguments: Sequence[Any], device: str) -
 
 
 def milliseconds(run: Callable[[], Any], device: str) -> float:
-    """Time one call. On CUDA with events and a cold cache, queueing the launches while the cache is flushed."""
+    """Time one call. On CUDA with events and a cold cache.
+
+    The GPU first waits about 10 ms, in which the host queues all launches, so that the events bound the time of the GPU
+    alone. Without that, an op of many small kernels would take as long as the host needs to launch them.
+    """
     if device == "cpu":
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) * 1e3
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.empty(CACHE_BYTES, dtype=torch.int8, device=device).zero_()
+    torch.cuda._sleep(HEAD_START_CYCLES)
     begin.record()
     run()
     end.record()
