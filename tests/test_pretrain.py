@@ -22,7 +22,7 @@ from muse_fast.pretraining.trainer import Metrics, Trainer
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.training.report import read_metrics
-from torture.toy import arguments, losses, prepare
+from torture.toy import ARCH, arguments, losses, prepare
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,9 @@ def test_a_run_writes_its_results(unbroken: Path) -> None:
 def test_the_run_loads_as_a_backbone(unbroken: Path) -> None:
     from muse_fast import load_backbone
 
-    backbone = load_backbone("vit_tiny", weights=unbroken)
+    backbone = load_backbone(ARCH, weights=unbroken)
     images, xy = torch.randn(2, 3, 64, 64), torch.tensor([[3.0, 4.0], [60.0, 10.0], [5.0, 5.0]])
-    assert backbone.nucleus_features(images, xy, torch.tensor([0, 0, 1])).shape == (3, 192)
+    assert backbone.nucleus_features(images, xy, torch.tensor([0, 0, 1])).shape == (3, 32)
 
 
 def test_a_run_killed_three_times_ends_with_the_same_losses(workplace: Path, unbroken: Path) -> None:
@@ -263,7 +263,7 @@ def test_refused_starts(workplace: Path, unbroken: Path, capsys: pytest.CaptureF
         ([f"model.init={workplace / 'nowhere'}"], f"model.init={workplace / 'nowhere'}: no such file or folder"),
         (["optim.freeze_encoder=1"], "optim.freeze_encoder=1: expected 0 for a run without model.init"),
         ([f"model.init={unbroken}", "head.prototypes=32"], "head.prototypes=16 (here 32)"),
-        ([f"model.init={unbroken}", "model.arch=vit_small"], "model.arch=vit_tiny (here vit_small)"),
+        ([f"model.init={unbroken}", "model.arch=vit_small"], f"model.arch={ARCH} (here vit_small)"),
     ):
         expect_error(capsys, arguments(workplace, out, *settings), said)
     assert not out.exists()

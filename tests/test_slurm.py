@@ -17,17 +17,18 @@ from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run
 from muse_fast.training.report import StopSignal, read_metrics
+from torture.toy import ARCH
 
 pytest.importorskip("submitit")
 
-TOY = """
-views: {global_size: 64, local_size: 32, num_locals: 1}
-model: {arch: "timm:vit_tiny_patch16_224:depth=4:embed_dim=32:num_heads=2"}
-head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
-loss: {centering: sinkhorn}
-optim: {steps: 100, batch_size: 4, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
-train: {precision: fp64, device: cpu, log_every: 1, checkpoint_every: 1000, eval_every: 0, eval_rois: 4}
-data: {workers: 0}
+TOY = f"""
+views: {{global_size: 64, local_size: 32, num_locals: 1}}
+model: {{arch: "{ARCH}"}}
+head: {{hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}}
+loss: {{centering: sinkhorn}}
+optim: {{steps: 100, batch_size: 4, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}}
+train: {{precision: fp64, device: cpu, log_every: 1, checkpoint_every: 1000, eval_every: 0, eval_rois: 4}}
+data: {{workers: 0}}
 """
 
 

@@ -1,4 +1,4 @@
-"""torchrun with the full networks: ranks that are stopped, or refuse to start. ``torture`` kills them (row T3)."""
+"""torchrun: ranks that are stopped, or refuse to start. ``torture`` kills them (row T3)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from muse_fast.runtime.distributed import _lost_rank_explained, store_of_this_st
 from tests.support.ranks import Ranks
 from tests.support.toy_runs import Runs, assert_same_bits, assert_same_losses, toy_runs, training_rows
 from torture.torchrun import Job
+from torture.toy import ARCH
 
-SHORT = ("optim.steps=16", "train.log_every=2", "train.checkpoint_every=4", "data.workers=1")
+SHORT = (f"model.arch={ARCH}", "optim.steps=16", "train.log_every=2", "train.checkpoint_every=4", "data.workers=1")
 
 
 def finish(runs: Runs, out: Path) -> None:
-    """Resume with two ranks and finish, with the full networks."""
+    """Resume with two ranks and finish."""
     assert runs.ranks(pretrain.main, [(runs.argv(out, *SHORT),)] * 2) == [0, 0]
 
 

@@ -16,13 +16,15 @@ from muse_fast.training.report import read_metrics
 from torture.processes import Child, wait_until
 
 STEPS = 12
-SETTINGS = """
-views: {global_size: 64, local_size: 32, num_locals: 1}
-model: {arch: vit_tiny, drop_path: 0.1}
-head: {hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}
-loss: {centering: sinkhorn}
-optim: {steps: 12, batch_size: 2, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}
-train: {precision: fp32, log_every: 1, checkpoint_every: 2, eval_every: 6, eval_rois: 4}
+# A thin network, whose checkpoints are small: the runs are about commands, not about what a network computes.
+ARCH = "timm:vit_tiny_patch16_224:depth=4:embed_dim=32:num_heads=2"
+SETTINGS = f"""
+views: {{global_size: 64, local_size: 32, num_locals: 1}}
+model: {{arch: "{ARCH}", drop_path: 0.1}}
+head: {{hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}}
+loss: {{centering: sinkhorn}}
+optim: {{steps: {STEPS}, batch_size: 2, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}}
+train: {{precision: fp32, log_every: 1, checkpoint_every: 2, eval_every: 6, eval_rois: 4}}
 """
 FINETUNING = """
 data: {sample_size: 64}
@@ -57,7 +59,7 @@ def command(argv: Sequence[str]) -> int:
 
 def finetuning_arguments(workplace: Path, out: Path, *overrides: str) -> list[str]:
     fixed = ["--config", str(workplace / "finetuning.yaml"), "--out", str(out), "--data", "synthetic:7"]
-    return [*fixed, "--weights", "random:vit_tiny", "source.size=96", "data.workers=0", *overrides]
+    return [*fixed, "--weights", f"random:{ARCH}", "source.size=96", "data.workers=0", *overrides]
 
 
 def finetuning_command(argv: Sequence[str]) -> int:

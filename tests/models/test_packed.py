@@ -20,7 +20,7 @@ from tests.support.published import dino_pos_embed
 COUNTS = (2, 3)  # images of each resolution
 SIZES = [
     pytest.param("vit_tiny", (224, 96), id="vit_tiny-224-96"),
-    pytest.param("vit_small", (224, 96), id="vit_small-224-96"),
+    pytest.param("vit_small", (224, 96), id="vit_small-224-96", marks=pytest.mark.heavy),
     pytest.param("vit_tiny", (512, 208), id="vit_tiny-512-208"),
     pytest.param("vit_small", (512, 208), id="vit_small-512-208", marks=pytest.mark.heavy),
 ]
