@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import __main__ as command
 from bench.machine import Rates, environment
-from bench.measure import evaluate, extra_memory, relative_error
+from bench.measure import evaluate, extra_memory, milliseconds, relative_error
 from bench.ops import command as ops_command
 from bench.ops import timing
 from bench.ops import tiny as tiny_ops
@@ -59,6 +59,30 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.measure.REPEATS", 4)
     monkeypatch.setattr(timing, "LENGTHS_FROM_DATA", tuple(backends.HOMES))
     monkeypatch.setattr(ops_command, "machine_rates", lambda device: RATES)
+
+
+def test_on_cuda_the_gpu_waits_before_the_first_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the host has queued the launches when the first event is recorded, and its speed does not count."""
+    did: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            did.append("event")
+
+        def synchronize(self) -> None:
+            did.append("wait of the host")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: did.append("wait of the GPU"), raising=False)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    assert milliseconds(lambda: did.append("run"), "cuda") == 7.0
+    assert did == ["wait of the GPU", "event", "run", "event", "wait of the host"]
 
 
 def test_json_has_numbers_and_environment(tmp_path: Path) -> None:
