@@ -1,4 +1,4 @@
-"""``python -m bench {ops|loss|step|data|rates|ablation} --help``"""
+"""``python -m bench {ops|loss|step|data|rates|ablation|start} --help``"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bench.data import command as data_command
 from bench.loss import command as loss_command
 from bench.ops import command as ops_command
 from bench.rates import command as rates_command
+from bench.start import command as start_command
 from bench.step import command as step_command
 
 COMMANDS = {
@@ -21,6 +22,7 @@ COMMANDS = {
     "data": data_command,
     "rates": rates_command,
     "ablation": ablation_command,
+    "start": start_command,
 }
 
 
