@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=int, default=30, help="steps between checkpoints that are scored (30)")
     parser.add_argument("--freeze", type=int, default=60, help="steps with a frozen encoder, where it is frozen (60)")
     parser.add_argument("--mpp", type=float, default=0.5, help="um/px of the test (0.5)")
+    parser.add_argument("--one-in", type=int, default=3, metavar="N", help="score one tile in N (3), which is quicker")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first run; the others have the next (0)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the curves here; needs matplotlib")
@@ -49,7 +50,8 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     common = [f"data.roiset={options.rois}", f"train.device={options.device}", "train.eval_every=0", *options.settings]
     arch = runs.arch_of(options.config, common)
     source = open_source(f"roiset:{options.rois}")
-    tiles, num_classes = tiles_by_split(source, mpp=options.mpp), len(source.label_names)
+    num_classes = len(source.label_names)
+    tiles = {split: found[:: options.one_in] for split, found in tiles_by_split(source, mpp=options.mpp).items()}
 
     first = runs.trained(
         options.out / "first",
@@ -65,6 +67,7 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
         "arch": arch,
         "first_steps": options.first,
         "freeze": options.freeze,
+        "one_tile_in": options.one_in,
         "first": next(iter(runs.over_steps(first, tiles, num_classes, options.device))),
         "results": [],
     }

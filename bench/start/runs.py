@@ -18,6 +18,7 @@ import torch
 from muse_fast import load_backbone, pretrain
 from muse_fast.classification.features import NucleusFeatures, extract_features
 from muse_fast.classification.probes import knn
+from muse_fast.classification.splits import Splits
 from muse_fast.classification.tiles import Tile
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.errors import UserError
@@ -90,8 +91,8 @@ def scores(backbone: Backbone, tiles: Mapping[str, Sequence[Tile]], num_classes:
     kinds: dict[str, NucleusFeatures] = {"encoder": alone.eval(), "unified map": backbone.eval()}
     found = {}
     for kind, network in kinds.items():
-        result = knn(extract_features(network, tiles, device=device), num_classes)
-        test = result.test[result.k_chosen_on_val]
+        result = knn(Splits(extract_features(network, tiles, device=device)), num_classes)
+        test = result.test[result.k_chosen]
         found[kind] = {"balanced": test["balanced_accuracy"], "accuracy": test["accuracy"]}
     return found
 
