@@ -233,7 +233,7 @@ def test_ratios_targets_and_efficiency() -> None:
 @pytest.mark.parametrize(
     ("chip", "settings", "expected"),
     [
-        ("cpu", [], {"speedup_literal": 1.5, "speedup_fair": 1.0}),
+        ("cpu", [], {"speedup_literal": 1.5, "speedup_fair": 1.0, "memory_literal": 2.0}),
         ("NVIDIA H100 80GB HBM3", ["optim.batch_size=64"], {"speedup_fair": 2.5, "mfu": 0.4, "memory_fair": 2.0}),
         ("NVIDIA H100 80GB HBM3", ["optim.batch_size=16", "model.arch=vit_base"], {"speedup_literal": 3.0}),
         ("NVIDIA H100 80GB HBM3", ["optim.batch_size=8"], {}),
