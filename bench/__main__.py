@@ -1,4 +1,4 @@
-"""``python -m bench {ops|loss|step|data|rates|ablation|start} --help``"""
+"""``python -m bench {ops|loss|step|data|rates|ablation|start|finetune} --help``"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from bench.ablation import command as ablation_command
 from bench.data import command as data_command
+from bench.finetune import command as finetune_command
 from bench.loss import command as loss_command
 from bench.ops import command as ops_command
 from bench.rates import command as rates_command
@@ -23,6 +24,7 @@ COMMANDS = {
     "rates": rates_command,
     "ablation": ablation_command,
     "start": start_command,
+    "finetune": finetune_command,
 }
 
 
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Time the ops, the loss, the training step and the data path; compare the features of short runs.",
+        description="Time the ops, the loss, the training step and the data path; compare short runs.",
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     for name, command in COMMANDS.items():

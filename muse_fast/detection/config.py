@@ -20,6 +20,8 @@ class SamplesConfig(Config):
     """Split of the source to train on; empty uses all images."""
     val: str = "val"
     """Split on which the best epoch is chosen."""
+    fraction: float = setting(1.0, gt=0, le=1)
+    """Share of the images to train on that is used, at least one, drawn with the seed: for studies of few labels."""
     mpp: float = setting(0.5, ge=MPP_RANGE[0], le=MPP_RANGE[1], unit="um per pixel")
     """um per pixel of the samples."""
     sample_size: int = setting(1024, multiple_of=16, ge=32, le=1024)

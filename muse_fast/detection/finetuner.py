@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from muse_fast.detection.assignment import match
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import BEST, STEM, Detector, Proposals
-from muse_fast.detection.losses import UNKNOWN, consistency_weight, pseudo_labels, regression_loss, type_loss
+from muse_fast.detection.losses import (
+    UNKNOWN,
+    consistency_weight,
+    mean_distance,
+    pseudo_labels,
+    regression_loss,
+    type_loss,
+)
 from muse_fast.detection.samples import ANNOTATED, UNLABELLED, LfovBatch
 from muse_fast.images.imagenet import normalise
 from muse_fast.pretraining.trainer import Metrics
@@ -103,9 +110,12 @@ class Finetuner:
 
         if not measure:
             return {}
+        origins = proposals.xy.repeat(len(batch.images), 1)[targets.matched]
         return {
             "loss": loss.detach(),
             **{f"loss_{name}": value.detach() for name, value in losses.items()},
+            "distance": mean_distance(points[targets.matched].detach(), targets.nuclei),
+            "distance_of_proposals": mean_distance(origins, targets.nuclei),
             "grad_norm": grad_norm,
             "lr": lr,
             "lambda_cons": weights["cons"],

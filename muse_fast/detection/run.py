@@ -22,7 +22,15 @@ from muse_fast.detection.detection_sheet import detection_sheet
 from muse_fast.detection.detector import Detector, DetectorSpec, load_detector
 from muse_fast.detection.finetuner import Finetuner
 from muse_fast.detection.memory import situation
-from muse_fast.detection.samples import LabelledImage, LfovDataset, class_names, describe, known_nuclei, read_labelled
+from muse_fast.detection.samples import (
+    LabelledImage,
+    LfovDataset,
+    class_names,
+    describe,
+    draw_images,
+    known_nuclei,
+    read_labelled,
+)
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.scores import Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
@@ -79,7 +87,7 @@ def finetune(
     device = pick_device(config.train.device, "train.device")
     source = open_source(data, **(options or {}))
     splits = read_labelled(source, (config.data.train, config.data.val), config.data.mpp, config.data.sample_size)
-    train, val = splits[config.data.train], splits[config.data.val]
+    train, val = draw_images(splits[config.data.train], config.data.fraction, config.seed), splits[config.data.val]
     names = class_names(source)
 
     start = find_start(out, resume)
@@ -219,7 +227,8 @@ def _throughput(tuner: Finetuner, watch: Stopwatch) -> dict[str, float]:
 def _summary_line(values: Mapping[str, float]) -> str:
     return (
         f"loss {values['loss']:.3f} (offset {values['loss_reg']:.2f} px^2, type {values['loss_type']:.3f}, "
-        f"consistency {values['loss_cons']:.3f}) {values['images_per_second']:.2f} images/s, "
+        f"consistency {values['loss_cons']:.3f}) {values['distance']:.1f} px to nuclei, "
+        f"{values['distance_of_proposals']:.1f} without offsets, {values['images_per_second']:.2f} images/s, "
         f"data wait {100 * values['data_wait']:.0f} %"
     )
 

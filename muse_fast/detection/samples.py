@@ -125,6 +125,20 @@ def read_labelled(
     return read_splits(source, splits, lambda image: labelled_image(image, mpp, classes, sample_size))
 
 
+def draw_images(images: Sequence[LabelledImage], fraction: float, seed: int) -> Sequence[LabelledImage]:
+    """Draw ``fraction`` of the images, at least one, and keep their order. A smaller fraction is part of a larger one.
+
+    Args:
+        fraction: above 0, at most 1; 1 draws nothing and returns ``images``.
+        seed: of the draw.
+    """
+    if fraction == 1:
+        return images
+    count = max(1, round(fraction * len(images)))
+    drawn = np.random.default_rng(seed).permutation(len(images))[:count]
+    return [images[i] for i in sorted(drawn)]
+
+
 class LfovSample(NamedTuple):
     """One image as a sample of R x R pixels."""
 

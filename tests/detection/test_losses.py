@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from muse_fast.detection.losses import UNKNOWN, consistency_weight, pseudo_labels, regression_loss, type_loss
+from muse_fast.detection.losses import (
+    UNKNOWN,
+    consistency_weight,
+    mean_distance,
+    pseudo_labels,
+    regression_loss,
+    type_loss,
+)
 
 
 def rows(count: int, classes: int) -> torch.Tensor:
@@ -60,3 +67,9 @@ def test_the_consistency_weight_rises_from_zero_to_its_maximum() -> None:
     values = [consistency_weight(epoch, 150, 0.1) for epoch in range(151)]
     assert values == sorted(values)
     assert not any(consistency_weight(epoch, 150, 0.0) for epoch in range(151))
+
+
+def test_mean_distance_in_closed_form() -> None:
+    points, nuclei = torch.tensor([[1.0, 2.0], [5.0, 5.0]]), torch.tensor([[4.0, 6.0], [5.0, 4.0]])
+    assert mean_distance(points, nuclei).item() == (5 + 1) / 2
+    assert mean_distance(points[:0], nuclei[:0]).item() == 0

@@ -21,6 +21,7 @@ from muse_fast.detection.samples import (
     LfovDataset,
     class_names,
     draw_corner,
+    draw_images,
     read_labelled,
 )
 from muse_fast.detection.score_detector import detect_images, in_source_pixels
@@ -51,6 +52,18 @@ def dataset(image: LabelledImage, size: int, surroundings: str = "mask", **more:
     return LfovDataset(
         [image], size=size, surroundings=surroundings, turns=more.get("turns", True), colours=PLAIN, seed=3
     )
+
+
+def test_a_share_of_the_images() -> None:
+    images = [dotted(16, 16 + number, 0) for number in range(20)]
+    widths = {
+        fraction: [one.image.shape[2] - 16 for one in draw_images(images, fraction, 5)]
+        for fraction in (1e-9, 0.1, 0.5, 1.0)
+    }
+    assert [len(found) for found in widths.values()] == [1, 2, 10, 20]
+    assert all(found == sorted(found) for found in widths.values())
+    assert set(widths[0.1]) < set(widths[0.5]) and widths[1.0] == list(range(20))
+    assert widths[0.5] not in (list(range(10)), [one.image.shape[2] - 16 for one in draw_images(images, 0.5, 6)])
 
 
 def test_the_region_is_uniformly_distributed_inside_the_sample() -> None:
