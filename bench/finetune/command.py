@@ -19,7 +19,7 @@ from muse_fast.errors import UserError
 from muse_fast.runtime.options import load_settings, split_source_options
 from muse_fast.sources import open_source
 
-CASES = (Case(40, 1.0), Case(160, 1.0), Case(160, 0.1))
+CASES = (Case(100, 1.0), Case(100, 0.1), Case(300, 1.0))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

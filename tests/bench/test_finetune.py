@@ -31,22 +31,20 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     argv = ["finetune", "--device", "cpu", "--config", str(tmp_path / "toy.yaml"), "--data", "synthetic:7"]
     argv += ["source.size=64", "--pretrained", "random:vit_tiny", "--out", str(tmp_path / "runs")]
-    argv += ["--case", "4:1", "--case", "4:0.2", "--seed", "3", "--json", str(out)]
+    argv += ["--case", "2:0.4", "--seed", "3", "--json", str(out)]
     assert main(argv) == 0
     report = json.loads(out.read_text())
     assert [(row["start"], row["fraction"], row["steps_done"]) for row in report["results"]] == [
-        ("random", 1, 5),  # 5 images, so 2 epochs of 2.5 steps
-        ("pretrained", 1, 5),
-        ("random", 0.2, 4),
-        ("pretrained", 0.2, 4),
+        ("random", 0.4, 2),
+        ("pretrained", 0.4, 2),
     ]
     assert report["images"] == {"train": 5, "test": 1}
     for case in report["cases"]:
         for found in case["mean_f1"].values():
             difference = found["pretrained"]["mean"] - found["random"]["mean"]
             assert found["difference"]["mean"] == pytest.approx(difference) and list(found["random"]["seeds"]) == ["3"]
-    state = checkpoint.read_state(checkpoint.latest(tmp_path / "runs" / "random-4-0.2-3")[0] or tmp_path)
-    assert (state["num_images"], state["config"]["seed"]) == (1, 3)
+    state = checkpoint.read_state(checkpoint.latest(tmp_path / "runs" / "random-2-0.4-3")[0] or tmp_path)
+    assert (state["num_images"], state["config"]["seed"]) == (2, 3)
     assert "difference" in capsys.readouterr().out
 
     assert main(argv) == 0  # finished runs are kept
