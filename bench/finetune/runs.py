@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from muse_fast import finetune, load_backbone
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import Detector, Proposals, load_detector
+from muse_fast.detection.protocols import PROTOCOLS
 from muse_fast.detection.samples import LabelledImage, known_nuclei
 from muse_fast.detection.score_detector import detect_images
-from muse_fast.detection.scores import bootstrap, count_images, interval, weighted_mean_f1
 from muse_fast.errors import UserError
 from muse_fast.export import BACKBONE, Trained, write_safetensors
 from muse_fast.images.points import Points
@@ -35,11 +35,11 @@ from muse_fast.training.report import read_metrics
 from muse_fast.training.run import find_start, refuse_other_settings
 
 Row: TypeAlias = dict[str, Any]
-Counts: TypeAlias = NDArray[np.int64]  # [images, classes + 1, 3], see `count_images`
+Counts: TypeAlias = NDArray[np.int64]  # [images, classes + 1, 3], see `muse_fast.detection.protocols`
 
 RANDOM, PRETRAINED = "random", "pretrained"
 STARTS = (RANDOM, PRETRAINED)
-PROTOCOLS = ("ocelot", "max-matching")
+RULES = ("ocelot", "max-matching")  # protocols whose figures are those of sums over images
 EVALUATIONS = 2  # of the val split in a run
 DRAWS = 2000
 LAST = 5  # rows of metrics.jsonl whose mean distance of matched proposals is reported
@@ -161,18 +161,18 @@ def trained(out: Path, config: str, settings: Sequence[str], data: Sequence[str]
 def tested(run: Path, images: Sequence[LabelledImage], device: str) -> dict[str, Counts]:
     """What the best detector of ``run`` finds in ``images``, counted once and then read from ``test.json``.
 
-    Besides the protocols there are ``near`` and ``near, no offsets``: ocelot's rule within ``NEAR_UM``, and the same
+    Besides the rules there are ``near`` and ``near, no offsets``: ocelot's rule within ``NEAR_UM``, and the same
     with every nucleus at its proposal.
     """
     kept = run / "test.json"
     if not kept.exists():
         detector = load_detector(run, device)
         truths = [known_nuclei(image.xy, image.label) for image in images]
-        count = partial(count_images, truths=truths, mpp=detector.mpp, num_classes=len(detector.class_names))
+        counted = partial(count, truths=truths, mpp=detector.mpp, classes=len(detector.class_names))
         found, at_proposals = detected(detector, images)
-        counts = {name: count(found, protocol=name) for name in PROTOCOLS}
-        counts["near"] = count(found, protocol=PROTOCOLS[0], radius_um=NEAR_UM)
-        counts["near, no offsets"] = count(at_proposals, protocol=PROTOCOLS[0], radius_um=NEAR_UM)
+        counts = {rule: counted(found, rule=rule) for rule in RULES}
+        counts["near"] = counted(found, rule=RULES[0], radius_um=NEAR_UM)
+        counts["near, no offsets"] = counted(at_proposals, rule=RULES[0], radius_um=NEAR_UM)
         write_json(kept, {name: one.tolist() for name, one in counts.items()})
     return {name: np.array(one) for name, one in json.loads(kept.read_text()).items()}
 
@@ -187,6 +187,25 @@ def detected(detector: Detector, images: Sequence[LabelledImage]) -> tuple[list[
         return found, detect_images(detector, images)
 
 
+def count(
+    found: Sequence[Points],
+    truths: Sequence[Points],
+    rule: str,
+    mpp: float,
+    classes: int,
+    radius_um: float | None = None,
+) -> Counts:
+    """Count pairs and points without a partner, image by image."""
+    radius = PROTOCOLS[rule].radius(mpp, radius_um)
+    return np.stack([PROTOCOLS[rule].count(*image, radius, classes) for image in zip(found, truths, strict=True)])
+
+
+def mean_f1(counts: Counts, rule: str, weights: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean F1 over classes in percent, ``[draws]``, of images that are counted ``weights [draws, images]`` times."""
+    figures = PROTOCOLS[rule].figures(np.tensordot(weights, counts, axes=1))
+    return 100 * figures[:, :-1, 2].mean(axis=1)
+
+
 def detection_f1(counts: Counts) -> float:
     """F1 of detection, in percent, over all images."""
     tp, fp, fn = counts[:, -1].sum(axis=0)
@@ -194,26 +213,26 @@ def detection_f1(counts: Counts) -> float:
 
 
 def compared(of_case: Sequence[Tested]) -> Row:
-    """Mean F1 in percent by protocol of both starts, and their difference, averaged over the seeds that have both.
+    """Mean F1 in percent by rule of both starts, and their difference, averaged over the seeds that have both.
 
     Returns:
-        By protocol, for each start and ``difference``: ``mean``, ``ci95`` over images, drawn together for all runs, and
+        By rule, for each start and ``difference``: ``mean``, ``ci95`` over images, drawn together for all runs, and
         ``seeds``; empty if no seed has both.
     """
     runs = {(one.start, one.seed): one.counts for one in of_case}
     seeds = [seed for start, seed in runs if start == RANDOM and (PRETRAINED, seed) in runs]
     if not seeds:
         return {}
-    images = len(of_case[0].counts[PROTOCOLS[0]])
-    weights = np.concatenate([np.ones((1, images), np.int64), bootstrap(images, DRAWS, 0)])
+    images = len(of_case[0].counts[RULES[0]])
+    drawn = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=DRAWS)
+    weights = np.concatenate([np.ones((1, images), np.int64), drawn])
     found: Row = {}
-    for protocol in PROTOCOLS:
+    for rule in RULES:
         f1 = {  # [seeds, 1 + draws]
-            start: 100 * np.stack([weighted_mean_f1(runs[start, seed][protocol], protocol, weights) for seed in seeds])
-            for start in STARTS
+            start: np.stack([mean_f1(runs[start, seed][rule], rule, weights) for seed in seeds]) for start in STARTS
         }
         f1["difference"] = f1[PRETRAINED] - f1[RANDOM]
-        found[protocol] = {name: _summary(values, seeds) for name, values in f1.items()}
+        found[rule] = {name: _summary(values, seeds) for name, values in f1.items()}
     return found
 
 
@@ -221,6 +240,6 @@ def _summary(values: NDArray[np.float64], seeds: Sequence[int]) -> Row:
     of_seeds = values[:, 0].tolist()
     return {
         "mean": float(values[:, 0].mean()),
-        "ci95": interval(values[:, 1:].mean(axis=0)),
+        "ci95": np.quantile(values[:, 1:].mean(axis=0), (0.025, 0.975)).tolist(),
         "seeds": dict(zip(map(str, seeds), of_seeds, strict=True)),
     }

@@ -19,19 +19,7 @@ from muse_fast.errors import UserError, require
 from muse_fast.images.points import Points
 from muse_fast.runtime.progress_bar import ShowProgress
 
-__all__ = [
-    "Interval",
-    "Score",
-    "Scores",
-    "bootstrap",
-    "count_images",
-    "evaluate",
-    "evaluate_all",
-    "figures_table",
-    "interval",
-    "scores_table",
-    "weighted_mean_f1",
-]
+__all__ = ["Interval", "Score", "Scores", "evaluate", "evaluate_all", "figures_table", "scores_table"]
 
 Interval = tuple[float, float]
 
@@ -121,43 +109,6 @@ def evaluate_all(
     return scores, skipped
 
 
-def count_images(
-    predictions: Sequence[Points],
-    truths: Sequence[Points],
-    mpp: float | Sequence[float],
-    num_classes: int,
-    protocol: str,
-    radius_um: float | None = None,
-) -> Counts:
-    """What `evaluate` adds up: counts ``[images, classes + 1, 3]``, the last class of each image being detection.
-
-    With `bootstrap` and `weighted_mean_f1`, they give intervals of differences between detectors on the same images.
-
-    Raises:
-        UserError, TooManyPointsError: as `evaluate`.
-    """
-    chosen = find_protocol(protocol)
-    _check(predictions, truths, num_classes, radius_um)
-    return _count(chosen, predictions, truths, _scales(mpp, len(truths)), num_classes, radius_um)
-
-
-def weighted_mean_f1(counts: Counts, protocol: str, weights: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Mean F1 over classes, ``[draws]``, of `count_images`; images are counted ``weights [draws, images]`` times."""
-    return _figures(find_protocol(protocol), counts, weights)[1]
-
-
-def _count(
-    protocol: Protocol,
-    predictions: Sequence[Points],
-    truths: Sequence[Points],
-    scales: Sequence[float],
-    num_classes: int,
-    radius_um: float | None,
-) -> Counts:
-    images = zip(predictions, truths, (protocol.radius(mpp, radius_um) for mpp in scales), strict=True)
-    return np.stack([protocol.count(*image, num_classes) for image in images])
-
-
 def _evaluate(
     protocol: Protocol,
     predictions: Sequence[Points],
@@ -168,15 +119,17 @@ def _evaluate(
     draws: int,
     seed: int,
 ) -> Scores:
-    counts = _count(protocol, predictions, truths, scales, num_classes, radius_um)
+    images = zip(predictions, truths, (protocol.radius(mpp, radius_um) for mpp in scales), strict=True)
+    counts = np.stack([protocol.count(*image, num_classes) for image in images])  # [images, classes + 1, 3]
     once = np.ones((1, len(counts)), np.int64)
     (figures,), (mean_f1,) = _figures(protocol, counts, once)
     intervals: list[Interval | None] = [None] * len(figures)
     mean_interval = None
     if draws:
-        sampled, sampled_means = _figures(protocol, counts, bootstrap(len(counts), draws, seed))
-        intervals = [interval(f1) for f1 in sampled[..., 2].T]
-        mean_interval = interval(sampled_means)
+        drawn = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
+        sampled, sampled_means = _figures(protocol, counts, drawn)
+        intervals = [_interval(f1) for f1 in sampled[..., 2].T]
+        mean_interval = _interval(sampled_means)
     *classes, detection = (
         Score(int(tp), int(fp), int(fn), float(precision), float(recall), float(f1), interval)
         for (tp, fp, fn), (precision, recall, f1), interval in zip(counts.sum(axis=0), figures, intervals, strict=True)
@@ -200,13 +153,7 @@ def _figures(protocol: Protocol, counts: Counts, weights: NDArray[np.int64]) -> 
     return figures, f1.sum(axis=1) / np.maximum(occurs.sum(axis=1), 1)
 
 
-def bootstrap(images: int, draws: int, seed: int) -> NDArray[np.int64]:
-    """How often each image is drawn, ``[draws, images]``: as many as there are, with replacement."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws)
-
-
-def interval(values: NDArray[np.float64]) -> Interval:
-    """The 95 % interval of bootstrapped values: from the 2.5th to the 97.5th percentile."""
+def _interval(values: NDArray[np.float64]) -> Interval:
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
 

@@ -13,7 +13,8 @@ import torch
 from bench.__main__ import main
 from bench.finetune import runs
 from muse_fast import load_backbone
-from muse_fast.detection.scores import weighted_mean_f1
+from muse_fast.detection.scores import evaluate
+from muse_fast.images.points import Points
 from muse_fast.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("thin")
@@ -70,7 +71,7 @@ def test_a_random_twin_has_the_shape_and_its_own_weights(tmp_path: Path) -> None
 
 def counts(rng: np.random.Generator) -> dict[str, Any]:
     """Counts of 6 images and 2 classes by protocol."""
-    return {name: rng.integers(1, 9, (6, 3, 3)) for name in runs.PROTOCOLS}
+    return {name: rng.integers(1, 9, (6, 3, 3)) for name in runs.RULES}
 
 
 def test_the_comparison_is_over_seeds_with_both_starts() -> None:
@@ -82,7 +83,7 @@ def test_the_comparison_is_over_seeds_with_both_starts() -> None:
     found = runs.compared([*of_case, of_case[1]._replace(seed=1), runs.Tested("random", 2, counts(rng))])["ocelot"]
     once = np.ones((1, 6), np.int64)
     random, pretrained = (
-        np.mean([100 * weighted_mean_f1(one.counts["ocelot"], "ocelot", once)[0] for one in some])
+        np.mean([runs.mean_f1(one.counts["ocelot"], "ocelot", once)[0] for one in some])
         for some in (of_case[::2], [of_case[1]])
     )
     assert found["random"]["mean"] == pytest.approx(random) and found["pretrained"]["mean"] == pytest.approx(pretrained)
@@ -90,7 +91,22 @@ def test_the_comparison_is_over_seeds_with_both_starts() -> None:
     low, high = found["difference"]["ci95"]
     assert low < found["difference"]["mean"] < high
     same = runs.compared([of_case[0], of_case[0]._replace(start="pretrained")])["max-matching"]["difference"]
-    assert same["mean"] == 0 and same["ci95"] == (0, 0)  # drawn together
+    assert same["mean"] == 0 and same["ci95"] == [0, 0]  # drawn together
+
+
+@pytest.mark.parametrize("rule", runs.RULES)
+def test_mean_f1_of_counts_and_its_interval_are_those_of_the_scores(rule: str) -> None:
+    rng = np.random.default_rng(1)
+    found, truths = (
+        [Points(rng.uniform(0, 40, (n, 2)), rng.integers(0, 3, n), rng.random(n)) for n in (0, 9, 20, 30, 31)]
+        for _ in range(2)
+    )
+    expected = evaluate(found, truths, 0.5, 3, rule, draws=runs.DRAWS, seed=0)
+    counts = {name: runs.count(found, truths, name, 0.5, 3) for name in runs.RULES}
+    summary = runs.compared([runs.Tested(start, 0, counts) for start in runs.STARTS])[rule]["random"]
+    assert summary["mean"] == pytest.approx(100 * expected.mean_f1, abs=0.01)  # ocelot's figures are rounded
+    assert summary["ci95"] == pytest.approx([100 * end for end in expected.mean_f1_ci95 or ()], abs=0.01)
+    assert summary["ci95"][1] - summary["ci95"][0] > 1
 
 
 def test_f1_of_detection() -> None:

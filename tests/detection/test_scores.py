@@ -13,17 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from muse_fast.detection.protocols import PROTOCOLS
-from muse_fast.detection.scores import (
-    Scores,
-    bootstrap,
-    count_images,
-    evaluate,
-    evaluate_all,
-    figures_table,
-    interval,
-    scores_table,
-    weighted_mean_f1,
-)
+from muse_fast.detection.scores import Scores, evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
 from muse_fast.sources import open_source
@@ -212,18 +202,6 @@ def test_intervals_follow_the_seed_and_do_not_change_scores() -> None:
     assert plain.mean_f1_ci95 is None
     alone = evaluate(predictions[:1], truths[:1], 0.5, 3, draws=50)
     assert alone.mean_f1_ci95 == (alone.mean_f1, alone.mean_f1)
-
-
-def test_counts_of_images_give_the_same_scores_and_intervals() -> None:
-    predictions, truths = images(5, count=6)
-    one = evaluate(predictions, truths, 0.5, 3, "max-matching", draws=300, seed=4)
-    counts = count_images(predictions, truths, 0.5, 3, "max-matching")
-    assert counts.shape == (6, 4, 3)
-    assert counts.sum(axis=0)[1].tolist() == [one.classes[1].tp, one.classes[1].fp, one.classes[1].fn]
-    sampled = weighted_mean_f1(counts, "max-matching", bootstrap(6, 300, 4))
-    assert interval(sampled) == one.mean_f1_ci95 and len(sampled) == 300
-    with pytest.raises(UserError, match="at least 1"):
-        count_images([], [], 0.5, 3, "max-matching")
 
 
 # ------------------------------------------------------------------------------------------- differences of protocols
