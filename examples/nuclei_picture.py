@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from muse_fast import load_backbone
 from muse_fast.config import load_config
-from muse_fast.images.imagenet import normalise
-from muse_fast.models.backbone import Backbone
+from muse_fast.pretraining.pictures import disc, faded, principal_colours
+from muse_fast.pretraining.regions import nucleus_table, window_size, windows
 from muse_fast.roiset.records import Roi
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.views.boxes import ViewBox
@@ -44,52 +43,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     config = load_config(options.run / "config.yaml")
-    roi = max(RoiSet(config.data.roiset), key=lambda roi: len(roi.xy))
-    boxes = draw_plan(roi, options.epoch, config.seed, config.views).boxes[: len(VIEW_COLOURS)]
-    draw(options.out, roi, boxes, colours_of(features(load_backbone(None, options.run), roi)))
+    roiset, views = RoiSet(config.data.roiset), config.views
+    roi = max(roiset, key=lambda roi: len(roi.xy))
+    boxes = draw_plan(roi, options.epoch, config.seed, views).boxes[: len(VIEW_COLOURS)]
+    covering = windows(roi, window_size(roiset, views), (views.global_mpp_min + views.global_mpp_max) / 2)
+    table = nucleus_table(load_backbone(None, options.run), [roi], [covering])
+    draw(options.out, roi, boxes, table.xy, principal_colours(table.features))
 
 
-@torch.inference_mode()
-def features(backbone: Backbone, roi: Roi) -> NDArray[np.float32]:
-    """Return features ``[n, D]`` of the nuclei of a square ``roi``, from a single view of all of it."""
-    whole = ViewBox(0, 0, roi.width, roi.width // 16 * 16)  # a ViT needs a multiple of its patch size
-    image = normalise(whole.render(torch.from_numpy(roi.decode()).permute(2, 0, 1))[None])
-    xy = torch.from_numpy(whole.map_points(roi.xy))
-    return backbone.nucleus_features(image, xy, torch.zeros(len(xy), dtype=torch.long)).numpy()
-
-
-def colours_of(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Map features ``[n, D]`` to RGB in [0, 1], ``[n, 3]``: their first three principal components."""
-    rows = (features - features.mean(0)) / features.std(0)
-    shades = rows @ np.linalg.eigh(rows.T @ rows).eigenvectors[:, :-4:-1]
-    low, high = np.quantile(shades, (0.02, 0.98), axis=0)
-    return np.clip((shades - low) / (high - low), 0, 1)
-
-
-def draw(out: Path, roi: Roi, boxes: Sequence[ViewBox], colours: NDArray[np.float64]) -> None:
-    """Draw, side by side: the region with the outlines of its views, the views, and the nuclei in ``colours``."""
-    sheet = Image.new("RGB", (3 * CELL + 2 * GAP, TITLE + CELL), "white")
-    titles = ("one region of a slide", "its views: same number, same nucleus", "its nuclei, coloured by their features")
+def draw(out: Path, roi: Roi, boxes: Sequence[ViewBox], xy: NDArray[np.float32], colours: NDArray[np.float64]) -> None:
+    """Draw, side by side: the region with the outlines of its views, these, and its nuclei ``xy`` in ``colours``."""
+    side, columns = (CELL - GAP) // 2, -(-len(boxes) // 2)
+    middle = columns * (side + GAP) - GAP
+    sheet = Image.new("RGB", (2 * CELL + middle + 2 * GAP, TITLE + CELL), "white")
+    right = CELL + middle + 2 * GAP
+    titles = {"one region of a slide": CELL / 2, "matched views": CELL + GAP + middle / 2}
     font = ImageFont.load_default(FONT)
-    for column, title in enumerate(titles):
-        center = column * (CELL + GAP) + CELL / 2
+    for title, center in (titles | {"its nuclei, coloured by their features": right + CELL / 2}).items():
         ImageDraw.Draw(sheet).text((center, TITLE / 2), title, "black", font, anchor="mm")
 
     pixels, scale = roi.decode(), CELL / roi.width
     region = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BICUBIC)
-    painted = region.convert("L").point(lambda grey: 110 + grey * 145 // 255).convert("RGB")
+    painted = faded(region)
     for box, colour in zip(boxes, VIEW_COLOURS, strict=False):
         corners = [value * scale for value in (box.x, box.y, box.x + box.side, box.y + box.side)]
         ImageDraw.Draw(region).rectangle(corners, outline=colour, width=3 * FINE)
-    for (x, y), colour in zip(roi.xy * scale, (colours * 255).astype(int).tolist(), strict=True):
+    for (x, y), colour in zip(xy * scale, (colours * 255).astype(int).tolist(), strict=True):
         disc(painted, x, y, 7 * FINE, fill=tuple(colour), outline="black", width=FINE)
     sheet.paste(region, (0, TITLE))
-    sheet.paste(painted, (2 * (CELL + GAP), TITLE))
+    sheet.paste(painted, (right, TITLE))
 
     numbers = numbered(roi, boxes)
-    side = (CELL - GAP) // 2
     for place, (box, colour) in enumerate(zip(boxes, VIEW_COLOURS, strict=False)):
-        left, top = CELL + GAP + place % 2 * (side + GAP), TITLE + place // 2 * (side + GAP)
+        left, top = CELL + GAP + place // 2 * (side + GAP), TITLE + place % 2 * (side + GAP)
         sheet.paste(view(box, roi, pixels, numbers, colour, side), (left, top))
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.resize((sheet.width // FINE, sheet.height // FINE), Image.Resampling.LANCZOS).save(out, quality=88)
@@ -112,10 +98,6 @@ def view(
     draw.text(corner, scale, "white", font, "lb", stroke_width=2 * FINE, stroke_fill="black")
     draw.rectangle((0, 0, side - 1, side - 1), outline=colour, width=4 * FINE)
     return picture
-
-
-def disc(picture: Image.Image, x: float, y: float, radius: float, **style: Any) -> None:
-    ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), **style)
 
 
 def numbered(roi: Roi, boxes: Sequence[ViewBox]) -> list[int]:

@@ -75,7 +75,9 @@ def unbroken(workplace: Path) -> Path:
 def test_a_run_writes_its_results(unbroken: Path) -> None:
     summary = json.loads((unbroken / "summary.json").read_text())
     assert summary["steps"] == 12 and summary["losses_finite"] and summary["rois_per_second"] > 0
-    assert set(summary["retrieval_at_1"]) == {"before", "after"}
+    for figure in ("retrieval_at_1", "neighbours_in_other_rois"):
+        assert set(summary[figure]) == {"before", "after"} and all(0 <= v <= 1 for v in summary[figure].values())
+    assert set(summary["pictures"]) == {"contact_sheet", "pca", "retrieval", "region"}
     assert all(0 <= v <= 1.0001 for v in summary["mean_entropy_share_of_ln_k"].values())
     for picture in summary["pictures"].values():
         assert Path(picture).stat().st_size > 10_000

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from muse_fast.classification.bootstrap import FIGURES, paired_difference
-from muse_fast.classification.calibration import batch_norms_of, calibrate_batch_norm
+from muse_fast.classification.calibration import calibrate_batch_norm
 from muse_fast.classification.features import extract_features
 from muse_fast.classification.metrics import METRICS, majority
 from muse_fast.classification.splits import nuclei_of_patients, patient_folds
@@ -30,6 +30,7 @@ from muse_fast.classification.tasks import BEST_ON_TEST, TASKS, ProbeConfig, Row
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.calibration import batch_norms_of
 from muse_fast.models.timm.backbone import TimmBackbone, load_timm, summarise
 from muse_fast.models.timm.networks import PREFIX, parse_spec
 from muse_fast.models.weights import load_backbone

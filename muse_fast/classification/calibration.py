@@ -1,30 +1,21 @@
-"""BatchNorm statistics of an untrained network.
-
-Pretraining adapts two things to its images: the weights, and the statistics by which BatchNorm normalises. Only the
-first is learning, so an untrained network should be compared after it has got the second.
-"""
+"""BatchNorm statistics of an untrained network, from the tiles on which it is compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from muse_fast.classification.features import features_of, stack_tiles
 from muse_fast.classification.tiles import Tile
+from muse_fast.models.calibration import set_batch_norm_statistics
 from muse_fast.runtime.progress_bar import ShowProgress
 
 
-def batch_norms_of(network: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers of ``network`` that have running statistics."""
-    return [one for one in network.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
-
-
 def calibrate_batch_norm(
-    backbone: nn.Module,
+    backbone: Any,
     tiles: Sequence[Tile],
     *,
     device: torch.device | str = "cpu",
@@ -35,9 +26,7 @@ def calibrate_batch_norm(
 ) -> int:
     """Set the running statistics of every BatchNorm layer to those of ``tiles``; the weights do not change.
 
-    The tiles pass once, in an order that ``seed`` draws, so that a batch has tiles of several patients. The result is
-    the mean of the batches' statistics, weighted by their tiles: what torch computes with ``momentum=None``. Earlier
-    statistics have no influence.
+    The tiles pass once, in an order that ``seed`` draws, so that a batch has tiles of several patients.
 
     Args:
         backbone: on ``device``, with `muse_fast.classification.features.NucleusFeatures`; left in evaluation mode.
@@ -48,25 +37,16 @@ def calibrate_batch_norm(
     Returns:
         Number of layers that were calibrated; 0 if the network has none, and nothing ran.
     """
-    norms = batch_norms_of(backbone)
-    if not norms:
-        return 0
-    momenta = [norm.momentum for norm in norms]
     order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(seed))
+    chosen = order.tensor_split(math.ceil(len(tiles) / max(batch_size, 3)))
+    batches = [[tiles[i] for i in numbers.tolist()] for numbers in chosen]
     done = 0
-    backbone.train()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-        for chosen in order.tensor_split(math.ceil(len(tiles) / max(batch_size, 3))):
-            done += len(chosen)
-            for norm in norms:
-                norm.momentum = len(chosen) / done
-            features_of(backbone, stack_tiles([tiles[i] for i in chosen.tolist()], device), bf16)  # type: ignore[arg-type]
-            if progress is not None:
-                progress(done, len(tiles), "tiles to calibrate")
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        backbone.eval()
-    return len(norms)
+
+    def forward(batch: Sequence[Tile]) -> None:
+        nonlocal done
+        features_of(backbone, stack_tiles(batch, device), bf16)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(tiles), "tiles to calibrate")
+
+    return set_batch_norm_statistics(backbone, batches, forward)

@@ -1,10 +1,11 @@
-"""Pictures of what a pretraining run sees and learns: contact sheet, PCA of dense maps, nucleus retrieval."""
+"""Pictures of what a pretraining run sees and learns: its views, dense maps, similar nuclei, a region of a slide."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from muse_fast.batch import PackedNuclei, Pairs, Views
-from muse_fast.images.drawing import CAPTION, GAP, INK, PALETTE, Sheet
+from muse_fast.batch import Pairs, Views
+from muse_fast.images.drawing import CAPTION, GAP, PALETTE, PAPER, Sheet
 from muse_fast.images.imagenet import denormalise
+from muse_fast.pretraining.regions import NucleusTable, nearest_elsewhere
+from muse_fast.roiset.records import Roi
 
 GLOBAL_COLOUR, LOCAL_COLOUR = (0, 114, 178), (213, 94, 0)
-MATCH_COLOUR, MISS_COLOUR = (0, 170, 80), (205, 205, 205)
 _BLACK = (0, 0, 0)
+_NUCLEUS_UM = 8  # typical diameter of a nucleus
+_RING_UM = 7  # radius of the ring around a nucleus, which it must not cover
+_FINE = 2  # pictures are drawn this much larger, then reduced, as Pillow's circles have no smooth edges
 
 
 def contact_sheet(path: str | Path, views: Views, pairs: Pairs, rois_shown: int = 4, cell: int = 288) -> None:
@@ -48,85 +53,149 @@ def contact_sheet(path: str | Path, views: Views, pairs: Pairs, rois_shown: int 
     sheet.save(path)
 
 
-def pca_picture(path: str | Path, images: Tensor, dense: Tensor, cell: int = 288) -> None:
-    """Draw images next to the first three principal components of their dense maps, shown as red, green and blue.
+def principal_colours(rows: Tensor) -> NDArray[np.float64]:
+    """Map rows ``[N, D]``, D >= 3, to colours ``[N, 3]`` in [0, 1]: their first three principal components.
 
-    Args:
-        images: ``[n, 3, R, R]`` float, normalised.
-        dense: ``[n, D, h, w]`` float, D >= 3. Components are computed over all n maps, so colours are comparable.
+    Channels are standardised first. Red is the first component; each runs from its 2 % to its 98 % quantile.
     """
-    count, width, h, w = dense.shape
-    rows = dense.detach().float().permute(0, 2, 3, 1).reshape(-1, width)
+    if not len(rows):
+        return np.empty((0, 3))
+    rows = rows.detach().double().cpu()
     rows = (rows - rows.mean(0)) / rows.std(0, correction=0).clamp_min(1e-6)
     # The D x D covariance is small, and its eigenvectors are deterministic, unlike a randomised decomposition.
     components = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(1)
-    shades = rows @ components
-    low, high = np.quantile(shades.cpu().numpy(), (0.02, 0.98), axis=0)
-    scaled = (shades - torch.from_numpy(low).to(shades)) / torch.from_numpy(high - low).to(shades).clamp_min(1e-6)
-    maps = scaled.clamp(0, 1).reshape(count, h, w, 3).permute(0, 3, 1, 2)
-    maps = F.interpolate(maps, size=(cell, cell), mode="bilinear", align_corners=True)
-    colours = (maps * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    shades = (rows @ components).numpy()
+    low, high = np.quantile(shades, (0.02, 0.98), axis=0)
+    return np.clip((shades - low) / np.maximum(high - low, 1e-6), 0, 1)
 
-    columns = min(count, 4)
-    step_x, step_y = 2 * cell + 2 * GAP, cell + GAP
-    sheet = Sheet(GAP + columns * step_x, GAP + CAPTION + -(-count // columns) * step_y)
-    sheet.text(GAP, GAP, f"image | first three principal components of the {width}-channel dense map")
-    for i, image in enumerate(_to_rgb(images)):
-        left, top = GAP + i % columns * step_x, GAP + CAPTION + i // columns * step_y
-        sheet.cell(left, top, _resized(Image.fromarray(image), cell))
-        sheet.cell(left + cell + 2, top, Image.fromarray(colours[i]))
+
+def pca_picture(path: str | Path, images: Tensor, maps: Mapping[str, Tensor], cell: int = 288, rows: int = 3) -> None:
+    """Draw images next to the first three principal components of their dense maps, shown as red, green and blue.
+
+    Args:
+        images: ``[n, 3, R, R]`` uint8.
+        maps: ``[n, D, h, w]`` float of each network, D >= 3, by its name. Components of a network are computed over all
+            n maps, so its colours are comparable.
+        rows: of the picture, unless there are more than twice as many images.
+    """
+    cells = [[Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]]
+    for dense in maps.values():
+        count, width, h, w = dense.shape
+        colours = principal_colours(dense.permute(0, 2, 3, 1).reshape(-1, width))
+        shown = torch.from_numpy(colours).reshape(count, h, w, 3).permute(0, 3, 1, 2)
+        shown = F.interpolate(shown, size=(cell, cell), mode="bicubic", align_corners=True)
+        pixels = (shown.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        cells.append([Image.fromarray(picture) for picture in pixels])
+    rows = min(len(images), max(rows, -(-len(images) // 2)))
+    step_x, step_y = len(cells) * (cell + 2) + GAP, cell + GAP
+    sheet = Sheet(GAP + -(-len(images) // max(rows, 1)) * step_x, GAP + CAPTION + rows * step_y)
+    for i, row in enumerate(zip(*cells, strict=True)):
+        left, top = GAP + i // rows * step_x, GAP + CAPTION + i % rows * step_y
+        for place, (name, picture) in enumerate(zip(("view", *maps), row, strict=True)):
+            if i % rows == 0:
+                sheet.text(left + place * (cell + 2), GAP, name if place == 0 else f"dense map {name} training")
+            sheet.cell(left + place * (cell + 2), top, _resized(picture, cell))
     sheet.save(path)
 
 
 def retrieval_sheet(
     path: str | Path,
-    images: Tensor,
-    nuclei: PackedNuclei,
-    features: Tensor,
-    roi_of_image: Tensor,
+    rois: Sequence[Roi],
+    tables: Mapping[str, NucleusTable],
     queries: int = 8,
-    neighbours: int = 6,
-    patch: int = 48,
-    cell: int = 132,
+    neighbours: int = 5,
+    crop_um: float = 32.0,
+    cell: int = 128,
 ) -> None:
-    """Draw query nuclei, each next to its nearest nuclei in all other images by cosine similarity.
+    """Draw query nuclei, each next to its nearest nuclei of other ROIs by the cosine of their features.
 
-    A green border marks the query's own nucleus in another view: same ROI, same nucleus index. Queries that have such
-    a partner come first, spread evenly over the rows.
+    All crops are pixels of the ROI, enlarged if they are few; nuclei closer to the border than half a crop are left
+    out. Queries are spread evenly over the nuclei, ROI after ROI.
 
     Args:
-        images: ``[I, 3, R, R]`` float, normalised.
-        nuclei: over the I images.
-        features: ``[N, D]``, one row per nucleus.
-        roi_of_image: ``[I]`` int.
-        patch: side of the square shown around a nucleus, pixels of its image.
+        tables: nuclei of ``rois``, in the same order, with the features of each network, by its name.
+        crop_um: side of a crop.
     """
-    image_of = nuclei.image_index().cpu()
-    identity = torch.stack([roi_of_image.cpu().long()[image_of], nuclei.index.cpu().long()], dim=1)
-    rows = F.normalize(features.detach().float().cpu(), dim=1)
-    query_rows = _pick_queries(identity, image_of, queries)
+    one = next(iter(tables.values()))
+    whole = torch.tensor(
+        [_crop(rois[roi], xy, crop_um) is not None for roi, xy in zip(one.roi.tolist(), one.xy, strict=True)],
+        dtype=torch.bool,
+    )
+    tables = {name: table.rows(whole) for name, table in tables.items()}
+    roi_of, xy = one.roi[whole].tolist(), one.xy[whole.numpy()]
+    chosen = torch.linspace(0, len(roi_of) - 1, min(queries, len(roi_of)) + 2)[1:-1].round().long()
+    pixels = [Image.fromarray(roi.decode()) for roi in rois]
 
-    similarity = rows[query_rows] @ rows.T
-    similarity[image_of[query_rows][:, None] == image_of[None, :]] = -torch.inf
-    values, nearest = similarity.topk(min(neighbours, len(rows)), dim=1)
+    def draw(left: int, line: int, row: int, caption: str) -> None:
+        box = _crop(rois[roi_of[row]], xy[row], crop_um)
+        picture = _resized(pixels[roi_of[row]].crop(box), cell)
+        radius = _RING_UM / crop_um * cell
+        _ring(ImageDraw.Draw(picture), cell / 2, cell / 2, radius, PALETTE[0], 1)
+        sheet.cell(left, GAP + CAPTION + line * (cell + CAPTION + GAP), picture, caption=caption)
 
-    rgb = _to_rgb(images)
-    step_x, step_y = cell + GAP, cell + CAPTION + GAP
-    width = max(GAP + step_x * (1 + neighbours) + GAP, 560)
-    sheet = Sheet(width, GAP + CAPTION + len(query_rows) * step_y)
-    sheet.text(GAP, GAP, "query | nearest nuclei of other images, cosine; green: the same nucleus")
-    for line, query in enumerate(query_rows.tolist()):
-        top = GAP + CAPTION + line * step_y
-        picture = _patch(rgb[image_of[query]], nuclei.xy[query], patch, cell)
-        sheet.cell(GAP, top, picture, INK, f"ROI {int(identity[query, 0])} nucleus {int(identity[query, 1])}")
-        for place, (value, row) in enumerate(zip(values[line].tolist(), nearest[line].tolist(), strict=True)):
-            if value == -torch.inf:  # other images have fewer nuclei than ``neighbours``
-                break
-            same = bool((identity[row] == identity[query]).all())
-            picture = _patch(rgb[image_of[row]], nuclei.xy[row], patch, cell)
-            left = GAP + step_x * (1 + place) + GAP
-            sheet.cell(left, top, picture, MATCH_COLOUR if same else MISS_COLOUR, f"{value:.3f}")
+    step = cell + 4
+    block = neighbours * step + 2 * GAP
+    sheet = Sheet(2 * GAP + step + len(tables) * block, GAP + CAPTION + len(chosen) * (cell + CAPTION + GAP))
+    sheet.text(GAP, GAP, "query")
+    for line, row in enumerate(chosen.tolist()):
+        draw(GAP, line, row, f"ROI {rois[roi_of[row]].id}")
+    for place, (name, table) in enumerate(tables.items()):
+        left = GAP + step + 2 * GAP + place * block
+        sheet.text(left, GAP, f"nearest in other ROIs {name} training")
+        for line, (values, nearest) in enumerate(zip(*nearest_elsewhere(table, chosen, neighbours), strict=True)):
+            for column, (value, row) in enumerate(zip(values.tolist(), nearest.tolist(), strict=True)):
+                draw(left + column * step, line, row, f"{value:.2f}  ROI {rois[roi_of[row]].id}")
     sheet.save(path)
+
+
+def region_picture(path: str | Path, rois: Sequence[Roi], tables: Mapping[str, NucleusTable], side: int = 1000) -> None:
+    """Draw ROIs of one slide in their places, next to their nuclei in the colours of `principal_colours`.
+
+    Args:
+        tables: nuclei of ``rois`` with the features of each network, by its name.
+        side: longer side of the region in pixels.
+    """
+    corners = np.array([[*roi.origin, roi.origin[0] + roi.width, roi.origin[1] + roi.height] for roi in rois])
+    origin, extent = corners[:, :2].min(0), corners[:, 2:].max(0) - corners[:, :2].min(0)
+    scale = side / extent.max()
+    width, height = np.ceil(extent * scale).astype(int).tolist()
+    tissue = Image.new("RGB", (_FINE * width, _FINE * height), PAPER)
+    for roi, corner in zip(rois, corners, strict=True):
+        left, top, right, bottom = np.round((corner - np.tile(origin, 2)) * scale * _FINE).astype(int).tolist()
+        picture = Image.fromarray(roi.decode()).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+        tissue.paste(picture, (left, top))
+    radius = max(_NUCLEUS_UM / 2 / rois[0].mpp * scale, 1.5) * _FINE
+    panels = {
+        f"{extent[0] * rois[0].mpp / 1000:.1f} x {extent[1] * rois[0].mpp / 1000:.1f} mm of {rois[0].slide}": tissue
+    }
+    for name, table in tables.items():
+        panel = panels[f"its nuclei, coloured by their features {name} training"] = faded(tissue)
+        places = (table.xy + corners[table.roi.numpy(), :2] - origin) * scale * _FINE
+        for (x, y), colour in zip(places, principal_colours(table.features) * 255, strict=True):
+            disc(panel, x, y, radius, fill=tuple(colour.astype(int)))
+    sheet = Sheet(GAP + len(panels) * (width + GAP), GAP + CAPTION + height + GAP)
+    for place, (title, panel) in enumerate(panels.items()):
+        sheet.text(GAP + place * (width + GAP), GAP, title)
+        sheet.cell(GAP + place * (width + GAP), GAP + CAPTION, panel.resize((width, height), Image.Resampling.LANCZOS))
+    sheet.save(path)
+
+
+def faded(picture: Image.Image) -> Image.Image:
+    """The picture in pale grey, on which colours stand out."""
+    return picture.convert("L").point(lambda grey: 110 + grey * 145 // 255).convert("RGB")
+
+
+def disc(picture: Image.Image, x: float, y: float, radius: float, **style: Any) -> None:
+    ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), **style)
+
+
+def _crop(roi: Roi, xy: NDArray[np.float32], side_um: float) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom of the square of ``side_um`` around a nucleus in pixels of the ROI; None if it sticks
+    out."""
+    side = round(side_um / roi.mpp)
+    left, top = (int(value) - side // 2 for value in xy)
+    inside = left >= 0 and top >= 0 and left + side <= roi.width and top + side <= roi.height
+    return (left, top, left + side, top + side) if inside else None
 
 
 def _to_rgb(images: Tensor) -> NDArray[np.uint8]:
@@ -136,15 +205,6 @@ def _to_rgb(images: Tensor) -> NDArray[np.uint8]:
 
 def _resized(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _patch(image: NDArray[np.uint8], xy: Tensor, side: int, cell: int) -> Image.Image:
-    """Crop ``side`` px around ``xy``, mirrored beyond the image's borders, and draw a ring in the middle."""
-    left, top = (int(v) - side // 2 for v in xy.tolist())
-    padded = np.pad(image, ((side, side), (side, side), (0, 0)), mode="symmetric")
-    picture = _resized(Image.fromarray(padded[top + side : top + 2 * side, left + side : left + 2 * side]), cell)
-    _ring(ImageDraw.Draw(picture), cell / 2, cell / 2, cell / 12, PALETTE[1], 2)
-    return picture
 
 
 def _ring(
@@ -204,13 +264,3 @@ def _numbered_rows(views: Views, pairs: Pairs, roi: int) -> dict[int, int]:
 def _pairs_per_roi(views: Views, pairs: Pairs) -> list[int]:
     roi_of_row = views.nuclei.image_index().cpu() % views.num_rois
     return torch.bincount(roi_of_row[pairs.teacher_rows.cpu()], minlength=views.num_rois).tolist()
-
-
-def _pick_queries(identity: Tensor, image_of: Tensor, queries: int) -> Tensor:
-    """Choose query rows: nuclei in more than one image if there are any, each nucleus once, spread evenly."""
-    _, nucleus, seen = torch.unique(identity, dim=0, return_inverse=True, return_counts=True)
-    candidates: Sequence[int] = torch.nonzero(seen[nucleus] > 1).flatten().tolist() or range(len(image_of))
-    first_rows = list({int(nucleus[row]): row for row in reversed(candidates)}.values())
-    first_rows.sort()
-    chosen = np.linspace(0, len(first_rows) - 1, min(queries, len(first_rows))).round().astype(int)
-    return torch.tensor([first_rows[i] for i in chosen], dtype=torch.long)

@@ -1,19 +1,34 @@
-"""Results of a pretraining run: pictures of its views and nuclei, and summary.json."""
+"""Results of a pretraining run: pictures of its views and nuclei, the same of the untrained network, summary.json."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from muse_fast.batch import Pairs, Views
+from muse_fast.config import ViewsConfig
+from muse_fast.images.imagenet import normalise
 from muse_fast.models.backbone import Backbone
 from muse_fast.ops import match_nuclei
 from muse_fast.pretraining import pictures
+from muse_fast.pretraining.regions import (
+    middle_window,
+    neighbouring_rois,
+    nucleus_table,
+    share_elsewhere,
+    window_size,
+    windows,
+)
 from muse_fast.pretraining.trainer import Trainer
+from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.atomic import write_json
 from muse_fast.training.report import read_metrics
@@ -22,6 +37,13 @@ from muse_fast.version import __version__
 CONTACT_SHEET = "contact_sheet.png"
 
 _END_SHARE = 0.1  # of the logged rows at either end, which the summary averages
+_MOST_SPREAD = 32  # ROIs from all over the set among which similar nuclei are searched
+_MOST_MAPS = 6  # of them, those with most nuclei, whose dense maps are drawn
+
+
+class Results(NamedTuple):
+    pictures: dict[str, str]  # path of each by its name
+    elsewhere: dict[str, tuple[float, float] | None]  # `share_elsewhere` of each network
 
 
 def draw_contact_sheet(path: Path, views: Views) -> None:
@@ -30,23 +52,47 @@ def draw_contact_sheet(path: Path, views: Views) -> None:
 
 
 @torch.inference_mode()
-def draw_results(backbone: Backbone, device: torch.device, out: Path, views: Views) -> dict[str, str]:
-    """Draw the PCA of the teacher's dense map and retrieved nuclei; returns the paths of all pictures by name."""
-    backbone = backbone.eval()
-    images = views.global_images.to(device, next(backbone.parameters()).dtype)
-    nuclei = views.groups()[1][0]
+def draw_results(
+    networks: Mapping[str, Backbone], out: Path, roiset: RoiSet, roi_ids: NDArray[np.int64], views: ViewsConfig
+) -> Results:
+    """Draw dense maps, similar nuclei and a region of a slide as ``networks`` see them, and measure their features.
+
+    Args:
+        networks: the run's backbone ``after`` training and, if it is known, ``before``; in evaluation mode.
+        roi_ids: the run's ROIs in random order; the first ones are shown.
+    """
     folder = out / "pictures"
-    paths = {"pca": folder / "pca.png", "retrieval": folder / "retrieval.png"}
-    with torch.random.fork_rng():
-        pictures.pca_picture(paths["pca"], images[:8].cpu(), backbone.dense_map(images[:8]).float().cpu())
-        points = nuclei.to(device)
-        features = backbone.nucleus_features(images, points.xy, points.image_index()).float().cpu()
-        roi_of_image = torch.arange(len(images)) % views.num_rois
-        pictures.retrieval_sheet(paths["retrieval"], images.cpu(), nuclei, features, roi_of_image)
-    return {"contact_sheet": str(folder / CONTACT_SHEET), **{name: str(path) for name, path in paths.items()}}
+    paths = {name: folder / f"{name}.png" for name in ("pca", "retrieval", "region")}
+    rois = [roiset[i] for i in roi_ids[:_MOST_SPREAD].tolist()]
+    size, mpp = window_size(roiset, views), (views.global_mpp_min + views.global_mpp_max) / 2
+    middles = [[middle_window(roi, size, mpp)] for roi in rois]
+    tables = {name: nucleus_table(network, rois, middles) for name, network in networks.items()}
+    pictures.retrieval_sheet(paths["retrieval"], rois, tables)
+
+    shown = sorted(rois, key=lambda roi: -len(roi.xy))[:_MOST_MAPS]
+    boxes = [middle_window(roi, size, views.global_mpp_min) for roi in shown]  # nuclei are largest at the finest scale
+    pixels = [torch.from_numpy(roi.decode()).permute(2, 0, 1) for roi in shown]
+    images = torch.stack([box.render(image) for box, image in zip(boxes, pixels, strict=True)])
+    pictures.pca_picture(paths["pca"], images, {name: _dense_maps(one, images) for name, one in networks.items()})
+
+    region = [roiset[i] for i in neighbouring_rois(roiset, roi_ids)]
+    covering = [windows(roi, size, mpp) for roi in region]
+    of_region = {name: nucleus_table(network, region, covering) for name, network in networks.items()}
+    pictures.region_picture(paths["region"], region, of_region)
+
+    drawn = {"contact_sheet": folder / CONTACT_SHEET, **paths}
+    shares = {name: share_elsewhere(table) for name, table in tables.items()}
+    return Results({name: str(path) for name, path in drawn.items()}, shares)
 
 
-def write_summary(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: float) -> None:
+def _dense_maps(backbone: Backbone, images: Tensor) -> Tensor:
+    """Dense maps ``[n, D, h, w]`` of uint8 images, one by one, on the CPU."""
+    parameter = next(backbone.parameters())
+    normalised = normalise(images).to(parameter.device, parameter.dtype)
+    return torch.cat([backbone.dense_map(image[None]).float().cpu() for image in normalised])
+
+
+def write_summary(trainer: Trainer, out: Path, results: Results, seconds: float) -> None:
     """Write summary.json, which marks a run as finished, and print its main values."""
     rows = read_metrics(out / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
@@ -81,8 +127,10 @@ def write_summary(trainer: Trainer, out: Path, drawn: dict[str, str], seconds: f
         },
         "retrieval_at_1": {"before": retrieval[0]["retrieval_at_1"], "after": retrieval[-1]["retrieval_at_1"]},
         "retrieval_chance": retrieval[-1]["retrieval_chance"],
+        "neighbours_in_other_rois": {name: share and share[0] for name, share in results.elsewhere.items()},
+        "neighbours_in_other_rois_chance": results.elsewhere["after"] and results.elsewhere["after"][1],
         "checkpoint": str(checkpoint.folder_of(out, trainer.step)),
-        "pictures": drawn,
+        "pictures": results.pictures,
     }
     write_json(out / "summary.json", summary)
     changes = [f"{name} loss {ends['start']:.3f} -> {ends['end']:.3f}" for name, ends in losses.items()]

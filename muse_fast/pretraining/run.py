@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -18,11 +17,13 @@ from muse_fast.batch import Views
 from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError, require
 from muse_fast.models.archs import check_model
+from muse_fast.models.backbone import Backbone
+from muse_fast.models.calibration import set_batch_norm_statistics
 from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.memory import situation
 from muse_fast.pretraining.results import CONTACT_SHEET, draw_contact_sheet, draw_results, write_summary
 from muse_fast.pretraining.retrieval import nucleus_retrieval
-from muse_fast.pretraining.start import describe
+from muse_fast.pretraining.start import describe, first_backbone
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import checkpoint, distributed
@@ -43,8 +44,6 @@ from muse_fast.training.schedules import in_steps
 from muse_fast.version import __version__
 from muse_fast.views import renderers
 from muse_fast.views.loader import StepSampler, ViewDataset, as_batches, check_roiset, load_views
-
-_MOST_DRAWN = 32  # ROIs in the final pictures
 
 
 def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
@@ -151,14 +150,11 @@ def _run(
                 return report_non_finite(out, config.seed, error)
             if asked_to_stop and step < steps:
                 return report_stopped(out, stop.received or "another rank was told to stop", step)
-    backbone = trainer.teacher_backbone()
+    networks = {"after": trainer.teacher_backbone().eval()} | _before(trainer, probe)
     if distributed.is_main():
         (out / "exit.json").unlink(missing_ok=True)
-        # The final pictures show the views in their original colours.
-        plain = dataclasses.replace(dataset.config, jitter=0.0, grey=0.0, solarise=0.0, blur=False)
-        count = min(config.optim.batch_size, _MOST_DRAWN)
-        shown = _probe(ViewDataset(dataset.roiset, plain, config.seed), roi_ids, count, count)
-        write_summary(trainer, out, draw_results(backbone, trainer.device, out, shown[0]), time.time() - began)
+        results = draw_results(networks, out, dataset.roiset, _shuffled(dataset.seed, roi_ids), config.views)
+        write_summary(trainer, out, results, time.time() - began)
     distributed.wait_for_all()
     return 0
 
@@ -239,8 +235,31 @@ def _announce(
 
 def _probe(dataset: ViewDataset, roi_ids: np.ndarray[Any, Any], count: int, batch_size: int) -> list[Views]:
     """Return the fixed views on which retrieval is measured."""
-    chosen = np.random.default_rng([dataset.seed, 2**32 - 1]).permutation(roi_ids)[:count]
-    return as_batches(dataset, chosen, batch_size)
+    return as_batches(dataset, _shuffled(dataset.seed, roi_ids)[:count], batch_size)
+
+
+def _shuffled(seed: int, roi_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the ROIs in the order in which results use them."""
+    return np.random.default_rng([seed, 2**32 - 1]).permutation(roi_ids)
+
+
+def _before(trainer: Trainer, probe: list[Views]) -> dict[str, Backbone]:
+    """Return the backbone before training with the BatchNorm statistics of ``probe``; all ranks must call it.
+
+    Statistics that fit the images are no learning, and they alone change its features much.
+    """
+    dtype, device, backbone = trainer.centers["image"].dtype, trainer.device, None
+    try:
+        backbone = first_backbone(trainer.config).to(device, dtype)
+    except UserError as error:
+        print(f"  note   the results lack the network before training: {error}")
+    missing = distributed.any_rank(backbone is None, device)
+    if backbone is None or missing:
+        return {}
+    set_batch_norm_statistics(
+        backbone, [views.global_images for views in probe], lambda x: backbone(x.to(device, dtype))
+    )
+    return {"before": backbone}
 
 
 def _evaluate(trainer: Trainer, probe: list[Views]) -> dict[str, float]:

@@ -8,14 +8,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
 from muse_fast.models.archs import find_arch
-from muse_fast.models.backbone import build_to_fill
+from muse_fast.models.backbone import Backbone, build_to_fill
 from muse_fast.models.timm.networks import PREFIX, load_file, parse_spec
 from muse_fast.models.weights import find_checkpoint, is_timm_folder, read_backbone
+from muse_fast.pretraining.distill import backbone_of
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.options import flatten, recorded_settings
 from muse_fast.runtime.tensors import some
@@ -77,6 +79,22 @@ def read_networks(folder: Path) -> Start:
     """Read student, teacher and centres of a checkpoint as they are."""
     student, teacher, state = (checkpoint.read_tensors(folder, stem) for stem in ("student", "teacher", "state"))
     return Start("", student, teacher, {name.removeprefix("center/"): center for name, center in state.items()})
+
+
+def first_backbone(config: PretrainConfig) -> Backbone:
+    """Return the backbone as a run begins, which its seed draws and ``model.init`` replaces.
+
+    Raises:
+        UserError, CheckpointError: as `read_start`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = backbone_of(config)
+    if config.model.init:
+        start, prefix = read_start(config.model.init, config), "backbone."
+        tensors = {name.removeprefix(prefix): t for name, t in start.teacher.items() if name.startswith(prefix)}
+        backbone.load_state_dict(tensors, strict=False)
+    return backbone.requires_grad_(False)
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:

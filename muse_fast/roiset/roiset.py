@@ -138,6 +138,11 @@ class RoiSet:
         return self._index["nuclei"][:, 1] - self._index["nuclei"][:, 0]
 
     @property
+    def slide(self) -> NDArray[np.int32]:
+        """Number of every ROI's slide in ``slides``."""
+        return self._index["slide"]
+
+    @property
     def origin(self) -> NDArray[np.int64]:
         """``[n, 2]`` x, y of every ROI's top-left corner in level-0 pixels of its slide."""
         return self._index["origin"]

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import muse_fast
-from muse_fast.classification.calibration import batch_norms_of, calibrate_batch_norm
+from muse_fast.classification.calibration import calibrate_batch_norm
 from muse_fast.classification.features import stack_tiles
 from muse_fast.classification.tiles import Tile
 from muse_fast.models import norm as norms
+from muse_fast.models.calibration import batch_norms_of
 from muse_fast.models.decoder import Projection
 
 

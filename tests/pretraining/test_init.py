@@ -16,7 +16,7 @@ from muse_fast.errors import UserError
 from muse_fast.export import FORMATS, export
 from muse_fast.models.timm.networks import parse_spec
 from muse_fast.models.vit import resize_pos_embed
-from muse_fast.pretraining.start import describe
+from muse_fast.pretraining.start import describe, first_backbone
 from muse_fast.pretraining.trainer import Trainer
 from tests.pretraining.test_trainer import toy, toy_views
 from tests.support.filled import fill
@@ -34,6 +34,19 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
     folder = trainer.save(tmp_path_factory.mktemp("origin"))
     assert folder is not None
     return trainer, folder
+
+
+def test_the_backbone_before_training_is_that_of_the_first_step(origin: tuple[Trainer, Path]) -> None:
+    drawn = torch.get_rng_state()
+    for settings in (["seed=4"], [f"model.init={origin[1]}"]):
+        trainer = Trainer(config := toy(*settings), CPU)
+        if config.model.init:
+            trainer.start_from(config.model.init)
+        expected = trainer.teacher.backbone.state_dict()
+        torch.set_rng_state(drawn)
+        found = first_backbone(config).to(next(trainer.teacher.parameters()).dtype).state_dict()
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("side", [64, 96, 32])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from muse_fast.batch import PackedNuclei, Pairs, Views
@@ -15,6 +18,9 @@ from muse_fast.images.drawing import PALETTE
 from muse_fast.images.imagenet import normalise
 from muse_fast.ops.reference import match_nuclei
 from muse_fast.pretraining import pictures
+from muse_fast.pretraining.regions import NucleusTable
+from muse_fast.roiset.records import Roi
+from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 
 
 def read(path: Path) -> np.ndarray:
@@ -111,49 +117,95 @@ def test_numbers_go_to_nuclei_that_most_views_share(tmp_path: Path) -> None:
         assert len({index[row] for row, value in numbers.items() if value == number}) == 1
 
 
+def test_colours_are_principal_components() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 3)) * (9, 5, 3) @ rng.normal(size=(3, 20)) + rng.normal(size=(200, 20))
+    truth = PCA(3).fit_transform(StandardScaler().fit_transform(features))
+    low, high = np.quantile(truth, (0.02, 0.98), axis=0)
+    expected = np.clip((truth - low) / (high - low), 0, 1)
+    colours = pictures.principal_colours(torch.from_numpy(features))
+    flipped = np.abs(colours - expected).max(0) > np.abs(1 - colours - expected).max(0)  # a component has no sign
+    np.testing.assert_allclose(np.where(flipped, 1 - colours, colours), expected, atol=1e-8)
+
+
+def test_colours_of_none_one_and_equal_rows() -> None:
+    assert pictures.principal_colours(torch.zeros(0, 8)).shape == (0, 3)
+    for rows in (torch.randn(1, 8), torch.ones(5, 8)):
+        colours = pictures.principal_colours(rows)
+        assert colours.shape == (len(rows), 3) and np.ptp(colours, axis=0).max() < 1e-6
+
+
 def test_pca_picture_separates_what_the_map_separates(tmp_path: Path) -> None:
-    """Left and right halves of the map differ along one direction, so both maps show two flat colours."""
-    generator = torch.Generator().manual_seed(0)
-    direction, noise = torch.randn(16, generator=generator), torch.randn(2, 16, 8, 8, generator=generator)
-    side = torch.where(torch.arange(8) < 4, -1.0, 1.0)
-    dense = direction[None, :, None, None] * side * 10 + 0.01 * noise
-    pictures.pca_picture(tmp_path / "pca.png", grey(2, 32), dense, cell=64)
+    """Left and right halves of the first network's map differ along one direction, so both maps show two flat colours;
+    in the second network's map, top and bottom do."""
+    noise = torch.randn(2, 2, 16, 8, 8)
+    direction, side = torch.randn(16)[None, :, None, None], torch.where(torch.arange(8) < 4, -10.0, 10.0)
+    maps = {"after": direction * side + 0.01 * noise[0], "before": direction * side[:, None] + 0.01 * noise[1]}
+    pictures.pca_picture(tmp_path / "pca.png", torch.full((2, 3, 32, 32), 120, dtype=torch.uint8), maps, cell=64)
     sheet = read(tmp_path / "pca.png")
-    assert sheet.shape == (10 + 22 + 74, 10 + 2 * 148, 3)
-    reds = []
-    for i in range(2):
-        area = sheet[10 + 22 : 10 + 22 + 64, 10 + i * 148 + 66 : 10 + i * 148 + 130]
-        left, right = area[:, :24, 0], area[:, 40:, 0]
-        assert abs(left.mean() - right.mean()) > 240
-        assert max(left.std(), right.std()) < 3
-        reds.append((left.mean(), right.mean()))
-        assert np.abs(sheet[40:90, 14 + i * 148 : 60 + i * 148] - 120).max() <= 1  # the image next to it
-    assert reds[0] == pytest.approx(reds[1], abs=2)  # one colour scheme for all maps
+    assert sheet.shape == (10 + 22 + 2 * 74, 10 + 3 * 66 + 10, 3)
+
+    def halves(row: int, column: int, axis: int) -> tuple[float, float]:
+        area = sheet[32 + row * 74 :, 10 + column * 66 :][:64, :64, 0]
+        first, second = (np.moveaxis(area, axis, 0)[part] for part in (slice(24), slice(40, None)))
+        assert max(first.std(), second.std()) < 3
+        return first.mean(), second.mean()
+
+    for column, axis in ((1, 1), (2, 0)):
+        first, second = halves(0, column, axis)
+        assert abs(first - second) > 240
+        assert halves(1, column, axis) == pytest.approx((first, second), abs=2)  # one colour scheme for all maps
+    assert np.abs(sheet[32:96, 10:74] - 120).max() <= 1  # the view next to them
 
 
-def test_retrieval_sheet_marks_the_same_nucleus(tmp_path: Path) -> None:
-    # Four images: two views of two ROIs. Nucleus 0 of ROI 0 finds its partner first; nucleus 0 of ROI 1 finds a wrong
-    # one first and its partner second.
-    nuclei = pack([[(10, 10, 0)], [(20, 20, 0)], [(30, 30, 0)], [(40, 40, 0)]])
-    features = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.95, 0.3, 0], [0, 0.2, 1.0]])
-    roi_of_image = torch.tensor([0, 1, 0, 1])
-    pictures.retrieval_sheet(
-        tmp_path / "r.png", grey(4, 48), nuclei, features, roi_of_image, neighbours=3, patch=16, cell=80
+def rois_in_a_row(tmp_path: Path, nuclei: Sequence[Sequence[tuple[float, float]]]) -> list[Roi]:
+    """ROIs of 40 px at 1 um/px, side by side on a slide; the pixels of a ROI are all of one grey, 100, 120, ..."""
+    with RoiSetWriter(tmp_path / "rois", provenance={}) as writer:
+        for number, xy in enumerate(nuclei):
+            image = np.full((40, 40, 3), 100 + 20 * number, np.uint8)
+            writer.add(image, mpp=1.0, xy=xy, slide="slide", origin=(1000 + 40 * number, 500))
+    return list(RoiSet(tmp_path / "rois"))
+
+
+def table_of(rois: Sequence[Roi], features: Tensor) -> NucleusTable:
+    counts = torch.tensor([len(roi.xy) for roi in rois])
+    return NucleusTable(
+        torch.arange(len(rois)).repeat_interleave(counts), np.concatenate([roi.xy for roi in rois]), features
     )
+
+
+def test_retrieval_sheet_shows_the_nearest_nuclei_of_other_rois(tmp_path: Path) -> None:
+    # The nucleus at (2, 2) is too close to the border for a crop. Each other nucleus is its ROI's only one.
+    rois = rois_in_a_row(tmp_path, [[(20, 20), (2, 2)], [(20, 20)], [(20, 20)]])
+    tables = {
+        "after": table_of(rois, torch.tensor([[1.0, 0, 0], [0, 0.9, 1], [0, 0.2, 1], [0, 1, 0.1]])),
+        "before": table_of(rois, torch.tensor([[1.0, 0.2, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]])),
+    }
+    pictures.retrieval_sheet(tmp_path / "r.png", rois, tables, queries=1, neighbours=3, crop_um=10, cell=80)
     sheet = read(tmp_path / "r.png")
-    assert sheet.shape == (10 + 22 + 2 * 112, 560, 3)
-
-    def frame(line: int, place: int) -> tuple[int, ...]:
-        left = 10 + place * 90 + (10 if place else 0)
-        return tuple(sheet[10 + 22 + line * 112 + 1, left + 40])
-
-    assert [frame(0, place) for place in (1, 2, 3)] == [pictures.MATCH_COLOUR, *[pictures.MISS_COLOUR] * 2]
-    assert [frame(1, place) for place in (1, 2)] == [pictures.MISS_COLOUR, pictures.MATCH_COLOUR]
+    assert sheet.shape == (10 + 22 + 112, 20 + 84 + 2 * (3 * 84 + 20), 3)
+    greys = sheet[32 + 2, [10 + 2, *(134 + 272 * network + 84 * place for network in (0, 1) for place in (0, 1, 2))], 0]
+    # The query is the middle one of the three nuclei, in ROI 1; a ROI of one nucleus has two of others.
+    assert greys == pytest.approx([120, 140, 100, 255, 100, 140, 255], abs=1)
 
 
-def test_retrieval_sheet_of_nothing_and_of_one(tmp_path: Path) -> None:
-    for rows in ([[], []], [[(3.0, 4.0, 2)], []]):
-        nuclei = pack(rows)
-        features = torch.ones(nuclei.xy.shape[0], 8)
-        pictures.retrieval_sheet(tmp_path / "r.png", grey(2, 32), nuclei, features, torch.tensor([0, 1]))
-        assert read(tmp_path / "r.png").shape[1] >= 560
+def test_region_picture_puts_nuclei_where_they_are(tmp_path: Path) -> None:
+    rois = rois_in_a_row(tmp_path, [[(10, 30)], [], [(30, 10), (35, 35)]])
+    table = table_of(rois, torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]))
+    pictures.region_picture(tmp_path / "region.png", rois, {"after": table}, side=240)
+    sheet = read(tmp_path / "region.png")
+    assert sheet.shape == (10 + 22 + 80 + 10, 10 + 2 * 250, 3)  # 120 x 40 px, twice as large
+    tissue, painted = sheet[32:112, 10:250], sheet[32:112, 260:500]
+    assert tissue[40, [40, 120, 200], 0] == pytest.approx([100, 120, 140], abs=1)
+    coloured = painted.min(axis=2) < 60  # on pale grey
+    y, x = np.mgrid[:80, :240] + 0.5
+    away = np.min([np.hypot(x - left, y - top) for left, top in ((20, 60), (220, 20), (230, 70))], axis=0)
+    assert coloured[away < 7].all() and not coloured[away > 9.5].any()  # discs of 8 px, 4 um
+
+
+def test_pictures_of_rois_without_nuclei(tmp_path: Path) -> None:
+    rois = rois_in_a_row(tmp_path, [[], []])
+    tables = {"after": table_of(rois, torch.zeros(0, 8))}
+    pictures.retrieval_sheet(tmp_path / "retrieval.png", rois, tables)
+    pictures.region_picture(tmp_path / "region.png", rois, tables, side=100)
+    assert read(tmp_path / "region.png").shape[0] == 10 + 22 + 50 + 10

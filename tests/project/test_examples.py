@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.decomposition import PCA
-from sklearn.preprocessing import StandardScaler
 
 from muse_fast import prepare, pretrain
 
@@ -40,20 +37,6 @@ def test_swap_dino_loss() -> None:
         assert abs(float(after) / float(before) - 1) < 1e-4
     memory = next(line.split() for line in finished.stdout.splitlines() if line.startswith("peak memory"))
     assert float(memory[8]) < 0.7 * float(memory[5])
-
-
-def test_nuclei_are_coloured_by_their_principal_components() -> None:
-    spec = importlib.util.spec_from_file_location("nuclei_picture", ROOT / "examples" / "nuclei_picture.py")
-    picture = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(picture)
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(200, 3)) * (9, 5, 3) @ rng.normal(size=(3, 20)) + rng.normal(size=(200, 20))
-    truth = PCA(3).fit_transform(StandardScaler().fit_transform(features))
-    low, high = np.quantile(truth, (0.02, 0.98), axis=0)
-    expected = np.clip((truth - low) / (high - low), 0, 1)
-    colours = picture.colours_of(features)
-    flipped = np.abs(colours - expected).max(0) > np.abs(1 - colours - expected).max(0)  # a component has no sign
-    np.testing.assert_allclose(np.where(flipped, 1 - colours, colours), expected, atol=1e-8)
 
 
 @pytest.mark.slow
