@@ -14,6 +14,7 @@ from bench.start import runs
 from muse_fast.classification.tiles import tiles_by_split
 from muse_fast.config import load_config
 from muse_fast.errors import UserError
+from muse_fast.runtime import checkpoint
 from muse_fast.sources import open_source
 
 
@@ -65,6 +66,7 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
         "config": Path(options.config).name,
         "settings": options.settings,
         "arch": arch,
+        "first_config": checkpoint.read_state(checkpoint.folder_of(first, options.first))["config"],
         "first_steps": options.first,
         "freeze": options.freeze,
         "one_tile_in": options.one_in,
@@ -108,5 +110,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
         panel.axvline(report["freeze"], color="0.8", lw=1)
         panel.set(title=f"features: {kind}", xlabel="steps after the start from weights")
     panels[0].set_ylabel("balanced accuracy, %\n(KNN, test split)")
-    panels[-1].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
