@@ -268,8 +268,8 @@ def test_a_detector_describes_what_it_finds(field: Path, tmp_path: Path) -> None
     pixels = torch.from_numpy(np.array(Image.open(field / "a.png"))).permute(2, 0, 1)
     stride, side = 32, 96  # of tiles with a margin of 12 um and 3 um
     starts = [start for start in range(0, SIDE, stride) if start + side <= SIDE]
-    inner = np.flatnonzero(((found.obsm["spatial"] > 64) & (found.obsm["spatial"] < SIDE - 128)).all(axis=1))[::17]
-    assert len(inner) > 3
+    inner = np.flatnonzero(((found.obsm["spatial"] > 64) & (found.obsm["spatial"] < SIDE - 128)).all(axis=1))[::40]
+    assert len(inner) > 1
     for row in inner:
         xy, nearest = found.obsm["spatial"][row], np.inf
         for left in starts:

@@ -80,6 +80,7 @@ def test_unreadable_nuclei_are_left_out(tmp_path: Path) -> None:
     assert files.write(tmp_path, "s", described, "float16", "h5ad") == files.Written(3, {"nucleus": 3}, 2, 3)
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_the_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At four times the side, only positions, classes and scores grow, not pixels (13 MB) or vectors (6 MB)."""
     monkeypatch.setattr(files, "_BLOCK", 64)
