@@ -61,6 +61,7 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
         scales=tuple(scales),
     )
     cases = [(variant, seed) for seed in options.seed or SEEDS for variant in runs.in_order(options.variant)]
+    report["recipe"] = runs.recorded(study.config_of(*cases[0]))  # with the first seed
     rows: list[runs.Row] = []
     with processes(options.jobs) as pool:
         for case, row in in_turn(pool, options.jobs, cases, options.seconds, study.measured):

@@ -100,7 +100,7 @@ class Study:
         variant, seed = case
         out = self.out / f"{variant.replace(' ', '-').replace('/', '-')}-{seed}"
         config, stored = self.config_of(variant, seed), out.with_name(f"{out.name}.json")
-        settings = {key: str(value) for key, value in fixed_settings(config)}
+        settings = recorded(config)
         row: Row = {"variant": variant, "seed": seed, "scores": {}}
         if stored.exists() and (found := json.loads(stored.read_text()))["settings"] == settings:
             row = found["row"]
@@ -121,6 +121,11 @@ class Study:
         if variant == UNTRAINED:
             return untrained(config, tiles["train"], self.device)
         return supervised(config, tiles, num_classes, self.device)
+
+
+def recorded(config: PretrainConfig) -> dict[str, str]:
+    """Return the settings on which results depend, by dotted key."""
+    return {key: str(value) for key, value in fixed_settings(config)}
 
 
 def trained(out: Path, config: str, settings: Sequence[str]) -> Row:

@@ -71,6 +71,7 @@ def test_report(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     above = [results[name]["scores"]["0.25"]["knn raw"]["accuracy"] for name in ("both losses", "untrained")]
     assert found["mean"]["points"] == pytest.approx(100 * (above[0] - above[1]))
+    assert (report["recipe"]["seed"], report["recipe"]["optim.steps"]) == ("3", "2")
     shown = capsys.readouterr().out
     assert "both losses, seed 3: 2 steps" in shown and "balanced accuracy at 0.25 um/px on the test split" in shown
 
