@@ -393,7 +393,7 @@ def test_scanpy_opens_and_clusters_the_file(field: Path, tmp_path: Path) -> None
     assert [one["properties"]["classification"]["name"] for one in features] == cells.obs["leiden"].tolist()
 
 
-@pytest.mark.heavy
+@pytest.mark.heavy  # and only where squidpy is installed, which brings 66 packages
 def test_squidpy_opens_the_file(field: Path, tmp_path: Path) -> None:
     squidpy = pytest.importorskip("squidpy")
     cells = embedded(field, tmp_path)
