@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +72,8 @@ class MetricsLog:
         with atomic.replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a")  # noqa: SIM115 - closed by __exit__
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_thread
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -85,7 +88,15 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _of_thread(self, raised: threading.ExceptHookArgs) -> None:
+        """Pass over an error of TensorBoard's thread, as on a full disk: its writer's next call raises it again."""
+        if type(raised.thread).__name__ != "_AsyncWriterThread":
+            self._hook(raised)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
