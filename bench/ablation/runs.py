@@ -6,7 +6,6 @@ in the same order. The runs are too short to yield a good network; they only sho
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from bench import trainings
 from muse_fast import load_backbone, pretrain
 from muse_fast.classification.bootstrap import FIGURES
 from muse_fast.classification.calibration import calibrate_batch_norm
@@ -26,13 +26,11 @@ from muse_fast.classification.tasks import TASKS, Subject
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.classification.tuned import finetune
 from muse_fast.config import PretrainConfig, load_config
-from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone
-from muse_fast.pretraining.distill import backbone_of
+from muse_fast.pretraining.start import first_backbone
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.options import fixed_settings
 from muse_fast.sources import open_source
-from muse_fast.training.run import find_start, refuse_other_settings
 
 Row: TypeAlias = dict[str, Any]
 Case: TypeAlias = tuple[str, int]  # variant and seed
@@ -132,31 +130,16 @@ def trained(out: Path, config: str, settings: Sequence[str]) -> Row:
     """Pretrain unless ``out`` is a finished run, and return the run's figures.
 
     Raises:
-        UserError: the run cannot start or fails (``OUT.log`` has its output), or a finished run has other settings.
+        UserError: as in `trainings.trained`.
     """
-    log = out.with_name(f"{out.name}.log")
-    if (out / "summary.json").exists():
-        refuse_other_settings(find_start(out, "auto") or out, load_config(config, settings))
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as file, contextlib.redirect_stdout(file):
-            code = pretrain.main(["--config", config, "--out", str(out), *settings])
-        if code != 0:
-            raise UserError(f"{out} ended with exit code {code}; see {log}")
-    summary = json.loads((out / "summary.json").read_text())
+    summary = trainings.trained(pretrain.main, ["--config", config, *settings], out, load_config(config, settings))
     kept = ("steps", "seconds_of_last_start", "rois_per_second", "data_wait", "loss_image", "loss_nucleus")
     return {key: summary[key] for key in (*kept, "mean_entropy_share_of_ln_k", "retrieval_at_1")}
 
 
-def initial(config: PretrainConfig) -> Backbone:
-    """Build the network that the variants of a seed start from."""
-    torch.manual_seed(config.seed)
-    return backbone_of(config)
-
-
 def untrained(config: PretrainConfig, tiles: Sequence[Tile], device: str) -> Backbone:
     """Build the network that the variants start from, with the BatchNorm statistics of ``tiles``."""
-    backbone = initial(config).to(device)
+    backbone = first_backbone(config).to(device)
     calibrate_batch_norm(backbone, tiles, device=device)
     return backbone
 
@@ -177,7 +160,7 @@ def supervised(config: PretrainConfig, tiles: Tiles, num_classes: int, device: s
     pixels = views.num_globals * views.global_size**2 + views.num_locals * views.local_size**2
     batch_size = max(1, round(config.optim.batch_size * pixels / VALID**2))
     steps_per_epoch = max(1, len(tiles["train"]) // batch_size)
-    backbone = initial(config).to(device)
+    backbone = first_backbone(config).requires_grad_().to(device)
     head = new_head(backbone.dense_dim, num_classes, torch.Generator().manual_seed(config.seed)).to(device)
     finetune(
         backbone,

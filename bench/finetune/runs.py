@@ -6,7 +6,6 @@ same random weights in the heads. The random start is a network of the same shap
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,20 +18,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench import trainings
 from muse_fast import finetune, load_backbone
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import Detector, Proposals, load_detector
 from muse_fast.detection.protocols import PROTOCOLS
 from muse_fast.detection.samples import LabelledImage, known_nuclei
 from muse_fast.detection.score_detector import detect_images
-from muse_fast.errors import UserError
 from muse_fast.export import BACKBONE, Trained, write_safetensors
 from muse_fast.images.points import Points
-from muse_fast.models.backbone import build_backbone
+from muse_fast.models.backbone import random_twin_of
 from muse_fast.runtime.atomic import replacing, write_json
 from muse_fast.runtime.options import load_settings
 from muse_fast.training.report import read_metrics
-from muse_fast.training.run import find_start, refuse_other_settings
 
 Row: TypeAlias = dict[str, Any]
 Counts: TypeAlias = NDArray[np.int64]  # [images, classes + 1, 3], see `muse_fast.detection.protocols`
@@ -112,13 +110,7 @@ def random_twin(pretrained: str, seed: int, folder: Path) -> str:
         return str(path)
     like = load_backbone(None, pretrained)
     torch.manual_seed(seed)
-    twin = build_backbone(
-        like.arch,
-        image_size=like.image_size,
-        pos_embed_resize=like.pos_embed_resize,
-        decoder_dim=like.decoder_dim,
-        taps=like.taps,
-    )
+    twin = random_twin_of(like, like.image_size)
     tensors = {f"{BACKBONE}{name}": value for name, value in twin.state_dict().items()}
     record = {"source": f"random weights, seed {seed}"}
     network = Trained(like.arch, tensors, record, "exact", like.pos_embed_resize, list(like.taps))
@@ -135,18 +127,10 @@ def trained(out: Path, config: str, settings: Sequence[str], data: Sequence[str]
         data: ``--data SOURCE`` and the options of the source.
 
     Raises:
-        UserError: the run cannot start or fails (``OUT.log`` has its output), or a finished run has other settings.
+        UserError: as in `trainings.trained`.
     """
-    log = out.with_name(f"{out.name}.log")
-    if (out / "summary.json").exists():
-        refuse_other_settings(find_start(out, "auto") or out, load_settings(FinetuneConfig, config, settings))
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file, contextlib.redirect_stdout(file):
-            code = finetune.main(["--config", config, *data, "--weights", weights, "--out", str(out), *settings])
-        if code != 0:
-            raise UserError(f"{out} ended with exit code {code}; see {log}")
-    summary = json.loads((out / "summary.json").read_text())
+    argv = ["--config", config, *data, "--weights", weights, *settings]
+    summary = trainings.trained(finetune.main, argv, out, load_settings(FinetuneConfig, config, settings))
     rows = read_metrics(out / "metrics.jsonl")
     kept = ("step", "val_f1", "val_f1_detection")
     last = [row for row in rows if "distance" in row][-LAST:]

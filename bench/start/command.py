@@ -14,6 +14,7 @@ from bench.start import runs
 from muse_fast.classification.tiles import tiles_by_split
 from muse_fast.config import load_config
 from muse_fast.errors import UserError
+from muse_fast.pretraining.start import first_backbone
 from muse_fast.runtime import checkpoint
 from muse_fast.sources import open_source
 
@@ -77,7 +78,7 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     for variant in (runs.SCRATCH, *runs.VARIANTS):
         changed = runs.settings_of(variant, f"{arch}@{encoder}", options.freeze)
         settings = [*common, f"seed={options.seed + 1}", f"optim.steps={options.steps}", *every, *changed]
-        start = runs.at_start(load_config(options.config, settings), None if variant == runs.SCRATCH else encoder)
+        start = first_backbone(load_config(options.config, settings))
         at_start = runs.scores(start, tiles, num_classes, options.device)
         run = runs.trained(options.out / variant.replace(", ", "-").replace(" ", "-"), options.config, settings)
         rows = [{"step": 0, **at_start}, *runs.over_steps(run, tiles, num_classes, options.device)]

@@ -7,7 +7,6 @@ by what the encoder's own maps give and once by the rows of the unified map, whi
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,22 +14,22 @@ from typing import Any, TypeAlias
 
 import torch
 
+from bench import trainings
 from muse_fast import load_backbone, pretrain
 from muse_fast.classification.features import NucleusFeatures, extract_features
 from muse_fast.classification.probes import knn
 from muse_fast.classification.splits import Splits
 from muse_fast.classification.tiles import Tile
-from muse_fast.config import PretrainConfig, load_config
+from muse_fast.config import load_config
 from muse_fast.errors import UserError
 from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.timm.backbone import TimmBackbone
-from muse_fast.pretraining.distill import backbone_of
 from muse_fast.runtime import checkpoint
 
 Row: TypeAlias = dict[str, Any]
 
-FIRST, SCRATCH, AT_ONCE = "first run", "from scratch", "all at once"
+SCRATCH, AT_ONCE = "from scratch", "all at once"
 FREEZE, RATE, DECAY = "optim.freeze_encoder={freeze}", "optim.encoder_lr_scale=0.1", "optim.layer_decay=0.9"
 # What each variant sets besides model.init.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -45,30 +44,15 @@ def trained(out: Path, config: str, settings: Sequence[str]) -> Path:
     """Pretrain unless ``out`` is a finished run; return ``out``.
 
     Raises:
-        UserError: the run fails; ``OUT.log`` has its output.
+        UserError: as in `trainings.trained`.
     """
-    if not (out / "summary.json").exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        log = out.with_name(f"{out.name}.log")
-        with open(log, "w") as file, contextlib.redirect_stdout(file):
-            code = pretrain.main(["--config", config, "--out", str(out), *settings])
-        if code != 0:
-            raise UserError(f"{out} ended with exit code {code}; see {log}")
+    trainings.trained(pretrain.main, ["--config", config, *settings], out, load_config(config, settings))
     return out
 
 
 def keep_encoder(run: Path, file: Path) -> None:
     """Write the encoder of ``run``'s teacher to ``file`` under timm's names, without decoder and heads."""
     torch.save(load_backbone(None, str(run)).encoder.encoder.state_dict(), file)
-
-
-def at_start(config: PretrainConfig, encoder: Path | None) -> Backbone:
-    """Build the network of a run at step 0, with the encoder's weights of ``encoder`` unless that is None."""
-    torch.manual_seed(config.seed)
-    backbone = backbone_of(config)
-    if encoder is not None:
-        backbone.encoder.encoder.load_state_dict(torch.load(encoder, weights_only=True))
-    return backbone.eval()
 
 
 def over_steps(run: Path, tiles: Mapping[str, Sequence[Tile]], num_classes: int, device: str) -> Iterator[Row]:

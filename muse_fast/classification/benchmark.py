@@ -29,7 +29,7 @@ from muse_fast.classification.splits import nuclei_of_patients, patient_folds
 from muse_fast.classification.tasks import BEST_ON_TEST, TASKS, ProbeConfig, Row, Subject, TaskConfig, held_out_name
 from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
 from muse_fast.errors import UserError
-from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.backbone import Backbone, random_twin_of
 from muse_fast.models.calibration import batch_norms_of
 from muse_fast.models.timm.backbone import TimmBackbone, load_timm, summarise
 from muse_fast.models.timm.networks import PREFIX, parse_spec
@@ -186,14 +186,7 @@ def _networks_of_ours(weights: str, job: Benchmark, options: TaskConfig) -> Iter
     if options.baseline and not weights.startswith("random"):
         seed, image_size = _origin(Path(weights), options.seed)
         torch.manual_seed(seed)
-        untrained = build_backbone(
-            backbone.arch,
-            image_size=image_size,
-            pos_embed_resize=backbone.pos_embed_resize,
-            decoder_dim=backbone.decoder_dim,
-            taps=backbone.taps,
-        )
-        yield Network(f"{weights} untrained", untrained.eval())
+        yield Network(f"{weights} untrained", random_twin_of(backbone, image_size).eval())
 
 
 def _networks_of_timm(weights: str, job: Benchmark, options: TaskConfig) -> Iterator[Network]:

@@ -129,6 +129,21 @@ def build_backbone(
     return Backbone(arch, drop_path, image_size, attention, recompute, pos_embed_resize, decoder_dim, taps)
 
 
+def random_twin_of(backbone: Backbone, image_size: int) -> Backbone:
+    """Build a backbone of the same shape with random weights from torch's global generator.
+
+    Args:
+        image_size: see `build_backbone`.
+    """
+    return build_backbone(
+        backbone.arch,
+        image_size=image_size,
+        pos_embed_resize=backbone.pos_embed_resize,
+        decoder_dim=backbone.decoder_dim,
+        taps=backbone.taps,
+    )
+
+
 def build_to_fill(arch: str, taps: Sequence[int], build: Callable[[], _Module]) -> _Module:
     """Build a module that contains a backbone and whose state a file will replace, without using up random numbers."""
     if not find_arch(arch, taps=taps).on_meta:  # some tensors are in no file, so they must be computed

@@ -20,6 +20,7 @@ from bench.ablation import compare, pool, runs
 from muse_fast import load_backbone, prepare
 from muse_fast.config import load_config
 from muse_fast.errors import UserError
+from muse_fast.pretraining.start import first_backbone
 from muse_fast.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("thin")
@@ -99,7 +100,7 @@ def test_a_run_starts_from_the_untrained_network(workplace: Path, tmp_path: Path
     settings = [f"data.roiset={workplace / 'rois'}", "seed=5", "optim.lr=0", "optim.min_lr=0"]
     runs.trained(tmp_path / "run", str(workplace / "toy.yaml"), [*settings, "train.device=cpu"])
     trained = load_backbone(None, str(tmp_path / "run")).state_dict()
-    fresh = runs.initial(load_config(workplace / "toy.yaml", settings)).state_dict()
+    fresh = first_backbone(load_config(workplace / "toy.yaml", settings)).state_dict()
     for name, value in fresh.items():
         if "running_" not in name and "num_batches" not in name:
             assert torch.equal(trained[name], value), name

@@ -12,6 +12,7 @@ from bench.__main__ import main
 from bench.start import runs
 from muse_fast import prepare
 from muse_fast.config import load_config
+from muse_fast.pretraining.start import first_backbone
 
 TOY = """
 data: {split: train, workers: 0}
@@ -57,7 +58,9 @@ def test_the_encoder_alone_is_kept_and_frozen_where_a_variant_says_so(
 
     # What the teacher of a frozen run knows is what the first run left, and the decoder is another.
     kept = torch.load(workplace / "runs" / "encoder.pth", weights_only=True)
-    start = runs.at_start(load_config(workplace / "toy.yaml", ["seed=1"]), workplace / "runs" / "encoder.pth")
+    config = load_config(workplace / "toy.yaml", ["seed=1"])
+    init = f"model.init={config.model.arch}@{workplace / 'runs' / 'encoder.pth'}"
+    start = first_backbone(load_config(workplace / "toy.yaml", ["seed=1", init]))
     assert all(torch.equal(kept[name], value) for name, value in start.encoder.encoder.state_dict().items())
 
 
