@@ -28,19 +28,20 @@ from muse_fast.predicting.detectors import NUCLEI, FineTunedDetector, open_detec
 from muse_fast.predicting.inputs import (
     SlidesTaken,
     changed_words,
+    each_once,
     fingerprint_of,
     read_record,
     scale_words,
     unlike_header,
     weights_sha256,
 )
-from muse_fast.predicting.pages import PageFile, find_pages
+from muse_fast.predicting.pages import PageFile, find_pages, reading_threads
 from muse_fast.runtime import atomic
 from muse_fast.runtime.device import peak_memory, pick_device
 from muse_fast.runtime.names import text_of
 from muse_fast.runtime.options import Config, fixed_settings, setting
 from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
-from muse_fast.sources.wsi import listed, reason_of, usable_cpus
+from muse_fast.sources.wsi import reason_of
 from muse_fast.version import __version__
 
 _SUMMARY = "summary.json"
@@ -115,7 +116,7 @@ class Job(NamedTuple):
 
     @property
     def readers(self) -> int:
-        return self.settings.readers or min(8, usable_cpus())
+        return reading_threads(self.settings.readers)
 
     @property
     def batch(self) -> int:
@@ -178,7 +179,7 @@ def _open_nuclei(text: str, settings: EmbedConfig, device: torch.device, own: Fi
         text,
         weights_sha256(text),
         everywhere=not settings.tissue,
-        readers=settings.readers or min(8, usable_cpus()),
+        readers=reading_threads(settings.readers),
         max_unreadable=settings.max_unreadable,
     )
 
@@ -201,8 +202,7 @@ def embed(
             others are done, if some inputs could not be used.
     """
     started = time.monotonic()
-    pages, without_effect = find_pages(inputs, settings.mpp)
-    pages = [page for page in pages if out.resolve() not in page.path.resolve().parents]
+    pages, without_effect = find_pages(inputs, settings.mpp, out)
     job = open_job(weights, settings, arch, compat)
     refused = dict[Path, str]()
     left = _left_to_do(out, pages, job, refused)
@@ -212,34 +212,21 @@ def embed(
         print(f"no effect: {line}", flush=True)
     finished = [page for page in pages if page not in left and page.path not in refused]
     slides = SlidesTaken({page: read_record(_summary_of(out, page)).get("identity") for page in finished})
-    repeated: dict[Path, str] = {}
-    for number, page in enumerate(left, start=1):
-        try:
-            if other := slides.same_as(page):
-                words = repeated[page.path] = f"the same slide as {other}"
-            else:
-                words = _describe(embed_page(job, page, out))
-                slides.take(page)
-        except (UserError, FileNotFoundError) as error:
-            if _done_meanwhile(out, page, job):
-                words = "done by another command meanwhile"
-            elif isinstance(error, UserError):
-                words = refused[page.path] = reason_of(error, page.path)
-            else:
-                raise
-        print(f"{number}/{len(left)} {page.path.name}: {words}", flush=True)
-    done = [read_record(_summary_of(out, page)) for page in pages if page.path not in refused | repeated]
-    total = _total(done) | {
-        "refused": {path.name: reason for path, reason in refused.items()},
-        "repeated": {str(path): reason for path, reason in repeated.items()},
-        "without_effect": without_effect,
-    }
+    left_out = each_once(
+        left,
+        slides,
+        refused,
+        lambda page: _describe(embed_page(job, page, out)),
+        lambda page: _done_meanwhile(out, page, job),
+    )
+    done = [page for page in pages if page not in left_out]
+    total = _total([read_record(_summary_of(out, page)) for page in done]) | left_out.record()
+    total |= {"without_effect": without_effect}
     atomic.write_json(out / _SUMMARY, total | job.made_with)
     print(f"{out}: {total['nuclei']:,} nuclei of {len(done)} inputs in {time.monotonic() - started:.0f} s")
     if settings.draws:
-        _draw(out, [page for page in pages if page.path not in refused | repeated])
-    if refused:
-        raise UserError(f"{len(refused)} of {len(pages)} inputs could not be used\n{listed(refused)}")
+        _draw(out, done)
+    left_out.check(len(pages))
 
 
 def _draw(out: Path, pages: Sequence[PageFile]) -> None:
@@ -262,9 +249,9 @@ def _left_to_do(out: Path, pages: Sequence[PageFile], job: Job, refused: dict[Pa
     """
     before = read_record(out / _RECORD) or job.made_with
     if before != job.made_with and any(out.glob("*.parquet")):
-        changed = next(key for key in job.made_with | before if before.get(key) != job.made_with.get(key))
-        words = changed_words(changed, before.get(changed), job.made_with.get(changed))
-        raise UserError(f"{out} contains vectors made with {words}; choose another --out")
+        raise UserError(
+            f"{out} contains vectors made with {changed_words(before, job.made_with)}; choose another --out"
+        )
     left, names = [], dict[str, Path]()
     for page in pages:
         if (first := names.setdefault(page.name, page.path)) != page.path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from muse_fast.predicting.pages import PageFile
 from muse_fast.runtime import atomic
 from muse_fast.runtime.folders import find_files
 from muse_fast.sources.names import SlidesSeen
+from muse_fast.sources.wsi import listed, reason_of
 
 
 class SlidesTaken:
@@ -53,6 +55,64 @@ class SlidesTaken:
         return self._first_of[page.path]
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """The inputs that have no result of their own, and why."""
+
+    refused: dict[Path, str]
+    repeated: dict[Path, str]  # of a slide that another input is a file of
+
+    def __contains__(self, page: PageFile) -> bool:
+        return page.path in self.refused or page.path in self.repeated
+
+    def record(self) -> dict[str, dict[str, str]]:
+        """Both, for the summary of a command."""
+        return {
+            "refused": {path.name: reason for path, reason in self.refused.items()},
+            "repeated": {str(path): reason for path, reason in self.repeated.items()},
+        }
+
+    def check(self, inputs: int) -> None:
+        """Raise a UserError if some of so many inputs were refused."""
+        if self.refused:
+            raise UserError(f"{len(self.refused)} of {inputs} inputs could not be used\n{listed(self.refused)}")
+
+
+def each_once(
+    left: Sequence[PageFile],
+    slides: SlidesTaken,
+    refused: Mapping[Path, str],
+    do: Callable[[PageFile], str],
+    done_meanwhile: Callable[[PageFile], bool],
+) -> LeftOut:
+    """Do pages one after another, each slide once, and print a line for each.
+
+    Args:
+        left: what is to be done.
+        slides: those that are done; the others are added.
+        refused: inputs that were refused before, which are part of the result.
+        do: does a page and describes the result.
+        done_meanwhile: whether another command has finished a page, which is why ``do`` has failed.
+    """
+    out = LeftOut(dict(refused), {})
+    for number, page in enumerate(left, start=1):
+        try:
+            if other := slides.same_as(page):
+                words = out.repeated[page.path] = f"the same slide as {other}"
+            else:
+                words = do(page)
+                slides.take(page)
+        except (UserError, FileNotFoundError) as error:  # another command may have moved what this one made
+            if done_meanwhile(page):
+                words = "done by another command meanwhile"
+            elif isinstance(error, UserError):
+                words = out.refused[page.path] = reason_of(error, page.path)
+            else:
+                raise
+        print(f"{number}/{len(left)} {page.path.name}: {words}", flush=True)
+    return out
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """What a JSON file of an earlier command contains; empty if there is none or it is damaged, as by a power cut."""
     try:
@@ -80,8 +140,10 @@ def weights_sha256(weights: str) -> str:
     return digest.hexdigest() if path.is_dir() else ""
 
 
-def changed_words(key: str, old: Any, new: Any) -> str:
-    """``KEY OLD, not NEW`` for a message; of settings only those that differ."""
+def changed_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """``KEY OLD, not NEW`` of the first entry that differs, for a message; of settings only those that differ."""
+    key = next(key for key in {**now, **before} if before.get(key) != now.get(key))
+    old, new = before.get(key), now.get(key)
     if isinstance(old, dict) and isinstance(new, dict):
         old, new = (
             {key: one[key] for key in one if one[key] != other.get(key)} for one, other in ((old, new), (new, old))

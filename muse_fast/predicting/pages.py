@@ -19,6 +19,7 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.images.mpp import MppTables
 from muse_fast.images.slide import Level, Lost, Slide, find_slides, open_slide
+from muse_fast.sources.wsi import usable_cpus
 
 SAME_SCALE = 0.02  # relative difference in um per pixel below which pixels are not resampled
 OVERLAY = "overlay.png"  # predict may write it next to slides; it is not one
@@ -41,11 +42,14 @@ class PageFile(NamedTuple):
         return open_slide(self.path, self.mpp)
 
 
-def find_pages(inputs: Sequence[Path], mpp: float | None) -> tuple[list[PageFile], list[str]]:
+def find_pages(inputs: Sequence[Path], mpp: float | None, out: Path | None = None) -> tuple[list[PageFile], list[str]]:
     """The slides and images that ``inputs`` name, including those in folders and their subfolders.
 
     um per pixel comes from the nearest ``mpp.csv`` that lists the file (in its folder or above, up to the given one),
     else from ``mpp``, else from the header.
+
+    Args:
+        out: folder of results, in which nothing is an input.
 
     Returns:
         The pages, those in a table first, and lines for the user about rows of the tables that list none of them.
@@ -61,7 +65,13 @@ def find_pages(inputs: Sequence[Path], mpp: float | None) -> tuple[list[PageFile
         for path in find_slides(given, images=True, skip=OVERLAY):
             row = tables.find(path, root)
             pages[path] = PageFile(path, row.mpp if row else mpp, row is not None)
-    return sorted(pages.values(), key=lambda page: not page.listed), tables.without_effect()
+    found = [page for page in pages.values() if out is None or out.resolve() not in page.path.resolve().parents]
+    return sorted(found, key=lambda page: not page.listed), tables.without_effect()
+
+
+def reading_threads(asked: int | None) -> int:
+    """Number of threads that read a page: as many as asked for, else one per core, at most 8."""
+    return asked or min(8, usable_cpus())
 
 
 class PagePerThread:

@@ -18,19 +18,20 @@ from muse_fast.predicting.files import CellFiles
 from muse_fast.predicting.inputs import (
     SlidesTaken,
     changed_words,
+    each_once,
     fingerprint_of,
     read_record,
     scale_words,
     unlike_header,
     weights_sha256,
 )
-from muse_fast.predicting.pages import PageFile, find_pages
+from muse_fast.predicting.pages import PageFile, find_pages, reading_threads
 from muse_fast.predicting.pipeline import Prediction
 from muse_fast.runtime import atomic
 from muse_fast.runtime.device import peak_memory, pick_device
 from muse_fast.runtime.options import Config, fixed_settings, setting
 from muse_fast.runtime.progress_bar import ProgressBar
-from muse_fast.sources.wsi import listed, reason_of, usable_cpus
+from muse_fast.sources.wsi import listed
 from muse_fast.version import __version__
 
 _SUMMARY = "summary.json"
@@ -66,8 +67,7 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
             all others are done, if some inputs could not be used.
     """
     started = time.monotonic()
-    pages, without_effect = find_pages(inputs, settings.mpp)
-    pages = [page for page in pages if out.resolve() not in page.path.resolve().parents]
+    pages, without_effect = find_pages(inputs, settings.mpp, out)
     device = pick_device(settings.device, "device")
     detector = open_detector(weights, device)
     made_with = {
@@ -84,37 +84,22 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
         print(f"no effect: {line}", flush=True)
     finished = [page for page in pages if page not in left and page.path not in refused]
     slides = SlidesTaken({page: read_record(out / page.name / _SUMMARY).get("identity") for page in finished})
-    repeated: dict[Path, str] = {}
-    for number, page in enumerate(left, start=1):
-        try:
-            if other := slides.same_as(page):
-                repeated[page.path] = f"the same slide as {other}"
-                print(f"{number}/{len(left)} {page.path.name}: {repeated[page.path]}", flush=True)
-                continue
-            summary = _predict_page(page, out / page.name, detector, settings, device, made_with)
-            slides.take(page)
-        except UserError as error:
-            if not _made_otherwise(out / page.name, page, made_with):
-                print(f"{number}/{len(left)} {page.path.name}: done by another command meanwhile", flush=True)
-                continue
-            refused[page.path] = reason_of(error, page.path)
-            print(f"{number}/{len(left)} {page.path.name}: {refused[page.path]}", flush=True)
-            continue
-        print(f"{number}/{len(left)} {page.path.name}: {_describe(summary)}", flush=True)
-    done = [read_record(out / page.name / _SUMMARY) for page in pages if page.path not in refused | repeated]
-    total = _total(done) | {
-        "refused": {path.name: reason for path, reason in refused.items()},
-        "repeated": {str(path): reason for path, reason in repeated.items()},
-        "without_effect": without_effect,
-    }
+    left_out = each_once(
+        left,
+        slides,
+        refused,
+        lambda page: _describe(_predict_page(page, out / page.name, detector, settings, device, made_with)),
+        lambda page: not _made_otherwise(out / page.name, page, made_with),
+    )
+    done = [read_record(out / page.name / _SUMMARY) for page in pages if page not in left_out]
+    total = _total(done) | left_out.record() | {"without_effect": without_effect}
     atomic.write_json(out / _SUMMARY, total | made_with)
     print(f"{out}: {total['nuclei']:,} nuclei of {len(done)} inputs in {time.monotonic() - started:.0f} s")
     if damaged := [one["file"] for one in done if one["unreadable_mm2"]]:
         print(f"{total['unreadable_mm2']:.3g} mm2 of {len(damaged)} inputs cannot be read: {', '.join(damaged)}")
     if empty := total["nothing_found"]:
         print(f"{len(empty)} of {len(done)} inputs have no nuclei:\n{listed(empty)}")
-    if refused:
-        raise UserError(f"{len(refused)} of {len(pages)} inputs could not be used\n{listed(refused)}")
+    left_out.check(len(pages))
 
 
 def _left_to_do(
@@ -128,9 +113,9 @@ def _left_to_do(
     record = out / _RECORD
     before = read_record(record) or made_with
     if before != made_with and any(out.glob(f"*/{_SUMMARY}")):
-        changed = next(key for key in made_with | before if before.get(key) != made_with.get(key))
-        words = changed_words(changed, before.get(changed), made_with.get(changed))
-        raise UserError(f"{out} contains predictions made with {words}; choose another --out")
+        raise UserError(
+            f"{out} contains predictions made with {changed_words(before, made_with)}; choose another --out"
+        )
     left, refused, names = [], {}, dict[str, Path]()
     for page in pages:
         if (first := names.setdefault(page.name, page.path)) != page.path:
@@ -178,12 +163,11 @@ def _predict_page(
     with found, atomic.new_folder(out) as folder:
         page = found.page
         files = CellFiles(folder, page, file.name, detector.class_names, settings.gzip)
-        readers = settings.readers or min(8, usable_cpus())
         with closing(files), ProgressBar(file.name) as bar:
             tally = found.run(
                 files,
                 batch=settings.batch,
-                readers=readers,
+                readers=reading_threads(settings.readers),
                 done=lambda tiles: bar.show(tiles, len(found.tiles), "tiles", f"{files.counts.sum():,} nuclei"),
             )
             files.finish()
