@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from muse_fast import load_backbone
 from muse_fast.config import load_config
 from muse_fast.pretraining.pictures import disc, faded, principal_colours
-from muse_fast.pretraining.regions import nucleus_table, window_size, windows
+from muse_fast.pretraining.regions import nucleus_tables, window_size, windows
 from muse_fast.roiset.records import Roi
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.views.boxes import ViewBox
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     roi = max(roiset, key=lambda roi: len(roi.xy))
     boxes = draw_plan(roi, options.epoch, config.seed, views).boxes[: len(VIEW_COLOURS)]
     covering = windows(roi, window_size(roiset, views), (views.global_mpp_min + views.global_mpp_max) / 2)
-    table = nucleus_table(load_backbone(None, options.run), [roi], [covering])
+    table = nucleus_tables({"trained": load_backbone(None, options.run)}, [roi], [covering])["trained"]
     draw(options.out, roi, boxes, table.xy, principal_colours(table.features))
 
 

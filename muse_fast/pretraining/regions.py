@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,29 +66,36 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 @torch.inference_mode()
-def nucleus_table(backbone: Backbone, rois: Sequence[Roi], boxes: Sequence[Sequence[ViewBox]]) -> NucleusTable:
-    """Compute the features of the nuclei in ``boxes``, windows of each ROI; of several windows, the one counts in which
-    a nucleus is closest to the middle.
+def nucleus_tables(
+    networks: Mapping[str, Backbone], rois: Sequence[Roi], boxes: Sequence[Sequence[ViewBox]]
+) -> dict[str, NucleusTable]:
+    """Compute the features of the nuclei in ``boxes``, windows of each ROI, by each network; of several windows, the
+    one counts in which a nucleus is closest to the middle.
 
     Args:
-        backbone: in evaluation mode.
+        networks: in evaluation mode, by name. All see the same pixels, which are decoded once.
     """
-    parts = [_nuclei_of(backbone, roi, of_roi) for roi, of_roi in zip(rois, boxes, strict=True)]
-    xy = [np.empty((0, 2), np.float32), *(roi.xy[index] for roi, (index, _) in zip(rois, parts, strict=True))]
-    counts = torch.tensor([len(index) for index, _ in parts], dtype=torch.long)
-    features = [torch.empty(0, backbone.dense_dim), *(rows for _, rows in parts)]
-    return NucleusTable(torch.arange(len(rois)).repeat_interleave(counts), np.concatenate(xy), torch.cat(features))
+    parts = [_nuclei_of(networks, roi, of_roi) for roi, of_roi in zip(rois, boxes, strict=True)]
+    xy = np.concatenate(
+        [np.empty((0, 2), np.float32), *(roi.xy[index] for roi, (index, _) in zip(rois, parts, strict=True))]
+    )
+    roi_of = torch.arange(len(rois)).repeat_interleave(torch.tensor([len(i) for i, _ in parts], dtype=torch.long))
+    return {
+        name: NucleusTable(roi_of, xy, torch.cat([torch.empty(0, one.dense_dim), *(rows[name] for _, rows in parts)]))
+        for name, one in networks.items()
+    }
 
 
-def _nuclei_of(backbone: Backbone, roi: Roi, boxes: Sequence[ViewBox]) -> tuple[NDArray[np.int32], Tensor]:
-    """Numbers ``[m]`` of the nuclei of ``roi`` in ``boxes``, and their features ``[m, D]``."""
+def _nuclei_of(
+    networks: Mapping[str, Backbone], roi: Roi, boxes: Sequence[ViewBox]
+) -> tuple[NDArray[np.int32], dict[str, Tensor]]:
+    """Numbers ``[m]`` of the nuclei of ``roi`` in ``boxes``, and their features ``[m, D]`` by each network."""
     centres = np.array([(box.x + box.side / 2, box.y + box.side / 2) for box in boxes])
     nearest = np.abs(roi.xy[:, None] - centres).max(axis=2).argmin(axis=1)
     seen = [box.nuclei(roi.xy) for box in boxes]
     seen = [(xy[nearest[index] == box], index[nearest[index] == box]) for box, (xy, index) in enumerate(seen)]
     pixels = torch.from_numpy(roi.decode()).permute(2, 0, 1)
-    parameter = next(backbone.parameters())
-    features = []
+    features = {name: [torch.empty(0, one.dense_dim)] for name, one in networks.items()}
     at_once = max(1, _PIXELS_AT_ONCE // boxes[0].size ** 2)
     for first in range(0, len(boxes), at_once):
         of_boxes = seen[first : first + at_once]
@@ -97,10 +104,12 @@ def _nuclei_of(backbone: Backbone, roi: Roi, boxes: Sequence[ViewBox]) -> tuple[
             images = normalise(torch.stack([box.render(pixels) for box in boxes[first : first + at_once]]))
             xy = torch.from_numpy(np.concatenate([xy for xy, _ in of_boxes]))
             image_index = torch.arange(len(counts)).repeat_interleave(counts)
-            inputs = (images.to(parameter.dtype), xy, image_index)
-            features.append(backbone.nucleus_features(*(x.to(parameter.device) for x in inputs)).float().cpu())
+            for name, one in networks.items():
+                parameter = next(one.parameters())
+                rows = one.nucleus_features(images.to(parameter.device, parameter.dtype), xy, image_index)
+                features[name].append(rows.float().cpu())
     numbers = np.concatenate([index for _, index in seen])
-    return numbers, torch.cat(features) if features else torch.empty(0, backbone.dense_dim)
+    return numbers, {name: torch.cat(rows) for name, rows in features.items()}
 
 
 def neighbouring_rois(roiset: RoiSet, roi_ids: NDArray[np.int64], side_um: float = _REGION_UM) -> list[int]:

@@ -22,7 +22,7 @@ from muse_fast.pretraining import pictures
 from muse_fast.pretraining.regions import (
     middle_window,
     neighbouring_rois,
-    nucleus_table,
+    nucleus_tables,
     share_elsewhere,
     window_size,
     windows,
@@ -66,7 +66,7 @@ def draw_results(
     rois = [roiset[i] for i in roi_ids[:_MOST_SPREAD].tolist()]
     size, mpp = window_size(roiset, views), (views.global_mpp_min + views.global_mpp_max) / 2
     middles = [[middle_window(roi, size, mpp)] for roi in rois]
-    tables = {name: nucleus_table(network, rois, middles) for name, network in networks.items()}
+    tables = nucleus_tables(networks, rois, middles)
     pictures.retrieval_sheet(paths["retrieval"], rois, tables)
 
     shown = sorted(rois, key=lambda roi: -len(roi.xy))[:_MOST_MAPS]
@@ -77,8 +77,7 @@ def draw_results(
 
     region = [roiset[i] for i in neighbouring_rois(roiset, roi_ids)]
     covering = [windows(roi, size, mpp) for roi in region]
-    of_region = {name: nucleus_table(network, region, covering) for name, network in networks.items()}
-    pictures.region_picture(paths["region"], region, of_region)
+    pictures.region_picture(paths["region"], region, nucleus_tables(networks, region, covering))
 
     drawn = {"contact_sheet": folder / CONTACT_SHEET, **paths}
     shares = {name: share_elsewhere(table) for name, table in tables.items()}

@@ -62,7 +62,7 @@ def test_features_are_those_of_the_window_in_whose_middle_a_nucleus_is(thin: Non
     roi = roi_of(400, 400, xy, image=image)
     backbone = build_backbone("vit_tiny", image_size=64).eval()
     boxes = regions.windows(roi, 256, 0.5)
-    table = regions.nucleus_table(backbone, [roi, roi], [boxes, boxes[:1]])
+    table = regions.nucleus_tables({"it": backbone}, [roi, roi], [boxes, boxes[:1]])["it"]
     assert table.roi.tolist() == [0] * 4 + [1] * 3  # the first window, 256 px at the corner, lacks one
     numbers = [2, 3, 0, 1]  # window after window: those at 0 and at 144 px
     pixels = torch.from_numpy(roi.decode()).permute(2, 0, 1)
@@ -78,7 +78,8 @@ def test_features_are_those_of_the_window_in_whose_middle_a_nucleus_is(thin: Non
 def test_a_roi_without_nuclei_has_no_rows(thin: None) -> None:
     image, _, _ = synthetic_image(0, 64, 0.5)
     roi = roi_of(64, 64, np.zeros((0, 2)), image=image)
-    table = regions.nucleus_table(build_backbone("vit_tiny").eval(), [roi], [regions.windows(roi, 64, 0.5)])
+    networks = {"it": build_backbone("vit_tiny").eval()}
+    table = regions.nucleus_tables(networks, [roi], [regions.windows(roi, 64, 0.5)])["it"]
     assert len(table.roi) == len(table.xy) == 0 and table.features.shape == (0, 32)
 
 
