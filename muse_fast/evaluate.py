@@ -2,7 +2,7 @@
 
 Evaluates nucleus classification by the published protocol, see `muse_fast.classification.benchmark`.
 ``evaluate detect`` scores a fine-tuned detector, see `muse_fast.detection.score_detector`, and ``evaluate points``
-files of detected points, see `muse_fast.detection.score_files`.
+files of detected points, see `muse_fast.scoring.files`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 
 from muse_fast.classification.benchmark import PROTOCOLS, Benchmark, benchmark
 from muse_fast.classification.tasks import TASKS
-from muse_fast.detection import score_detector, score_files
+from muse_fast.detection import score_detector
 from muse_fast.errors import UserError
 from muse_fast.models.weights import COMPATS
 from muse_fast.runtime.cli import run
 from muse_fast.runtime.options import known_keys, load_settings, split_settings, split_source_options
+from muse_fast.scoring import files
 
 PROTOCOL_HELP = (
     "muse (default): the published rules, with nuclei rounded to whole pixels; exact: without rounding, and with maps "
@@ -29,7 +30,7 @@ EPILOG = (
     "`python -m muse_fast.evaluate detect ...` scores a fine-tuned detector, `python -m muse_fast.evaluate points ...` "
     "files of detected points; each has its own --help."
 )
-OTHERS = {"points": score_files.main, "detect": score_detector.main}
+OTHERS = {"points": files.main, "detect": score_detector.main}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,6 @@ from muse_fast.detection.finetuner import Finetuner, assign, proposal_places
 from muse_fast.detection.run import new_detector
 from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, known_nuclei, read_labelled
 from muse_fast.detection.score_detector import detect_images
-from muse_fast.detection.scores import evaluate
 from muse_fast.evaluate import main as evaluate_main
 from muse_fast.finetune import main
 from muse_fast.images.points_csv import read_points
@@ -30,6 +29,7 @@ from muse_fast.predict import main as predict
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.runtime.options import load_settings
+from muse_fast.scoring.scores import evaluate
 from muse_fast.sources import open_source
 from muse_fast.training.report import read_metrics
 

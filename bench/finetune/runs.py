@@ -22,7 +22,6 @@ from bench import trainings
 from muse_fast import finetune, load_backbone
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import Detector, Proposals, load_detector
-from muse_fast.detection.protocols import PROTOCOLS
 from muse_fast.detection.samples import LabelledImage, known_nuclei
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.export import BACKBONE, Trained, write_safetensors
@@ -30,10 +29,11 @@ from muse_fast.images.points import Points
 from muse_fast.models.backbone import random_twin_of
 from muse_fast.runtime.atomic import replacing, write_json
 from muse_fast.runtime.options import load_settings
+from muse_fast.scoring.protocols import PROTOCOLS
 from muse_fast.training.report import read_metrics
 
 Row: TypeAlias = dict[str, Any]
-Counts: TypeAlias = NDArray[np.int64]  # [images, classes + 1, 3], see `muse_fast.detection.protocols`
+Counts: TypeAlias = NDArray[np.int64]  # [images, classes + 1, 3], see `muse_fast.scoring.protocols`
 
 RANDOM, PRETRAINED = "random", "pretrained"
 STARTS = (RANDOM, PRETRAINED)

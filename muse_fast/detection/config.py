@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from muse_fast.config import ViewsConfig
-from muse_fast.detection.protocols import PROTOCOLS
 from muse_fast.detection.squares import SURROUNDINGS
 from muse_fast.errors import require
 from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.runtime.options import MAX_SEED, Config, setting
+from muse_fast.scoring.protocols import PROTOCOLS
 
 PSEUDO_VIEWS = ("plain", "same")
 
@@ -104,7 +104,7 @@ class FinetuneTrainConfig(Config):
     eval_every: int = setting(1, ge=1)
     """Epochs between evaluations of the val split; the last epoch is always evaluated."""
     protocol: str = setting("ocelot", choices=PROTOCOLS)
-    """Protocol of the F1 that selects the best epoch, see `muse_fast.detection.protocols`."""
+    """Protocol of the F1 that selects the best epoch, see `muse_fast.scoring.protocols`."""
     radius_um: float = setting(3.0, gt=0)
     """Maximal distance in um between a predicted nucleus and its true one."""
 

@@ -32,12 +32,12 @@ from muse_fast.detection.samples import (
     read_labelled,
 )
 from muse_fast.detection.score_detector import detect_images
-from muse_fast.detection.scores import Scores, evaluate, evaluate_all, scores_table
 from muse_fast.errors import UserError
 from muse_fast.models.weights import load_backbone
 from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.scoring.scores import Scores, evaluate, evaluate_all, scores_table
 from muse_fast.sources import open_source
 from muse_fast.training.guard import NonFiniteError
 from muse_fast.training.memory import explained_out_of_memory

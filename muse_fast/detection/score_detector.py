@@ -18,7 +18,6 @@ from rich.console import Console
 
 from muse_fast.detection.detector import Detector, load_detector
 from muse_fast.detection.samples import LabelledImage, class_names, known_nuclei, labelled_image, labels
-from muse_fast.detection.scores import evaluate_all, scores_table
 from muse_fast.errors import UserError, require
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import write_points
@@ -26,6 +25,7 @@ from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
 from muse_fast.runtime.options import split_source_options
 from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
+from muse_fast.scoring.scores import evaluate_all, scores_table
 from muse_fast.sources import SourceImage, open_source
 from muse_fast.version import __version__
 

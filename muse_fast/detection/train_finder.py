@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from muse_fast.detection.crops import Annotated, Crops, draw_crops
-from muse_fast.detection.scores import Score, evaluate
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import ClassicalFinder, LearnedFinder, NucleusFinder, write_finder
 from muse_fast.finders.network import MULTIPLE, NucleusNet
@@ -27,6 +26,7 @@ from muse_fast.images.image_files import resampled
 from muse_fast.images.points import Points
 from muse_fast.runtime import atomic
 from muse_fast.runtime.options import MAX_SEED, Config, setting
+from muse_fast.scoring.scores import Score, evaluate
 from muse_fast.sources import open_source
 from muse_fast.sources.base import SPLITS, read_splits
 from muse_fast.training.report import RunReport
@@ -34,7 +34,7 @@ from muse_fast.training.schedules import warmup_cosine
 from muse_fast.version import __version__
 
 WEIGHTS = "detector.safetensors"
-PROTOCOL = "max-matching"  # of muse_fast.detection.protocols: 3 um, as many pairs as possible
+PROTOCOL = "max-matching"  # of muse_fast.scoring.protocols: 3 um, as many pairs as possible
 DRAWS = 2000
 DISTANCES_UM = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 THRESHOLDS = np.arange(0.1, 0.701, 0.02).tolist()

@@ -13,9 +13,9 @@ import torch
 from bench.__main__ import main
 from bench.finetune import runs
 from muse_fast import load_backbone
-from muse_fast.detection.scores import evaluate
 from muse_fast.images.points import Points
 from muse_fast.runtime import checkpoint
+from muse_fast.scoring.scores import evaluate
 
 pytestmark = pytest.mark.usefixtures("thin")
 TOY = """

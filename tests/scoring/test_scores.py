@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from muse_fast.detection.protocols import PROTOCOLS
-from muse_fast.detection.scores import Scores, evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
+from muse_fast.scoring.protocols import PROTOCOLS
+from muse_fast.scoring.scores import Scores, evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.sources import open_source
 
 EMPTY = Points(np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0))

@@ -1,7 +1,7 @@
 """Scores of nucleus detection and classification: predicted points against true ones, by a named protocol.
 
 On the same points, the choice of protocol changes F1 by ten points or more, so a number means little without the name
-of its protocol. `evaluate_all` computes all of them; `muse_fast.detection.protocols` describes them.
+of its protocol. `evaluate_all` computes all of them; `muse_fast.scoring.protocols` describes them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from muse_fast.detection.pairing import TooManyPointsError
-from muse_fast.detection.protocols import PROTOCOLS, Counts, Figures, Protocol, find_protocol
 from muse_fast.errors import UserError, require
 from muse_fast.images.points import Points
 from muse_fast.runtime.progress_bar import ShowProgress
+from muse_fast.scoring.pairing import TooManyPointsError
+from muse_fast.scoring.protocols import PROTOCOLS, Counts, Figures, Protocol, find_protocol
 
 __all__ = ["Interval", "Score", "Scores", "evaluate", "evaluate_all", "figures_table", "scores_table"]
 
@@ -68,7 +68,7 @@ def evaluate(
         truths: per image, in the same order of images; scores are ignored.
         mpp: um per pixel, one value for all images or one per image.
         num_classes: labels are 0 to ``num_classes - 1``. Without classes: 1, and all labels 0.
-        protocol: a name in `muse_fast.detection.protocols`.
+        protocol: a name in `muse_fast.scoring.protocols`.
         radius_um: maximal distance of a pair; None uses the protocol's own.
         draws: bootstrap samples for the intervals of F1; 0 computes no intervals. Images are drawn with replacement,
             and the interval is from the 2.5th to the 97.5th percentile. Points are paired only once.

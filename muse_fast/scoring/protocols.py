@@ -40,7 +40,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muse_fast.detection.pairing import (
+from muse_fast.errors import UserError, did_you_mean
+from muse_fast.images.points import Points
+from muse_fast.scoring.pairing import (
     Pairs,
     Rule,
     as_many_as_possible,
@@ -50,8 +52,6 @@ from muse_fast.detection.pairing import (
     by_truth,
     find_candidates,
 )
-from muse_fast.errors import UserError, did_you_mean
-from muse_fast.images.points import Points
 
 Counts = NDArray[np.int64]
 """``[..., 3]``: true positives, false positives and false negatives, with the protocol's weights."""

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from muse_fast.detection.protocols import PROTOCOLS, find_protocol
-from muse_fast.detection.scores import evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.errors import UserError, require
 from muse_fast.images.mpp import check_mpp
 from muse_fast.images.points import Points
@@ -26,6 +24,8 @@ from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.folders import iter_files
 from muse_fast.runtime.options import split_list
 from muse_fast.runtime.progress_bar import ProgressBar
+from muse_fast.scoring.protocols import PROTOCOLS, find_protocol
+from muse_fast.scoring.scores import evaluate, evaluate_all, figures_table, scores_table
 from muse_fast.version import __version__
 
 ALL = "all"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy.spatial import KDTree
 
-from muse_fast.detection.protocols import PROTOCOLS, find_protocol
-from muse_fast.detection.scores import evaluate
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
+from muse_fast.scoring.protocols import PROTOCOLS, find_protocol
+from muse_fast.scoring.scores import evaluate
 
 CASES = 200
 

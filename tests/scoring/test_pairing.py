@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from muse_fast.detection import pairing
-from muse_fast.detection.pairing import TooManyPointsError, by_total_distance, find_candidates
-from muse_fast.detection.protocols import PROTOCOLS
-from muse_fast.detection.scores import evaluate, evaluate_all
 from muse_fast.images.points import Points
+from muse_fast.scoring import pairing
+from muse_fast.scoring.pairing import TooManyPointsError, by_total_distance, find_candidates
+from muse_fast.scoring.protocols import PROTOCOLS
+from muse_fast.scoring.scores import evaluate, evaluate_all
 
 
 def points(*rows: tuple[float, ...], scores: tuple[float, ...] | None = None) -> Points:

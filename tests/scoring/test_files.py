@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from muse_fast.detection.protocols import PROTOCOLS
-from muse_fast.detection.scores import evaluate
 from muse_fast.errors import UserError
 from muse_fast.evaluate import main
 from muse_fast.images.points import Points
 from muse_fast.runtime.cli import run
+from muse_fast.scoring.protocols import PROTOCOLS
+from muse_fast.scoring.scores import evaluate
 
 TRUTH = {"a.csv": "x,y,label\n10,10,0\n20,20,1\n", "b.csv": "x,y,label\n5,5,1\n", "c.csv": "x,y,label\n"}
 FOUND = {
