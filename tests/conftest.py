@@ -56,6 +56,15 @@ def thin() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def without_pictures() -> Iterator[None]:
+    """Runs of ``pretrain`` draw no pictures of their results."""
+    from tests.support import toy_runs  # it imports the whole engine
+
+    with toy_runs.without_pictures():
+        yield
+
+
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two processes that run functions as ranks 0 and 1."""

@@ -24,6 +24,8 @@ from muse_fast.runtime.cli import run as run_command
 from muse_fast.training.report import read_metrics
 from torture.toy import ARCH, arguments, losses, prepare
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # but those of `unbroken`, which starts earlier
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -232,8 +234,7 @@ def test_a_run_can_start_from_the_checkpoint_of_another(workplace: Path, unbroke
     origin = checkpoint.folder_of(unbroken, 10)
     assert main([*arguments(workplace, out), "--resume", str(origin)]) == 0
     assert losses(out) == losses(unbroken)[10:]
-    summary = json.loads((out / "summary.json").read_text())
-    assert all(Path(picture).exists() for picture in summary["pictures"].values())
+    assert (out / "pictures" / "contact_sheet.png").exists()
 
 
 def test_a_run_with_larger_views_starts_from_another(

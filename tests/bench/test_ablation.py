@@ -23,7 +23,7 @@ from muse_fast.errors import UserError
 from muse_fast.pretraining.start import first_backbone
 from muse_fast.runtime import checkpoint
 
-pytestmark = pytest.mark.usefixtures("thin")
+pytestmark = pytest.mark.usefixtures("thin", "without_pictures")
 TOY = """
 data: {split: train, workers: 0}
 views: {global_size: 64, local_size: 32, num_locals: 1}

@@ -14,6 +14,7 @@ from muse_fast import prepare
 from muse_fast.config import load_config
 from muse_fast.pretraining.start import first_backbone
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 TOY = """
 data: {split: train, workers: 0}
 views: {global_size: 64, num_locals: 0}

@@ -24,7 +24,7 @@ from muse_fast.views.loader import load_views
 from tests.pretraining.test_trainer import TOY, toy, toy_views
 from tests.support.ranks import HostWaitError, NoHostWait
 
-pytestmark = pytest.mark.usefixtures("thin")
+pytestmark = pytest.mark.usefixtures("thin", "without_pictures")
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(backends.library_error() is not None, reason=str(backends.library_error()))
 

@@ -73,8 +73,10 @@ def test_training_is_the_same(recompute: str) -> None:
     assert steps[0] == steps[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param(name, marks=pytest.mark.slow if name == "selective" else pytest.mark.heavy) for name in RECOMPUTE],
+)
 def test_compiled_layers_train_alike(recompute: str) -> None:
     torch.compiler.reset()
     counters.clear()
