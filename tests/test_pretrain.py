@@ -2,12 +2,8 @@
 
 import gc
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +18,9 @@ from muse_fast.pretraining.trainer import Metrics, Trainer
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.training.report import read_metrics
-from torture.toy import ARCH, arguments, losses, prepare
+from torture import paced
+from torture.processes import Child
+from torture.toy import ARCH, arguments, log_of, losses, prepare, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # but those of `unbroken`, which starts earlier
 
@@ -32,23 +30,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(tmp_path_factory.mktemp("pretrain"))
 
 
-def start(workplace: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "torture.paced", *arguments(workplace, out, *overrides)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None:
-        rows = read_metrics(out / "metrics.jsonl")
-        if rows and rows[-1]["step"] >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"ended before step {step}: {process.stdout.read() if process.stdout else ''}")
+def start(workplace: Path, out: Path, *overrides: str) -> Child:
+    return Child(paced.main, arguments(workplace, out, *overrides), log=log_of(out))
 
 
 def crash_at_step(step: int, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +84,11 @@ def test_a_run_killed_three_times_ends_with_the_same_losses(workplace: Path, unb
     rng = random.Random(0)
     out = workplace / "killed"
     for low in (2, 4, 6):
-        process = start(workplace, out)
-        wait_for_step(out, rng.randint(low, low + 2), process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = start(workplace, out)
-    assert process.wait() == 0, process.stdout.read() if process.stdout else ""
+        with start(workplace, out) as process:
+            wait_for_step(out, rng.randint(low, low + 2), process)
+            process.kill()
+    with start(workplace, out) as process:
+        assert process.wait() == 0, process.output()
     assert losses(out) == losses(unbroken)
     for stem in ("student", "teacher", "optimizer", "state"):
         ours = checkpoint.read_tensors(checkpoint.folder_of(out, 12), stem)
@@ -132,10 +114,10 @@ def test_views_by_dali_have_the_same_pairs_and_nearly_the_same_loss(workplace: P
 
 def test_sigterm_saves_and_exits_with_a_known_code(workplace: Path, unbroken: Path) -> None:
     out = workplace / "terminated"
-    process = start(workplace, out, "train.checkpoint_every=1000")
-    wait_for_step(out, 3, process)
-    process.terminate()
-    assert process.wait() == exit_codes.STOPPED
+    with start(workplace, out, "train.checkpoint_every=1000") as process:
+        wait_for_step(out, 3, process)
+        process.signal(signal.SIGTERM)
+        assert process.wait() == exit_codes.STOPPED, process.output()
     written = json.loads((out / "exit.json").read_text())
     assert written["code"] == exit_codes.STOPPED and written["reason"] == "SIGTERM"
     assert checkpoint.steps(out) == [written["step"]]
