@@ -96,7 +96,7 @@ def test_which_errors_mean_a_lost_rank(message: str, lost: bool) -> None:
     [
         pytest.param("launcher", marks=pytest.mark.slow),
         pytest.param("rank 0", marks=pytest.mark.heavy),
-        pytest.param("rank 1", marks=pytest.mark.slow),
+        pytest.param("rank 1", marks=pytest.mark.heavy),
     ],
 )
 def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, receiver: str) -> None:
