@@ -10,7 +10,7 @@ from typing import Any
 
 from muse_fast.errors import UserError
 from muse_fast.runtime.options import Config
-from muse_fast.training.run import find_start, refuse_other_settings
+from muse_fast.training.run import find_checkpoint, refuse_other_settings
 
 
 def trained(command: Callable[[Sequence[str]], int], argv: Sequence[str], out: Path, config: Config) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def trained(command: Callable[[Sequence[str]], int], argv: Sequence[str], out: P
     """
     summary = out / "summary.json"
     if summary.exists():
-        refuse_other_settings(find_start(out, "auto") or out, config)
+        refuse_other_settings(find_checkpoint(out, "auto") or out, config)
     else:
         log = out.with_name(f"{out.name}.log")
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from muse_fast.config import load_config
 from muse_fast.models.timm.networks import parse_spec
-from muse_fast.pretraining import run as pretraining_run
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime import checkpoint, exit_codes
+from muse_fast.training.loop import sampler_of
 from muse_fast.training.report import read_metrics
 from muse_fast.views.loader import StepSampler, ViewDataset, load_views
 from tests.support.ranks import Ranks, counted_collectives
@@ -156,7 +156,7 @@ def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
     config = load_config(path, overrides)
     roiset = RoiSet(Path(config.data.roiset))
     trainer = Trainer(config, torch.device("cpu"))
-    sampler = pretraining_run._sampler(trainer, roiset.select(""))
+    sampler = sampler_of(trainer, roiset.select(""))
     views = load_views(ViewDataset(roiset, config.views, config.seed), sampler, workers=0)
     return trainer, zip(*[views] * config.optim.accumulate, strict=True)
 

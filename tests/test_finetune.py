@@ -325,7 +325,7 @@ def test_a_small_set_can_be_learnt() -> None:
         return evaluate(detect_images(tuner.detector, images), truths, 0.5, 3).mean_f1
 
     before, offsets = f1(), []
-    for epoch in range(40):
+    for epoch in range(60):
         batch = dataset[[(epoch, 0), (epoch, 1)]]
         assert isinstance(batch, LfovBatch)
         offsets.append(float(tuner.train_step(batch)["loss_reg"]))

@@ -14,10 +14,10 @@ from muse_fast.config import load_config
 from muse_fast.errors import UserError
 from muse_fast.pretrain import main
 from muse_fast.pretraining.flops import step_flops
-from muse_fast.pretraining.trainer import Metrics, Trainer
+from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
-from muse_fast.training.report import read_metrics
+from muse_fast.training.report import Metrics, read_metrics
 from torture import paced
 from torture.processes import Child
 from torture.toy import ARCH, arguments, log_of, losses, prepare, wait_for_step
@@ -284,7 +284,7 @@ def test_mfu_is_the_flops_of_a_row_over_the_peak(workplace: Path, monkeypatch: p
         return train_step(trainer, *views, measure=measure)
 
     monkeypatch.setattr(Trainer, "train_step", counting)
-    monkeypatch.setattr("muse_fast.pretraining.run.peak_flops", lambda device: 1.0)
+    monkeypatch.setattr("muse_fast.training.loop.peak_flops", lambda device: 1.0)
     assert main(arguments(workplace, out, "optim.steps=3")) == 0
     config = load_config(workplace / "toy.yaml")
     rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]

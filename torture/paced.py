@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from muse_fast import pretrain
 from muse_fast.batch import Views
-from muse_fast.pretraining.trainer import Metrics, Trainer
+from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime.cli import run
+from muse_fast.training.report import Metrics
 
 PAUSE = 0.15  # seconds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from muse_fast.config import ViewsConfig
+from muse_fast.config import PARALLEL, PRECISIONS, RECOMPUTE, ViewsConfig
 from muse_fast.detection.squares import SURROUNDINGS
 from muse_fast.errors import require
 from muse_fast.images.mpp import MPP_RANGE
@@ -48,6 +48,13 @@ class SamplesConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneConfig(Config):
+    recompute: str = setting("none", choices=RECOMPUTE, may_change=True)
+    """Activations of a ViT layer that backward recomputes instead of storing them: ``none``, ``selective`` (all but
+    matmuls and attention) or ``full``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorConfig(Config):
     stride: int = setting(8, choices=(4, 8, 16))
     """Pixels between proposals."""
@@ -82,7 +89,10 @@ class DetectionLossConfig(Config):
 class AdamConfig(Config):
     epochs: int = setting(150, ge=1)
     batch_size: int = setting(4, ge=1)
-    """Images per step."""
+    """Images per step, summed over all ranks."""
+    accumulate: int = setting(1, ge=1)
+    """Micro-batches into which each rank splits its share of the batch, to save memory. Each loss is the mean over one
+    micro-batch of all ranks, as are the statistics of BatchNorm; a step takes the mean of its micro-batches."""
     lr: float = setting(1e-4, ge=0)
     min_lr: float = setting(1e-5, ge=0)
     """Learning rate at the end of the cosine schedule."""
@@ -95,10 +105,17 @@ class AdamConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneTrainConfig(Config):
-    precision: str = setting("bf16", choices=("bf16", "fp32"))
-    """``bf16`` autocast or ``fp32``; weights, losses and optimiser state are fp32 either way."""
+    precision: str = setting("bf16", choices=PRECISIONS)
+    """``bf16`` autocast or ``fp32``; weights, losses and optimiser state are fp32 either way. ``fp64`` is for tests."""
     device: str = "auto"
-    """``auto`` uses a CUDA GPU if there is one."""
+    """``auto`` uses a CUDA GPU if there is one; under torchrun, each rank uses its own."""
+    parallel: str = setting("ddp", choices=PARALLEL, may_change=True)
+    """On several ranks: ``ddp`` replicates everything, ``fsdp`` shards weights and optimiser state (FSDP2)."""
+    compile: bool = setting(False, may_change=True)
+    """torch.compile each ViT layer; the first step then takes minutes."""
+    timeout: int = setting(1_200, ge=1, le=1_799, unit="seconds", may_change=True)
+    """On several ranks: seconds without progress after which the rank that the others wait for is named and all exit.
+    Must be longer than a checkpoint, an evaluation or a compiled first step, and shorter than half an hour."""
     log_every: int = setting(10, ge=1, may_change=True)
     """Steps between rows of metrics.jsonl."""
     eval_every: int = setting(1, ge=1)
@@ -113,6 +130,7 @@ class FinetuneTrainConfig(Config):
 class FinetuneConfig(Config):
     seed: int = setting(0, ge=0, le=MAX_SEED)
     data: SamplesConfig = field(default_factory=SamplesConfig)
+    model: BackboneConfig = field(default_factory=BackboneConfig)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     loss: DetectionLossConfig = field(default_factory=DetectionLossConfig)
     optim: AdamConfig = field(default_factory=AdamConfig)

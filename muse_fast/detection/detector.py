@@ -9,7 +9,7 @@ from that row an offset, which moves the proposal onto a nucleus, and a type, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from muse_fast.errors import UserError, require
 from muse_fast.images.imagenet import normalise
 from muse_fast.images.points import Points, non_maximum_suppression
 from muse_fast.models.archs import find_arch
-from muse_fast.models.backbone import Backbone, build_backbone, build_to_fill
+from muse_fast.models.backbone import Backbone, WithBackbone, build_backbone, build_to_fill
 from muse_fast.models.encoder import describe_sides, nearest
 from muse_fast.models.weights import find_checkpoint
 from muse_fast.runtime import checkpoint
@@ -91,14 +91,14 @@ def sample_sides(sides: range) -> range:
 
 
 class Proposals(NamedTuple):
-    """Predictions of the network at every proposal, float32."""
+    """Predictions of the network at every proposal, in the dtype of its weights."""
 
     xy: Tensor  # [P, 2] pixels, positions on the grid, the same in every image
     points: Tensor  # [I, P, 2] pixels, predicted positions of nuclei
     logits: Tensor  # [I, P, C + 1], background last
 
 
-class Detector(nn.Module):
+class Detector(WithBackbone):
     """Backbone and heads. `load_detector` loads a trained one; a new one has random heads and offsets of 0.
 
     Attributes:
@@ -120,6 +120,10 @@ class Detector(nn.Module):
         nn.init.zeros_(offset.weight)
         nn.init.zeros_(offset.bias)
         self.reg_head, self.type_head = _mlp(width, hidden, offset), _mlp(width, hidden, types)
+
+    @property
+    def heads(self) -> Mapping[str, nn.Module]:
+        return {"reg": self.reg_head, "type": self.type_head}
 
     @property
     def mpp(self) -> float:
@@ -147,8 +151,10 @@ class Detector(nn.Module):
         xy = grid(side, self.spec.stride).to(device)
         image_index = torch.arange(count, device=device).repeat_interleave(len(xy))
         rows = ops.sample_nuclei(levels, xy.repeat(count, 1), image_index, side)
-        offsets = self.spec.stride * self.reg_head(rows).float().unflatten(0, (count, len(xy)))
-        return Proposals(xy, xy + offsets, self.type_head(rows).float().unflatten(0, (count, len(xy))))
+        offsets, logits = (
+            head(rows).to(next(head.parameters()).dtype).unflatten(0, (count, len(xy))) for head in self.heads.values()
+        )
+        return Proposals(xy, xy + self.spec.stride * offsets, logits)
 
     @torch.inference_mode()
     def detect(self, images: Tensor) -> list[Points]:
@@ -289,12 +295,16 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
         raise UserError(f"{folder} is a checkpoint of pretraining, not a detector; run muse_fast.finetune on it first")
     recorded = {"pos_embed_resize": RESIZE_UNRECORDED, **state[STEM]}
     tuples = {key: tuple(recorded.get(key, ())) for key in ("class_names", "taps")}
-    spec = DetectorSpec(**{**recorded, **tuples})
-    described = ("image_size", "pos_embed_resize", "decoder_dim", "taps")
-    shape: dict[str, Any] = {key: getattr(spec, key) for key in described}
-    detector = build_to_fill(spec.arch, spec.taps, lambda: Detector(build_backbone(spec.arch, **shape), spec))
+    detector = build_detector(DetectorSpec(**{**recorded, **tuples}))
     detector.load_state_dict(checkpoint.read_tensors(folder, STEM))
     return detector.to(device).eval()
+
+
+def build_detector(spec: DetectorSpec) -> Detector:
+    """Build a detector whose weights are to be loaded."""
+    described = ("image_size", "pos_embed_resize", "decoder_dim", "taps")
+    shape: dict[str, Any] = {key: getattr(spec, key) for key in described}
+    return build_to_fill(spec.arch, spec.taps, lambda: Detector(build_backbone(spec.arch, **shape), spec))
 
 
 def _mlp(in_dim: int, hidden_dim: int, last: nn.Linear) -> nn.Sequential:

@@ -1,11 +1,13 @@
 """The losses of fine-tuning (paper, equation 9) and the weight of the third.
 
-They accept rows of proposals from any images, and are 0 with zero gradients without rows.
+They are sums over rows of proposals from any images, 0 with zero gradients without rows. Each comes with the sum of its
+rows' weights, because the mean is over the rows of all ranks.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +17,33 @@ UNKNOWN = -1
 """Target of a proposal whose class is unknown; the loss ignores it."""
 
 
-def regression_loss(points: Tensor, nuclei: Tensor) -> Tensor:
-    """Mean squared distance between matched predictions and nuclei, both ``[M, 2]``, in pixels squared."""
-    return (points - nuclei).square().sum() / max(1, len(points))
+class Sum(NamedTuple):
+    """A sum over rows and that of their weights, both ``[]``."""
+
+    total: Tensor
+    weight: Tensor
 
 
-def mean_distance(points: Tensor, nuclei: Tensor) -> Tensor:
-    """Mean distance of ``points`` from ``nuclei``, both ``[M, 2]``, in pixels; 0 without any.
+def mean(total: Tensor, weight: Tensor) -> Tensor:
+    """``total / weight`` of any shape; 0 where both are 0."""
+    return total / weight.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def regression_loss(points: Tensor, nuclei: Tensor) -> Sum:
+    """Squared distance between matched predictions and nuclei, both ``[M, 2]``, in pixels squared."""
+    return Sum((points - nuclei).square().sum(), points.new_full((), len(points)))
+
+
+def distance(points: Tensor, nuclei: Tensor) -> Sum:
+    """Distance of ``points`` from ``nuclei``, both ``[M, 2]``, in pixels.
 
     Of matched predictions and of their proposals on the same nuclei, it says what the offsets are worth.
     """
-    return (points - nuclei).norm(dim=1).sum() / max(1, len(points))
+    return Sum((points - nuclei).norm(dim=1).sum(), points.new_full((), len(points)))
 
 
-def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Tensor:
-    """Weighted mean ``[]`` of the cross-entropy: weight ``background_weight`` for background, 1 for other classes.
+def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Sum:
+    """Weighted cross-entropy: weight ``background_weight`` for background, 1 for other classes.
 
     Args:
         logits: ``[M, C + 1]``, background last.
@@ -38,8 +52,7 @@ def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Tenso
     weight = logits.new_ones(logits.shape[1])
     weight[-1] = background_weight
     total = F.cross_entropy(logits, target, weight, ignore_index=UNKNOWN, reduction="sum")
-    total_weight = torch.where(target == UNKNOWN, 0, weight[target]).sum()
-    return total / total_weight.clamp_min(torch.finfo(logits.dtype).tiny)
+    return Sum(total, torch.where(target == UNKNOWN, 0, weight[target]).sum())
 
 
 def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from muse_fast.detection.config import FinetuneConfig
@@ -33,29 +32,19 @@ from muse_fast.detection.samples import (
 )
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.errors import UserError
+from muse_fast.images.points import Points
 from muse_fast.models.weights import load_backbone
 from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
-from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.runtime.device import pick_device
 from muse_fast.scoring.scores import Scores, evaluate, evaluate_all, scores_table
 from muse_fast.sources import open_source
-from muse_fast.training.guard import NonFiniteError
+from muse_fast.training.loop import sampler_of, train
 from muse_fast.training.memory import explained_out_of_memory
-from muse_fast.training.report import (
-    RunReport,
-    StopSignal,
-    Stopwatch,
-    collected_between_steps,
-    read_back,
-    read_metrics,
-)
-from muse_fast.training.run import (
-    find_start,
-    print_precision_note,
-    refuse_other_settings,
-    report_non_finite,
-    report_stopped,
-)
+from muse_fast.training.parallel import describe_ranks
+from muse_fast.training.precision import print_precision_note
+from muse_fast.training.report import RunReport, StopSignal, read_metrics
+from muse_fast.training.run import find_start, open_folder, report_stalled
 from muse_fast.version import __version__
 from muse_fast.views.loader import StepSampler, load_batches
 
@@ -77,35 +66,34 @@ def finetune(
 ) -> int:
     """Start or continue a fine-tuning run; return the exit code (0 done, 75 stopped on request, 3 not finite).
 
+    Under torchrun every rank calls it; the ranks share the batch and the evaluations, and the main rank writes. A rank
+    that waits too long for another ends its process with code 4.
+
     Raises:
         UserError: settings, data, weights or the content of ``out`` are not suitable for the run.
     """
     if (out / "summary.json").exists():
         raise UserError(f"{out} is a finished run; choose another --out")
-    if distributed.launched():
-        raise UserError("fine-tuning runs in one process; start it without torchrun")
-    device = pick_device(config.train.device, "train.device")
+    device = pick_device(config.train.device, "train.device", distributed.local_rank())
     source = open_source(data, **(options or {}))
     splits = read_labelled(source, (config.data.train, config.data.val), config.data.mpp, config.data.sample_size)
-    train, val = draw_images(splits[config.data.train], config.data.fraction, config.seed), splits[config.data.val]
+    images, val = draw_images(splits[config.data.train], config.data.fraction, config.seed), splits[config.data.val]
     names = class_names(source)
 
-    start = find_start(out, resume)
-    if start is None:
-        detector = new_detector(config, names, weights, arch, compat)
-    else:
-        refuse_other_settings(start, config)
-        detector = load_detector(start)
-    tuner = Finetuner(config, detector, device, len(train))
-    if start is not None:
-        _refuse_other_data(start, names, len(train))
-        tuner.load(start)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    checkpoint.remove_temporary(out)
-    _announce(tuner, out, data, weights, start, train, val)
-    with explained_out_of_memory(device, partial(situation, tuner)):
-        return _run(tuner, out, train, val)
+    with StopSignal() as stop, distributed.process_group(device, config.train.timeout, partial(report_stalled, out)):
+        start = find_start(out, resume, config, device)
+        detector = new_detector(config, names, weights, arch, compat) if start is None else load_detector(start)
+        tuner = Finetuner(config, detector, device, len(images))
+        if start is not None:
+            _refuse_other_data(start, names, len(images))
+            tuner.load(start)
+        sampler = sampler_of(tuner, np.arange(len(images)))
+        if distributed.is_main():
+            open_folder(out, config)
+            _announce(tuner, out, data, weights, start, images, val)
+        distributed.wait_for_all()  # every rank has found its checkpoint
+        with explained_out_of_memory(device, partial(situation, tuner)):
+            return _run(tuner, out, images, val, sampler, stop)
 
 
 def new_detector(
@@ -139,89 +127,86 @@ def _refuse_other_data(start: Path, names: tuple[str, ...], num_images: int) -> 
         )
 
 
-def _run(tuner: Finetuner, out: Path, train: Sequence[LabelledImage], val: Sequence[LabelledImage]) -> int:
-    config, steps = tuner.config, tuner.steps
+def _run(
+    tuner: Finetuner,
+    out: Path,
+    images: Sequence[LabelledImage],
+    val: Sequence[LabelledImage],
+    sampler: StepSampler,
+    stop: StopSignal,
+) -> int:
+    config = tuner.config
     dataset = LfovDataset(
-        train,
+        images,
         size=config.data.sample_size,
         surroundings=config.data.surroundings,
         turns=config.data.turns,
         colours=config.data.colours(),
         seed=config.seed,
     )
-    sampler = StepSampler(
-        np.arange(len(train)),
-        seed=config.seed,
-        batch_size=config.optim.batch_size,
-        start_step=tuner.step,
-        stop_step=steps,
-    )
     began = time.time()
-    stop, watch = StopSignal(), Stopwatch()
     batches = load_batches(
         dataset,
         sampler,
         workers=config.data.workers,
-        named=lambda numbers: f"images {', '.join(train[number].name for number in numbers)}",
+        named=lambda numbers: f"images {', '.join(images[number].name for number in numbers)}",
         batch_bytes=dataset.batch_bytes(sampler.size),
         pin_memory=tuner.device.type == "cuda",
         timeout=config.data.timeout,
     )
-    with (
-        closing(batches),
-        stop,
-        RunReport(out, tuner.step, steps, _summary_line) as report,
-        collected_between_steps() as collect,
-    ):
-        for batch in watch.timed(batches):
-            step = tuner.step + 1
-            epochs = tuner.epoch_of(step)  # completed
-            ends_epoch = epochs > tuner.epoch_of(step - 1) or step == steps
-            log_it = step % config.train.log_every == 0 or step == steps
-            values = tuner.train_step(batch, measure=log_it)
-            try:
-                if log_it:
-                    tuner.check()
-                    report.training(step, read_back(values) | _throughput(tuner, watch))
-                    collect()
-                if ends_epoch and (epochs % config.train.eval_every == 0 or step == steps):
-                    tuner.check()
-                    scores = _validate(tuner, val)
-                    report.evaluation(step, _as_row(scores, tuner.detector.class_names, epochs))
-                    if scores.mean_f1 > tuner.best.get("f1", -1.0):
-                        tuner.best = {"step": step, "epoch": epochs, "f1": scores.mean_f1}
-                        tuner.save_best(out)  # before the run's checkpoint, which refers to it
-                if ends_epoch or stop.received:
-                    tuner.save(out)
-            except NonFiniteError as error:
-                return report_non_finite(out, config.seed, error)
-            if stop.received and step < steps:
-                return report_stopped(out, stop.received, step)
-    (out / "exit.json").unlink(missing_ok=True)
-    _finish(tuner, out, val, time.time() - began)
+    with closing(batches), RunReport(out, tuner.step, tuner.steps, _summary_line) as report:
+        ended_early = train(
+            tuner,
+            out,
+            batches,
+            report,
+            stop,
+            evaluate=partial(_evaluate, tuner, out, val),
+            saves_after=tuner.ends_epoch,
+        )
+    if ended_early is not None:
+        return ended_early
+    distributed.wait_for_all()  # the best detector is written
+    detector = load_detector(out, tuner.device)
+    found = _detect(tuner, detector, val)
+    if distributed.is_main():
+        (out / "exit.json").unlink(missing_ok=True)
+        _write_results(tuner, detector, out, val, found, time.time() - began)
+    distributed.wait_for_all()
     return 0
 
 
-def _validate(tuner: Finetuner, images: Sequence[LabelledImage]) -> Scores:
+def _evaluate(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], step: int) -> dict[str, float] | None:
+    """Score the detector after ``step`` and save it if it is the best so far, if that is due; all ranks call it."""
+    config, epochs = tuner.config.train, tuner.epoch_of(step)
+    if not (step == tuner.steps or (tuner.ends_epoch(step) and epochs % config.eval_every == 0)):
+        return None
+    tuner.check()
+    detector = tuner.whole_detector()
+    found, truths = _detect(tuner, detector, val), _truths(val)
+    names = detector.class_names
+    scores = evaluate(found, truths, detector.mpp, len(names), config.protocol, config.radius_um)
+    if scores.mean_f1 > tuner.best.get("f1", -1.0):
+        tuner.best = {"step": step, "epoch": epochs, "f1": scores.mean_f1}
+        tuner.save_best(out)  # before the run's checkpoint, which refers to it
+    return _as_row(scores, names, epochs)
+
+
+def _detect(tuner: Finetuner, detector: Detector, images: Sequence[LabelledImage]) -> list[Points]:
+    """Detect nuclei in ``images``, which the ranks share; all of them return everything."""
     with tuner.autocast():
-        found = detect_images(tuner.detector, images)
-    truths = [known_nuclei(image.xy, image.label) for image in images]
-    detector, train = tuner.detector, tuner.config.train
-    return evaluate(found, truths, detector.mpp, len(detector.class_names), train.protocol, train.radius_um)
+        mine = detect_images(detector, images[distributed.rank() :: distributed.world_size()])
+    shares = distributed.gather_objects(mine)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(len(images))]
+
+
+def _truths(images: Sequence[LabelledImage]) -> list[Points]:
+    return [known_nuclei(image.xy, image.label) for image in images]
 
 
 def _as_row(scores: Scores, names: Sequence[str], epoch: int) -> dict[str, float]:
     by_class = {f"val_f1_{name}": one.f1 for name, one in zip(names, scores.classes, strict=True)}
     return {"epoch": epoch, "val_f1": scores.mean_f1, **by_class, "val_f1_detection": scores.detection.f1}
-
-
-def _throughput(tuner: Finetuner, watch: Stopwatch) -> dict[str, float]:
-    reading = watch.read(tuner.config.optim.batch_size)
-    return {
-        "images_per_second": reading["rois_per_second"],
-        "data_wait": reading["data_wait"],
-        "peak_memory_gib": peak_memory(tuner.device) / 2**30,
-    }
 
 
 def _summary_line(values: Mapping[str, float]) -> str:
@@ -230,6 +215,7 @@ def _summary_line(values: Mapping[str, float]) -> str:
         f"consistency {values['loss_cons']:.3f}) {values['distance']:.1f} px to nuclei, "
         f"{values['distance_of_proposals']:.1f} without offsets, {values['images_per_second']:.2f} images/s, "
         f"data wait {100 * values['data_wait']:.0f} %"
+        + (f", MFU {100 * values['mfu']:.0f} %" if "mfu" in values else "")
     )
 
 
@@ -239,16 +225,16 @@ def _announce(
     data: str,
     weights: str,
     start: Path | None,
-    train: Sequence[LabelledImage],
+    images: Sequence[LabelledImage],
     val: Sequence[LabelledImage],
 ) -> None:
     config, spec = tuner.config, tuner.detector.spec
     print(f"muse_fast {__version__} finetune: {spec.arch} on {tuner.device}, {config.train.precision}")
-    for name, images in ((config.data.train or "all", train), (config.data.val or "all", val)):
-        counts = ", ".join(f"{value} {key}" for key, value in describe(images, spec.class_names).items())
+    for name, some in ((config.data.train or "all", images), (config.data.val or "all", val)):
+        counts = ", ".join(f"{value} {key}" for key, value in describe(some, spec.class_names).items())
         print(f"  data   {data}, {name}: {counts}")
-        with_context = sum(not image.region.all() for image in images)
-        print(f"         {with_context} of {len(images)} have tissue around the region")
+        with_context = sum(not image.region.all() for image in some)
+        print(f"         {with_context} of {len(some)} have tissue around the region")
     beyond = {
         "reflect": "mirrored at the border, as unlabelled tissue",
         "mask": "white and excluded from all losses, so no tissue is unlabelled",
@@ -257,17 +243,23 @@ def _announce(
         f"  sample {spec.sample_size} px at {spec.mpp} um/px; the area beyond an image is "
         f"{beyond[spec.surroundings]} (data.surroundings={spec.surroundings})"
     )
-    print(f"  run    {config.optim.epochs} epochs = {tuner.steps} steps of {config.optim.batch_size} images, to {out}")
+    spread = describe_ranks(config.train.parallel, config.optim.accumulate)
+    steps = f"{config.optim.epochs} epochs = {tuner.steps} steps of {config.optim.batch_size} images"
+    print(f"  run    {steps}{spread}, to {out}")
     print(f"  from   {weights}" if start is None else f"  resume {start}, step {tuner.step}")
     print_precision_note(config.train.precision, tuner.device)
 
 
-def _finish(tuner: Finetuner, out: Path, val: Sequence[LabelledImage], seconds: float) -> None:
-    """Score the best detector on val, draw its results, and write summary.json, which marks a finished run."""
-    detector = load_detector(out, tuner.device)
-    with tuner.autocast():
-        found = detect_images(detector, val)
-    truths = [known_nuclei(image.xy, image.label) for image in val]
+def _write_results(
+    tuner: Finetuner,
+    detector: Detector,
+    out: Path,
+    val: Sequence[LabelledImage],
+    found: Sequence[Points],
+    seconds: float,
+) -> None:
+    """Score what the best detector found in val, draw it, and write summary.json, which marks a finished run."""
+    truths = _truths(val)
     scores, _ = evaluate_all(found, truths, detector.mpp, len(detector.class_names))
     drawn = slice(0, _MAX_IMAGES)
     picture = out / "pictures" / PICTURE

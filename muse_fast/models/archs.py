@@ -25,7 +25,7 @@ from muse_fast.models.maps import MapsEncoder
 from muse_fast.models.timm.encoder import find_timm
 from muse_fast.models.timm.networks import PREFIX
 from muse_fast.models.vit import PATCH, ViTEncoder, resize_pos_embed, vit_flops
-from muse_fast.runtime.options import flatten
+from muse_fast.runtime.options import Config, flatten
 
 OPTIONAL = {
     "model.attention": "only plain ViTs over packed tokens have a choice of attention",
@@ -214,11 +214,21 @@ def check_model(config: PretrainConfig) -> None:
     """
     model, views = config.model, config.views
     arch = find_arch(model.arch, "model.arch", model.taps)
-    values, defaults = (dict(flatten(dataclasses.asdict(one))) for one in (config, PretrainConfig()))
-    for key, reason in OPTIONAL.items():
-        fits = key in arch.supports or values[key] == defaults[key]
-        require(fits, key, values[key], f"{defaults[key]}; {model.arch} does not support this setting: {reason}")
+    check_optional(config, model.arch, arch)
     sizes = {"global_size": views.global_size} | ({"local_size": views.local_size} if views.num_locals else {})
     for key, side in sizes.items():
         expected = f"{describe_sides(arch.sides)} for {model.arch}; the nearest is {nearest(side, arch.sides)}"
         require(side in arch.sides, f"views.{key}", side, expected)
+
+
+def check_optional(config: Config, name: str, arch: Arch) -> None:
+    """Check that the arch ``name`` supports the settings of `OPTIONAL` that ``config`` has.
+
+    Raises:
+        UserError: it does not, and one of them is not its default.
+    """
+    trees = [dataclasses.asdict(one) for one in (config, type(config)())]  # type: ignore[call-overload]
+    values, defaults = (dict(flatten(tree)) for tree in trees)
+    for key in values.keys() & OPTIONAL.keys():
+        fits = key in arch.supports or values[key] == defaults[key]
+        require(fits, key, values[key], f"{defaults[key]}; {name} does not support this setting: {OPTIONAL[key]}")

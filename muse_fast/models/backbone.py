@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -100,6 +100,16 @@ class Backbone(nn.Module):
         xy, image_index = (one.to(images.device, non_blocking=True) for one in (xy, image_index))
         _, encoded = self.encoder([self._normalised(images)])
         return self.decoder.nucleus_rows(encoded, [(xy, image_index)], [images.shape[-1]])
+
+
+class WithBackbone(nn.Module):
+    """A backbone and heads on its features."""
+
+    backbone: Backbone
+
+    @property
+    def heads(self) -> Mapping[str, nn.Module]:
+        raise NotImplementedError
 
 
 def build_backbone(

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from muse_fast.batch import PackedNuclei
 from muse_fast.config import OptimConfig, PretrainConfig
-from muse_fast.models.backbone import Backbone, build_backbone
+from muse_fast.models.backbone import Backbone, WithBackbone, build_backbone
 from muse_fast.models.encoder import Encoder
 from muse_fast.models.heads import DINOHead, HeadOutput
 
@@ -39,7 +39,7 @@ def backbone_of(config: PretrainConfig, **how: Any) -> Backbone:
     )
 
 
-class Network(nn.Module):
+class Network(WithBackbone):
     """Backbone and the two heads: one on CLS features, one on nucleus features.
 
     Attributes:

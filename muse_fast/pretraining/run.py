@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from omegaconf import OmegaConf
 
 from muse_fast.batch import Views
 from muse_fast.config import PretrainConfig
@@ -19,27 +16,21 @@ from muse_fast.errors import UserError, require
 from muse_fast.models.archs import check_model
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.calibration import set_batch_norm_statistics
-from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.memory import situation
 from muse_fast.pretraining.results import CONTACT_SHEET, draw_contact_sheet, draw_results, write_summary
 from muse_fast.pretraining.retrieval import nucleus_retrieval
 from muse_fast.pretraining.start import describe, first_backbone
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSet
-from muse_fast.runtime import checkpoint, distributed
+from muse_fast.runtime import distributed
 from muse_fast.runtime.atomic import write_json
-from muse_fast.runtime.device import peak_flops, peak_memory, pick_device
-from muse_fast.training.guard import NonFiniteError
+from muse_fast.runtime.device import pick_device
+from muse_fast.training.loop import sampler_of, train
 from muse_fast.training.memory import explained_out_of_memory
-from muse_fast.training.report import RunReport, StopSignal, Stopwatch, collected_between_steps, read_back
-from muse_fast.training.run import (
-    find_start,
-    print_precision_note,
-    refuse_other_settings,
-    report_non_finite,
-    report_stalled,
-    report_stopped,
-)
+from muse_fast.training.parallel import describe_ranks
+from muse_fast.training.precision import print_precision_note
+from muse_fast.training.report import RunReport, StopSignal
+from muse_fast.training.run import find_start, open_folder, report_stalled
 from muse_fast.training.schedules import in_steps
 from muse_fast.version import __version__
 from muse_fast.views import renderers
@@ -69,11 +60,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
     if (reason := renderers.why_not(config.data.backend, device)) is not None:
         raise UserError(f"data.backend={config.data.backend}: {reason}")
     with StopSignal() as stop, distributed.process_group(device, config.train.timeout, partial(report_stalled, out)):
+        start, begun = find_start(out, resume, config, device), None
         trainer = Trainer(config, device)
-        start, begun = find_start(out, resume), None
-        _refuse_unequal_starts(out, start, device)
         if start is not None:
-            refuse_other_settings(start, config)
             trainer.load(start)
         elif config.model.init:
             begun = trainer.start_from(config.model.init)
@@ -82,11 +71,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: str = "auto") -> int:
             require(config.optim.freeze_encoder == 0, "optim.freeze_encoder", config.optim.freeze_encoder, expected)
         config = trainer.config  # "auto" is decided, and a checkpoint may have decided it
         dataset = ViewDataset(roiset, config.views, config.seed)
-        sampler = _sampler(trainer, roi_ids)
+        sampler = sampler_of(trainer, roi_ids)
         if distributed.is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            checkpoint.remove_temporary(out)
+            open_folder(out, config)
             _announce(config, out, roiset, len(roi_ids), trainer, start)
             if begun is not None:
                 write_json(out / "init.json", {"init": config.model.init, **begun})
@@ -104,11 +91,9 @@ def _run(
     sampler: StepSampler,
     stop: StopSignal,
 ) -> int:
-    config = trainer.config
-    start_step, steps, train = trainer.step, config.optim.steps, config.train
-    probe = _probe(dataset, roi_ids, train.eval_rois, config.optim.batch_size)
+    config, settings = trainer.config, trainer.config.train
+    probe = _probe(dataset, roi_ids, settings.eval_rois, config.optim.batch_size)
     began = time.time()
-    watch = Stopwatch()
     views = load_views(
         dataset,
         sampler,
@@ -118,38 +103,27 @@ def _run(
         backend=config.data.backend,
         timeout=config.data.timeout,
     )
-    with (
-        closing(views),
-        RunReport(out, start_step, steps) as report,
-        collected_between_steps() as collect,
-    ):
+
+    def evaluate(step: int) -> dict[str, float] | None:
+        is_due = step == trainer.steps or (settings.eval_every > 0 and step % settings.eval_every == 0)
+        return _evaluate(trainer, probe) if is_due else None
+
+    with closing(views), RunReport(out, trainer.step, trainer.steps) as report:
         if report.is_new:
             draw_contact_sheet(out / "pictures" / CONTACT_SHEET, probe[0])
         if distributed.any_rank(report.is_new, trainer.device):
-            report.evaluation(start_step, _evaluate(trainer, probe))
-        for micro_batches in watch.timed(zip(*[views] * config.optim.accumulate, strict=True)):
-            step = trainer.step + 1
-            distributed.at_step(step)
-            log_it = step % train.log_every == 0 or step == steps
-            save_it = step % train.checkpoint_every == 0 or step == steps
-            values = trainer.train_step(*micro_batches, measure=log_it)
-            # From here on, at some steps, the host waits for the device, and ranks wait for each other.
-            asked_to_stop = False
-            try:
-                if log_it:
-                    trainer.check()
-                    report.training(step, read_back(values) | _throughput(trainer, watch, micro_batches))
-                    collect()
-                if step == steps or (train.eval_every and step % train.eval_every == 0):
-                    report.evaluation(step, _evaluate(trainer, probe))
-                if log_it or distributed.world_size() == 1:
-                    asked_to_stop = distributed.any_rank(stop.received is not None, trainer.device)
-                if save_it or asked_to_stop:
-                    trainer.save(out)
-            except NonFiniteError as error:
-                return report_non_finite(out, config.seed, error)
-            if asked_to_stop and step < steps:
-                return report_stopped(out, stop.received or "another rank was told to stop", step)
+            report.evaluation(trainer.step, _evaluate(trainer, probe))
+        ended_early = train(
+            trainer,
+            out,
+            views,
+            report,
+            stop,
+            evaluate=evaluate,
+            saves_after=lambda step: step % settings.checkpoint_every == 0,
+        )
+    if ended_early is not None:
+        return ended_early
     networks = {"after": trainer.teacher_backbone().eval()} | _before(trainer, probe)
     if distributed.is_main():
         (out / "exit.json").unlink(missing_ok=True)
@@ -157,50 +131,6 @@ def _run(
         write_summary(trainer, out, results, time.time() - began)
     distributed.wait_for_all()
     return 0
-
-
-def _sampler(trainer: Trainer, roi_ids: np.ndarray[Any, np.dtype[np.int64]]) -> StepSampler:
-    """Return the sampler of this rank's micro-batches for the remaining steps.
-
-    Raises:
-        UserError: the batch does not divide among ranks and micro-batches.
-    """
-    return StepSampler(
-        roi_ids,
-        seed=trainer.config.seed,
-        batch_size=trainer.config.optim.batch_size,
-        start_step=trainer.step,
-        stop_step=trainer.config.optim.steps,
-        accumulate=trainer.config.optim.accumulate,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-
-
-def _throughput(trainer: Trainer, watch: Stopwatch, micro_batches: Sequence[Views]) -> dict[str, float]:
-    """Return ROIs per second over all ranks, share of time spent waiting for data, memory, and MFU if it is known."""
-    config, ranks = trainer.config, distributed.world_size()
-    reading = watch.read(config.optim.batch_size)
-    reading["peak_memory_gib"] = peak_memory(trainer.device) / 2**30
-    peak = peak_flops(trainer.device)
-    if peak:
-        rois = config.optim.batch_size / ranks
-        rows = sum(len(views.nuclei.index) for views in micro_batches) / rois
-        global_rows = sum(views.num_global_nuclei for views in micro_batches) / rois
-        flops = step_flops(config, (rows, global_rows), trainer.student.train_encoder) * reading["rois_per_second"]
-        reading["mfu"] = flops / (peak * ranks)
-    return reading
-
-
-def _refuse_unequal_starts(out: Path, start: Path | None, device: torch.device) -> None:
-    """Check that all ranks, which search for checkpoints independently, have found the same one."""
-    step = -1 if start is None else checkpoint.read_state(start)["step"]
-    steps = distributed.gather_over_ranks(torch.tensor(step, device=device)).tolist()
-    if len(set(steps)) > 1:
-        raise UserError(
-            f"{out}: ranks would start from checkpoints of different steps, {steps} (-1: none); "
-            "all of them must see the same folder"
-        )
 
 
 def _announce(
@@ -214,9 +144,7 @@ def _announce(
         f"  views  {views.num_globals} x {views.global_size} px at {views.global_mpp_min}-{views.global_mpp_max}, "
         f"{views.num_locals} x {views.local_size} px at {views.local_mpp_min}-{views.local_mpp_max} um/px"
     )
-    ranks = distributed.world_size()
-    spread = f" over {ranks} ranks ({config.train.parallel})" if ranks > 1 else ""
-    spread += f" in {optim.accumulate} micro-batches" if optim.accumulate > 1 else ""
+    spread = describe_ranks(config.train.parallel, optim.accumulate)
     print(f"  run    {optim.steps} steps of {optim.batch_size} ROIs{spread}, K {config.head.prototypes}, to {out}")
     scaled = f" ({optim.lr:g} x {optim.batch_size} / {optim.base_batch})" if optim.base_batch else ""
     clipping = f"gradients clipped at {optim.clip_grad:g} ({optim.clip})" if optim.clip_grad else "no clipping"

@@ -21,13 +21,13 @@ from muse_fast.models.heads import HeadOutput
 from muse_fast.pretraining import logits
 from muse_fast.pretraining.centering import sinkhorn_center, update_center
 from muse_fast.pretraining.distill import (
-    Network,
     backbone_of,
     build_student_and_teacher,
     encoder_rates,
     update_teacher,
 )
 from muse_fast.pretraining.drop_path import draw_scales
+from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.losses import (
     LOSSES,
     LossInputs,
@@ -37,7 +37,6 @@ from muse_fast.pretraining.losses import (
     loss_weights,
     weighted_sum,
 )
-from muse_fast.pretraining.parallel import gradient_sync, parallelise, shard
 from muse_fast.pretraining.start import Start, read_networks, read_start
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
@@ -45,13 +44,11 @@ from muse_fast.runtime.options import AUTO
 from muse_fast.runtime.tensors import refuse_misfits
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import apply_schedule, build_optimizer, clip_gradients, load_moments, moments
+from muse_fast.training.parallel import gradient_sync, is_sharded, parallelise, place, shard
+from muse_fast.training.precision import DTYPES, autocast, dtype_of_weights
+from muse_fast.training.report import Metrics
 from muse_fast.training.schedules import Schedule, schedule_at
 from muse_fast.training.sharding import full, like, local, norms
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-Metrics = dict[str, Tensor | float]
-"""Measurements of a step. Tensors are 0-dim and on the device, so that the host waits only when it reads them."""
 
 
 class Batch(NamedTuple):
@@ -71,24 +68,30 @@ class Trainer:
 
     Attributes:
         step: completed steps.
+        steps: steps of the whole run.
         config: the settings, without any ``auto`` that the run decides by itself.
         logits: how ``loss.logit_free`` was decided.
     """
 
+    unit = "rois"
+
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         check_model(config)
-        self.device, self.step = device, 0
+        self.device, self.step, self.steps = device, 0, config.optim.steps
         self._auto = config.loss.logit_free == AUTO
         self.logits = logits.choose(config, device)
         self.config = config = self.logits.written_into(config)
         dtype = DTYPES[config.train.precision]
         if reason := why_not(config.model.attention, device, dtype):
             raise UserError(f"model.attention={config.model.attention} cannot run: {reason}; or use sdpa")
-        precise = torch.promote_types(dtype, torch.float32)
-        self.student, self.teacher = (self._place(network, precise) for network in build_student_and_teacher(config))
+        precise, engine = dtype_of_weights(config.train.precision), config.train.parallel
+        self.student, self.teacher = (
+            place(network, device, precise, engine, compiled=config.train.compile)
+            for network in build_student_and_teacher(config)
+        )
         for network in (self.student, self.teacher):
             network.train_encoder = config.optim.freeze_encoder == 0
-        self.student_forward = parallelise(self.student, config.train.parallel, config.train.precision)
+        self.student_forward = self._parallelise()
         if self._sharded:
             shard(self.teacher, config.train.precision)
         center = torch.zeros(config.head.prototypes, device=device, dtype=precise)
@@ -100,18 +103,12 @@ class Trainer:
 
     @property
     def _sharded(self) -> bool:
-        return self.config.train.parallel == "fsdp" and world_size() > 1
+        return is_sharded(self.config.train.parallel)
 
-    def _place(self, network: Network, dtype: torch.dtype) -> Network:
-        network = network.to(self.device, dtype)
-        for module in network.modules():
-            # FSDP needs weights in the default memory order; for a 1x1 kernel both orders are the same.
-            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and not self._sharded:
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-        if self.config.train.compile:
-            for layer in network.backbone.encoder.layers:
-                layer.compile(dynamic=False)  # a network sees few shapes
-        return network
+    def _parallelise(self) -> nn.Module:
+        train, encoder = self.config.train, self.student.backbone.encoder
+        frozen = () if self.student.train_encoder else encoder.parameters()
+        return parallelise(self.student, train.parallel, train.precision, frozen=frozen)
 
     def train_step(self, *micro_batches: Views, measure: bool = True) -> Metrics:
         """Run one optimisation step on this rank's share of the batch; returns its measurements if ``measure``.
@@ -187,7 +184,14 @@ class Trainer:
         for network in (self.student, self.teacher):
             network.train_encoder = train
         if not self._sharded:
-            self.student_forward = parallelise(self.student, self.config.train.parallel, self.config.train.precision)
+            self.student_forward = self._parallelise()
+
+    def flops(self, micro_batches: Sequence[Views]) -> float:
+        """Return the useful FLOPs of a step on this rank's share of the batch."""
+        rois = sum(views.num_rois for views in micro_batches)
+        rows = sum(len(views.nuclei.index) for views in micro_batches) / rois
+        global_rows = sum(views.num_global_nuclei for views in micro_batches) / rois
+        return rois * step_flops(self.config, (rows, global_rows), self.student.train_encoder)
 
     def check(self) -> None:
         """Check that all steps so far were finite; the host waits for the device.
@@ -242,7 +246,7 @@ class Trainer:
         """
         config = self.config.loss
         temps = Temperatures(config.student_temp, schedule.teacher_temp)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+        with autocast(self.config.train.precision, self.device):
             teacher = self._teacher_outputs(batch)
             student = self.student_forward(batch.groups, batch.nuclei, batch.scales)
             centers = self._centers(teacher, temps.teacher)

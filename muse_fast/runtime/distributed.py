@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor
 from muse_fast.errors import UserError
 from muse_fast.runtime.watchdog import Place, Watchdog
 
+_T = TypeVar("_T")
 _TIMEOUT = timedelta(minutes=30)  # of a collective; the other ranks wait in one while the main rank saves or draws
 _LOST = ("gloo/transport", "ncclRemoteError")  # in errors of gloo and NCCL when another rank is gone
 
@@ -163,6 +165,16 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     gathered = tensor.new_empty(world_size(), *tensor.shape[1:])
     _count_collective()
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
+
+
+def gather_objects(value: _T) -> list[_T]:
+    """Gather what each rank passes, in the order of ranks, on all of them."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    _count_collective()
+    dist.all_gather_object(gathered, value)
     return gathered
 
 

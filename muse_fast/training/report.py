@@ -22,6 +22,9 @@ from muse_fast.runtime.progress_bar import ProgressBar
 
 _T = TypeVar("_T")
 
+Metrics = dict[str, Tensor | float]
+"""Measurements of a step. Tensors are 0-dim and on the device, so that the host waits only when it reads them."""
+
 
 class Stopwatch:
     """Time between two readings, and the share of it spent waiting for data."""
@@ -45,15 +48,15 @@ class Stopwatch:
             self._steps += 1
             yield batch
 
-    def read(self, rois_per_step: int) -> dict[str, float]:
-        """Return ROIs per second and data-wait share since the last reading, and restart."""
+    def read(self) -> tuple[float, float]:
+        """Return steps per second and the share of time spent waiting since the last reading, and restart."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
-        reading = {"rois_per_second": self._steps * rois_per_step / elapsed, "data_wait": self._waited / elapsed}
+        reading = self._steps / elapsed, self._waited / elapsed
         self._restart()
         return reading
 
 
-def read_back(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+def read_back(values: Metrics) -> dict[str, float]:
     """Convert 0-dim tensors to numbers in one copy from the device, for which the host waits."""
     tensors = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
     numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True))

@@ -1,25 +1,45 @@
-"""How runs begin and end: the checkpoint to resume from, settings that must not change, reports of an early end."""
+"""How runs begin and end: the checkpoint to resume from, settings that must not change, the folder, early ends."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.atomic import write_json
-from muse_fast.runtime.distributed import is_main, wait_for_all
+from muse_fast.runtime.distributed import gather_over_ranks, is_main, wait_for_all
 from muse_fast.runtime.options import Config, fixed_settings, recorded_settings
 from muse_fast.training.guard import NonFiniteError
 
 
-def find_start(out: Path, resume: str) -> Path | None:
-    """Return the checkpoint to start from, if any; ``resume`` is ``auto``, ``never`` or a checkpoint folder.
+def find_start(out: Path, resume: str, config: Config, device: torch.device) -> Path | None:
+    """Return the checkpoint from which all ranks continue, if any.
+
+    Args:
+        resume: ``auto``, ``never`` or a checkpoint folder.
 
     Raises:
-        UserError: ``never`` although there are checkpoints, or none of them is intact.
+        UserError: ``never`` although there are checkpoints, none of them is intact, its settings are not those of
+            ``config``, or ranks found different ones.
     """
+    start = find_checkpoint(out, resume)
+    step = -1 if start is None else checkpoint.read_state(start)["step"]
+    steps = gather_over_ranks(torch.tensor(step, device=device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"{out}: ranks would start from checkpoints of different steps, {steps} (-1: none); "
+            "all of them must see the same folder"
+        )
+    if start is not None:
+        refuse_other_settings(start, config)
+    return start
+
+
+def find_checkpoint(out: Path, resume: str) -> Path | None:
+    """Return the checkpoint to continue from, if any, as this rank finds it; arguments and errors of `find_start`."""
     if resume == "never":
         if checkpoint.steps(out):
             raise UserError(f"{out} contains checkpoints; continue with --resume auto or choose another --out")
@@ -47,10 +67,11 @@ def refuse_other_settings(start: Path, config: Config) -> None:
         )
 
 
-def print_precision_note(precision: str, device: torch.device) -> None:
-    """Tell the user if the device only emulates bf16."""
-    if precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        print("  note   this CPU emulates bf16, which is many times slower: train.precision=fp32")
+def open_folder(out: Path, config: Config) -> None:
+    """Create the folder of a run with its ``config.yaml``, without what a killed save left; for the main rank."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    checkpoint.remove_temporary(out)
 
 
 def report_non_finite(out: Path, seed: int, error: NonFiniteError) -> int:

@@ -8,7 +8,8 @@ import torch
 from muse_fast.detection.losses import (
     UNKNOWN,
     consistency_weight,
-    mean_distance,
+    distance,
+    mean,
     pseudo_labels,
     regression_loss,
     type_loss,
@@ -22,7 +23,7 @@ def rows(count: int, classes: int) -> torch.Tensor:
 def test_regression_is_the_mean_squared_distance() -> None:
     points = torch.tensor([[1.0, 2.0], [5.0, 5.0]], dtype=torch.float64, requires_grad=True)
     nuclei = torch.tensor([[4.0, 6.0], [5.0, 4.0]], dtype=torch.float64)
-    loss = regression_loss(points, nuclei)
+    loss = mean(*regression_loss(points, nuclei))
     assert loss.item() == (25 + 1) / 2
     loss.backward()
     torch.testing.assert_close(points.grad, points.detach() - nuclei, rtol=1e-12, atol=0)
@@ -32,7 +33,7 @@ def test_regression_is_the_mean_squared_distance() -> None:
 def test_type_loss_in_closed_form(weight: float) -> None:
     logits = rows(50, 3)
     target = torch.randint(-1, 4, (50,))
-    loss = type_loss(logits, target, weight)
+    loss = mean(*type_loss(logits, target, weight))
     part = target >= 0
     gain = torch.tensor([1, 1, 1, weight], dtype=torch.float64)[target.clamp_min(0)] * part
     probability = logits.detach().exp() / logits.detach().exp().sum(dim=1, keepdim=True)
@@ -47,11 +48,11 @@ def test_type_loss_in_closed_form(weight: float) -> None:
 
 def test_losses_without_targets_are_zero_with_zero_gradients() -> None:
     logits, points = rows(5, 2), torch.zeros(0, 2, dtype=torch.float64, requires_grad=True)
-    loss = type_loss(logits, torch.full((5,), UNKNOWN), 0.5) + regression_loss(points, torch.zeros(0, 2))
+    loss = mean(*type_loss(logits, torch.full((5,), UNKNOWN), 0.5)) + mean(*regression_loss(points, torch.zeros(0, 2)))
     assert loss.item() == 0
     loss.backward()
     assert (logits.grad == 0).all()
-    assert type_loss(logits[:0], torch.zeros(0, dtype=torch.int64), 0.5).item() == 0
+    assert mean(*type_loss(logits[:0], torch.zeros(0, dtype=torch.int64), 0.5)).item() == 0
 
 
 def test_pseudo_labels_need_confidence() -> None:
@@ -71,5 +72,5 @@ def test_the_consistency_weight_rises_from_zero_to_its_maximum() -> None:
 
 def test_mean_distance_in_closed_form() -> None:
     points, nuclei = torch.tensor([[1.0, 2.0], [5.0, 5.0]]), torch.tensor([[4.0, 6.0], [5.0, 4.0]])
-    assert mean_distance(points, nuclei).item() == (5 + 1) / 2
-    assert mean_distance(points[:0], nuclei[:0]).item() == 0
+    assert mean(*distance(points, nuclei)).item() == (5 + 1) / 2
+    assert mean(*distance(points[:0], nuclei[:0])).item() == 0

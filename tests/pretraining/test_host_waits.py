@@ -17,9 +17,9 @@ from muse_fast.images.synthetic import synthetic_image
 from muse_fast.ops import backends
 from muse_fast.pretraining.losses import LOSSES
 from muse_fast.pretraining.run import pretrain
-from muse_fast.pretraining.trainer import Metrics, Trainer
+from muse_fast.pretraining.trainer import Trainer
 from muse_fast.roiset.roiset import RoiSetWriter
-from muse_fast.training.report import read_metrics
+from muse_fast.training.report import Metrics, read_metrics
 from muse_fast.views.loader import load_views
 from tests.pretraining.test_trainer import TOY, toy, toy_views
 from tests.support.ranks import HostWaitError, NoHostWait

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from muse_fast.pretraining.distill import build_student_and_teacher
-from muse_fast.pretraining.parallel import gradient_sync, parallelise
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime import distributed
+from muse_fast.training.parallel import gradient_sync, parallelise
 from muse_fast.training.sharding import full, like, local
 from tests.pretraining.test_trainer import toy, toy_views
 from tests.support.ranks import counted_collectives

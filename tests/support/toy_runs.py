@@ -1,4 +1,4 @@
-"""Runs of ``pretrain`` on toy networks, in this process and on two ranks, and comparisons of their results."""
+"""Runs of a training command on toy networks, in this process and on two ranks, and comparisons of their results."""
 
 from __future__ import annotations
 
@@ -64,9 +64,10 @@ class Change(NamedTuple):
 
 
 UNCHANGED = Change()
+Command = Callable[[Sequence[str]], int]
 
 
-def run_command(argv: Sequence[str], change: Change = UNCHANGED) -> Ended:
+def run_command(argv: Sequence[str], change: Change = UNCHANGED, command: Command = pretrain.main) -> Ended:
     """Run the command on thin networks: a ViT with four layers, a ResNet-50 with a sixteenth of the channels.
 
     It draws no pictures of the results.
@@ -83,7 +84,7 @@ def run_command(argv: Sequence[str], change: Change = UNCHANGED) -> Ended:
             stack.enter_context(mock.patch.object(Trainer, "train_step", poisoned(*change.poison)))
         stack.enter_context(redirect_stdout(out))
         stack.enter_context(redirect_stderr(err))
-        code = cli.run(pretrain.main, argv)
+        code = cli.run(command, argv)
     return Ended(code, out.getvalue(), err.getvalue())
 
 
@@ -111,15 +112,20 @@ def poisoned(step: int, on_rank: int) -> Callable[..., Any]:
 
 
 class Runs:
-    """Runs of the command in this process and on two ranks. They are cached, so that tests can share them."""
+    """Runs of a command in this process and on two ranks. They are cached, so that tests can share them.
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self.folder, self.ranks = folder, ranks
+    Args:
+        folder: has ``toy.yaml``, the settings.
+        fixed: arguments of every run.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, command: Command, fixed: Sequence[str]) -> None:
+        self.folder, self.ranks, self.command, self.fixed = folder, ranks, command, fixed
         self._done: dict[str, Path] = {}
 
     def argv(self, out: Path, *overrides: str) -> list[str]:
-        fixed = ["--config", str(self.folder / "toy.yaml"), "--out", str(out), f"data.roiset={self.folder / 'rois'}"]
-        return [*fixed, "data.workers=0", *overrides]
+        config = ["--config", str(self.folder / "toy.yaml"), "--out", str(out)]
+        return [*config, *self.fixed, "data.workers=0", *overrides]
 
     def __call__(self, name: str, engine: str, *overrides: str, change: Change = UNCHANGED) -> Path:
         """Return the folder of a run on one rank (engine "one"), or on two."""
@@ -134,15 +140,16 @@ class Runs:
     def end(self, out: Path, engine: str, *overrides: str, change: Change = UNCHANGED) -> list[Ended]:
         """Run and return how each rank ended."""
         if engine == "one":
-            return [run_command(self.argv(out, *overrides), change)]
-        return self.ranks(run_command, [(self.argv(out, f"train.parallel={engine}", *overrides), change)] * 2)
+            return [run_command(self.argv(out, *overrides), change, self.command)]
+        argv = self.argv(out, f"train.parallel={engine}", *overrides)
+        return self.ranks(run_command, [(argv, change, self.command)] * 2)
 
 
 def toy_runs(folder: Path, ranks: Ranks) -> Runs:
     """Write five ROIs and the settings above to ``folder``."""
     write_rois(folder / "rois", [True] * 5)
     (folder / "toy.yaml").write_text(TOY)
-    return Runs(folder, ranks)
+    return Runs(folder, ranks, pretrain.main, [f"data.roiset={folder / 'rois'}"])
 
 
 def write_rois(folder: Path, with_nuclei: Sequence[bool]) -> None:
@@ -156,12 +163,14 @@ def training_rows(out: Path) -> list[dict[str, Any]]:
     return [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
 
 
-def assert_same_losses(ours: Path, theirs: Path, tolerance: float, keys: Sequence[str] = LOSSES) -> None:
+def assert_same_losses(
+    ours: Path, theirs: Path, tolerance: float, keys: Sequence[str] = (*LOSSES, "pairs_per_roi")
+) -> None:
     """Assert that the rows of ``ours`` equal the last rows of ``theirs``."""
     mine, others = training_rows(ours), training_rows(theirs)
     others = others[-len(mine) :]
     assert [row["step"] for row in mine] == [row["step"] for row in others]
-    for key in (*keys, "pairs_per_roi"):
+    for key in keys:
         np.testing.assert_allclose(
             [r[key] for r in mine], [r[key] for r in others], rtol=tolerance, atol=0, err_msg=key
         )

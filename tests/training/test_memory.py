@@ -11,6 +11,7 @@ from muse_fast.config import load_config
 from muse_fast.detection import memory as detection_memory
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
+from muse_fast.models.archs import find_arch
 from muse_fast.pretraining.memory import remedies, situation
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime.options import load_settings
@@ -54,22 +55,30 @@ def test_an_allocators_error_is_explained(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "device", "found"),
+    ("arch", "settings", "ranks", "device", "found"),
     [
-        ([], "cuda", ["optim.batch_size=2", "data.sample_size=512", "detector.stride=16"]),
-        (["train.precision=fp32"], "cuda", ["train.precision=bf16", "optim.batch_size=2", "data.sample_size=512"]),
-        (["optim.batch_size=1", "data.sample_size=48", "detector.stride=16"], "cpu",
+        ("vit_tiny", [], 1, "cuda", ["model.recompute=selective", "optim.accumulate=2", "optim.batch_size=2"]),
+        ("vit_tiny", ["model.recompute=selective", "optim.batch_size=6"], 2, "cuda",
+         ["model.recompute=full", "train.parallel=fsdp", "optim.batch_size=2"]),
+        ("resnet50", ["train.precision=fp32", "optim.accumulate=4"], 1, "cuda",
+         ["train.precision=bf16", "optim.batch_size=2", "data.sample_size=512"]),
+        ("resnet50", ["optim.batch_size=1", "data.sample_size=48", "detector.stride=16"], 1, "cpu",
          ["weights of a smaller architecture"]),
-        (["optim.batch_size=1", "data.sample_size=80", "train.precision=fp32"], "cpu",
+        ("vit_tiny",
+         ["model.recompute=full", "optim.batch_size=1", "data.sample_size=80", "train.precision=fp32"], 1, "cpu",
          ["data.sample_size=32", "detector.stride=16", "weights of a smaller architecture"]),
     ],
 )  # fmt: skip
-def test_settings_to_lower_in_fine_tuning(settings: list[str], device: str, found: list[str]) -> None:
+def test_settings_to_lower_in_fine_tuning(
+    arch: str, settings: list[str], ranks: int, device: str, found: list[str]
+) -> None:
     config = load_settings(FinetuneConfig, None, settings)
-    ours = [setting.partition(" (")[0] for setting in detection_memory.remedies(config, device)[:3]]
+    held, supports = config.optim.batch_size // ranks // config.optim.accumulate, find_arch(arch).supports
+    ours = [one.partition(" (")[0] for one in detection_memory.remedies(config, held, ranks, supports, device)[:3]]
     assert ours == found
-    for change in ours[:-1]:
-        load_settings(FinetuneConfig, None, [*settings, change])  # does not raise
+    for change in ours:
+        if "=" in change:
+            load_settings(FinetuneConfig, None, [*settings, change])  # does not raise
 
 
 def test_other_errors_pass_through() -> None:

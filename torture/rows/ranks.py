@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from muse_fast.batch import Views
-from muse_fast.pretraining.trainer import Metrics, Trainer
+from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import rank
+from muse_fast.training.report import Metrics
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally
 from torture.processes import is_alive, name_of, wait_until

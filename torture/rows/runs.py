@@ -18,9 +18,10 @@ import torch
 
 from muse_fast.batch import Views
 from muse_fast.detection.finetuner import Finetuner
-from muse_fast.pretraining.trainer import Metrics, Trainer
+from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import rank
+from muse_fast.training.report import Metrics
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally
 from torture.processes import Child, children_of, free_port, is_alive, name_of, rank_environment, wait_until
@@ -302,7 +303,7 @@ def out_of_memory(scale: Scale) -> Outcome:
     out = scale.folder / "finetuning"
     argv = toy.finetuning_arguments(workplace, out, "data.sample_size=256")
     with Child(starved, toy.finetuning_command, Finetuner, argv, log=toy.log_of(out)) as child:
-        remedies = ("optim.batch_size=2", "data.sample_size=128", "detector.stride=16")
+        remedies = ("model.recompute=selective", "optim.accumulate=2", "optim.batch_size=2")
         tally.add(*_explained(out, child, ("4 images of 256 px", "1024 proposals", *remedies)))
     return tally.outcome()
 

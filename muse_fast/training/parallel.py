@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from muse_fast.pretraining.distill import Network
+from muse_fast.models.backbone import WithBackbone
 from muse_fast.runtime.distributed import world_size
 
+_Network = TypeVar("_Network", bound=WithBackbone)
 
-def parallelise(network: Network, engine: str, precision: str) -> nn.Module:
+
+def is_sharded(engine: str) -> bool:
+    """Whether ``engine`` shards weights over the ranks of this job."""
+    return engine == "fsdp" and world_size() > 1
+
+
+def describe_ranks(engine: str, accumulate: int) -> str:
+    """Return how the batch of a run is split, for its first lines; empty if it is not."""
+    spread = f" over {world_size()} ranks ({engine})" if world_size() > 1 else ""
+    return spread + (f" in {accumulate} micro-batches" if accumulate > 1 else "")
+
+
+def place(network: _Network, device: torch.device, dtype: torch.dtype, engine: str, *, compiled: bool) -> _Network:
+    """Move ``network`` to ``device``, in the memory order that convolutions prefer, and let its layers be compiled."""
+    network = network.to(device, dtype)
+    for module in network.modules():
+        # FSDP needs weights in the default memory order; for a 1x1 kernel both orders are the same.
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and not is_sharded(engine):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    if compiled:
+        for layer in network.backbone.encoder.layers:
+            layer.compile(dynamic=False)  # a network sees few shapes
+    return network
+
+
+def parallelise(
+    network: WithBackbone, engine: str, precision: str, *, frozen: Iterable[nn.Parameter] = ()
+) -> nn.Module:
     """Return the module to call for a forward whose backward averages gradients over the ranks.
 
-    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it, and must wrap it again when ``train_encoder`` changes; a
-    single rank uses it as it is.
+    ``fsdp`` shards ``network`` in place, ``ddp`` wraps it; a single rank uses it as it is.
+
+    Args:
+        frozen: weights that get no gradient; ``ddp`` must wrap the network again when others do not.
     """
     if world_size() == 1:
         return network
@@ -28,18 +59,17 @@ def parallelise(network: Network, engine: str, precision: str) -> nn.Module:
     # For a 1x1 kernel channels-last is the same memory order, but DDP warns because the strides may differ.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # DDP waits for a gradient of every weight that needs one while it is built.
-    encoder = network.backbone.encoder
-    frozen = [] if network.train_encoder else [weight for weight in encoder.parameters() if weight.requires_grad]
-    for weight in frozen:
+    without = [weight for weight in frozen if weight.requires_grad]
+    for weight in without:
         weight.requires_grad_(False)
     # BatchNorm already gives every rank the same running statistics.
     parallel = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-    for weight in frozen:
+    for weight in without:
         weight.requires_grad_(True)
     return parallel
 
 
-def shard(network: Network, precision: str) -> Network:
+def shard(network: _Network, precision: str) -> _Network:
     """Apply FSDP2 to ``network`` in place; it may be a teacher, without gradients."""
     # Under bf16, layers of only matmuls and norms are gathered in bf16. Coordinates must not be cast.
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
