@@ -1,4 +1,4 @@
-"""``python -m bench {ops|loss|step|data|rates|ablation|start|finetune} --help``"""
+"""``python -m bench {ops|loss|step|data|embed|rates|ablation|start|finetune} --help``"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from bench.ablation import command as ablation_command
 from bench.data import command as data_command
+from bench.embed import command as embed_command
 from bench.finetune import command as finetune_command
 from bench.loss import command as loss_command
 from bench.ops import command as ops_command
@@ -21,6 +22,7 @@ COMMANDS = {
     "loss": loss_command,
     "step": step_command,
     "data": data_command,
+    "embed": embed_command,
     "rates": rates_command,
     "ablation": ablation_command,
     "start": start_command,
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Time the ops, the loss, the training step and the data path; compare short runs.",
+        description="Time the ops, the loss, the training step, the data path and embed; compare short runs.",
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     for name, command in COMMANDS.items():

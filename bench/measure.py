@@ -87,6 +87,19 @@ def milliseconds(run: Callable[[], Any], device: str) -> float:
     return begin.elapsed_time(end)
 
 
+def spent_milliseconds(call: Callable[[], object], on_gpu: bool) -> float:
+    """Return the CPU time of this process, or wall time for a call on the GPU."""
+    if not on_gpu:
+        begin = time.process_time()
+        call()
+        return (time.process_time() - begin) * 1e3
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e3
+
+
 def quantiles(times: Sequence[float]) -> dict[str, float]:
     """Return the report's summary of times in milliseconds."""
     deciles = statistics.quantiles(times, n=10, method="inclusive")

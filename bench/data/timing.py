@@ -8,7 +8,6 @@ compared with those from whole ROIs.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.measure import quantiles
+from bench.measure import quantiles, spent_milliseconds
 from muse_fast.batch import Views
 from muse_fast.config import DATA_BACKENDS, ViewsConfig
 from muse_fast.finders.classical import detect_nuclei
@@ -142,7 +141,7 @@ def run_case(roiset: RoiSet, config: ViewsConfig, rounds: int, device: str) -> d
         if device == "cuda":
             calls += [(stage, call, True) for stage, call in gpu_stages(epoch).items()]
         for stage, call, on_gpu in calls:
-            times.setdefault(stage, []).append(milliseconds(call, on_gpu) / len(rois))
+            times.setdefault(stage, []).append(spent_milliseconds(call, on_gpu) / len(rois))
         for name, loader in loaders(device).items():
             run = partial(load_batches, loader, ViewDataset(roiset, config, SEED), epoch)
             times.setdefault(f"loader {name}", []).append(batch_milliseconds(name, run, device) / len(rois))
@@ -195,9 +194,9 @@ def load_batches(loader: Loader, dataset: ViewDataset, plans: Sequence[Plan], co
 def batch_milliseconds(backend: str, run: Callable[[int], None], device: str) -> float:
     """Return the time per batch of a loader; ``run(count)`` loads that many batches."""
     if backend == "cpu":
-        return milliseconds(partial(run, 1), on_gpu=False)
+        return spent_milliseconds(partial(run, 1), on_gpu=False)
     # In the difference of two runs, work done once per run (DALI builds its pipeline) cancels out.
-    short, long = (milliseconds(partial(run, count), device == "cuda") for count in (1, 1 + MORE_BATCHES))
+    short, long = (spent_milliseconds(partial(run, count), device == "cuda") for count in (1, 1 + MORE_BATCHES))
     return (long - short) / MORE_BATCHES
 
 
@@ -261,19 +260,6 @@ def nvjpeg_difference(plans: Sequence[Plan]) -> float:
 
 
 # --- figures
-
-
-def milliseconds(call: Callable[[], object], on_gpu: bool) -> float:
-    """Return the CPU time of this process, or wall time for a call on the GPU."""
-    if not on_gpu:
-        begin = time.process_time()
-        call()
-        return (time.process_time() - begin) * 1e3
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - begin) * 1e3
 
 
 def figures(times: Sequence[float]) -> Row:

@@ -51,7 +51,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_loader_is_timed_without_its_setup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "milliseconds", lambda call, on_gpu: call())
+    monkeypatch.setattr(timing, "spent_milliseconds", lambda call, on_gpu: call())
     assert timing.batch_milliseconds("dali", lambda count: 1000 + 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
     assert timing.batch_milliseconds("cpu", lambda count: 3 * count, "cpu") == 3  # type: ignore[arg-type,return-value]
 
