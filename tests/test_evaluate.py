@@ -6,15 +6,21 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from muse_fast import embed_slide
+from muse_fast.classification.features import CropFeatures, extract_features
 from muse_fast.classification.metrics import METRICS
 from muse_fast.classification.tasks import KnnConfig, TuneConfig
+from muse_fast.classification.tiles import cut_crops
 from muse_fast.errors import UserError
 from muse_fast.evaluate import main
 from muse_fast.models.backbone import build_backbone
@@ -173,6 +179,37 @@ def test_fine_tuning_of_timm_with_exact_positions(few: Path, tmp_path: Path) -> 
     assert len(tuned["history"]) == 1
 
 
+@pytest.mark.usefixtures("thin")
+def test_crops(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each nucleus is described once, by networks of ours and of timm."""
+    given = ("random:vit_tiny", "timm:vit_tiny_patch16_224:depth=1:embed_dim=48:num_heads=3")
+    for task, more in (("knn", "k=[3]"), ("linear", "epochs=2"), ("ridge", "penalty=[0.1]")):
+        words = ("--protocol", "crop", "--crop-um", "16", "--size", "32", more)
+        report = evaluate(task, few, tmp_path / f"{task}.json", *words, weights=given)
+        data = report["data"]
+        assert (data["mpp"], data["size"], data["valid"], report["protocol"]) == (0.5, 32, None, "crop")
+        assert data["tiles"] == {split: sum(counts) for split, counts in data["nuclei"].items()}
+        assert all(row["test"]["count"] == data["tiles"]["test"] for row in report["results"])
+        assert {row["weights"] for row in report["results"]} == {given[0], f"{given[1]} untrained"}
+    assert "32 px crops at 0.5 um/px" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("thin")
+@pytest.mark.parametrize("size", [64, 128])  # at 0.5 um/px, as stored, and at 0.25
+def test_the_features_of_crops_are_the_vectors_of_embed(few: Path, tmp_path: Path, size: int) -> None:
+    pytest.importorskip("anndata")
+    source = next(iter(open_source(f"brcam2c:{few}")))
+    source = replace(source, xy=source.xy[:40], label=source.label[:40])
+    Image.fromarray(source.image).save(tmp_path / "a.png")
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_tiny").eval()
+    crops = cut_crops(source, size=size, mpp=32 / size)
+    features = extract_features(CropFeatures(backbone), {"test": crops})["test"].features.numpy()
+    how = {"mpp": source.mpp, "protocol": "crop", "crop_um": 32, "size": size, "dtype": "float32"}
+    cells = embed_slide(tmp_path / "a.png", backbone, source.xy.astype(np.float64), **how)
+    np.testing.assert_allclose(features, cells.X, rtol=1e-3, atol=1e-3 * np.abs(features).max())
+
+
 def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
     out = tmp_path / "knn.json"
     arguments = ["knn", "--data", f"brcam2c:{few}", "--size", "96", "--json", str(out)]
@@ -198,6 +235,10 @@ def test_settings_may_follow_the_weights(few: Path, tmp_path: Path) -> None:
         (("knn", "standardise=never"), r"standardise=never: expected raw, train or both"),
         (("knn", "device=gpu"), r"device=gpu: expected auto, cpu, cuda"),
         (("knn", "--mpp", "-1"), r"--mpp -1.0: expected um per pixel above 0"),
+        (("knn", "--crop-um", "30"), r"--crop-um=30.0: expected none without --protocol crop"),
+        (("knn", "--protocol", "crop", "--mpp", "0.25"), r"--mpp=0.25: expected none with --protocol crop"),
+        (("knn", "--protocol", "crop", "--crop-um", "0"), r"--crop-um 0.0: expected um above 0"),
+        (("finetune", "--protocol", "crop"), r"--protocol crop is for features that are not trained, so not for fine"),
         (("knn", "--weights", "nowhere"), r"nowhere"),
         (("knn", "--weights", "random:vit_tiny", "timm:resnet10t@x.pth"), r"no such file x\.pth; expected the weights"),
         (("knn", "source.mpp=0.5"), r"brcam2c: no setting 'mpp'"),

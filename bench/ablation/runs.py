@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from muse_fast.classification.calibration import calibrate_batch_norm
 from muse_fast.classification.features import extract_features
 from muse_fast.classification.probes import new_head
 from muse_fast.classification.tasks import TASKS, Subject
-from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
+from muse_fast.classification.tiles import VALID, Tile, cut_tiles, tiles_by_split
 from muse_fast.classification.tuned import finetune
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.models.backbone import Backbone
@@ -68,7 +68,7 @@ def cut(rois: Path, mpp: float) -> tuple[Tiles, int]:
         UserError: a split has no labelled nuclei.
     """
     source = open_source(f"roiset:{rois}")
-    return tiles_by_split(source, mpp=mpp), len(source.label_names)
+    return tiles_by_split(source, partial(cut_tiles, mpp=mpp)), len(source.label_names)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from bench.machine import environment
 from bench.report import console, table, write_json
 from bench.start import runs
-from muse_fast.classification.tiles import tiles_by_split
+from muse_fast.classification.tiles import cut_tiles, tiles_by_split
 from muse_fast.config import load_config
 from muse_fast.errors import UserError
 from muse_fast.pretraining.start import first_backbone
@@ -53,7 +54,8 @@ def _measure(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     arch = runs.arch_of(options.config, common)
     source = open_source(f"roiset:{options.rois}")
     num_classes = len(source.label_names)
-    tiles = {split: found[:: options.one_in] for split, found in tiles_by_split(source, mpp=options.mpp).items()}
+    cut = partial(cut_tiles, mpp=options.mpp)
+    tiles = {split: found[:: options.one_in] for split, found in tiles_by_split(source, cut).items()}
 
     first = runs.trained(
         options.out / "first",

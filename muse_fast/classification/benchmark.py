@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,19 @@ from rich.table import Table
 
 from muse_fast.classification.bootstrap import FIGURES, paired_difference
 from muse_fast.classification.calibration import calibrate_batch_norm
-from muse_fast.classification.features import extract_features
+from muse_fast.classification.features import CropFeatures, extract_features
 from muse_fast.classification.metrics import METRICS, majority
 from muse_fast.classification.splits import nuclei_of_patients, patient_folds
-from muse_fast.classification.tasks import BEST_ON_TEST, TASKS, ProbeConfig, Row, Subject, TaskConfig, held_out_name
-from muse_fast.classification.tiles import VALID, Tile, tiles_by_split
+from muse_fast.classification.tasks import (
+    BEST_ON_TEST,
+    TASKS,
+    ProbeConfig,
+    Row,
+    Subject,
+    TaskConfig,
+    held_out_name,
+)
+from muse_fast.classification.tiles import SPLITS, VALID, Tile, cut_crops, cut_tiles, tiles_by_split
 from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone, random_twin_of
 from muse_fast.models.calibration import batch_norms_of
@@ -41,8 +50,8 @@ from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
 from muse_fast.sources import open_source
 from muse_fast.version import __version__
 
-SPLITS = ("train", "val", "test")
-PROTOCOLS = ("muse", "exact")
+CROP = "crop"
+PROTOCOLS = ("muse", "exact", CROP)
 
 
 class Network(NamedTuple):
@@ -74,8 +83,8 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     Raises:
         UserError: settings, weights or data are not suitable for the evaluation.
     """
-    if job.mpp <= 0:
-        raise UserError(f"--mpp {job.mpp}: expected um per pixel above 0, such as 0.5")
+    if job.protocol == CROP and not isinstance(options, ProbeConfig):
+        raise UserError(f"--protocol {CROP} is for features that are not trained, so not for {job.task}")
     for weights in job.weights:
         if weights.startswith(PREFIX):
             parse_spec(weights)  # fail now, not after hours of work on other networks
@@ -85,8 +94,10 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     source = open_source(job.data, **job.source_options)
     if not source.label_names:
         raise UserError(f"{job.data}: the source has no classes; evaluation needs labelled nuclei")
-    console.print(f"{job.task} on {job.data}: {job.size} px tiles at {job.mpp} um/px, on {device}", highlight=False)
-    tiles = tiles_by_split(source, SPLITS, size=job.size, mpp=job.mpp, truncate=job.protocol == "muse")
+    kind = "crops" if job.protocol == CROP else "tiles"
+    console.print(f"{job.task} on {job.data}: {job.size} px {kind} at {job.mpp:g} um/px, on {device}", highlight=False)
+    cut = cut_crops if job.protocol == CROP else partial(cut_tiles, truncate=job.protocol == "muse")
+    tiles = tiles_by_split(source, partial(cut, size=job.size, mpp=job.mpp))
     data = _describe(job, source.label_names, tiles, options)
     _print_counts(console, data)
 
@@ -97,7 +108,7 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
             if network.about is not None and not network.calibrate:
                 console.print(f"{network.name}: {summarise(network.about)}", highlight=False)
             with ProgressBar(network.name) as bar:
-                rows = _evaluate_network(job.task, network, device, tiles, len(data["classes"]), options, bar.show)
+                rows = _evaluate_network(job, network, device, tiles, len(data["classes"]), options, bar.show)
             results[-1].append(rows)
     report = {
         "task": job.task,
@@ -130,7 +141,7 @@ def _describe(
         "options": job.source_options,
         "mpp": job.mpp,
         "size": job.size,
-        "valid": min(VALID, job.size),
+        "valid": None if job.protocol == CROP else min(VALID, job.size),
         "classes": list(classes),
         "tiles": {split: len(found) for split, found in tiles.items()},
         "nuclei": {split: np.bincount(one, minlength=len(classes)).tolist() for split, one in labels.items()},
@@ -144,7 +155,7 @@ def _describe(
 
 
 def _evaluate_network(
-    task: str,
+    job: Benchmark,
     network: Network,
     device: torch.device,
     tiles: Mapping[str, Sequence[Tile]],
@@ -155,13 +166,14 @@ def _evaluate_network(
     """Evaluate one network and return its rows."""
     backbone = network.backbone.to(device)
     how: dict[str, Any] = {"device": device, "batch_size": options.extract_batch, "bf16": options.precision == "bf16"}
+    reader = CropFeatures(backbone) if job.protocol == CROP else backbone
     began = time.perf_counter()
     if network.calibrate:
-        calibrate_batch_norm(backbone, tiles["train"], **how, progress=progress)
-    sets = extract_features(backbone, tiles, **how, progress=progress)
+        calibrate_batch_norm(reader, tiles["train"], **how, progress=progress)
+    sets = extract_features(reader, tiles, **how, progress=progress)
     extracted = time.perf_counter()
     subject = Subject(backbone, tiles, {split: one.to(device) for split, one in sets.items()}, num_classes)
-    rows = TASKS[task].run(subject, options, progress)
+    rows = TASKS[job.task].run(subject, options, progress)
     seconds = {"features": extracted - began, "classification": time.perf_counter() - extracted}
     known = {"weights": network.name, "arch": backbone.arch} | ({"timm": network.about} if network.about else {})
     return [{**known, **_as_json(row, held_out_name(options)), "seconds": seconds} for row in rows]

@@ -8,10 +8,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from muse_fast.classification.tiles import Tile
 from muse_fast.images.imagenet import normalise
+from muse_fast.models.backbone import Backbone
+from muse_fast.models.timm.backbone import TimmBackbone
 from muse_fast.runtime.progress_bar import ShowProgress
 from muse_fast.sources.names import patient_or_slide
 
@@ -20,6 +22,21 @@ class NucleusFeatures(Protocol):
     """Part of `muse_fast.models.backbone.Backbone` that feature extraction uses."""
 
     def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor: ...
+
+
+class CropFeatures(nn.Module):
+    """Describes the only nucleus of each tile by the tile's image feature.
+
+    Args:
+        backbone: with ``cls``.
+    """
+
+    def __init__(self, backbone: Backbone | TimmBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def nucleus_features(self, images: Tensor, xy: Tensor, image_index: Tensor) -> Tensor:
+        return self.backbone.cls(images)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,13 @@ each nucleus in the tile of its cell; tiles larger than a cell include context a
 skipped. The published builder reads that context from the whole-slide file. Plain images have no slide, so a tile that
 would cross the border of its image is shifted back inside: its nuclei are then off centre, but surrounded by real
 tissue. Only an image smaller than the tile is padded, by reflection.
+
+For encoders that describe a nucleus by the image in whose middle it lies, there is a tile per nucleus instead: a crop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,8 @@ from muse_fast.errors import UserError
 from muse_fast.images.image_files import resampled
 from muse_fast.sources import SourceImage
 
+SPLITS = ("train", "val", "test")
+CROP_UM = 56.0  # side of a crop
 VALID = 224  # side of a grid cell in pixels, for any tile size
 
 
@@ -42,15 +46,8 @@ def cut_tiles(source: SourceImage, *, size: int = 224, mpp: float = 0.5, truncat
     Raises:
         UserError: the image has no labels.
     """
-    if source.label is None:
-        raise UserError(
-            f"{source.name}: the image has nuclei but no classes, so predictions cannot be scored; "
-            "use a labelled source such as brcam2c:DIR"
-        )
-    image, xy = resample(source, mpp)
+    image, xy, label = _labelled(source, mpp)
     height, width = image.shape[:2]
-    keep = (source.label >= 0) & (xy >= 0).all(axis=1) & (xy < (width, height)).all(axis=1)
-    xy, label = xy[keep], source.label[keep].astype(np.int64)
     cell = min(VALID, size)
     margin = (size - cell) // 2
     padded = _reflect_to(image, size)
@@ -73,15 +70,43 @@ def cut_tiles(source: SourceImage, *, size: int = 224, mpp: float = 0.5, truncat
     return tiles
 
 
+def cut_crops(source: SourceImage, *, size: int, mpp: float) -> list[Tile]:
+    """Cut a tile of ``size`` px at ``mpp`` um/px around every labelled nucleus of ``source``, see `crops_around`.
+
+    Raises:
+        UserError: the image has no labels.
+    """
+    image, xy, label = _labelled(source, mpp)
+    crops, places = crops_around(image, xy, size)
+    return [Tile(crops[i], places[i : i + 1], label[i : i + 1], source.slide) for i in range(len(label))]
+
+
+def crops_around(
+    image: NDArray[np.uint8], xy: NDArray[np.float64], size: int
+) -> tuple[list[NDArray[np.uint8]], NDArray[np.float32]]:
+    """Squares of an image, each with one nucleus within half a pixel of its middle; outside, the image is mirrored.
+
+    Args:
+        image: ``[H, W, 3]``.
+        xy: ``[n, 2]`` nuclei on it, in pixels.
+        size: of a square, in pixels.
+
+    Returns:
+        n views ``[size, size, 3]`` of one array, and the places ``[n, 2]`` of the nuclei in them.
+    """
+    corners = np.round(xy - size / 2).astype(np.int64)
+    border = size // 2 + 1
+    padded = np.pad(image, ((border, border), (border, border), (0, 0)), mode="symmetric")
+    crops = [padded[y : y + size, x : x + size] for x, y in (corners + border).tolist()]
+    return crops, (xy - corners).astype(np.float32)
+
+
 def tiles_by_split(
     source: Iterable[SourceImage],
-    splits: tuple[str, ...] = ("train", "val", "test"),
-    *,
-    size: int = 224,
-    mpp: float = 0.5,
-    truncate: bool = True,
+    cut: Callable[[SourceImage], list[Tile]] = cut_tiles,
+    splits: tuple[str, ...] = SPLITS,
 ) -> dict[str, list[Tile]]:
-    """The tiles of every split in ``splits``, cut as by :func:`cut_tiles`.
+    """The tiles of every split in ``splits``, cut by ``cut``: :func:`cut_tiles` or :func:`cut_crops`.
 
     Raises:
         UserError: a split has no labelled nuclei.
@@ -91,7 +116,7 @@ def tiles_by_split(
     for image in source:
         seen.add(image.split)
         if image.split in tiles:
-            tiles[image.split] += cut_tiles(image, size=size, mpp=mpp, truncate=truncate)
+            tiles[image.split] += cut(image)
     missing = [split for split, found in tiles.items() if not found]
     if missing:
         raise UserError(
@@ -99,6 +124,23 @@ def tiles_by_split(
             f"{sorted(seen)}, and evaluation needs {', '.join(splits)}"
         )
     return tiles
+
+
+def _labelled(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
+    """An image at ``mpp`` um/px, and positions ``[n, 2]`` and classes ``[n]`` of the nuclei on it that have one.
+
+    Raises:
+        UserError: the image has no labels.
+    """
+    if source.label is None:
+        raise UserError(
+            f"{source.name}: the image has nuclei but no classes, so predictions cannot be scored; "
+            "use a labelled source such as brcam2c:DIR"
+        )
+    image, xy = resample(source, mpp)
+    height, width = image.shape[:2]
+    keep = (source.label >= 0) & (xy >= 0).all(axis=1) & (xy < (width, height)).all(axis=1)
+    return image, xy[keep], source.label[keep].astype(np.int64)
 
 
 def resample(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from muse_fast.classification.tiles import crops_around
 from muse_fast.detection.detector import BEST, STEM, Detector, load_detector
 from muse_fast.detection.squares import cut_square
 from muse_fast.errors import UserError, require
@@ -158,11 +159,10 @@ class CropEncoder(_Encoder):
         return 1
 
     def shown(self, pixels: NDArray[np.uint8], corner: tuple[int, int], xy: NDArray[np.float64]) -> Shown:
-        """See `Encoder.shown`: one image per nucleus, placed to the nearest pixel, mirrored at the page's border."""
-        image = _as_image(pixels)
-        corners = np.round(xy - self._size / 2).astype(np.int64)
-        crops = [cut_square(image, x, y, self._size, "reflect") for x, y in corners.tolist()]
-        return Shown(torch.stack(crops), torch.from_numpy(xy - corners).float(), torch.arange(len(xy)))
+        """See `Encoder.shown`: one image per nucleus, see `crops_around`."""
+        crops, places = crops_around(pixels, xy, self._size)
+        images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        return Shown(images, torch.from_numpy(places), torch.arange(len(xy)))
 
     @torch.inference_mode()
     def vectors(self, shown: Shown) -> Tensor:

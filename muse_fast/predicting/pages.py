@@ -22,7 +22,6 @@ from muse_fast.images.slide import Level, Lost, Slide, find_slides, open_slide
 from muse_fast.sources.wsi import usable_cpus
 
 SAME_SCALE = 0.02  # relative difference in um per pixel below which pixels are not resampled
-OVERLAY = "overlay.png"  # predict may write it next to slides; it is not one
 MAX_ENLARGEMENT = 2.0  # in coarser slides a network would see only blur
 
 
@@ -62,7 +61,7 @@ def find_pages(inputs: Sequence[Path], mpp: float | None, out: Path | None = Non
         root = given if given.is_dir() else given.parent
         if given.is_dir():
             tables.read_all(given)
-        for path in find_slides(given, images=True, skip=OVERLAY):
+        for path in find_slides(given, images=True):
             row = tables.find(path, root)
             pages[path] = PageFile(path, row.mpp if row else mpp, row is not None)
     found = [page for page in pages.values() if out is None or out.resolve() not in page.path.resolve().parents]
@@ -131,7 +130,8 @@ class Scale:
         fine = [i for i, ratio in enumerate(ratios) if max(ratio) <= wanted * (1 + SAME_SCALE)]
         self._number = max(fine, key=lambda i: ratios[i], default=0)
         self._level, ratio = page.levels[self._number], ratios[self._number]
-        self.step = ratio if max(ratio) >= wanted * (1 - SAME_SCALE) else (wanted, wanted)
+        same = wanted * (1 - SAME_SCALE) <= max(ratio) <= wanted * (1 + SAME_SCALE)
+        self.step = ratio if same else (wanted, wanted)
         self.mpp = page.mpp * self.step[0]
         self._shrink = self.step[0] / ratio[0], self.step[1] / ratio[1]  # pixels of the level per pixel
         self.width, self.height = (

@@ -22,7 +22,7 @@ from muse_fast.classification.probes import (
     new_head,
 )
 from muse_fast.classification.splits import Splits
-from muse_fast.classification.tiles import Tile, cut_tiles, tiles_by_split
+from muse_fast.classification.tiles import Tile, cut_crops, cut_tiles, tiles_by_split
 from muse_fast.classification.tuned import NucleusClassifier, finetune, predict, turn_tiles
 from muse_fast.errors import UserError
 from tests.support.probe_in_float64 import linear_probe_in_float64
@@ -103,9 +103,25 @@ def test_small_image_is_reflected_and_unknown_classes_are_skipped() -> None:
     assert np.array_equal(tile.image[50:96, :60], image[:3:-1])
 
 
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 200])
+def test_each_crop_has_its_nucleus_in_the_middle(size: int) -> None:
+    """Also at corners and edges, and where a crop is larger than the image; nuclei without class have none."""
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    xy = np.array([[0, 0], [89.9, 59.9], [45, 0.4], [10.4, 20.6], [70, 30], [90.1, 5]], np.float32)
+    crops = cut_crops(Labelled(image, xy, np.array([0, 1, 2, 0, -1, 1])), size=size, mpp=0.5)
+    assert [tile.label.tolist() for tile in crops] == [[0], [1], [2], [0]]
+    mirrored = np.pad(image, ((240, 240), (240, 240), (0, 0)), mode="symmetric")
+    for tile, (x, y) in zip(crops, xy.tolist(), strict=False):
+        (place,) = tile.xy.tolist()
+        left, top = round(x - place[0]), round(y - place[1])
+        assert max(abs(place[0] - size / 2), abs(place[1] - size / 2)) <= 0.5
+        np.testing.assert_allclose(place, (x - left, y - top), atol=1e-5)
+        assert (tile.image == mirrored[top + 240 :, left + 240 :][:size, :size]).all()
+
+
 def test_image_without_nuclei_yields_no_tiles() -> None:
     empty = Labelled(np.zeros((300, 300, 3), np.uint8), np.empty((0, 2), np.float32), np.empty(0, np.int16))
-    assert cut_tiles(empty) == []
+    assert cut_tiles(empty) == cut_crops(empty, size=48, mpp=0.5) == []
 
 
 def test_sources_that_cannot_be_evaluated_are_refused() -> None:

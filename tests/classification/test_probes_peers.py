@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from muse_fast.classification.probes import (
     step_over_stable,
 )
 from muse_fast.classification.splits import Splits
-from muse_fast.classification.tiles import tiles_by_split
+from muse_fast.classification.tiles import cut_tiles, tiles_by_split
 from muse_fast.models.timm.backbone import load_timm
 from muse_fast.sources import open_source
 from tests.support.probe_in_float64 import linear_probe_in_float64
@@ -38,7 +39,7 @@ def real(shared_data: Path) -> dict[str, Sets]:
         if left.get(image.split, 0):
             left[image.split] -= 1
             images.append(image)
-    tiles = tiles_by_split(images, size=96)
+    tiles = tiles_by_split(images, partial(cut_tiles, size=96))
     torch.manual_seed(2025)
     ours = extract_features(muse_fast.load_backbone(None, "random:vit_tiny"), tiles)
     theirs = extract_features(load_timm("timm:resnet10t", image_size=96, align_corners=True).backbone, tiles)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from muse_fast import prepare as prepare_command
-from muse_fast.classification.tiles import tiles_by_split
+from muse_fast.classification.tiles import cut_tiles, tiles_by_split
 from muse_fast.errors import UserError
 from muse_fast.evaluate import main as evaluate
 from muse_fast.roiset.roiset import RoiSet
@@ -112,7 +112,7 @@ def test_folders_that_are_missing_or_empty(tiny: Tiny) -> None:
 def test_evaluation_on_labelled_sources(tmp_path: Path) -> None:
     for name in ("ocelot", "pannuke_flat"):
         tiny = build(name, tmp_path)
-        tiles = tiles_by_split(opened(tiny), size=32, mpp=0.5)
+        tiles = tiles_by_split(opened(tiny), partial(cut_tiles, size=32, mpp=0.5))
         for split, found in tiles.items():
             planted = sum(len(tiny.boxes[image]) for image, one in tiny.splits.items() if one == split)
             assert sum(len(tile.xy) for tile in found) == planted
