@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from muse_fast.errors import UserError
 from muse_fast.exploring.components import Colours, Sample
 from muse_fast.exploring.crops import read_crops
 from muse_fast.exploring.vectors import VectorFile
 from muse_fast.images.drawing import GAP, Sheet
 
 CROP_UM = 24.0
+METHODS = ("pca", "umap")
 _CELL = 44  # pixels of a crop
 _MOST_CELLS = 40  # along a side of the grid
 _EDGES = (0.005, 0.995)  # quantiles; nuclei beyond these are placed at the edge
@@ -32,14 +35,17 @@ class Atlas(NamedTuple):
     problems: dict[str, str]
 
 
-def draw_atlas(files: Sequence[VectorFile], sample: Sample, colours: Colours, folder: Path | None = None) -> Atlas:
+def draw_atlas(
+    files: Sequence[VectorFile], sample: Sample, colours: Colours, method: str, folder: Path | None = None
+) -> Atlas:
     """Draw the crops of some of the nuclei of ``sample``, each framed in its colour.
 
     Args:
+        method: one of `METHODS`.
         folder: where the slides are now, see `open_slide_of`.
     """
     cells = min(_MOST_CELLS, math.ceil(math.sqrt(len(sample.row))))
-    positions, method = place(sample, colours)
+    positions, method = place(sample, colours, method)
     column, row, chosen = fill_grid(positions, cells)
     crops = read_crops(files, sample.file[chosen], sample.xy[chosen], CROP_UM, _CELL - 2 * _FRAME, folder)
     frames = colours(sample.vectors[chosen]).tolist()
@@ -51,26 +57,27 @@ def draw_atlas(files: Sequence[VectorFile], sample: Sample, colours: Colours, fo
     return Atlas(sheet, method, len(chosen), crops.problems)
 
 
-def place(sample: Sample, colours: Colours) -> tuple[NDArray[np.float64], str]:
-    """Positions ``[n, 2]`` of the nuclei, and the method: UMAP if it is installed, else the first two components.
+def place(sample: Sample, colours: Colours, method: str) -> tuple[NDArray[np.float64], str]:
+    """Positions ``[n, 2]`` of the nuclei, and the method: the first two components, or UMAP if there are enough nuclei.
 
     UMAP compares vectors by cosine and starts from a fixed seed.
     """
-    umap = _umap() if len(sample.row) > 2 * _NEIGHBOURS else None
-    if umap is None:
+    if method == "pca" or len(sample.row) <= 2 * _NEIGHBOURS:
         return colours.components.project(sample.vectors)[:, :2], "PCA"
-    placed = umap(n_neighbors=_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1).fit_transform(sample.vectors)
+    from umap import UMAP
+
+    placed = UMAP(n_neighbors=_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1).fit_transform(sample.vectors)
     return placed.astype(np.float64), "UMAP"
 
 
-def _umap() -> type[Any] | None:
-    """The class of umap-learn; None if it, or a package that it needs, cannot be loaded."""
-    try:
-        from umap import UMAP
-    except ImportError:
-        return None
-    found: type[Any] = UMAP
-    return found
+def check_method(method: str) -> None:
+    """Check now, not after hours, that what ``method`` needs is there; UMAP itself takes long to load.
+
+    Raises:
+        UserError: it is UMAP, which is not installed.
+    """
+    if method == "umap" and find_spec("umap") is None:
+        raise UserError("atlas=umap needs umap-learn: pip install umap-learn, or use atlas=pca")
 
 
 def fill_grid(

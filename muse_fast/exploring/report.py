@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from muse_fast.exploring.atlas import CROP_UM, Atlas, draw_atlas
+from muse_fast.exploring.atlas import CROP_UM, METHODS, Atlas, check_method, draw_atlas
 from muse_fast.exploring.components import Components, Sample, fit_colours, fit_components
 from muse_fast.exploring.crops import read_crops
 from muse_fast.exploring.neighbours import Neighbours, Place, describe, find_neighbours
@@ -63,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="H5AD", help="files of embed, or folders with them")
     parser.add_argument("--out", type=Path, required=True, help=f"new folder, for {OVERVIEW}, {ATLAS} and {PAGE}")
     parser.add_argument("--slides", type=Path, metavar="DIR", help="where the slides are now, if they have moved")
+    parser.add_argument("--atlas", choices=METHODS, default=METHODS[0], help="how the map is made (%(default)s)")
     args = parser.parse_args(argv)
+    check_method(args.atlas)
     files = open_vectors(find_vectors(args.files))
     with written_to(args.out), new_folder(args.out) as built:
-        problems = write_pictures(built, files, args.slides)
+        problems = write_pictures(built, files, args.atlas, args.slides)
     print(f"{args.out}: pictures of {sum(file.count for file in files):,} nuclei of {len(files)} slides")
     for line in missing(problems):
         print(line)
@@ -78,13 +80,16 @@ def missing(problems: Mapping[str, str]) -> list[str]:
     return [f"not all pictures of {text_of(slide)}: {reason}" for slide, reason in problems.items()]
 
 
-def write_pictures(out: Path, files: Sequence[VectorFile], folder: Path | None = None) -> dict[str, str]:
+def write_pictures(
+    out: Path, files: Sequence[VectorFile], atlas_by: str = METHODS[0], folder: Path | None = None
+) -> dict[str, str]:
     """Write ``overview.png``, ``atlas.png`` and ``report.html`` into ``out``.
 
     The vectors are read three times, in blocks. Without nuclei there is no atlas.
 
     Args:
         files: from `open_vectors`.
+        atlas_by: how the atlas is made, one of `muse_fast.exploring.atlas.METHODS`.
         folder: where the slides are now, see `open_slide_of`.
 
     Returns:
@@ -96,7 +101,7 @@ def write_pictures(out: Path, files: Sequence[VectorFile], folder: Path | None =
     overview.sheet.save(out / OVERVIEW)
     atlas, groups, problems = None, list[_Group](), dict(overview.problems)
     if len(sample.row):
-        atlas = draw_atlas(files, sample, colours, folder)
+        atlas = draw_atlas(files, sample, colours, atlas_by, folder)
         atlas.sheet.save(out / ATLAS)
         groups, lacking = _groups(files, sample, folder)
         problems = {**lacking, **atlas.problems, **problems}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from muse_fast.runtime.atomic import replacing
+from muse_fast.runtime.drawn import save_drawn
 
 # Bright on the pinks and purples of H&E; a dark rim makes them visible on white gaps too.
 PALETTE = (
@@ -72,4 +73,4 @@ class Sheet:
     def save(self, path: str | Path) -> None:
         """Write a PNG atomically; compressed lightly, since tissue gains little from the time that more takes."""
         with replacing(Path(path)) as temporary:
-            self.canvas.save(temporary, format="PNG", compress_level=1)
+            save_drawn(self.canvas, temporary, compress_level=1)

@@ -20,6 +20,7 @@ from muse_fast.errors import UserError
 from muse_fast.images import background
 from muse_fast.images.image_files import IMAGE_SUFFIXES, TO_SLIDE, count_pictures, read_stored, tiff_peculiarity
 from muse_fast.images.mpp import check_mpp, tiff_mpp
+from muse_fast.runtime.drawn import is_drawn
 from muse_fast.runtime.folders import iter_files
 
 _BAND_PIXELS = 16_000_000
@@ -485,14 +486,13 @@ def slide_suffixes(*, images: bool = False) -> tuple[str, ...]:
     return tuple(dict.fromkeys(suffix for reader in readers for suffix in reader.suffixes))
 
 
-def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Path]:
+def find_slides(path: Path, *, images: bool = False) -> list[Path]:
     """The slide at ``path``, or all slides in that folder and its subfolders, sorted.
 
     Of slides that consist of several files, all that can be opened are returned, see `Slide.identity`.
 
     Args:
-        images: include plain images.
-        skip: name of files to ignore.
+        images: include plain images, but no pictures that the package has drawn.
 
     Raises:
         UserError: the path does not exist, or the folder contains no slides.
@@ -502,7 +502,7 @@ def find_slides(path: Path, *, images: bool = False, skip: str = "") -> list[Pat
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     suffixes = slide_suffixes(images=images)
-    found = [file for file in iter_files(path, "**/*") if file.suffix.lower() in suffixes and file.name != skip]
+    found = [file for file in iter_files(path, "**/*") if file.suffix.lower() in suffixes and not is_drawn(file)]
     parts = {part for file in found for part in _parts(file)}
     files = sorted(file for file in found if file not in parts)
     if not files:

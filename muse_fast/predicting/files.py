@@ -20,7 +20,7 @@ from muse_fast.images.drawing import PALETTE, overlay
 from muse_fast.images.geojson import qupath_record
 from muse_fast.images.points_csv import QUPATH_COLUMNS
 from muse_fast.images.slide import Slide
-from muse_fast.predicting.pages import OVERLAY
+from muse_fast.runtime.drawn import save_drawn
 from muse_fast.runtime.names import text_of
 
 OVERLAY_SIDE = 2048  # pixels: longer side of the picture, at most
@@ -140,7 +140,7 @@ class CellFiles:
         """Complete the GeoJSON and the table, and write the picture."""
         self._geojson.finish()
         self.close()
-        _with_legend(self._picture, self._names, self.counts.tolist()).save(self._folder / OVERLAY)
+        save_drawn(_with_legend(self._picture, self._names, self.counts.tolist()), self._folder / "overlay.png")
 
     def close(self) -> None:
         self._opened.close()

@@ -27,6 +27,7 @@ from muse_fast.images.tissue import MASK_UM, write_tissue
 from muse_fast.preparing.pool import Pool
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 from muse_fast.runtime import atomic
+from muse_fast.runtime.drawn import save_drawn
 from muse_fast.sources.cut import Cut, CutSettings, SlideFile, Survey, close_slides, survey
 from muse_fast.sources.wsi import reason_of
 from muse_fast.version import __version__
@@ -123,7 +124,7 @@ class Parts:
                     self.rois_written += 1
                 step = MASK_UM / surveyed.mpp
                 write_tissue(writer.folder / "tissue.geojson", surveyed.tissue, step, surveyed.qupath_frame.origin)
-                Image.fromarray(surveyed.thumbnail).save(writer.folder / "thumbnail.jpg", quality=90)
+                save_drawn(Image.fromarray(surveyed.thumbnail), writer.folder / "thumbnail.jpg", quality=90)
                 self._describe(writer.folder, file, _facts(file, surveyed, cut), cut)
         except UserError as error:
             self.skip(file, reason_of(error, file.path))

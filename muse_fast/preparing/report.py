@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from muse_fast.images.geojson import read_shapes
 from muse_fast.images.tissue import COLOUR
 from muse_fast.preparing.assemble import Chosen
+from muse_fast.runtime.drawn import save_drawn
 from muse_fast.runtime.names import text_of
 
 NOT_SAMPLED = "not sampled"
@@ -155,4 +156,4 @@ def draw_slide(path: Path, chosen: Chosen) -> None:
     for shape in read_shapes(part.folder / "tissue.geojson"):
         for ring in (ring for polygon in shape.polygons for ring in polygon):
             draw.line([(x, y) for x, y in (ring * scale).tolist()], COLOUR, 2)
-    picture.save(path, quality=88)
+    save_drawn(picture, path, quality=88)

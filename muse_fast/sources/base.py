@@ -20,6 +20,7 @@ from muse_fast.images.image_files import IMAGE_SUFFIXES, read_image
 from muse_fast.images.mpp import MPP_RANGE, MppRow, MppTables
 from muse_fast.images.points import Points, drop_outside
 from muse_fast.images.slide import open_slide
+from muse_fast.runtime.drawn import is_drawn
 from muse_fast.runtime.folders import find_files, iter_files
 from muse_fast.runtime.options import Config, setting, split_list
 
@@ -229,12 +230,12 @@ def read_splits(
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the image files of a folder by name.
+    """List the image files of a folder by name, without pictures that the package has drawn.
 
     Raises:
         UserError: the folder contains no images.
     """
-    images = [path for path in find_files(folder, "*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in find_files(folder, "*") if path.suffix.lower() in IMAGE_SUFFIXES and not is_drawn(path)]
     if not images:
         raise UserError(f"{folder} contains no images ({', '.join(IMAGE_SUFFIXES)})")
     return images

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -10,16 +9,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from muse_fast.exploring.atlas import draw_atlas, fill_grid, place
+from muse_fast.errors import UserError
+from muse_fast.exploring.atlas import check_method, draw_atlas, fill_grid, place
 from muse_fast.exploring.components import fit_colours, fit_components
 from muse_fast.exploring.vectors import open_vectors
 from tests.support.vector_files import draw_slide, some_files, write_vectors
-
-
-@pytest.fixture(autouse=True)
-def without_umap() -> Iterator[None]:
-    with mock.patch.dict(sys.modules, umap=None):
-        yield
 
 
 @pytest.mark.parametrize(("count", "cells"), [(1, 1), (2, 2), (50, 1), (300, 7), (301, 20)])
@@ -57,7 +51,7 @@ def test_the_sheet_has_the_crops_in_the_frames_of_their_colours(tmp_path: Path) 
     files = open_vectors([write_vectors(tmp_path / "a.h5ad", vectors, xy)])
     components, sample = fit_components(files)
     colours = fit_colours(components, sample)
-    drawn = draw_atlas(files, sample, colours)
+    drawn = draw_atlas(files, sample, colours, "pca")
     assert (drawn.method, drawn.shown, drawn.problems) == ("PCA", 4, {})
     pixels = np.asarray(drawn.sheet.canvas)
     for index, (column, row) in enumerate([(0, 1), (1, 1), (0, 0), (1, 0)]):
@@ -66,7 +60,7 @@ def test_the_sheet_has_the_crops_in_the_frames_of_their_colours(tmp_path: Path) 
         np.testing.assert_array_equal(cell[1, 22], colours(vectors[index : index + 1])[0])
 
 
-def test_umap_places_the_nuclei_if_it_is_installed(tmp_path: Path) -> None:
+def test_umap_places_the_nuclei_if_it_is_asked_for(tmp_path: Path) -> None:
     """With a package of that name which only doubles two of the numbers."""
     files = some_files(tmp_path, {"a": 31})
     components, sample = fit_components(files)
@@ -81,8 +75,16 @@ def test_umap_places_the_nuclei_if_it_is_installed(tmp_path: Path) -> None:
             return 2 * vectors[:, :2]
 
     with mock.patch.dict(sys.modules, umap=SimpleNamespace(UMAP=UMAP)):
-        positions, method = place(sample, colours)
-        small, plain = place(type(sample)(*(column[:30] for column in sample)), colours)
+        positions, method = place(sample, colours, "umap")
+        small, plain = place(type(sample)(*(column[:30] for column in sample)), colours, "umap")
+        assert place(sample, colours, "pca")[1] == "PCA"
     assert method == "UMAP" and given["metric"] == "cosine" and given["random_state"] == 0
     np.testing.assert_array_equal(positions, 2 * sample.vectors[:, :2])
     assert plain == "PCA" and small.shape == (30, 2)
+
+
+def test_umap_that_is_missing_is_said_at_once() -> None:
+    with mock.patch.dict(sys.modules, umap=None):
+        check_method("pca")
+        with pytest.raises(UserError, match="atlas=umap needs umap-learn: pip install umap-learn"):
+            check_method("umap")

@@ -11,6 +11,7 @@ from PIL import Image
 from muse_fast.errors import UserError
 from muse_fast.images.slide import ImageSlide, Lost
 from muse_fast.predicting.pages import PageFile, Scale, find_pages
+from muse_fast.runtime.drawn import save_drawn
 from tests.support.planted import DotDetector, assert_same_places, page_of_dots, scattered, write_pyramid
 
 WIDTH, HEIGHT = 2003, 1507  # not multiples of a factor: 4 x 500 px are 3 px short
@@ -27,7 +28,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory, dots: np.ndarray) -> Path:
     return write_pyramid(path, page_of_dots(WIDTH, HEIGHT, dots, 5.0), 0.25, (4, 8))
 
 
-@pytest.mark.parametrize("mpp", [0.25, 0.253, 0.3, 0.5, 0.8, 0.99, 1.0, 1.7, 2.0])
+@pytest.mark.parametrize("mpp", [0.2, 0.25, 0.253, 0.3, 0.5, 0.8, 0.99, 1.0, 1.7, 2.0])
 def test_dots_are_found_to_half_a_pixel(slide: Path, dots: np.ndarray, mpp: float) -> None:
     page = PageFile(slide, None).open()
     scale = Scale(page, mpp)
@@ -46,7 +47,7 @@ def test_the_level_is_fine_enough(slide: Path) -> None:
     assert (steps[0.9].width, steps[0.9].height) == (556, 418)
 
 
-@pytest.mark.parametrize("mpp", [0.25, 0.37, 1.0, 1.3])
+@pytest.mark.parametrize("mpp", [0.14, 0.25, 0.37, 1.0, 1.3])
 def test_pieces_agree_with_the_whole(slide: Path, mpp: float) -> None:
     page = PageFile(slide, None).open()
     scale = Scale(page, mpp)
@@ -84,9 +85,10 @@ def test_kinds_of_files(tmp_path: Path, slide: Path) -> None:
 
 
 def test_um_per_pixel_come_from_the_table_then_the_option(tmp_path: Path) -> None:
-    for name in ("a.png", "deep/b.png", "deep/c.jpg", "deep/overlay.png", ".hidden.png", "notes.txt"):
+    for name in ("a.png", "deep/b.png", "deep/c.jpg", ".hidden.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    save_drawn(Image.new("RGB", (8, 8)), tmp_path / "deep" / "overlay.png")
     (tmp_path / "mpp.csv").write_text("image,mpp\na.png,0.3\ndeep/b.png,0.4\n")
     found = {page.path.relative_to(tmp_path).as_posix(): page.mpp for page in find_pages([tmp_path], 0.5)[0]}
     assert found == {"a.png": 0.3, "deep/b.png": 0.4, "deep/c.jpg": 0.5}
