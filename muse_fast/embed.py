@@ -1,7 +1,8 @@
 """``python -m muse_fast.embed --weights W --out DIR IMAGE_OR_SLIDE ... [key=value ...]``: one vector per nucleus.
 
 Each slide or image gets NAME.h5ad in DIR, which scanpy opens, NAME.parquet without the vectors, and NAME.json. A file
-appears only when it is complete; an interrupted command continues when it is repeated.
+appears only when it is complete; an interrupted command continues when it is repeated. Ranks of torchrun, or tasks of
+a Slurm array, share the inputs.
 
 ``embed search`` finds the nuclei most similar to one, see `muse_fast.exploring.search`, and ``embed report`` draws the
 vectors of several commands, see `muse_fast.exploring.report`.
@@ -20,6 +21,8 @@ from muse_fast.embedding.run import EmbedConfig, embed
 from muse_fast.embedding.to_qupath import to_geojson
 from muse_fast.exploring import report, search
 from muse_fast.models.weights import COMPATS
+from muse_fast.predicting.pages import find_pages
+from muse_fast.runtime import shares
 from muse_fast.runtime.cli import run, written_to
 from muse_fast.runtime.options import known_keys, load_settings, split_settings
 
@@ -55,16 +58,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar=("FILE", "COLUMN"),
         help="instead, write a column of a file as SLIDE.COLUMN.geojson for QuPath, to --out or next to the file",
     )
+    shares.add_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
     if args.to_geojson:
         return _to_geojson(Path(args.to_geojson[0]), args.to_geojson[1], args.out)
     if not (args.weights and args.out and args.inputs):
         parser.error("--weights, --out and inputs are needed, or --to-geojson FILE COLUMN")
-    given, inputs = split_settings(args.inputs)
-    settings = load_settings(EmbedConfig, None, given)
+    given, files = split_settings(args.inputs)
+    settings, inputs = load_settings(EmbedConfig, None, given), [Path(file) for file in files]
     with written_to(args.out):
-        embed(args.weights, args.out, [Path(one) for one in inputs], settings, args.arch, args.compat)
+        if args.slurm_tasks is not None:
+            _submit(args, inputs, settings)
+        else:
+            shares.each_share(
+                lambda share: embed(args.weights, args.out, inputs, settings, args.arch, args.compat, share), args.task
+            )
     return 0
+
+
+def _submit(args: argparse.Namespace, inputs: Sequence[Path], settings: EmbedConfig) -> None:
+    jobs = shares.JobArray(args)
+    arguments = ["--weights", args.weights, "--out", str(args.out), *args.inputs]
+    for name in ("arch", "compat"):
+        arguments += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    jobs.submit(main, arguments, len(find_pages(inputs, settings.mpp, args.out)[0]))
 
 
 def _to_geojson(path: Path, column: str, out: Path | None) -> int:
@@ -74,4 +91,6 @@ def _to_geojson(path: Path, column: str, out: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    from muse_fast import embed as module  # so that jobs are pickled as muse_fast.embed's, not __main__'s
+
+    raise SystemExit(run(module.main))

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -113,11 +112,8 @@ def test_vectors_are_those_of_a_window_cut_by_hand(field: Path, tmp_path: Path, 
     assert found.obs["class"].tolist()[:4] == ["a", "b", "a", "b"]
 
 
-def test_pictures_and_search(
-    field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_and_search(field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pictures are drawn at the end, also by a command that has nothing else left to do, unless they are not wanted."""
-    monkeypatch.setitem(sys.modules, "umap", None)  # it takes long to load
     out = tmp_path / "out"
     assert embed(field, out) == 0
     assert not list(out.glob("*.png")) and not (out / "report.html").exists()
@@ -126,6 +122,10 @@ def test_pictures_and_search(
     assert {"overview.png", "atlas.png", "report.html"} <= {path.name for path in out.iterdir()}
     assert embed(field, out, "pictures=true") == 2
     assert "already contains" in capsys.readouterr().err
+    for name in ("overview.png", "atlas.png"):
+        shutil.copy(out / name, tmp_path)  # pictures are no slides
+    assert main(["--weights", "random:vit_tiny", "--out", str(tmp_path / "more"), str(tmp_path)]) == 2
+    assert f"{tmp_path} contains no slides or images" in capsys.readouterr().err
 
     x, y = table(field)[17]
     assert (

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from muse_fast.classification.tiles import CROP_UM
 from muse_fast.embedding import files
 from muse_fast.embedding.encoders import CropEncoder, Encoder, MapEncoder, Weights, open_weights
 from muse_fast.embedding.nuclei import PREDICTIONS, Detected, FromFiles, NucleiSource
@@ -18,6 +19,7 @@ from muse_fast.embedding.one_pass import OnePass
 from muse_fast.embedding.parts import Parts
 from muse_fast.embedding.pipeline import Embedding, Tally
 from muse_fast.errors import UserError, require
+from muse_fast.exploring.atlas import METHODS, check_method
 from muse_fast.exploring.report import PAGE, missing, write_pictures
 from muse_fast.exploring.vectors import SUFFIX, open_vectors
 from muse_fast.images.geojson import MULTI
@@ -28,7 +30,9 @@ from muse_fast.predicting.detectors import NUCLEI, FineTunedDetector, open_detec
 from muse_fast.predicting.inputs import (
     SlidesTaken,
     changed_words,
+    each_name,
     each_once,
+    each_slide,
     fingerprint_of,
     read_record,
     scale_words,
@@ -38,9 +42,11 @@ from muse_fast.predicting.inputs import (
 from muse_fast.predicting.pages import PageFile, find_pages, reading_threads
 from muse_fast.runtime import atomic
 from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.runtime.distributed import local_rank
 from muse_fast.runtime.names import text_of
 from muse_fast.runtime.options import Config, fixed_settings, setting
 from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
+from muse_fast.runtime.shares import Share
 from muse_fast.sources.wsi import reason_of
 from muse_fast.version import __version__
 
@@ -71,7 +77,7 @@ class EmbedConfig(Config):
     """Side of a window; None: that of the images that the network was made for."""
     context_um: float = setting(16.0, ge=0, le=256)
     """Tissue that a window shows on each side of a nucleus, at least, where the slide has it."""
-    crop_um: float = setting(56.0, ge=4, le=1024)
+    crop_um: float = setting(CROP_UM, ge=4, le=1024)
     """Side of a crop in um."""
     size: int = setting(224, ge=32, le=1024, unit="pixels")
     """Side of a crop in pixels."""
@@ -92,6 +98,9 @@ class EmbedConfig(Config):
     """Share of the tissue, and of the nuclei, that may be unreadable; with more, the slide is given up."""
     pictures: bool = setting(True, may_change=True)
     """Draw the vectors of all inputs at the end; with format=h5ad."""
+
+    atlas: str = setting("pca", choices=METHODS, may_change=True)
+    """How the nuclei of the atlas are placed: by the first two components, or by UMAP, which takes minutes."""
 
     @property
     def draws(self) -> bool:
@@ -132,7 +141,8 @@ def open_job(weights: str, settings: EmbedConfig, arch: str | None = None, compa
         UserError: weights, nuclei or settings cannot be used.
     """
     files.need_libraries(settings.format)
-    device = pick_device(settings.device, "device")
+    check_method(settings.atlas)
+    device = pick_device(settings.device, "device", local_rank())
     crop = settings.protocol == "crop"
     opened = open_weights(weights, arch, compat, settings.size if crop else settings.window)
     return job_of(opened, settings, device)
@@ -194,8 +204,12 @@ def embed(
     settings: EmbedConfig,
     arch: str | None = None,
     compat: str | None = None,
+    share: Share | None = None,
 ) -> None:
-    """Write the nuclei of ``inputs`` and their vectors to files in ``out``, and a summary of all.
+    """Write the nuclei of ``inputs`` and their vectors to files in ``out``, and a summary and pictures of all.
+
+    Args:
+        share: only of these slides, without summary and pictures; inputs that cannot be used are only printed.
 
     Raises:
         UserError: the inputs, weights or settings cannot be used, or ``out`` contains other vectors. Also, after all
@@ -204,14 +218,15 @@ def embed(
     started = time.monotonic()
     pages, without_effect = find_pages(inputs, settings.mpp, out)
     job = open_job(weights, settings, arch, compat)
-    refused = dict[Path, str]()
-    left = _left_to_do(out, pages, job, refused)
+    left, refused = _left_to_do(out, pages, job, share)
     random = "" if job.weights.sha256 else " (random)"
-    print(f"embed {len(left)} of {len(pages)} inputs with {weights}{random} on {job.device} -> {out}", flush=True)
+    mine = f"share {share}: " if share else ""
+    print(f"{mine}embed {len(left)} of {len(pages)} inputs with {weights}{random} on {job.device} -> {out}", flush=True)
     for line in without_effect:
         print(f"no effect: {line}", flush=True)
-    finished = [page for page in pages if page not in left and page.path not in refused]
-    slides = SlidesTaken({page: read_record(_summary_of(out, page)).get("identity") for page in finished})
+    others = {page: read_record(_summary_of(out, page)) for page in pages if page not in left}
+    finished = {page: record for page, record in others.items() if record and page.path not in refused}
+    slides = SlidesTaken({page: record.get("identity") for page, record in finished.items()})
     left_out = each_once(
         left,
         slides,
@@ -219,30 +234,34 @@ def embed(
         lambda page: _describe(embed_page(job, page, out)),
         lambda page: _done_meanwhile(out, page, job),
     )
+    if share:
+        return
     done = [page for page in pages if page not in left_out]
     total = _total([read_record(_summary_of(out, page)) for page in done]) | left_out.record()
     total |= {"without_effect": without_effect}
     atomic.write_json(out / _SUMMARY, total | job.made_with)
     print(f"{out}: {total['nuclei']:,} nuclei of {len(done)} inputs in {time.monotonic() - started:.0f} s")
     if settings.draws:
-        _draw(out, done)
+        _draw(out, done, settings.atlas)
     left_out.check(len(pages))
 
 
-def _draw(out: Path, pages: Sequence[PageFile]) -> None:
+def _draw(out: Path, pages: Sequence[PageFile], atlas: str) -> None:
     """Draw the vectors of all pages; they are complete, so what prevents it is only printed."""
     if not pages:
         return
     try:
-        problems = write_pictures(out, open_vectors([out / f"{page.name}{SUFFIX}" for page in pages]))
+        problems = write_pictures(out, open_vectors([out / f"{page.name}{SUFFIX}" for page in pages]), atlas)
     except UserError as error:
         print(f"no pictures: {error}")
         return
     print("\n".join([f"{out / PAGE}: the vectors in pictures", *missing(problems)]))
 
 
-def _left_to_do(out: Path, pages: Sequence[PageFile], job: Job, refused: dict[Path, str]) -> list[PageFile]:
-    """The pages that are not done yet; adds those to ``refused`` that cannot be done because of their names.
+def _left_to_do(
+    out: Path, pages: Sequence[PageFile], job: Job, share: Share | None
+) -> tuple[list[PageFile], dict[Path, str]]:
+    """The pages, of a share or all, that are not done yet, and those that are refused because of their names.
 
     Raises:
         UserError: all are done, or ``out`` was made with other weights or settings.
@@ -252,11 +271,9 @@ def _left_to_do(out: Path, pages: Sequence[PageFile], job: Job, refused: dict[Pa
         raise UserError(
             f"{out} contains vectors made with {changed_words(before, job.made_with)}; choose another --out"
         )
-    left, names = [], dict[str, Path]()
-    for page in pages:
-        if (first := names.setdefault(page.name, page.path)) != page.path:
-            refused[page.path] = f"{first} has the same name; the names of inputs must differ"
-            continue
+    named, refused = each_name(pages)
+    left = []
+    for page in share.of(each_slide(named)) if share else named:
         try:
             if why := _made_otherwise(out, page, job):
                 refused[page.path] = f"{out / page.name}.{job.settings.format} {why}; remove it or choose another --out"
@@ -264,10 +281,13 @@ def _left_to_do(out: Path, pages: Sequence[PageFile], job: Job, refused: dict[Pa
                 left.append(page)
         except UserError as error:
             refused[page.path] = reason_of(error, page.path)
-    if not left and not refused and ((out / PAGE).is_file() or not job.settings.draws):
+    complete = (out / _SUMMARY).is_file() and ((out / PAGE).is_file() or not job.settings.draws)
+    if left:
+        (out / _SUMMARY).unlink(missing_ok=True)  # it will not be true
+    elif not refused and not share and complete:
         raise UserError(f"{out} already contains all vectors; remove it or choose another --out")
     atomic.write_json(out / _RECORD, job.made_with)
-    return left
+    return left, refused
 
 
 def _made_otherwise(out: Path, page: PageFile, job: Job) -> str:

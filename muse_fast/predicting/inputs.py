@@ -55,6 +55,28 @@ class SlidesTaken:
         return self._first_of[page.path]
 
 
+def each_name(pages: Sequence[PageFile]) -> tuple[list[PageFile], dict[Path, str]]:
+    """The first page of each name, and why the others are refused: results are named like the inputs."""
+    first, refused = dict[str, PageFile](), dict[Path, str]()
+    for page in pages:
+        if (other := first.setdefault(page.name, page)) != page:
+            refused[page.path] = f"{other.path} has the same name; the names of inputs must differ"
+    return list(first.values()), refused
+
+
+def each_slide(pages: Sequence[PageFile]) -> list[PageFile]:
+    """The pages without those of a slide of which an earlier one is a file; those that cannot be opened remain."""
+    seen = SlidesSeen()
+
+    def is_first(page: PageFile) -> bool:
+        try:
+            return seen.first(page.path, slide_identity(page.path)) == page.path
+        except UserError:
+            return True
+
+    return [page for page in pages if is_first(page)]
+
+
 @dataclass(frozen=True, slots=True)
 class LeftOut:
     """The inputs that have no result of their own, and why."""

@@ -18,7 +18,9 @@ from muse_fast.predicting.files import CellFiles
 from muse_fast.predicting.inputs import (
     SlidesTaken,
     changed_words,
+    each_name,
     each_once,
+    each_slide,
     fingerprint_of,
     read_record,
     scale_words,
@@ -29,8 +31,10 @@ from muse_fast.predicting.pages import PageFile, find_pages, reading_threads
 from muse_fast.predicting.pipeline import Prediction
 from muse_fast.runtime import atomic
 from muse_fast.runtime.device import peak_memory, pick_device
+from muse_fast.runtime.distributed import local_rank
 from muse_fast.runtime.options import Config, fixed_settings, setting
 from muse_fast.runtime.progress_bar import ProgressBar
+from muse_fast.runtime.shares import Share
 from muse_fast.sources.wsi import listed
 from muse_fast.version import __version__
 
@@ -59,8 +63,13 @@ class PredictConfig(Config):
     """Share of the tissue, or of the page, that may be unreadable; with more, the slide is given up."""
 
 
-def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictConfig) -> None:
+def predict(
+    weights: str, out: Path, inputs: Sequence[Path], settings: PredictConfig, share: Share | None = None
+) -> None:
     """Write the nuclei of ``inputs`` to folders in ``out``, and a summary of all.
+
+    Args:
+        share: only of these slides, and no summary; inputs that cannot be used are only printed.
 
     Raises:
         UserError: the inputs, weights or settings cannot be used, or ``out`` contains other predictions. Also, after
@@ -68,7 +77,7 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
     """
     started = time.monotonic()
     pages, without_effect = find_pages(inputs, settings.mpp, out)
-    device = pick_device(settings.device, "device")
+    device = pick_device(settings.device, "device", local_rank())
     detector = open_detector(weights, device)
     made_with = {
         "program": f"muse_fast {__version__}",
@@ -78,12 +87,14 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
         "detector_mpp": detector.mpp,
         "settings": dict(fixed_settings(settings)),
     }
-    left, refused = _left_to_do(out, pages, made_with)
-    print(f"predict {len(left)} of {len(pages)} inputs with {weights} on {device} -> {out}", flush=True)
+    left, refused = _left_to_do(out, pages, made_with, share)
+    mine = f"share {share}: " if share else ""
+    print(f"{mine}predict {len(left)} of {len(pages)} inputs with {weights} on {device} -> {out}", flush=True)
     for line in without_effect:
         print(f"no effect: {line}", flush=True)
-    finished = [page for page in pages if page not in left and page.path not in refused]
-    slides = SlidesTaken({page: read_record(out / page.name / _SUMMARY).get("identity") for page in finished})
+    others = {page: read_record(out / page.name / _SUMMARY) for page in pages if page not in left}
+    finished = {page: record for page, record in others.items() if record and page.path not in refused}
+    slides = SlidesTaken({page: record.get("identity") for page, record in finished.items()})
     left_out = each_once(
         left,
         slides,
@@ -91,6 +102,8 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
         lambda page: _describe(_predict_page(page, out / page.name, detector, settings, device, made_with)),
         lambda page: not _made_otherwise(out / page.name, page, made_with),
     )
+    if share:
+        return
     done = [read_record(out / page.name / _SUMMARY) for page in pages if page not in left_out]
     total = _total(done) | left_out.record() | {"without_effect": without_effect}
     atomic.write_json(out / _SUMMARY, total | made_with)
@@ -103,9 +116,9 @@ def predict(weights: str, out: Path, inputs: Sequence[Path], settings: PredictCo
 
 
 def _left_to_do(
-    out: Path, pages: Sequence[PageFile], made_with: dict[str, Any]
+    out: Path, pages: Sequence[PageFile], made_with: dict[str, Any], share: Share | None
 ) -> tuple[list[PageFile], dict[Path, str]]:
-    """The pages that are not done yet, and those that are refused because of their names.
+    """The pages, of a share or all, that are not done yet, and those that are refused because of their names.
 
     Raises:
         UserError: all are done, or ``out`` was made with other weights or settings.
@@ -116,15 +129,16 @@ def _left_to_do(
         raise UserError(
             f"{out} contains predictions made with {changed_words(before, made_with)}; choose another --out"
         )
-    left, refused, names = [], {}, dict[str, Path]()
-    for page in pages:
-        if (first := names.setdefault(page.name, page.path)) != page.path:
-            refused[page.path] = f"{first} has the same name; the names of inputs must differ"
-        elif not (out / page.name).exists():
+    named, refused = each_name(pages)
+    left = []
+    for page in share.of(each_slide(named)) if share else named:
+        if not (out / page.name).exists():
             left.append(page)
         elif why := _made_otherwise(out / page.name, page, made_with):
             refused[page.path] = f"{out / page.name} already exists and {why}; remove it or choose another --out"
-    if not left and not refused:
+    if left:
+        (out / _SUMMARY).unlink(missing_ok=True)  # it will not be true
+    elif not refused and not share and (out / _SUMMARY).is_file():
         raise UserError(f"{out} already contains all predictions; remove it or choose another --out")
     atomic.write_json(record, made_with)
     return left, refused

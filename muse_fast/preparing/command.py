@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from muse_fast.errors import UserError
-from muse_fast.preparing import slurm as prepare_slurm
 from muse_fast.preparing.audit import open_without
 from muse_fast.preparing.build import Item, build_set, counted, print_summary
-from muse_fast.preparing.slides import prepare_slides
+from muse_fast.preparing.parts import Parts
+from muse_fast.preparing.slides import parts_folder, prepare_slides
 from muse_fast.roiset.roiset import RoiSetWriter
+from muse_fast.runtime import shares
 from muse_fast.runtime.cli import written_to
 from muse_fast.runtime.options import key_values
 from muse_fast.runtime.progress_bar import track
 from muse_fast.sources import Source, source_kinds
 from muse_fast.sources.prepared import Prepared
-from muse_fast.sources.wsi import Slides
+from muse_fast.sources.wsi import Slides, usable_cpus
 from muse_fast.version import __version__
 
 
@@ -43,21 +44,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("options", nargs="*", metavar="key=value", help="settings of the source, e.g. mpp=0.25")
     slides = parser.add_argument_group("slides (wsi:)")
     slides.add_argument("--keep-parts", action="store_true", help="keep OUT.parts, to sample from it again")
-    slides.add_argument(
-        "--task",
-        type=_share,
-        metavar="I/N",
-        help="process only share I (0 to N-1) of the slides, without assembling the set",
-    )
-    prepare_slurm.add_arguments(parser)
+    shares.add_arguments(parser)
     return parser
-
-
-def _share(text: str) -> tuple[int, int]:
-    task, _, tasks = text.partition("/")
-    if not (task.isdecimal() and tasks.isdecimal() and int(task) < int(tasks)):
-        raise argparse.ArgumentTypeError(f"'{text}': expected I/N with I from 0 to N-1")
-    return int(task), int(tasks)
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -82,10 +70,28 @@ def prepare(args: argparse.Namespace) -> int:
             raise UserError(f"{args.source}: --task, --keep-parts and --slurm-tasks are for slides (wsi:PATH)")
         return _prepare_images(source, args.out, provenance, args.quality)
     if args.slurm_tasks is not None:
-        return prepare_slurm.submit(args, source, main)
+        return _submit(args, source)
     return prepare_slides(
         source, args.out, provenance=provenance, quality=args.quality, keep_parts=args.keep_parts, share=args.task
     )
+
+
+def _submit(args: argparse.Namespace, source: Slides) -> int:
+    """Share the slides out over Slurm tasks, or over processes of this machine; returns the exit code.
+
+    Raises:
+        UserError: the settings cannot be used, ``OUT`` exists, or submission or a local job failed.
+    """
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already; remove it or choose another folder")
+    jobs = shares.JobArray(args)
+    Parts(parts_folder(args.out), source.options, args.quality)  # refuses what the tasks would refuse
+    arguments = [args.source, str(args.out), "--quality", str(args.quality), *args.options]
+    arguments += ["--keep-parts"] if args.keep_parts else []
+    share_cores = args.local and not any(text.startswith("workers=") for text in args.options)
+    workers = [f"workers={max(1, usable_cpus() // args.slurm_tasks)}"] if share_cores else []
+    jobs.submit(main, arguments, len(source.files), of_a_task=workers)
+    return 0
 
 
 def _prepare_images(source: Source, out: Path, provenance: dict[str, Any], quality: int) -> int:

@@ -20,6 +20,7 @@ from muse_fast.preparing.parts import Part, Parts, make_parts
 from muse_fast.preparing.report import Row, draw_slide, row_of, write_report
 from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime.progress_bar import ProgressBar, track
+from muse_fast.runtime.shares import Share
 from muse_fast.sources.cut import SlideFile
 from muse_fast.sources.wsi import Slides, listed
 
@@ -31,13 +32,13 @@ def prepare_slides(
     provenance: dict[str, Any],
     quality: int,
     keep_parts: bool = False,
-    share: tuple[int, int] | None = None,
+    share: Share | None = None,
 ) -> int:
     """Write the ROI set of some slides; return the exit code.
 
     Args:
         keep_parts: keep the work folder ``OUT.parts``.
-        share: (i, n): only write the parts of every n-th slide, starting with the i-th; a later call assembles.
+        share: only write the parts of these slides; a later call assembles.
 
     Raises:
         UserError: no slide can be used, no slide yields a ROI, or ``out`` exists.
@@ -47,7 +48,7 @@ def prepare_slides(
     started = time.monotonic()
     files = source.usable(source.files)
     if share is not None:
-        files = _share(files, *share)
+        files = share.of(files)
     _print_unused(source)
     if share is None and not files:
         raise UserError(f"no slide can be used\n{listed(source.refused | source.excluded)}")
@@ -81,11 +82,6 @@ class _NoRoiError(UserError):
 
 def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
-
-
-def _share(files: Sequence[SlideFile], task: int, tasks: int) -> list[SlideFile]:
-    """Return every ``tasks``-th slide in descending order of size, so that all shares are of similar size."""
-    return sorted(files, key=lambda file: (-file.path.stat().st_size, file.path))[task::tasks]
 
 
 def _print_unused(source: Slides) -> None:

@@ -54,8 +54,7 @@ def process_group(device: torch.device, timeout: float, tell: Callable[[str, int
     if not launched():
         yield
         return
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-    store = store_of_this_start(store, rank, world_size, _TIMEOUT)
+    store, rank, world_size = join_store()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
@@ -67,6 +66,16 @@ def process_group(device: torch.device, timeout: float, tell: Callable[[str, int
     with Watchdog(store, rank, world_size, timeout, lambda: _place, tell), _lost_rank_explained(rank):
         yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
+
+
+def join_store() -> tuple[dist.Store, int, int]:
+    """Return the store of a launched job, this process's rank, and the number of ranks, once all have joined.
+
+    Raises:
+        torch.distributed.DistStoreError: not all ranks joined within half an hour.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    return store_of_this_start(store, rank, world_size, _TIMEOUT), rank, world_size
 
 
 @contextmanager

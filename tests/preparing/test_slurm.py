@@ -11,9 +11,9 @@ import pytest
 from muse_fast import prepare
 from muse_fast.errors import UserError
 from muse_fast.preparing import command
-from muse_fast.preparing.slurm import PrepareJob
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime.cli import run
+from muse_fast.runtime.shares import TaskJob
 from tests.support.small_slides import page_with_tissue, write_slide
 
 main = partial(run, prepare.main)
@@ -62,7 +62,7 @@ def test_what_slurm_is_told(
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     options = ["--slurm-tasks", "5", "--cpus-per-task", "3", "--time", "90", "--partition", "long", "--sbatch", "qos=x"]
     assert main([f"wsi:{cohort}", str(tmp_path / "set"), *SETTINGS, *options]) == 0
-    assert f"jobs 40 and 41, which assembles {tmp_path / 'set'}" in capsys.readouterr().out
+    assert f"jobs 40 and 41, which completes {tmp_path / 'set'}" in capsys.readouterr().out
     array, last = ((commands / f"batch-{n}.sh").read_text().splitlines() for n in (0, 1))
     for lines in (array, last):
         for line in ("partition=long", "qos=x", "requeue", "time=90", "cpus-per-task=3"):
@@ -73,14 +73,14 @@ def test_what_slurm_is_told(
 
 def test_a_task_that_fails_has_failed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="absent"):
-        PrepareJob(command.main, (f"wsi:{tmp_path / 'absent'}", str(tmp_path / "set")))()
+        TaskJob(command.main, (f"wsi:{tmp_path / 'absent'}", str(tmp_path / "set")))()
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--slurm-tasks", "0"], "--slurm-tasks=0: expected 1 or more"),
-        (["--slurm-tasks", "2", "--task", "0/2"], "--task is for what this submits"),
+        (["--slurm-tasks", "2", "--task", "0/2"], "--task is for what --slurm-tasks submits"),
         (["--slurm-tasks", "2", "min_nucle=3"], "did you mean 'min_nuclei'"),
         (["--slurm-tasks", "2"], "srun"),
     ],
