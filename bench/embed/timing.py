@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,24 +48,28 @@ class Case(NamedTuple):
     """What all versions do."""
 
     slide: PageFile
-    xy: NDArray[np.float64]  # [n, 2] nuclei, in level-0 pixels
+    xy: NDArray[np.float64]  # [n, 2] all nuclei, in level-0 pixels
+    in_square: NDArray[np.bool_]  # [n] those of which crops are timed
     weights: str
     device: str
+
+    def nuclei(self, version: Version) -> NDArray[np.float64]:
+        return self.xy[self.in_square] if version.protocol == "crop" else self.xy
 
     def job(self, version: Version) -> Job:
         """The network and the nuclei, as `embed` opens them."""
         config = EmbedConfig(protocol=version.protocol, window=version.window, device=self.device, readers=1)
         side = config.size if version.protocol == "crop" else version.window
         weights = open_weights(self.weights, None, None, side)
-        return job_of(weights, config, torch.device(self.device), Given(self.xy))
+        return job_of(weights, config, torch.device(self.device), Given(self.nuclei(version)))
 
     def run(self, job: Job) -> int:
-        """Describe all nuclei; returns how many images went through the network."""
+        """Describe the nuclei; returns the number of windows that were read."""
         with tempfile.TemporaryDirectory() as folder:
             parts = Parts(Path(folder, "parts"), {})
             with open_page(job, self.slide, parts, _silent) as page:
                 page.run(parts, batch=job.batch, readers=job.readers, progress=_silent)
-                return len(self.xy) if job.encoder.protocol == "crop" else page.windows
+                return page.windows
 
     def milliseconds(self, job: Job) -> float:
         return spent_milliseconds(lambda: self.run(job), on_gpu=self.device == "cuda")
@@ -79,7 +84,7 @@ class Memory(NamedTuple):
 
     loaded: int  # once the network is loaded
     peak: int
-    images: int  # that went through the network
+    windows: int
 
 
 def memory(case: Case, version: Version) -> Memory:
@@ -95,8 +100,8 @@ def _memory_here(case: Case, version: Version) -> Memory:
     torch.set_num_threads(1)
     job, device = case.job(version), torch.device(case.device)
     loaded = peak_memory(device)
-    images = case.run(job)
-    return Memory(loaded, peak_memory(device), images)
+    windows = case.run(job)
+    return Memory(loaded, peak_memory(device), windows)
 
 
 def find_slide(given: Path | None, scratch: Path) -> PageFile:
@@ -109,12 +114,15 @@ def find_slide(given: Path | None, scratch: Path) -> PageFile:
     return PageFile(path, _SYNTHETIC_MPP)
 
 
-def nuclei_in_square(slide: PageFile, side_um: float) -> NDArray[np.float64]:
-    """The nuclei ``[n, 2]`` that `embed` finds in a square in the middle of a slide, in level-0 pixels."""
+def find_nuclei(slide: PageFile) -> NDArray[np.float64]:
+    """The nuclei ``[n, 2]`` that `embed` finds on a slide, in level-0 pixels."""
     detector = open_detector(NUCLEI, torch.device("cpu"))
     source = Detected(detector, NUCLEI, "", everywhere=False, readers=1, max_unreadable=0.0)
-    xy = source.of(slide, _silent).xy
-    page = slide.open()
-    middle, reach = np.array([page.width, page.height]) / 2, side_um / page.mpp / 2
-    page.close()
-    return xy[(np.abs(xy - middle) < reach).all(axis=1)]
+    return source.of(slide, _silent).xy
+
+
+def in_square(slide: PageFile, xy: NDArray[np.float64], side_um: float) -> NDArray[np.bool_]:
+    """Which of the nuclei lie in a square in the middle of the slide."""
+    with closing(slide.open()) as page:
+        middle, reach = np.array([page.width, page.height]) / 2, side_um / page.mpp / 2
+    return np.asarray((np.abs(xy - middle) < reach).all(axis=1))
