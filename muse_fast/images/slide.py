@@ -503,8 +503,7 @@ def find_slides(path: Path, *, images: bool = False) -> list[Path]:
         raise UserError(f"{path}: no such file or folder")
     suffixes = slide_suffixes(images=images)
     found = [file for file in iter_files(path, "**/*") if file.suffix.lower() in suffixes and not is_drawn(file)]
-    parts = {part for file in found for part in _parts(file)}
-    files = sorted(file for file in found if file not in parts)
+    files = sorted({*found} - {part for file in found for part in _parts(file)})
     if not files:
         raise UserError(f"{path} contains no slides{' or images' if images else ''} ({', '.join(suffixes)})")
     return files
