@@ -25,9 +25,7 @@ COLUMNS = ("version", "nuclei", "forwards", "s", "p20 .. p80", "nuclei/s", "x cr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slide", type=Path, help=f"slide or image ({timing.SLIDE} of $MUSE_FAST_DATA)")
     parser.add_argument("--weights", default=WEIGHTS, help="as for embed (%(default)s)")
-    parser.add_argument(
-        "--window", type=int, nargs="+", default=[224], help="sides of windows in pixels (%(default)s)"
-    )
+    parser.add_argument("--window", type=int, nargs="+", default=[224], help="sides of windows in pixels (%(default)s)")
     parser.add_argument(
         "--square", type=float, default=SQUARE_UM, metavar="UM", help="crops only of a square (%(default)s)"
     )

@@ -82,7 +82,10 @@ def test_unreadable_nuclei_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 def test_memory_does_not_grow_with_the_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At four times the side, only positions, classes and scores grow, not pixels (13 MB) or vectors (6 MB)."""
+    """At four times the side, only positions, classes and scores grow, not pixels (13 MB) or vectors (6 MB).
+
+    How many windows wait at the peak depends on the threads, but is limited.
+    """
     monkeypatch.setattr(files, "_BLOCK", 64)
     monkeypatch.setattr(pipeline, "PART", 8)
     tile = zlib.compress(bytes(3 * 256**2))
@@ -105,4 +108,5 @@ def test_memory_does_not_grow_with_the_slide(tmp_path: Path, monkeypatch: pytest
         tracemalloc.stop()
         counts.append(len(xy))
     assert counts[2] > 5_000
-    assert peaks[2] - peaks[1] < 150 * (counts[2] - counts[1]), peaks  # a vector takes 1,020 bytes in the file
+    waiting = 8 * 3 * PixelEncoder.side**2
+    assert peaks[2] - peaks[1] < 150 * (counts[2] - counts[1]) + waiting, peaks  # a vector takes 1,020 bytes
