@@ -86,7 +86,8 @@ def features(backbone: Backbone, tiles: tuple[Tensor, Tensor, Tensor]) -> Tensor
 
 ARCHS = [
     "vit_tiny",
-    *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("vit_small", "vit_base", "resnet50")),
+    *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("vit_small", "resnet50")),
+    pytest.param("vit_base", marks=pytest.mark.heavy),
 ]
 
 

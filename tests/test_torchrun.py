@@ -119,7 +119,7 @@ def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, 
     assert not (out / "exit.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_batch_that_does_not_divide_is_refused_by_every_rank(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "odd"
     with Job(runs.argv(out, *SHORT, "optim.batch_size=3"), log=tmp_path / "odd.log") as job:

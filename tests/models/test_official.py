@@ -30,7 +30,7 @@ def randomised(arch, image_size=224):
         return fill(build_backbone(arch, image_size=image_size))
 
 
-@pytest.mark.parametrize("arch", ["vit_small", "vit_base", "resnet50"])
+@pytest.mark.parametrize("arch", ["vit_small", pytest.param("vit_base", marks=pytest.mark.heavy), "resnet50"])
 def test_every_tensor_is_used_and_features_are_the_same(arch, tmp_path):
     model = randomised(arch)
     write_official(tmp_path / "official.pth", model)

@@ -191,13 +191,11 @@ def complete_set(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_makes_the_same_set(
-    cohort: Path, tmp_path: Path, complete_set: dict[str, bytes]
-) -> None:
+def test_a_run_killed_twice_makes_the_same_set(cohort: Path, tmp_path: Path, complete_set: dict[str, bytes]) -> None:
     """kill -9 at random times; finished slides are not done again, and no process survives."""
     rng, out, done = random.Random(0), tmp_path / "set", {}
     parts = tmp_path / "set.parts"
-    for round_ in range(3):
+    for round_ in range(2):
         command = [sys.executable, "-m", "muse_fast.prepare", *arguments(cohort, out, "workers=2", "max_rois=150")]
         run = subprocess.Popen(command, start_new_session=True)
         deadline = time.monotonic() + 600
@@ -213,7 +211,7 @@ def test_a_run_killed_three_times_makes_the_same_set(
         after = states(parts)
         assert after.items() >= done.items()
         done = after
-    assert 3 <= len(done) < 7
+    assert 2 <= len(done) < 7
     assert main(arguments(cohort, out, "workers=2", "max_rois=150", "--keep-parts")) == 0
     assert states(parts).items() >= done.items()
     assert contents(out) == complete_set
