@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from muse_fast.detection import targets as targets_of_proposals
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import load_detector
-from muse_fast.detection.finetuner import Finetuner, assign, proposal_places
+from muse_fast.detection.finetuner import Finetuner
 from muse_fast.detection.run import new_detector
 from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, known_nuclei, read_labelled
 from muse_fast.detection.score_detector import detect_images
+from muse_fast.detection.targets import Targets, assign, proposal_places
 from muse_fast.evaluate import main as evaluate_main
 from muse_fast.finetune import main
+from muse_fast.images.imagenet import normalise
 from muse_fast.images.points_csv import read_points
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.predict import main as predict
@@ -262,7 +266,7 @@ def test_targets_are_in_the_annotated_region() -> None:
     with torch.no_grad():
         proposals = tuner.detector(torch.randn(2, 3, 64, 64))
     batch = batch._replace(label=torch.where(torch.arange(len(batch.label)) == 0, -1, batch.label))
-    targets = assign(proposals, places, batch, 0.05)
+    targets = assign(proposals.points, proposals.logits.softmax(dim=-1), places, batch, 0.05)
     annotated = (places == ANNOTATED).flatten()
     assert (targets.type[~annotated] == -1).all() and annotated[targets.matched].all()
     assert len(targets.matched) == len(batch.xy) == len(set(targets.matched.tolist()))
@@ -296,13 +300,39 @@ def test_without_a_large_field_of_view_nothing_is_unlabelled() -> None:
 
 
 def test_both_pseudo_views() -> None:
-    for view, passes in (("plain", 2), ("same", 1)):
+    for view, modes in (("plain", [True, False]), ("same", [True])):
         tuner, batch = tuner_and_batch("optim.epochs=2", f"loss.pseudo_view={view}", "loss.confidence=0")
         seen: list[bool] = []
         tuner.detector.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module.training))
         tuner.step = 2
         tuner.train_step(batch)
-        assert seen == [False, True][-passes:]
+        assert seen == modes and tuner.detector.training
+
+
+def test_pseudo_labels_come_from_the_network_before_the_step_while_nuclei_are_matched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The matching ends only after the plain samples were seen, with the statistics from before this step."""
+    tuner, batch = tuner_and_batch("optim.epochs=2", "loss.confidence=0")
+    tuner.train_step(batch)
+    with torch.no_grad():
+        expected = tuner.detector.eval()(normalise(batch.plain)).logits.flatten(0, 1)
+    plain_logits, seen, began = tuner._plain_logits, list[torch.Tensor](), threading.Event()
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(plain_logits(*arguments))
+        began.set()
+        return seen[0]
+
+    def late(*arguments: Any) -> Targets:
+        assert began.wait(60)
+        return assign(*arguments)
+
+    monkeypatch.setattr(tuner, "_plain_logits", watched)
+    monkeypatch.setattr(targets_of_proposals, "assign", late)
+    tuner.step = 2  # of 3, in the second epoch
+    tuner.train_step(batch)
+    assert torch.equal(seen[0], expected)
 
 
 def test_training_on_images_without_nuclei() -> None:

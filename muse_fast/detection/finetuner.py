@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from muse_fast.detection.assignment import match
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import BEST, STEM, Detector, Proposals, build_detector
 from muse_fast.detection.losses import (
@@ -25,12 +24,14 @@ from muse_fast.detection.losses import (
     type_loss,
 )
 from muse_fast.detection.samples import ANNOTATED, UNLABELLED, LfovBatch
+from muse_fast.detection.targets import Matcher, Targets, proposal_places
 from muse_fast.images.imagenet import normalise
 from muse_fast.models.archs import check_optional, find_arch
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.encoder import conv_flops
 from muse_fast.pretraining.flops import view_flops
 from muse_fast.runtime import checkpoint
+from muse_fast.runtime.device import moved
 from muse_fast.runtime.distributed import is_main, sum_over_ranks, world_size
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import build_adam, clip_gradients, load_moments, moments
@@ -41,14 +42,6 @@ from muse_fast.training.schedules import cosine
 from muse_fast.training.sharding import full, like, norms
 
 TERMS = ("reg", "type", "cons")
-
-
-class Targets(NamedTuple):
-    """Targets of the proposals of a batch from the annotated nuclei, image after image."""
-
-    type: Tensor  # [I * P] int64; UNKNOWN outside annotated regions and at nuclei of unknown class
-    matched: Tensor  # [M] int64, rows of the proposals matched with a nucleus
-    nuclei: Tensor  # [M, 2], positions of these nuclei
 
 
 class Finetuner:
@@ -78,6 +71,7 @@ class Finetuner:
             layer.recompute = config.model.recompute
         unused = unused_weights(self.detector.backbone)
         self.detector_forward = parallelise(self.detector, train.parallel, train.precision, frozen=unused)
+        self.matcher = Matcher(config.loss.match_distance)
         self.guard = Guard([*(f"{name} loss" for name in TERMS), "gradient norm"], device)
         self.optimizer = build_adam(self.detector, self.guard)
 
@@ -148,13 +142,16 @@ class Finetuner:
         Returns:
             The losses, and other measurements.
         """
-        config = self.config.loss
-        places = proposal_places(batch.places, self.detector.spec.stride).to(self.device, non_blocking=True)
-        plain_logits = self._plain_logits(batch) if with_pseudo and config.pseudo_view == "plain" else None
+        config, with_plain = self.config.loss, with_pseudo and self.config.loss.pseudo_view == "plain"
+        statistics = {name: buffer.clone() for name, buffer in self.detector.named_buffers()} if with_plain else {}
         self.detector.train()
         with self.autocast():
             proposals: Proposals = self.detector_forward(self._to_network(batch.images))
-        targets = assign(proposals, places, batch, config.match_distance)
+        places = proposal_places(batch.places, self.detector.spec.stride)
+        matching = self.matcher.begin(proposals, places, batch)
+        places = moved(places, self.device)
+        plain_logits = self._plain_logits(batch, statistics) if with_plain else None  # meanwhile
+        targets = Targets(*(moved(tensor, self.device) for tensor in matching.result()))
         points, logits = proposals.points.flatten(0, 1), proposals.logits.flatten(0, 1)
         unlabelled = (places == UNLABELLED).flatten()
         pseudo = pseudo_labels(logits.detach() if plain_logits is None else plain_logits, config.confidence)
@@ -176,11 +173,17 @@ class Finetuner:
         return losses, measured
 
     @torch.no_grad()
-    def _plain_logits(self, batch: LfovBatch) -> Tensor:
-        """Logits ``[I * P, C + 1]`` in evaluation mode on the samples without colour augmentation."""
+    def _plain_logits(self, batch: LfovBatch, statistics: dict[str, Tensor]) -> Tensor:
+        """Logits ``[I * P, C + 1]`` in evaluation mode on the samples without colour augmentation.
+
+        Args:
+            statistics: running ones of BatchNorm to use, from before the training forward of this step.
+        """
         self.detector.eval()
         with self.autocast():
-            proposals: Proposals = self.detector(self._to_network(batch.plain))
+            images = self._to_network(batch.plain)
+            proposals: Proposals = functional_call(self.detector, statistics, (images,))
+        self.detector.train()
         return proposals.logits.flatten(0, 1)
 
     def _to_network(self, images: Tensor) -> Tensor:
@@ -275,36 +278,3 @@ def unused_weights(backbone: Backbone) -> Iterator[nn.Parameter]:
     gradients = torch.autograd.grad(total, weights, allow_unused=True)
     backbone.train(was_training)
     yield from (weight for weight, gradient in zip(weights, gradients, strict=True) if gradient is None)
-
-
-def proposal_places(places: Tensor, stride: int) -> Tensor:
-    """Sample ``[I, R, R]`` at the proposals: ``[I, P]``, in the order of `detection.detector.grid`."""
-    return places[:, stride // 2 :: stride, stride // 2 :: stride].flatten(1)
-
-
-def assign(proposals: Proposals, places: Tensor, batch: LfovBatch, distance_weight: float) -> Targets:
-    """Match the annotated nuclei of each image with proposals in its annotated region.
-
-    Unmatched proposals in that region have background as target. The matching runs on the host.
-    """
-    points = proposals.points.detach().cpu().numpy()
-    probabilities = proposals.logits.detach().softmax(dim=-1).cpu().numpy()
-    annotated = (places == ANNOTATED).cpu().numpy()
-    count, size = annotated.shape
-    background = probabilities.shape[-1] - 1
-    target = np.where(annotated, background, UNKNOWN).astype(np.int64)
-    bounds = np.cumsum(batch.counts.numpy())[:-1]
-    all_xy, all_labels = (np.split(array.numpy(), bounds) for array in (batch.xy, batch.label))
-    matched, nuclei = [], []
-    for i in range(count):
-        rows, xy, label = np.flatnonzero(annotated[i]), all_xy[i], all_labels[i]
-        proposal, nucleus = match(points[i][rows], probabilities[i][rows], xy, label, distance_weight=distance_weight)
-        target[i, rows[proposal]] = label[nucleus]
-        matched.append(i * size + rows[proposal])
-        nuclei.append(xy[nucleus])
-    device = proposals.points.device
-    return Targets(
-        torch.from_numpy(target.ravel()).to(device),
-        torch.from_numpy(np.concatenate(matched)).to(device),
-        torch.from_numpy(np.concatenate(nuclei)).to(proposals.points),
-    )

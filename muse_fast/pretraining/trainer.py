@@ -39,6 +39,7 @@ from muse_fast.pretraining.losses import (
 )
 from muse_fast.pretraining.start import Start, read_networks, read_start
 from muse_fast.runtime import checkpoint
+from muse_fast.runtime.device import moved
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
 from muse_fast.runtime.options import AUTO
 from muse_fast.runtime.tensors import refuse_misfits
@@ -234,7 +235,7 @@ class Trainer:
             nucleus_pairs=count,
             num_rois=num_rois,
             num_globals=num_globals,
-            scales=None if scales is None else _move(scales.flatten(1), self.device).to(self.centers["image"].dtype),
+            scales=None if scales is None else moved(scales.flatten(1), self.device).to(self.centers["image"].dtype),
         )
 
     def _forward(
@@ -395,8 +396,3 @@ def _assignment_entropies(
 def _samples(micro_batches: Sequence[Views]) -> tuple[Tensor, Tensor]:
     """Return the ROI ids and epochs of a step."""
     return torch.cat([views.roi_ids for views in micro_batches]), torch.cat([views.epochs for views in micro_batches])
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to ``device`` without waiting for a GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -76,6 +76,11 @@ def peak_flops_of(gpu: str) -> float | None:
     return next((peak for name, peak in _PEAKS if words.issuperset(name.split())), None)
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return ``tensor``, which is on the host, on ``device``, without waiting for a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class Stopwatch:
     """Measures the work that a device is given from now until `stop`, without waiting for it."""
 

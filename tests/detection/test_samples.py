@@ -12,7 +12,6 @@ from PIL import Image
 
 from muse_fast.config import ViewsConfig
 from muse_fast.detection.detector import Detector, DetectorSpec
-from muse_fast.detection.finetuner import proposal_places
 from muse_fast.detection.samples import (
     ANNOTATED,
     EMPTY,
@@ -26,6 +25,7 @@ from muse_fast.detection.samples import (
 )
 from muse_fast.detection.score_detector import detect_images, in_source_pixels
 from muse_fast.detection.squares import GLASS, cut_square
+from muse_fast.detection.targets import proposal_places
 from muse_fast.errors import UserError
 from muse_fast.images.points import Points
 from muse_fast.images.slide import open_slide
