@@ -95,6 +95,8 @@ class Trainer:
         self.student_forward = self._parallelise()
         if self._sharded:
             shard(self.teacher, config.train.precision)
+        # Walking through the modules takes the host longer than the updates of all parameters.
+        self._weights = list(self.student.parameters()), list(self.teacher.parameters())
         center = torch.zeros(config.head.prototypes, device=device, dtype=precise)
         self.centers = {name: center.clone() for name in self.student.heads}
         self.loss_weights = loss_weights(config.loss)
@@ -148,7 +150,8 @@ class Trainer:
         if not schedule.train_prototypes:
             for head in self.student.heads.values():
                 head.prototypes_v.grad = None
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        student, averaged = self._weights
+        gradients = [p.grad for p in student if p.grad is not None]
         tensor_norms = norms(gradients)
         grad_norm = torch.linalg.vector_norm(tensor_norms)
         go = self.guard.look(self.step + 1, [*totals.losses.values(), grad_norm], *_samples(micro_batches))
@@ -162,7 +165,7 @@ class Trainer:
             clip_gradients(gradients, tensor_norms if per_tensor else grad_norm, config.optim.clip_grad)
         apply_schedule(self.optimizer, schedule)
         self.optimizer.step()
-        update_teacher(local(self.teacher.parameters()), local(self.student.parameters()), schedule.ema_momentum, go)
+        update_teacher(local(averaged), local(student), schedule.ema_momentum, self.guard.found_inf)
         self.step += 1
 
         if not measure:

@@ -15,8 +15,8 @@ from muse_fast.runtime.distributed import sum_over_ranks
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the part of each tensor on this rank, sharing its memory."""
-    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+    """Return the part of each tensor on this rank: the tensor itself if it is not sharded, else sharing its memory."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -47,9 +47,11 @@ def test_ema_follows_the_formula_and_leaves_buffers() -> None:
             p.add_(torch.randn_like(p))
     before = {k: v.double().clone() for k, v in teacher.state_dict().items()}
     weights = list(teacher.parameters()), list(student.parameters())
-    update_teacher(*weights, 0.9, torch.tensor(0.0))
+    update_teacher(*weights, 0.9, torch.tensor(1.0))  # found_inf
     assert all(torch.equal(after, before[name].float()) for name, after in teacher.named_parameters())
-    update_teacher(*weights, 0.9, torch.tensor(1.0))
+    rounded = torch._foreach_lerp(*weights, 0.1)
+    update_teacher(*weights, 0.9, torch.tensor(0.0))
+    assert all(torch.equal(after, expected) for after, expected in zip(weights[0], rounded, strict=True))
     parameters = dict(teacher.named_parameters())
     for name, after in teacher.state_dict().items():
         expected = before[name]
