@@ -77,8 +77,8 @@ class Pairs(_Movable):
 class Views(_Movable):
     """One batch: the views of B ROIs and the nuclei in each view."""
 
-    global_images: Tensor  # [G * B, 3, R, R] float32, normalised
-    local_images: Tensor  # [L * B, 3, r, r] float32, normalised; L may be 0
+    global_images: Tensor  # [G * B, 3, R, R] uint8, or floating and normalised (those rendered on a GPU)
+    local_images: Tensor  # [L * B, 3, r, r] in the same dtype; L may be 0
     nuclei: PackedNuclei  # over (G + L) * B images, globals first
     num_global_nuclei: int  # rows of `nuclei` in the globals; an int, so that reading it never waits for a device
     mpp: Tensor  # [(G + L) * B] float32, um per pixel of every view

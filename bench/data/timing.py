@@ -25,7 +25,6 @@ from muse_fast.config import DATA_BACKENDS, ViewsConfig
 from muse_fast.finders.classical import detect_nuclei
 from muse_fast.images import jpeg, jpeg_rows
 from muse_fast.images.image_files import read_image
-from muse_fast.images.imagenet import normalise
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.ops.reference import match_nuclei
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
@@ -164,9 +163,9 @@ def first_difference(plans: Sequence[Plan], config: ViewsConfig) -> str | None:
 
 
 def views_of_all(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Return normalised global and local views, made from the whole ROI."""
+    """Return global and local views, made from the whole ROI."""
     views = coloured(plan, cropped(plan, plan.roi.decode(), 0))
-    return normalise(torch.stack(views[: plan.num_globals])), normalise(torch.stack(views[plan.num_globals :]))
+    return torch.stack(views[: plan.num_globals]), torch.stack(views[plan.num_globals :])
 
 
 def cropped(plan: Plan, pixels: NDArray[np.uint8], first_row: int) -> list[Tensor]:
@@ -176,11 +175,6 @@ def cropped(plan: Plan, pixels: NDArray[np.uint8], first_row: int) -> list[Tenso
 
 def coloured(plan: Plan, views: Sequence[Tensor]) -> list[Tensor]:
     return [apply_colour(view, colour) for view, colour in zip(views, plan.colours, strict=True)]
-
-
-def normalised(plan: Plan, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    parts = views[: plan.num_globals], views[plan.num_globals :]
-    return tuple(normalise(torch.stack(list(part))) for part in parts if part)
 
 
 def load_batches(loader: Loader, dataset: ViewDataset, plans: Sequence[Plan], count: int) -> None:
@@ -204,7 +198,6 @@ def stages(roiset: RoiSet, plans: Sequence[Plan], config: ViewsConfig) -> dict[s
     """Return the stages, each over all ROIs. Their inputs are made here, outside their times."""
     rows = [decode_seen(plan) for plan in plans]
     crops = [cropped(plan, *found) for plan, found in zip(plans, rows, strict=True)]
-    colours = [coloured(plan, views) for plan, views in zip(plans, crops, strict=True)]
     samples = [render(plan, config) for plan in plans]
     elsewhere = [spread(plan) for plan in plans]
 
@@ -226,7 +219,6 @@ def stages(roiset: RoiSet, plans: Sequence[Plan], config: ViewsConfig) -> dict[s
         "decode rows seen, uniform": lambda: [decode_seen(plan) for plan in elsewhere],
         "crop and resize": each(cropped, [pixels for pixels, _ in rows], [first for _, first in rows]),
         "colours": each(coloured, crops),
-        "normalise": each(normalised, colours),
         "collate": lambda: collate(samples),
     }
 

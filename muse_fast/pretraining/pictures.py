@@ -199,8 +199,9 @@ def _crop(roi: Roi, xy: NDArray[np.float32], side_um: float) -> tuple[int, int, 
 
 
 def _to_rgb(images: Tensor) -> NDArray[np.uint8]:
-    """Convert normalised ``[n, 3, R, R]`` to uint8 ``[n, R, R, 3]``."""
-    return denormalise(images.detach()).permute(0, 2, 3, 1).cpu().numpy()
+    """Convert ``[n, 3, R, R]``, uint8 or normalised, to uint8 ``[n, R, R, 3]``."""
+    pixels = images if images.dtype == torch.uint8 else denormalise(images.detach())
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _resized(picture: Image.Image, side: int) -> Image.Image:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from muse_fast.batch import Views
+from muse_fast.images.imagenet import normalised
 from muse_fast.models.backbone import Backbone
 from muse_fast.pretraining.distill import encode
 
@@ -68,7 +69,7 @@ def global_features(
     network = copy.deepcopy(backbone).to(device).train()
     num_rois = views.num_rois
     nuclei = views.groups()[1][0]
-    images = views.global_images.to(device, next(network.parameters()).dtype)
+    images = normalised(views.global_images.to(device)).to(next(network.parameters()).dtype)
     rows = encode(network, [images], [nuclei.to(device)])[1].float().cpu()
     image = nuclei.image_index()
     keys = torch.stack([image % num_rois, nuclei.index.long()], dim=1)

@@ -13,6 +13,7 @@ import numpy as np
 from muse_fast.batch import Views
 from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError, require
+from muse_fast.images.imagenet import normalised
 from muse_fast.models.archs import check_model
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.calibration import set_batch_norm_statistics
@@ -185,7 +186,7 @@ def _before(trainer: Trainer, probe: list[Views]) -> dict[str, Backbone]:
     if backbone is None or missing:
         return {}
     set_batch_norm_statistics(
-        backbone, [views.global_images for views in probe], lambda x: backbone(x.to(device, dtype))
+        backbone, [views.global_images for views in probe], lambda x: backbone(normalised(x.to(device)).to(dtype))
     )
     return {"before": backbone}
 

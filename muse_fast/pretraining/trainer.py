@@ -14,6 +14,7 @@ from muse_fast import ops
 from muse_fast.batch import PackedNuclei, Pairs, Views
 from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
+from muse_fast.images.imagenet import normalised
 from muse_fast.models.archs import check_model
 from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone
@@ -229,7 +230,7 @@ class Trainer:
             capacity=num_globals * len(views.nuclei.index),
         )
         return Batch(
-            groups=[images.to(self.centers["image"].dtype) for images in groups],
+            groups=[normalised(images).to(self.centers["image"].dtype) for images in groups],
             nuclei=nuclei,
             pairs={
                 "image": image_pairs(num_rois, num_globals, num_globals + views.num_locals, self.device),

@@ -21,7 +21,6 @@ from torch.utils.data import Dataset, Sampler
 from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
-from muse_fast.images.imagenet import normalise
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.views.boxes import check_room
 from muse_fast.views.colours import apply_colour
@@ -101,7 +100,7 @@ class ViewDataset(Dataset["Views | PlannedViews | UserError"]):
         if self.planned:
             return samples * sum(self.roiset.info["shards"].values()) // len(self.roiset)
         pixels = 2 * self.config.global_size**2 + self.config.num_locals * self.config.local_size**2
-        return samples * pixels * 3 * torch.float32.itemsize
+        return samples * pixels * 3
 
     def plan(self, epoch: int, roi_id: int) -> Plan:
         """Draw the boxes and colours of the views of one ROI."""
@@ -122,10 +121,8 @@ def render(plan: Plan, config: ViewsConfig) -> Views:
     globals_, locals_ = pixels[: plan.num_globals], pixels[plan.num_globals :]
     nuclei = plan.nuclei()
     return Views(
-        global_images=normalise(torch.stack(globals_)),
-        local_images=normalise(torch.stack(locals_))
-        if locals_
-        else torch.empty(0, 3, config.local_size, config.local_size),
+        global_images=torch.stack(globals_),
+        local_images=torch.stack(locals_) if locals_ else image.new_empty(0, 3, config.local_size, config.local_size),
         nuclei=nuclei,
         num_global_nuclei=int(nuclei.offsets[plan.num_globals]),
         mpp=torch.tensor([box.mpp(plan.roi.mpp) for box in plan.boxes]),
