@@ -82,8 +82,9 @@ def _failure(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def _attend_sdpa(qkv: Tensor, heads: int, images: int, tokens: int) -> Tensor:
-    qkv = qkv.unflatten(1, (3, heads, -1)).unflatten(0, (images, tokens))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [images, heads, tokens, C / heads]
+    parts = qkv.unflatten(1, (3, heads, -1)).unflatten(0, (images, tokens)).unbind(2)
+    q, k, v = (part.transpose(1, 2) for part in parts)  # [images, heads, tokens, C / heads]
+    # Not one permutation: the backward would then stack three gradients in that order, and copy them into this one.
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
