@@ -128,7 +128,13 @@ class Block(Layer):
 
 def _keep_matmuls() -> Any:
     """Selective recomputation: store matmuls and attention; norms, GELU and sums are cheap to recompute."""
-    return create_selective_checkpoint_contexts(_MATMULS)
+    return create_selective_checkpoint_contexts(kept())
+
+
+def kept() -> list[Any]:
+    """The operations whose results selective recomputation stores."""
+    varlen = getattr(torch.ops.torch_attn, "_varlen_attn", None)  # exists once its module has been imported
+    return _MATMULS if varlen is None else [*_MATMULS, varlen.default]
 
 
 _MATMULS: list[Any] = [

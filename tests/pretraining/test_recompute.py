@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from muse_fast.config import RECOMPUTE
 from muse_fast.models.backbone import build_backbone
+from muse_fast.models.vit import kept
 from muse_fast.pretraining.drop_path import draw_scales
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.training.report import read_back
@@ -48,6 +51,14 @@ def learn(recompute: str) -> tuple[list[Tensor], int]:
     kept = stored.bytes()
     sum((tap * torch.linspace(-1, 1, tap.numel()).view_as(tap)).sum() for tap in tokens.taps).backward()
     return [cls.detach(), images[0].grad, *(p.grad for p in model.encoder.parameters())], kept
+
+
+def test_attention_of_any_kind_is_stored_by_selective_recomputation() -> None:
+    importlib.import_module("torch.nn.attention.varlen")  # registers its operation
+
+    stored = [str(op) for op in kept()]
+    assert "torch_attn._varlen_attn.default" in stored
+    assert sum("attention" in op or "attn" in op for op in stored) == 5
 
 
 def test_gradients_are_bit_identical_and_memory_is_less() -> None:
