@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,7 @@ class Detector(WithBackbone):
     def _proposals(self, levels: tuple[Tensor, ...], side: int) -> Proposals:
         """Proposals from the map of images of ``side`` pixels."""
         count, device = len(levels[0]), levels[0].device
-        xy = grid(side, self.spec.stride).to(device)
+        xy = _grid_on(side, self.spec.stride, device)
         image_index = torch.arange(count, device=device).repeat_interleave(len(xy))
         rows = ops.sample_nuclei(levels, xy.repeat(count, 1), image_index, side)
         offsets, logits = (
@@ -237,6 +238,12 @@ def grid(side: int, stride: int) -> Tensor:
     middle = (torch.arange(side // stride, dtype=torch.float32) + 0.5) * stride
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+@lru_cache(maxsize=16)  # a copy from the host would make it wait for the device
+@torch.inference_mode(False)  # training may use what an evaluation has made
+def _grid_on(side: int, stride: int, device: torch.device) -> Tensor:
+    return grid(side, stride).to(device)
 
 
 def windows(length: int, size: int, margin: int) -> list[tuple[int, int, int]]:

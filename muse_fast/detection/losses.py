@@ -50,7 +50,7 @@ def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Sum:
         target: ``[M]`` int64, ``UNKNOWN`` for rows to ignore.
     """
     weight = logits.new_ones(logits.shape[1])
-    weight[-1] = background_weight
+    weight[-1].fill_(background_weight)  # `weight[-1] = ...` copies from the host, which waits
     total = F.cross_entropy(logits, target, weight, ignore_index=UNKNOWN, reduction="sum")
     return Sum(total, torch.where(target == UNKNOWN, 0, weight[target]).sum())
 
