@@ -18,6 +18,7 @@ from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.training.report import Metrics, read_metrics
+from tests.support.toy_runs import with_nan
 from torture import paced
 from torture.processes import Child
 from torture.toy import ARCH, arguments, log_of, losses, prepare, wait_for_step
@@ -148,7 +149,7 @@ def test_non_finite_stops_with_the_roi_ids_and_clean_checkpoints(
 
     def poisoned(trainer: Trainer, *views: Views, measure: bool) -> Metrics:
         if trainer.step == 4:
-            views[0].global_images[0] = float("nan")
+            views = (with_nan(views[0]), *views[1:])
         return step(trainer, *views, measure=measure)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)

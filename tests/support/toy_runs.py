@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from muse_fast import pretrain
+from muse_fast.batch import Views
+from muse_fast.images.imagenet import normalised
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.pretraining import run
 from muse_fast.pretraining.results import Results
@@ -100,12 +103,19 @@ def in_order(order: Sequence[int]) -> Callable[[StepSampler, int], Any]:
     return lambda sampler, place: sample(sampler, place - place % len(order) + order[place % len(order)])
 
 
+def with_nan(views: Views) -> Views:
+    """The views, the first of which is not a number; uint8 ones could not be."""
+    images = normalised(views.global_images).clone()
+    images[0] = float("nan")
+    return replace(views, global_images=images)
+
+
 def poisoned(step: int, on_rank: int) -> Callable[..., Any]:
     train_step = Trainer.train_step
 
     def step_with_nan(trainer: Trainer, *micro_batches: Any, measure: bool) -> Any:
         if (trainer.step, rank()) == (step, on_rank):
-            micro_batches[0].global_images[0] = float("nan")
+            micro_batches = (with_nan(micro_batches[0]), *micro_batches[1:])
         return train_step(trainer, *micro_batches, measure=measure)
 
     return step_with_nan

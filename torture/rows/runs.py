@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from muse_fast.batch import Views
 from muse_fast.detection.finetuner import Finetuner
+from muse_fast.images.imagenet import normalised
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import rank
@@ -68,7 +70,7 @@ def poisoned(argv: Sequence[str], poison: str, on_rank: int, report: Path) -> in
             trainers.append(trainer)
             before.update(state_of(trainer))
             if rank() == on_rank:
-                inject(poison, trainer, views[0])
+                views = (inject(poison, trainer, views[0]), *views[1:])
         return train_step(trainer, *views, measure=measure)
 
     Trainer.train_step = step_with_poison  # type: ignore[method-assign, assignment]
@@ -92,12 +94,15 @@ def is_finite(value: torch.Tensor) -> bool:
     return bool(torch.isfinite(value).all())
 
 
-def inject(poison: str, trainer: Trainer, views: Views) -> None:
+def inject(poison: str, trainer: Trainer, views: Views) -> Views:
+    """Return the views of the step, of which one is poisoned, unless the gradients are."""
     if poison.endswith("image"):
-        views.global_images[0] = float(poison.split()[0])
-    else:
-        parameter = next(p for p in trainer.student.parameters() if p.requires_grad)
-        parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+        images = normalised(views.global_images).clone()
+        images[0] = float(poison.split()[0])
+        return replace(views, global_images=images)
+    parameter = next(p for p in trainer.student.parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+    return views
 
 
 def non_finite(scale: Scale) -> Outcome:
