@@ -1,4 +1,4 @@
-"""``python -m bench {ops|loss|step|data|embed|rates|ablation|start|finetune} --help``"""
+"""``python -m bench {ops|loss|step|plan|data|embed|rates|ablation|start|finetune} --help``"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.embed import command as embed_command
 from bench.finetune import command as finetune_command
 from bench.loss import command as loss_command
 from bench.ops import command as ops_command
+from bench.plan import command as plan_command
 from bench.rates import command as rates_command
 from bench.start import command as start_command
 from bench.step import command as step_command
@@ -21,6 +22,7 @@ COMMANDS = {
     "ops": ops_command,
     "loss": loss_command,
     "step": step_command,
+    "plan": plan_command,
     "data": data_command,
     "embed": embed_command,
     "rates": rates_command,

@@ -1,0 +1,84 @@
+"""Run by `tests/bench/test_plan.py` with a stand-in GPU: counts of two steps, and of operations whose cost is known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.plan.counts import Counts
+from bench.plan.standin import DEVICE, StandIn, stand_in
+from bench.plan.worker import Job, count
+
+SIZES = ("views.global_size=224", "views.local_size=96", "optim.batch_size=2")
+JOBS = (
+    Job("ours", "vit_small", SIZES),
+    Job("finetune", "vit_tiny", ("data.sample_size=64", "optim.batch_size=2")),
+)
+
+
+def product() -> None:
+    torch.empty(1024, 512, device=DEVICE) @ torch.empty(512, 256, device=DEVICE)
+
+
+def broadcast() -> None:
+    torch.empty(64, 32, device=DEVICE) + torch.empty(32, device=DEVICE).expand(64, 32)
+
+
+def freed() -> None:
+    for megabytes in (1, 3, 2):
+        torch.empty(megabytes << 20, dtype=torch.uint8, device=DEVICE)
+
+
+def pageable() -> None:
+    torch.ones(8).to(DEVICE, non_blocking=True)
+
+
+def pinned() -> None:
+    torch.ones(8).pin_memory().to(DEVICE, non_blocking=True)
+
+
+def pinned_but_blocking() -> None:
+    torch.ones(8).pin_memory().to(DEVICE)
+
+
+def read() -> None:
+    assert torch.arange(4, device=DEVICE).sum().item() == 6
+
+
+def read_all() -> None:
+    assert torch.tensor([3, 5], device=DEVICE).tolist() == [3, 5]
+
+
+def masked() -> None:
+    numbers = torch.arange(5, device=DEVICE)
+    assert torch.empty(5, 2, device=DEVICE)[numbers > 2].shape == (2, 2)
+
+
+CASES: tuple[Callable[[], None], ...] = (
+    product, broadcast, freed, pageable, pinned, pinned_but_blocking, read, read_all, masked
+)  # fmt: skip
+
+
+def case(run: Callable[[], None], device: StandIn) -> dict[str, Any]:
+    counts = device.meter = Counts()
+    run()
+    rows = counts.rows.values()
+    return {
+        "launches": sum(row.launches for row in rows),
+        "bytes": sum(row.bytes for row in rows),
+        "flops": sum(row.flops for row in rows),
+        "waits": list(counts.waits),
+        "pageable": sum(not copy.pinned for copy in counts.copies),
+        "peak": counts.peak,
+        "live": counts.live,
+    }
+
+
+if __name__ == "__main__":
+    with stand_in() as device:
+        found = {run.__name__: case(run, device) for run in CASES}
+        json.dump({"cases": found, "steps": [count(job, device) for job in JOBS]}, sys.stdout)
