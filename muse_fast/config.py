@@ -101,8 +101,8 @@ class ModelConfig(Config):
     run starts from one at 224 px), an official MUSE ``.pth`` or an export (the backbone of both), or
     timm:NAME[:key=value ...]@FILE (the encoder of both, with NAME as in ``arch``); empty: random weights."""
     attention: str = setting("sdpa", choices=ATTENTION, may_change=True)
-    """Attention of a ViT: ``sdpa`` (torch, on any device), or on CUDA GPUs ``xformers`` (extra of that name;
-    its wheels need a torch built for CUDA 12) or ``varlen`` (torch's flash attention over packed images)."""
+    """Attention of a ViT: ``sdpa`` (torch, on any device), or on CUDA GPUs ``xformers`` (the extra of that name) or
+    ``varlen`` (torch's flash attention over packed images)."""
     recompute: str = setting("none", choices=RECOMPUTE, may_change=True)
     """Activations of a ViT layer that backward recomputes instead of storing them: ``none``, ``selective`` (all but
     matmuls and attention) or ``full``."""

@@ -52,6 +52,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { *even
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaSuccess; }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaSuccess; }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return cudaSuccess; }
 
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }

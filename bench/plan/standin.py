@@ -245,7 +245,8 @@ class StandIn(TorchDispatchMode):
         to_device = not isinstance(source, FakeTensor)
         asynchronous = kwargs.get("non_blocking") or (not is_new and len(args) > 2 and args[2])
         host = source if to_device else None if is_new else args[0]
-        pinned = host is not None and host.untyped_storage()._cdata in self._pinned
+        # `to("cpu", non_blocking=True)` allocates pinned memory.
+        pinned = bool(asynchronous) if host is None else host.untyped_storage()._cdata in self._pinned
         if self.meter:
             copy = Copy(source.numel() * source.itemsize, to_device, pinned, not (asynchronous and pinned), _place())
             self.meter.copy(copy)

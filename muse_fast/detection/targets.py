@@ -41,12 +41,11 @@ class Matcher:
         """
         probabilities = proposals.logits.detach().softmax(dim=-1)
         predicted = torch.cat([proposals.points.detach(), probabilities], dim=-1)
-        arrived = None
-        if predicted.is_cuda:
-            predicted = torch.empty_like(predicted, device="cpu", pin_memory=True).copy_(predicted, non_blocking=True)
-            arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event() if predicted.is_cuda else None
+        on_host = predicted.to("cpu", non_blocking=True)  # in pinned memory
+        if arrived is not None:
             arrived.record()
-        return self._thread.submit(self._assign, predicted, arrived, places, batch)
+        return self._thread.submit(self._assign, on_host, arrived, places, batch)
 
     def _assign(self, predicted: Tensor, arrived: torch.cuda.Event | None, places: Tensor, batch: LfovBatch) -> Targets:
         if arrived is not None:

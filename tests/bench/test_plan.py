@@ -29,11 +29,8 @@ def test_a_step_never_waits_and_costs_what_is_committed(counted: dict[str, Any])
     committed = command.committed()
     for step in counted["steps"]:
         assert command.differences(step, committed[command.key(step)]) == []
-    pretraining, finetuning = counted["steps"]
-    assert pretraining["waits_at"] == pretraining["pageable_at"] == {}
-    # The matching of proposals runs on the host, which therefore waits for them once, and for nothing else.
-    assert finetuning["waits"] == finetuning["pageable_copies"] == 1
-    assert next(iter(finetuning["waits_at"])).startswith("copy at muse_fast/detection/finetuner.py:")
+    for step in counted["steps"]:  # in fine-tuning, the thread that matches proposals on the host waits for them
+        assert step["waits_at"] == step["pageable_at"] == {}
 
 
 @pytest.mark.slow
