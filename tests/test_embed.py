@@ -427,6 +427,19 @@ def test_two_inputs_of_one_name(field: Path, tmp_path: Path, capsys: pytest.Capt
     assert len(read(tmp_path / "out")) == 200
 
 
+def test_an_input_that_cannot_be_used_leaves_nothing(tmp_path: Path) -> None:
+    """Of two truncated images of one name, the summary names both."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(page_with_tissue()).save(tmp_path / name / "cut.png")
+        os.truncate(tmp_path / name / "cut.png", 10_000)
+    images = [str(tmp_path / name / "cut.png") for name in ("a", "b")]
+    given = ["--weights", "random:vit_tiny", "--out", str(tmp_path / "out"), "nuclei=classical", "device=cpu", "mpp=0.5"]
+    assert main([*given, *images]) == 2
+    assert sorted(json.loads((tmp_path / "out" / "summary.json").read_text())["refused"]) == images
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def test_results_are_kept(field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert embed(field, tmp_path) == 0
     before = (tmp_path / "a.h5ad").read_bytes()

@@ -74,6 +74,14 @@ class Parts:
     def remove(self) -> None:
         shutil.rmtree(self.folder)
 
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Leave no folder without anything from which a later command could continue."""
+        if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == [_MADE_WITH]:
+            self.remove()
+
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.npy"
 

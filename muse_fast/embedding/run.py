@@ -285,7 +285,10 @@ def _left_to_do(
     if left:
         (out / _SUMMARY).unlink(missing_ok=True)  # it will not be true
     elif not refused and not share and complete:
-        raise UserError(f"{out} already contains all vectors; remove it or choose another --out")
+        raise UserError(
+            f"{out} already contains all vectors, so nothing was done; "
+            f"`python -m muse_fast.embed report {out}` draws them again, another --out computes them again"
+        )
     atomic.write_json(out / _RECORD, job.made_with)
     return left, refused
 
@@ -328,8 +331,11 @@ def embed_page(job: Job, file: PageFile, out: Path) -> dict[str, Any]:
     """
     started = time.perf_counter()
     made = {**fingerprint_of(file.path), "nuclei_from": job.source.record(file), "mpp_given": file.mpp, **job.made_with}
-    parts = Parts(out / f".{file.name}.parts", made)
-    with ProgressBar(file.name) as bar, open_page(job, file, parts, bar.show) as page:
+    with (
+        Parts(out / f".{file.name}.parts", made) as parts,
+        ProgressBar(file.name) as bar,
+        open_page(job, file, parts, bar.show) as page,
+    ):
         tally = page.run(parts, batch=job.batch, readers=job.readers, progress=bar.show)
         described = describe_page(job, file, page, parts)
         written = files.write(parts.folder, file.name, described, job.settings.dtype, job.settings.format)

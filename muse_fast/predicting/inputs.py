@@ -90,7 +90,7 @@ class LeftOut:
     def record(self) -> dict[str, dict[str, str]]:
         """Both, for the summary of a command."""
         return {
-            "refused": {path.name: reason for path, reason in self.refused.items()},
+            "refused": {str(path): reason for path, reason in self.refused.items()},
             "repeated": {str(path): reason for path, reason in self.repeated.items()},
         }
 

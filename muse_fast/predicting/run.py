@@ -139,7 +139,9 @@ def _left_to_do(
     if left:
         (out / _SUMMARY).unlink(missing_ok=True)  # it will not be true
     elif not refused and not share and (out / _SUMMARY).is_file():
-        raise UserError(f"{out} already contains all predictions; remove it or choose another --out")
+        raise UserError(
+            f"{out} already contains all predictions, so nothing was done; choose another --out to predict again"
+        )
     atomic.write_json(record, made_with)
     return left, refused
 
