@@ -434,8 +434,8 @@ def test_an_input_that_cannot_be_used_leaves_nothing(tmp_path: Path) -> None:
         Image.fromarray(page_with_tissue()).save(tmp_path / name / "cut.png")
         os.truncate(tmp_path / name / "cut.png", 10_000)
     images = [str(tmp_path / name / "cut.png") for name in ("a", "b")]
-    given = ["--weights", "random:vit_tiny", "--out", str(tmp_path / "out"), "nuclei=classical", "device=cpu", "mpp=0.5"]
-    assert main([*given, *images]) == 2
+    argv = ["--weights", "random:vit_tiny", "--out", str(tmp_path / "out"), *images]
+    assert main([*argv, "nuclei=classical", "device=cpu", "mpp=0.5"]) == 2
     assert sorted(json.loads((tmp_path / "out" / "summary.json").read_text())["refused"]) == images
     assert not list((tmp_path / "out").glob(".*"))
 
