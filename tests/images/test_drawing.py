@@ -24,7 +24,7 @@ def test_overlay_draws_a_dot_of_its_class_on_every_nucleus() -> None:
 
 
 def test_a_failed_save_leaves_no_partial_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_half(self: Image.Image, target: Path, **options: object) -> None:
+    def save_half(self: Image.Image, target: Path, *arguments: object, **options: object) -> None:
         Path(target).write_bytes(b"half")
         raise OSError("no space left on device")
 
