@@ -25,7 +25,16 @@ from muse_fast.runtime.distributed import rank
 from muse_fast.training.report import Metrics, read_metrics
 from muse_fast.views.loader import StepSampler
 from tests.support.ranks import Ranks
-from tests.support.toy_runs import Change, Ended, Runs, assert_same_losses, run_command, training_rows
+from tests.support.toy_runs import (
+    Change,
+    Ended,
+    Runs,
+    assert_same_losses,
+    assert_same_weights,
+    run_command,
+    training_rows,
+    weights,
+)
 
 # Side in pixels, and whether nuclei are annotated. A sample of the largest image has no unlabelled tissue.
 TRAIN, VAL = ((160, True), (40, True), (48, False), (56, True), (64, False)), ((64, True), (48, True), (40, False))
@@ -63,32 +72,13 @@ def evaluations(out: Path) -> list[dict[str, Any]]:
     return [row for row in read_metrics(out / "metrics.jsonl") if "val_f1" in row]
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    """Return the final detector, except the biases of keys, whose gradient is only rounding: see test_distributed."""
-    last = checkpoint.folder_of(out, checkpoint.steps(out)[-1])
-    found = checkpoint.read_tensors(last, "detector")
-    for name in found:
-        if name.endswith("qkv.bias"):
-            query, _, of_value = found[name].chunk(3)
-            found[name] = torch.cat([query, of_value])
-    return found
-
-
-def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
-    mine, others = weights(ours), weights(theirs)
-    assert mine.keys() == others.keys()
-    for name, value in mine.items():
-        difference = (value - others[name]).abs().max() / others[name].abs().max().clamp(min=1e-30)
-        assert difference <= tolerance, (name, difference)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_equal_one(runs: Runs, engine: str) -> None:
     """Unequal numbers of nuclei, ranks without any or without unlabelled tissue, pseudo-labels, clipping."""
     one, two = runs("fp64", "one"), runs("fp64", engine)
     assert_same_losses(two, one, 1e-12, (*LOSSES, *MEANS))
-    assert_same_weights(two, one, 1e-12)
+    assert_same_weights(two, one, 1e-12, "detector")
     rows = training_rows(one)
     assert len(rows) == STEPS and all(row["grad_norm"] > 0.1 for row in rows)
     assert any(row["loss_reg"] == 0 for row in rows) and any(row["loss_cons"] > 0.1 for row in rows)
@@ -115,7 +105,7 @@ def test_a_checkpoint_continues_on_any_number_of_ranks(runs: Runs, tmp_path: Pat
         assert ended.code == 0, ended
     assert [row["step"] for row in training_rows(resumed)] == list(range(MIDWAY + 1, STEPS + 1))
     assert_same_losses(resumed, unbroken, 1e-12, (*LOSSES, *MEANS))
-    assert_same_weights(resumed, unbroken, 1e-12)
+    assert_same_weights(resumed, unbroken, 1e-12, "detector")
     assert evaluations(resumed)[-1] == evaluations(unbroken)[-1]
 
 
@@ -136,7 +126,7 @@ def test_sigterm_at_one_rank_saves_and_the_run_ends_bit_identical(runs: Runs, tm
 
 
 def run_and_stop(argv: Sequence[str], step: int) -> Ended:
-    """Run until ``step``, in which rank 1 is told to stop."""
+    """Run until ``step``, in which rank 1 receives SIGTERM."""
     train_step = Finetuner.train_step
 
     def step_and_stop(tuner: Finetuner, *micro_batches: Any, measure: bool) -> Metrics:
@@ -158,7 +148,7 @@ def test_micro_batches_and_recomputation(runs: Runs, tmp_path: Path, engine: str
         for ended in runs.end(out, each, *short, change=change):
             assert ended.code == 0, ended
     assert_same_losses(two, one, 1e-12, (*LOSSES, *MEANS))
-    assert_same_weights(two, one, 1e-11)
+    assert_same_weights(two, one, 1e-11, "detector")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -170,7 +160,7 @@ def test_nan_on_one_rank_stops_both_before_anything_changes(runs: Runs, tmp_path
     (step,) = StepSampler(np.arange(len(TRAIN)), seed=0, batch_size=2, start_step=3, stop_step=4)
     assert report["roi_ids"] == [image for _, image in step] and "offset" not in report["error"]
     assert checkpoint.steps(out) == [3]
-    assert all(torch.isfinite(value).all() for value in weights(out).values())
+    assert all(torch.isfinite(value).all() for value in weights(out, "detector").values())
 
 
 def run_with_nan(argv: Sequence[str], step: int) -> Ended:

@@ -132,7 +132,7 @@ class StandIn(TorchDispatchMode):
     """While it is active, ``cuda:0`` exists.
 
     Attributes:
-        meter: is told of operations; None to let them pass.
+        meter: counts the operations; None counts nothing.
     """
 
     @classmethod

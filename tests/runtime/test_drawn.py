@@ -1,4 +1,4 @@
-"""Pictures of the package are told from images by what is in them, not by their names."""
+"""Pictures of the package are recognised by a mark inside the file, not by their names."""
 
 from __future__ import annotations
 

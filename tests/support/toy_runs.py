@@ -186,6 +186,32 @@ def assert_same_losses(
         )
 
 
+def weights(out: Path, *stems: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of files of the last checkpoint, except parameters whose gradient is only rounding.
+
+    A bias of all keys adds the same to every score of a query, and a bias before a norm without parameters is
+    subtracted again. Adam turns such noise into steps of full length, which change nothing.
+    """
+    last = checkpoint.folder_of(out, checkpoint.steps(out)[-1])
+    found = {}
+    for stem in stems:
+        for name, value in checkpoint.read_tensors(last, stem).items():
+            if name.endswith("qkv.bias"):
+                query, _, of_value = value.chunk(3)
+                value = torch.cat([query, of_value])
+            if not name.endswith("input_norm.0.bias"):
+                found[f"{stem}/{name}"] = value.double()
+    return found
+
+
+def assert_same_weights(ours: Path, theirs: Path, tolerance: float, *stems: str) -> None:
+    mine, others = weights(ours, *stems), weights(theirs, *stems)
+    assert mine.keys() == others.keys()
+    for name, value in mine.items():
+        difference = (value - others[name]).abs().max() / others[name].abs().max().clamp(min=1e-30)
+        assert difference <= tolerance, (name, difference)
+
+
 def assert_same_bits(ours: Path, theirs: Path) -> None:
     assert_same_losses(ours, theirs, 0.0)
     last = [checkpoint.folder_of(out, checkpoint.steps(out)[-1]) for out in (ours, theirs)]
