@@ -4,6 +4,9 @@ Labelled nuclei are classified by nearest neighbours, by a linear probe, or by f
 compares several weights, including networks of timm as ``timm:NAME[@FILE]`` (see `muse_fast.models.timm.backbone`);
 with ``baseline``, the same architecture is also evaluated untrained, as built and with calibrated BatchNorm. Below it
 are the differences from the baseline and from the first weights, with intervals.
+
+Ranks of torchrun share out the tiles of each network, or where networks are trained, the networks. The results are
+those of one process, to the bit: no sum is over ranks.
 """
 
 from __future__ import annotations
@@ -43,10 +46,11 @@ from muse_fast.models.calibration import batch_norms_of
 from muse_fast.models.timm.backbone import TimmBackbone, load_timm, summarise
 from muse_fast.models.timm.networks import PREFIX, parse_spec
 from muse_fast.models.weights import load_backbone
-from muse_fast.runtime import checkpoint
+from muse_fast.runtime import checkpoint, distributed
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
 from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
+from muse_fast.runtime.team import ALONE, Team, joined
 from muse_fast.sources import open_source
 from muse_fast.version import __version__
 
@@ -78,11 +82,16 @@ class Benchmark(NamedTuple):
 
 
 def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
-    """Evaluate all weights, print the table, and write the numbers to ``json``.
+    """Evaluate all weights, print the table, and write the numbers to ``json``; under torchrun every rank calls it.
 
     Raises:
-        UserError: settings, weights or data are not suitable for the evaluation.
+        UserError: settings, weights or data are not suitable for the evaluation, on this rank or another.
     """
+    with joined() as team:
+        _benchmark(job, options, json, team)
+
+
+def _benchmark(job: Benchmark, options: TaskConfig, json: Path | None, team: Team) -> None:
     if job.protocol == CROP and not isinstance(options, ProbeConfig):
         raise UserError(f"--protocol {CROP} is for features that are not trained, so not for {job.task}")
     for weights in job.weights:
@@ -90,7 +99,7 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
             parse_spec(weights)  # fail now, not after hours of work on other networks
     started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 150)
-    device = pick_device(options.device, "device")
+    device = pick_device(options.device, "device", distributed.local_rank())
     source = open_source(job.data, **job.source_options)
     if not source.label_names:
         raise UserError(f"{job.data}: the source has no classes; evaluation needs labelled nuclei")
@@ -101,15 +110,26 @@ def benchmark(job: Benchmark, options: TaskConfig, json: Path | None) -> None:
     data = _describe(job, source.label_names, tiles, options)
     _print_counts(console, data)
 
-    results: list[list[list[dict[str, Any]]]] = []  # rows of each network, for each of the weights
-    for weights in job.weights:
-        results.append([])
-        for network in _networks(weights, job, options):
-            if network.about is not None and not network.calibrate:
-                console.print(f"{network.name}: {summarise(network.about)}", highlight=False)
-            with ProgressBar(network.name) as bar:
-                rows = _evaluate_network(job, network, device, tiles, len(data["classes"]), options, bar.show)
-            results[-1].append(rows)
+    of_networks, of_tiles = (team, ALONE) if TASKS[job.task].trains_network else (ALONE, team)
+
+    def networks() -> Iterator[tuple[int, Network]]:
+        for number, weights in enumerate(job.weights):
+            for network in _networks(weights, job, options):
+                if network.about is not None and not network.calibrate:
+                    console.print(f"{network.name}: {summarise(network.about)}", highlight=False)
+                yield number, network
+
+    def evaluated(item: tuple[int, Network]) -> tuple[int, list[dict[str, Any]]]:
+        number, network = item
+        with ProgressBar(network.name) as bar:
+            classes = len(data["classes"])
+            return number, _evaluate_network(job, network, device, tiles, classes, options, bar.show, of_tiles)
+
+    found = of_networks.map(evaluated, networks())
+    if not team.is_main:
+        return
+    # Rows of each network, for each of the weights.
+    results = [[rows for of, rows in found if of == number] for number in range(len(job.weights))]
     report = {
         "task": job.task,
         "protocol": job.protocol,
@@ -162,15 +182,18 @@ def _evaluate_network(
     num_classes: int,
     options: TaskConfig,
     progress: ShowProgress,
+    team: Team,
 ) -> list[dict[str, Any]]:
-    """Evaluate one network and return its rows."""
+    """Evaluate one network and return its rows; ``team`` shares out its tiles, and only its rank 0 has rows."""
     backbone = network.backbone.to(device)
     how: dict[str, Any] = {"device": device, "batch_size": options.extract_batch, "bf16": options.precision == "bf16"}
     reader = CropFeatures(backbone) if job.protocol == CROP else backbone
     began = time.perf_counter()
     if network.calibrate:
         calibrate_batch_norm(reader, tiles["train"], **how, progress=progress)
-    sets = extract_features(reader, tiles, **how, progress=progress)
+    sets = extract_features(reader, tiles, **how, progress=progress, team=team)
+    if not team.is_main:
+        return []
     extracted = time.perf_counter()
     subject = Subject(backbone, tiles, {split: one.to(device) for split, one in sets.items()}, num_classes)
     rows = TASKS[job.task].run(subject, options, progress)

@@ -15,6 +15,7 @@ from muse_fast.images.imagenet import normalise
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.timm.backbone import TimmBackbone
 from muse_fast.runtime.progress_bar import ShowProgress
+from muse_fast.runtime.team import ALONE, Team
 from muse_fast.sources.names import patient_or_slide
 
 
@@ -91,26 +92,37 @@ def extract_features(
     batch_size: int = 16,
     bf16: bool = False,
     progress: ShowProgress | None = None,
+    team: Team = ALONE,
 ) -> dict[str, NucleusSet]:
     """Features of every nucleus of every split, on the CPU; the backbone must be in eval mode on ``device``.
 
     Patients are numbered in the order of their names, over all splits; a slide counts as one if its patient is unknown.
+
+    Args:
+        team: its ranks share the batches out, which are the same for any number of ranks; only rank 0 gets features.
     """
-    total = sum(len(found) for found in tiles.values())
+    batches = [
+        found[start : start + batch_size] for found in tiles.values() for start in range(0, len(found), batch_size)
+    ]
+    ends = np.cumsum([len(batch) for batch in batches]).tolist()
+
+    def features(batch: Sequence[Tile]) -> Tensor:
+        return features_of(backbone, stack_tiles(batch, device), bf16).cpu()
+
+    def show(done: int) -> None:
+        if progress is not None:
+            progress(ends[done - 1], ends[-1], "tiles")
+
+    rows = team.map(features, batches, show)
+    if not team.is_main:
+        return {}
     names = sorted({patient_or_slide(tile.slide) for found in tiles.values() for tile in found})
     number_of = {name: number for number, name in enumerate(names)}
-    done = 0
-    sets = {}
-    for split, found in tiles.items():
-        rows = []
-        for start in range(0, len(found), batch_size):
-            chunk = found[start : start + batch_size]
-            rows.append(features_of(backbone, stack_tiles(chunk, device), bf16).cpu())
-            done += len(chunk)
-            if progress is not None:
-                progress(done, total, "tiles")
-        sets[split] = NucleusSet(torch.cat(rows), *_labels_and_patients(found, number_of))
-    return sets
+    nuclei = [sum(len(tile.label) for tile in found) for found in tiles.values()]
+    return {
+        split: NucleusSet(part, *_labels_and_patients(tiles[split], number_of))
+        for split, part in zip(tiles, torch.cat(rows).split(nuclei), strict=True)
+    }
 
 
 @torch.inference_mode()

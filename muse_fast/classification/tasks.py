@@ -236,11 +236,12 @@ def held_out_name(options: TaskConfig) -> str:
 class Task(NamedTuple):
     config: type[TaskConfig]
     run: Callable[[Subject, Any, ShowProgress], list[Row]]
+    trains_network: bool = False
 
 
 TASKS = {
     "knn": Task(KnnConfig, run_knn),
     "linear": Task(LinearConfig, run_linear),
     "ridge": Task(RidgeConfig, run_ridge),
-    "finetune": Task(TuneConfig, run_finetune),
+    "finetune": Task(TuneConfig, run_finetune, trains_network=True),
 }

@@ -21,33 +21,45 @@ from muse_fast.detection.samples import LabelledImage, class_names, known_nuclei
 from muse_fast.errors import UserError, require
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import write_points
+from muse_fast.runtime import distributed
 from muse_fast.runtime.atomic import write_json
 from muse_fast.runtime.device import pick_device
 from muse_fast.runtime.options import split_source_options
-from muse_fast.runtime.progress_bar import ProgressBar, ShowProgress
+from muse_fast.runtime.progress_bar import ProgressBar
+from muse_fast.runtime.team import Team, joined
 from muse_fast.scoring.scores import evaluate_all, scores_table
 from muse_fast.sources import SourceImage, open_source
 from muse_fast.version import __version__
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command.
+    """Run the command; ranks of torchrun share the images, and rank 0 scores what all have found.
 
     Raises:
         UserError: not a detector, a source with other classes, an empty split, or an output that already exists.
     """
     args = _parse(argv)
+    with joined() as team:
+        return _score(args, team)
+
+
+def _score(args: argparse.Namespace, team: Team) -> int:
     began = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    device = pick_device(args.device, "--device")
+    device = pick_device(args.device, "--device", distributed.local_rank())
     detector = load_detector(args.weights, device)
     images = _read(args, detector.class_names)
 
+    classes = len(detector.class_names)
+
+    def detect(image: SourceImage) -> Points:
+        at_scale = labelled_image(image, detector.mpp, classes, detector.tile_size)
+        return in_source_pixels(detect_image(detector, at_scale), at_scale)
+
     with ProgressBar("detection") as bar, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        classes = len(detector.class_names)
-        at_scale = [labelled_image(image, detector.mpp, classes, detector.tile_size) for image in images]
-        found = detect_images(detector, at_scale, bar.show)
-    found = [in_source_pixels(points, one) for points, one in zip(found, at_scale, strict=True)]
+        found = team.map(detect, images, lambda done: bar.show(done, len(images), "images"))
+    if not team.is_main:
+        return 0
     truths = [known_nuclei(image.xy, labels(image, classes)) for image in images]
     detected, annotated = (sum(len(points.xy) for points in some) for some in (found, truths))
     console.print(
@@ -91,28 +103,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def detect_images(
-    detector: Detector, images: Sequence[LabelledImage], progress: ShowProgress | None = None
-) -> list[Points]:
-    """Detect nuclei in the annotated regions of images at the detector's um per pixel, in pixels of these images.
+def detect_images(detector: Detector, images: Sequence[LabelledImage]) -> list[Points]:
+    """`detect_image` of each of ``images``."""
+    return [detect_image(detector, image) for image in images]
 
-    The detector also sees tissue around a region, enough on either side to fill a tile.
+
+def detect_image(detector: Detector, image: LabelledImage) -> Points:
+    """Detect nuclei in the annotated region of an image at the detector's um per pixel, in pixels of this image.
+
+    The detector also sees tissue around the region, enough on either side to fill a tile.
     """
-    device = next(detector.parameters()).device
-    found = []
-    for done, one in enumerate(images, start=1):
-        x, y, width, height = one.box()
-        across, down = (max(0, detector.tile_size - side) // 2 for side in (width, height))
-        left, top = max(0, x - across), max(0, y - down)
-        field = one.image[:, top : y + height + down, left : x + width + across]
-        (points,) = detector.detect(field[None].to(device))
-        xy = points.xy + np.array([left, top], np.float32)
-        column, row = np.minimum(xy.astype(np.int64), (one.image.shape[2] - 1, one.image.shape[1] - 1)).T
-        inside = one.region.numpy()[row, column]
-        found.append(Points(xy, points.label, points.confidence()).take(inside))
-        if progress is not None:
-            progress(done, len(images), "images")
-    return found
+    x, y, width, height = image.box()
+    across, down = (max(0, detector.tile_size - side) // 2 for side in (width, height))
+    left, top = max(0, x - across), max(0, y - down)
+    field = image.image[:, top : y + height + down, left : x + width + across]
+    (points,) = detector.detect(field[None].to(next(detector.parameters()).device))
+    xy = points.xy + np.array([left, top], np.float32)
+    column, row = np.minimum(xy.astype(np.int64), (image.image.shape[2] - 1, image.image.shape[1] - 1)).T
+    inside = image.region.numpy()[row, column]
+    return Points(xy, points.label, points.confidence()).take(inside)
 
 
 def in_source_pixels(points: Points, image: LabelledImage) -> Points:
