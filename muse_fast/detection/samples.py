@@ -161,6 +161,11 @@ class LfovBatch(NamedTuple):
     image_ids: Tensor  # [I] int64
     epochs: Tensor  # [I] int64
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LfovBatch:
+        """Move the images; the host reads the rest."""
+        plain, images = (one.to(device, non_blocking=non_blocking) for one in (self.plain, self.images))
+        return self._replace(plain=plain, images=images)
+
 
 def draw_corner(rng: np.random.Generator, box: tuple[int, int, int, int], size: int) -> tuple[int, int]:
     """Draw the top-left pixel of a sample of ``size`` that shows the region ``box`` (x, y, width, height): equation 8.

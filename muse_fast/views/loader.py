@@ -7,7 +7,7 @@ the samples from ``k * batch_size``. So a run can resume at any step with any wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
@@ -22,6 +22,7 @@ from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
 from muse_fast.roiset.roiset import RoiSet
+from muse_fast.views.ahead import one_ahead
 from muse_fast.views.boxes import check_room
 from muse_fast.views.colours import apply_colour
 from muse_fast.views.plan import Plan, draw_plan, pack, view_major
@@ -154,13 +155,13 @@ def load_views(
     backend: str = "cpu",
     timeout: int = STALLED_AFTER,
 ) -> Generator[Views]:
-    """Yield batches of views in the sampler's order.
+    """Yield batches of views in the sampler's order; on a GPU, each is copied or rendered during the step before.
 
     Close the generator to end its workers: if an error ends the program first, open workers keep it from exiting.
 
     Args:
         workers: processes that read and, with the ``cpu`` backend, render (0: the calling process).
-        device: where the other backends render.
+        device: where the views go; the other backends render there.
         backend: one of ``config.DATA_BACKENDS``, for which `renderers.why_not` returns None.
         timeout: seconds without a batch after which a worker counts as stalled.
 
@@ -178,7 +179,7 @@ def load_views(
         batches: UntilError[Any] = UntilError(items)
         with closing(iter(batches)) as loaded:
             if backend == "cpu":
-                yield from loaded
+                yield from on_device(loaded, torch.device(device))
             else:
                 yield from rendered(loaded, backend, dataset.config, torch.device(device), workers)
     if batches.error is not None:
@@ -193,6 +194,7 @@ def load_batches(
     named: Callable[[Sequence[int]], str],
     batch_bytes: int,
     pin_memory: bool = False,
+    device: torch.device | str = "cpu",
     timeout: int = STALLED_AFTER,
 ) -> Generator[_Batch]:
     """Yield batches of any dataset that is indexed by lists of samples, in the sampler's order, as `load_views` does.
@@ -201,10 +203,19 @@ def load_batches(
         named: turns item numbers into a name for messages.
         batch_bytes: size of a batch, nearly.
     """
-    for batch in load(dataset, sampler, workers, pin_memory, timeout, named, batch_bytes):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    with closing(load(dataset, sampler, workers, pin_memory, timeout, named, batch_bytes)) as items:
+        batches: UntilError[Any] = UntilError(items)
+        with closing(iter(batches)) as loaded:
+            yield from on_device(loaded, torch.device(device))
+    if batches.error is not None:
+        raise batches.error
+
+
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterable[Any]:
+    """Batches, which have a method ``to``, on ``device``; a GPU copies each during the step before."""
+    if device.type != "cuda":
+        return batches  # where they were made
+    return one_ahead(batches, lambda batch: batch.to(device, non_blocking=True), device)
 
 
 def check_roiset(roiset: RoiSet, roi_ids: NDArray[np.int64], config: ViewsConfig) -> None:

@@ -9,7 +9,6 @@ Boxes, colours and nuclei come from the plan, so backends differ only in the rou
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
@@ -21,6 +20,7 @@ from muse_fast.batch import PlannedViews, Views
 from muse_fast.config import ViewsConfig
 from muse_fast.errors import UserError
 from muse_fast.ops import augment_views, backends
+from muse_fast.views.ahead import one_ahead
 from muse_fast.views.damage import damaged_jpeg, decode_strictly
 
 _T = TypeVar("_T")
@@ -55,7 +55,8 @@ def rendered(
         from muse_fast.views.dali import render_batches  # needs nvidia-dali
 
         return render_batches(batches, config, device, threads)
-    return _one_ahead(batches, config, device)
+    # In a thread, since nvJPEG's decoder keeps the host busy, and launching a step does too.
+    return one_ahead(batches, lambda planned: render_batch(planned, config, device), device, thread=True)
 
 
 def render_batch(planned: PlannedViews, config: ViewsConfig, device: torch.device, backend: str | None = None) -> Views:
@@ -94,35 +95,6 @@ def _decode(planned: PlannedViews, device: torch.device) -> list[Tensor]:
     if [list(image.shape[1:]) for image in images] != planned.shapes.tolist():
         raise damaged_jpeg(planned, "their sizes differ from their headers")
     return images
-
-
-def _one_ahead(batches: Iterable[PlannedViews], config: ViewsConfig, device: torch.device) -> Iterator[Views]:
-    """Render on a separate stream: the GPU decodes for the next step while the current one runs."""
-    stream = torch.cuda.Stream(device)
-    ahead: deque[tuple[Views, torch.cuda.Event]] = deque()
-    failed: UserError | None = None
-    for planned in batches:
-        try:
-            with torch.cuda.stream(stream):
-                ahead.append((render_batch(planned, config, device), stream.record_event()))
-        except UserError as error:
-            failed = error  # after the batches before it
-            break
-        if len(ahead) > 1:
-            yield _hand_over(*ahead.popleft())
-    while ahead:
-        yield _hand_over(*ahead.popleft())
-    if failed is not None:
-        raise failed
-
-
-def _hand_over(views: Views, made: torch.cuda.Event) -> Views:
-    """Pass views to the current stream, which waits for them and keeps their memory until it has read them."""
-    current = torch.cuda.current_stream(views.global_images.device)
-    current.wait_event(made)
-    for images in (views.global_images, views.local_images):
-        images.record_stream(current)
-    return views
 
 
 class UntilError(Generic[_T]):
