@@ -203,6 +203,10 @@ class TrainConfig(Config):
     """On several ranks: ``ddp`` replicates everything, ``fsdp`` shards weights and optimiser state (FSDP2)."""
     compile: bool = setting(False, may_change=True)
     """torch.compile each ViT layer: fuses norms, GELU, casts and sums. The first step then takes minutes."""
+    cuda_graph: Switch = setting(AUTO, choices=SWITCH, may_change=True)
+    """Record encoder and decoder, whose shapes never change, as CUDA graphs in the second step and replay them from
+    then on, so that the host does not launch their kernels one by one. ``auto``: on a single GPU, unless recording
+    fails; the run says so."""
     timeout: int = setting(1_200, ge=1, le=1_799, unit="seconds", may_change=True)
     """On several ranks: seconds without progress after which the rank that the others wait for is named and all exit.
     Must be longer than a checkpoint, an evaluation or a compiled first step, and shorter than half an hour."""

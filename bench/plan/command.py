@@ -1,5 +1,6 @@
 """Predict what a training step costs on a GPU, without one: count launches, waits, copies, bytes, FLOPs and memory on a
-stand-in, and the least time that these need at the rates of given GPUs; compare with the committed counts."""
+stand-in, and the least time that these need at the rates of given GPUs; compare with the committed counts. With --host,
+compare the CPU time of the host instead."""
 
 from __future__ import annotations
 
@@ -11,16 +12,19 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.machine import environment
+from bench.measure import quantiles
 from bench.plan.counts import RATES
 from bench.plan.standin import run
 from bench.report import console, number, table, write_json
 from muse_fast.errors import UserError
 
 COMMITTED = Path(__file__).with_name("counts.json")
-FIGURES = ("launches", "waits", "pageable_copies", "bytes", "flops", "peak_bytes")
+FIGURES = ("launches", "replayed", "waits", "pageable_copies", "bytes", "flops", "peak_bytes")
 LOCAL_SIZE = {224: 96, 512: 208}
 PRETRAINING = ("ours", "fair", "literal")
 TOLERANCE = 0.01
+TIMES = ("median", "p20", "p80")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, metavar="IMAGES", help="ROIs or samples of a step")
     parser.add_argument("--gpu", choices=RATES, default="H100", help="whose rates rank the operations")
     parser.add_argument("--top", type=int, default=15, metavar="N", help="operations to list")
+    parser.add_argument(
+        "--host", action="store_true", help="instead of counting, time the host's steps: ratios of CPU time only"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all counts here")
     parser.add_argument("--commit", action="store_true", help=f"write the counts into {COMMITTED.name}")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run")
@@ -38,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print predictions; exit code 1 if a count differs from the committed one by more than 1 %."""
     out = console()
+    if options.host:
+        return host(out, options)
     try:
         results = count([job(engine, options) for engine in engines(options)])
     except UserError as error:
@@ -59,6 +68,27 @@ def main(options: argparse.Namespace) -> int:
     return 1 if changes else 0
 
 
+def host(out: Console, options: argparse.Namespace) -> int:
+    """Print how long the host computes for a step of each engine, and its ratio to *fair*."""
+    names = list(dict.fromkeys([*engines(options), "fair"]))
+    try:
+        times = json.loads(run("bench.plan.worker", ["host", json.dumps([job(name, options) for name in names])]))
+    except UserError as error:
+        options.parser.error(str(error))
+    rows: list[dict[str, Any]] = [
+        {"engine": name, **quantiles([1e3 * s for s in some])} for name, some in zip(names, times, strict=True)
+    ]
+    of_fair = next(row["median_ms"] for row in rows if row["engine"] == "fair")
+    for row in rows:
+        row["of_fair"] = row["median_ms"] / of_fair
+    out.print("CPU time of steps whose kernels do nothing. Most of it is the stand-in's, so only ratios say something.")
+    cells = [[row["engine"], *(number(row[f"{name}_ms"]) for name in TIMES), f"{row['of_fair']:.2f}"] for row in rows]
+    out.print(table(("engine", *(f"{name}, ms of CPU" for name in TIMES), "of fair"), cells))
+    if options.json:
+        write_json(options.json, {"environment": environment("cpu"), "results": rows})
+    return 0
+
+
 def engines(options: argparse.Namespace) -> Sequence[str]:
     return PRETRAINING if options.engine == "all" else (options.engine,)
 
@@ -76,7 +106,7 @@ def job(engine: str, options: argparse.Namespace) -> tuple[str, str, list[str]]:
 
 def count(jobs: Sequence[Any]) -> list[dict[str, Any]]:
     """The counts of a step of each job, see `bench.plan.worker.count`."""
-    return json.loads(run("bench.plan.worker", [json.dumps(jobs)]))
+    return json.loads(run("bench.plan.worker", ["count", json.dumps(jobs)]))
 
 
 def committed() -> dict[str, dict[str, float]]:
@@ -103,7 +133,7 @@ def differences(result: dict[str, Any], known: dict[str, float] | None) -> list[
 
 
 def print_totals(out: Console, results: Sequence[dict[str, Any]]) -> None:
-    columns = ("engine", "launches", "waits", "pageable", "GB", "TFLOP", "useful", "peak GiB")
+    columns = ("engine", "launches", "replayed", "waits", "pageable", "GB", "TFLOP", "useful", "peak GiB")
     times = [f"{gpu} {unit}" for gpu in RATES for unit in ("ms", "us/img")]
     rows = []
     for result in results:
@@ -112,7 +142,7 @@ def print_totals(out: Console, results: Sequence[dict[str, Any]]) -> None:
         rows.append(
             [
                 result["engine"],
-                *(f"{result[name]:,}" for name in ("launches", "waits", "pageable_copies")),
+                *(f"{result[name]:,}" for name in ("launches", "replayed", "waits", "pageable_copies")),
                 f"{result['bytes'] / 1e9:.1f}",
                 f"{result['flops'] / 1e12:.2f}",
                 "" if useful is None else f"{useful / 1e12:.2f}",
@@ -136,7 +166,7 @@ def print_operations(out: Console, result: dict[str, Any], gpu: str, top: int) -
         [
             name,
             str(row["calls"]),
-            str(row["launches"]),
+            str(row["launches"] + row["replayed"]),
             f"{row['bytes'] / 1e9:.2f}",
             f"{row['flops'] / 1e12:.3f}",
             number(row["seconds"][gpu] * 1e3),

@@ -3,7 +3,8 @@
 - *Bytes*: every input read once, every result written once, at dense sizes; what a broadcast or a gather skips is not
   counted. No reuse in a cache across operations.
 - *FLOPs*: torch's registry of `torch.utils.flop_counter`, and `KERNELS` for our own.
-- *Launches*: kernels per operation as torch 2.11 launches them on sm_90 (`LAUNCHES`, else one), for multi-tensor
+- *Launches*: by the host. Of those that a CUDA graph repeats, only the graph's own is one; the others are *replayed*.
+  Kernels per operation as torch 2.11 launches them on sm_90 (`LAUNCHES`, else one), for multi-tensor
   operations by torch's rule for splitting lists, for our Triton kernels as launched.
 - *Time*: ``max(FLOPs / rate, bytes / bandwidth, launches * 2.5 us)``, a roofline: a prediction of the least time, in
   which nothing overlaps and no kernel is imperfect.
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,7 +63,6 @@ LAUNCHES = {
     "native_layer_norm_backward": 2,
     "native_batch_norm": 4,
     "native_batch_norm_backward": 3,
-    "sort": 15,
     "repeat_interleave": 3,
     "slice_backward": 2,
     "select_backward": 2,
@@ -138,19 +139,24 @@ class Row:
 
     calls: int = 0
     launches: int = 0
+    replayed: int = 0
     bytes: float = 0.0
     flops: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RATES, 0.0))
+
+
+Rows = dict[str, Row]
 
 
 class Counts:
     """The `bench.plan.standin.Meter` of a step."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, Row] = defaultdict(Row)
+        self.rows: Rows = defaultdict(Row)
         self.copies: list[Copy] = []
         self.waits: Counter[str] = Counter()
-        self.live = self.peak = 0
+        self._live = self._peak = self._live_in_graphs = self._peak_in_graphs = 0
+        self._recording = False
         self._storages: Any = WeakIdKeyDictionary()
 
     def clear(self) -> None:
@@ -158,7 +164,35 @@ class Counts:
         self.rows.clear()
         self.copies.clear()
         self.waits.clear()
-        self.peak = self.live
+        self._peak = self._live
+
+    @property
+    def held(self) -> int:
+        """Bytes in use. The memory of graphs, which they share, is theirs for ever."""
+        return self._live + self._peak_in_graphs
+
+    @property
+    def peak(self) -> int:
+        return self._peak + self._peak_in_graphs
+
+    @contextmanager
+    def record(self) -> Iterator[Rows]:
+        others, self.rows, self._recording = self.rows, defaultdict(Row), True
+        try:
+            yield self.rows
+        finally:
+            self.rows, self._recording = others, False
+
+    def replay(self, graph: Rows) -> None:
+        self._add("CUDA graph", 1, 0.0, 0.0, single=False)
+        for label, of_graph in graph.items():
+            row = self.rows[label]
+            row.calls += of_graph.calls
+            row.replayed += of_graph.launches
+            row.bytes += of_graph.bytes
+            row.flops += of_graph.flops
+            for gpu, seconds in of_graph.seconds.items():
+                row.seconds[gpu] += seconds
 
     def operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         name = func._overloadpacket.__name__
@@ -206,19 +240,27 @@ class Counts:
         if storage in self._storages:
             return
         size = -(-storage.nbytes() // 512) * 512
-        self._storages[storage] = _Held(self, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self._storages[storage] = _Held(self, size, self._recording)
+        self.change(size, self._recording)
+
+    def change(self, size: int, in_graphs: bool) -> None:
+        """Take or free memory."""
+        if in_graphs:
+            self._live_in_graphs += size
+            self._peak_in_graphs = max(self._peak_in_graphs, self._live_in_graphs)
+        else:
+            self._live += size
+            self._peak = max(self._peak, self._live)
 
 
 class _Held:
     """Lives as long as a storage."""
 
-    def __init__(self, counts: Counts, size: int) -> None:
-        self.counts, self.size = counts, size
+    def __init__(self, counts: Counts, size: int, in_graphs: bool) -> None:
+        self.counts, self.size, self.in_graphs = counts, size, in_graphs
 
     def __del__(self) -> None:
-        self.counts.live -= self.size
+        self.counts.change(-self.size, self.in_graphs)
 
 
 def bytes_of(func: Any, name: str, args: Sequence[Any], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
@@ -245,6 +287,8 @@ def launches_of(name: str, args: Sequence[Any], inputs: Sequence[Tensor]) -> int
             return len(sizes)  # weights of another shape: tensor by tensor
         lists = sum(isinstance(a, (list, tuple)) and len(a) == len(sizes) for a in args)
         return multi_tensor_launches(sizes, min(lists, 5)) + 2 * (name == "_foreach_norm")
+    if name == "sort":
+        return 7 + inputs[0].itemsize  # a pass for each byte of a key
     if name in ("sum", "mean") and inputs[0].numel() > 1 << 16:
         return 2
     return LAUNCHES.get(name, 1)

@@ -6,7 +6,10 @@ FakeTensor), and passes each operation that would reach the device to a `Meter`.
 dtypes, layouts and devices is as on a GPU: which operations run, which kernels torch and the project choose, casts,
 copies, what autograd keeps and for how long.
 
-It cannot see host time, the caching allocator's fragmentation, or the workspaces of cuBLAS and cuDNN.
+It cannot see how long the device takes, the caching allocator's fragmentation, or the workspaces of cuBLAS and cuDNN.
+
+A CUDA graph is what its operations were while it was recorded. As on a GPU, recording one fails at a wait for the
+device, and here also at a copy from or to the host, whose memory a replay would read again.
 
 Integers and booleans keep their values, computed on the CPU beside the shapes, because sizes depend on them. Floats
 have none; reading one gives 1.
@@ -20,7 +23,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -124,8 +128,27 @@ class Meter(Protocol):
 
     def copy(self, copy: Copy) -> None: ...
 
+    def record(self) -> AbstractContextManager[Any]:
+        """What is told within is recorded as a graph, which the context returns."""
+
+    def replay(self, graph: Any) -> None:
+        """A graph is launched."""
+
     def wait(self, what: str, place: str) -> None:
         """The host waits for the device."""
+
+
+class Graph:
+    """`torch.cuda.CUDAGraph`."""
+
+    recorded: Any = None
+
+    def __init__(self, device: StandIn) -> None:
+        self._device = device
+
+    def replay(self) -> None:
+        if self._device.meter:
+            self._device.meter.replay(self.recorded)
 
 
 class StandIn(TorchDispatchMode):
@@ -145,6 +168,7 @@ class StandIn(TorchDispatchMode):
         self._shapes = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         self._values: Any = WeakIdKeyDictionary()  # of integer and boolean tensors on the device
         self._pinned: dict[int, Tensor] = {}  # by storage; keeps them, so that no address is used twice
+        self._is_recording = False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -154,6 +178,8 @@ class StandIn(TorchDispatchMode):
         on_device = any(isinstance(x, FakeTensor) for x in given)
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
+        if func is aten.record_stream.default:
+            return None
         if func in (aten._to_copy.default, aten.copy_.default) and self._crosses(func, args, kwargs):
             return self._copy(func, args, kwargs)
         if not on_device and torch.device(kwargs.get("device") or "cpu").type == "cpu":
@@ -247,6 +273,7 @@ class StandIn(TorchDispatchMode):
         host = source if to_device else None if is_new else args[0]
         # `to("cpu", non_blocking=True)` allocates pinned memory.
         pinned = bool(asynchronous) if host is None else host.untyped_storage()._cdata in self._pinned
+        self._refuse_in_recordings()
         if self.meter:
             copy = Copy(source.numel() * source.itemsize, to_device, pinned, not (asynchronous and pinned), _place())
             self.meter.copy(copy)
@@ -266,8 +293,23 @@ class StandIn(TorchDispatchMode):
         return self._tell(aten.empty_strided.default, (), {}, out, None)
 
     def _wait(self, what: str) -> None:
+        self._refuse_in_recordings()
         if self.meter:
             self.meter.wait(what, _place())
+
+    def _refuse_in_recordings(self) -> None:
+        if self._is_recording:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing, at {_place()}")
+
+    @contextmanager
+    def record(self, graph: Graph, *, stream: Any, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        """`torch.cuda.graph`."""
+        self._is_recording = True
+        try:
+            with torch.cuda.stream(stream), self.meter.record() if self.meter else nullcontext() as graph.recorded:
+                yield
+        finally:
+            self._is_recording = False
 
     @contextmanager
     def launches(self) -> Iterator[None]:
@@ -290,6 +332,9 @@ def stand_in() -> Iterator[StandIn]:
     patches = (
         mock.patch.object(torch.cuda, "_lazy_init", return_value=None),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=PROPERTIES),
+        mock.patch.object(torch.cuda, "CUDAGraph", partial(Graph, device)),
+        mock.patch.object(torch.cuda, "graph", device.record),
+        mock.patch.object(torch.cuda, "graph_pool_handle", return_value=(0, 0)),
         mock.patch.object(fake_tensor, "init_gpu_context", return_value=None),
         mock.patch.object(_foreach_utils, "_foreach_supported_types", [Tensor, FakeTensor]),
         mock.patch.object(backends, "cuda_error", return_value=None),  # the library's CUDA ops are needed by shape only

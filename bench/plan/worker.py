@@ -1,12 +1,17 @@
-"""``python -m bench.plan.worker JOBS``: count one step of each job and print the results as JSON, see `standin.run`."""
+"""``python -m bench.plan.worker ACTION JOBS``: of each job, ``count`` one step or time the ``host``, and print the
+results as JSON, see `standin.run`."""
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +30,10 @@ from muse_fast.detection.samples import ANNOTATED, UNLABELLED, LfovBatch
 from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime.options import load_settings
+from muse_fast.views.loader import on_device
+
+WARM_UP_STEPS = 2  # fill caches, create the optimiser's state, record graphs
+ROUNDS = 7  # of timed steps
 
 # As after the first epoch, with a loss for every proposal.
 PRETRAINING = ("train.precision=bf16", "optim.freeze_prototypes_steps=0")
@@ -44,18 +53,40 @@ class Run(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> None:
-    jobs = [Job(engine, arch, tuple(settings)) for engine, arch, settings in json.loads(arguments[0])]
-    with stand_in() as device:
-        json.dump([count(job, device) for job in jobs], sys.stdout)
+    jobs = [Job(engine, arch, tuple(settings)) for engine, arch, settings in json.loads(arguments[1])]
+    with stand_in() as device, redirect_stdout(sys.stderr):  # runs may print something
+        results = [count(job, device) for job in jobs] if arguments[0] == "count" else host_seconds(jobs)
+    json.dump(results, sys.stdout)
+
+
+def host_seconds(jobs: Sequence[Job]) -> list[list[float]]:
+    """CPU seconds of single steps of each job, one step of each in turn."""
+    runs = [start(job) for job in jobs]
+    times: list[list[float]] = [[] for _ in jobs]
+    gc.collect()
+    gc.disable()  # as in a run
+    for _ in range(ROUNDS):
+        for some, run in zip(times, runs, strict=True):
+            began = time.process_time()
+            run.step()
+            some.append(time.process_time() - began)
+    return times
+
+
+def start(job: Job) -> Run:
+    """Begin a run, up to the step whose like all later ones are."""
+    run = ENGINES[job.engine](job)
+    for _ in range(WARM_UP_STEPS):
+        run.step()
+    return run
 
 
 def count(job: Job, device: StandIn) -> dict[str, Any]:
-    """Count the second step of a run; the first one fills caches and creates the optimiser's state."""
+    """Count a step of a run."""
     counts = device.meter = Counts()
-    run = ENGINES[job.engine](job)
-    run.step()
+    run = start(job)
     counts.clear()
-    held = counts.live
+    held = counts.held
     run.step()
     device.meter = None
     rows = sorted(counts.rows.items(), key=lambda item: -item[1].seconds["H100"])
@@ -66,6 +97,7 @@ def count(job: Job, device: StandIn) -> dict[str, Any]:
         "settings": job.settings,
         "images": run.images,
         "launches": sum(row.launches for _, row in rows),
+        "replayed": sum(row.replayed for _, row in rows),
         "waits": sum(counts.waits.values()),
         "pageable_copies": sum(pageable.values()),
         "bytes": sum(row.bytes for _, row in rows),
@@ -86,13 +118,13 @@ def pretraining(job: Job) -> PretrainConfig:
 
 
 def ours(job: Job) -> Run:
-    """Views are uint8 in pinned memory, as from the loader."""
+    """Views are uint8 in pinned memory and copied one ahead, as by the loader."""
     config = pretraining(job)
     trainer, views = Trainer(config, DEVICE), synthetic_views(config)
     flops = step_flops(config, rows_per_roi(views)) * views.num_rois
     pixels = {name: getattr(views, name).to(torch.uint8) for name in ("global_images", "local_images")}
-    pinned = replace(views, **pixels).pin_memory()
-    return Run(lambda: trainer.train_step(pinned, measure=False), views.num_rois, flops)
+    batches = iter(on_device(repeat(replace(views, **pixels).pin_memory()), DEVICE))
+    return Run(lambda: trainer.train_step(next(batches), measure=False), views.num_rois, flops)
 
 
 def baseline(kind: type[FairTrainer | LiteralTrainer]) -> Callable[[Job], Run]:
@@ -130,7 +162,8 @@ def finetuning(job: Job) -> Run:
         image_ids=torch.arange(count),
         epochs=torch.zeros(count, dtype=torch.int64),
     )
-    return Run(lambda: tuner.train_step(batch, measure=False), count)
+    batches = iter(on_device(repeat(batch), DEVICE))
+    return Run(lambda: tuner.train_step(next(batches), measure=False), count)
 
 
 ENGINES: dict[str, Callable[[Job], Run]] = {

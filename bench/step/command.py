@@ -61,6 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="loss of the engine; repeat to time several",
     )
     parser.add_argument("--compile", action="store_true", help="also time the engine with torch.compile")
+    parser.add_argument(
+        "--cuda-graph",
+        choices=["auto", "true", "false"],
+        action="append",
+        help="whether the engine replays CUDA graphs; repeat to time both",
+    )
+    parser.add_argument(
+        "--from-host",
+        action="store_true",
+        help="also time the engine on uint8 views that come from the host",
+    )
     parser.add_argument("--seconds", type=float, default=20, help="time per version; at least three repeats")
     parser.add_argument("--lfov", type=int, metavar="SIDE", help="time forward and backward on images of SIDE pixels")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers and the environment here")
@@ -134,20 +145,26 @@ def steps(options: argparse.Namespace, out: Console, matmul: float, peak: float 
 
 def versions(options: argparse.Namespace) -> list[timing.Version]:
     fast = []
-    attentions, losses = options.attention or ["sdpa"], options.logit_free or [""]
-    for attention, loss, compiled in product(attentions, losses, (False, True) if options.compile else (False,)):
+    attentions, losses, replays = options.attention or ["sdpa"], options.logit_free or [""], options.cuda_graph or [""]
+    with_compile, with_host = ((False, True) if also else (False,) for also in (options.compile, options.from_host))
+    for attention, loss, replay, compiled, from_host in product(attentions, losses, replays, with_compile, with_host):
         settings: tuple[str, ...] = (f"model.attention={attention}", f"train.compile={compiled}")
         settings += (f"loss.logit_free={loss}",) if loss else ()
+        settings += (f"train.cuda_graph={replay}",) if replay else ()
         name = "fast"
         if len(attentions) > 1:
             name += f" {attention}"
         if len(losses) > 1:
             name += f" logit_free={loss}"
+        if len(replays) > 1:
+            name += f" cuda_graph={replay}"
         if compiled:
             name += " compiled"
-        fast.append(timing.Version(name, "fast", settings))
+        if from_host:
+            name += " from host"
+        fast.append(timing.Version(name, "fast", settings, from_host))
     beside = [
-        timing.Version(f"{version.name} {arch}", "fast", (*version.settings, f"model.arch={arch}"))
+        timing.Version(f"{version.name} {arch}", "fast", (*version.settings, f"model.arch={arch}"), version.from_host)
         for arch in (options.arch or [])[1:]
         for version in fast
     ]

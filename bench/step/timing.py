@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from muse_fast.ops.reference import match_nuclei
 from muse_fast.pretraining.flops import step_flops
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.views.boxes import draw_boxes
-from muse_fast.views.loader import collate
+from muse_fast.views.loader import collate, on_device
 
 LOSSES = ("loss_image", "loss_nucleus")
 BASELINES = ("literal", "fair")
@@ -63,6 +64,7 @@ class Version:
     name: str
     kind: str
     settings: tuple[str, ...] = ()  # ``key=value``, in addition to the shared settings
+    from_host: bool = False  # views come from the host, as in a run; otherwise they are on the device
 
     def config(self, shared: Sequence[str]) -> PretrainConfig:
         return load_config(None, [*shared, *self.settings])
@@ -168,7 +170,7 @@ def run(
         add_ratios(list(rows.values()))
         keep(list(rows.values()))
 
-    interleaved([*timed.values()], shared, views.to(device), device, seconds, rows, add_figures)
+    interleaved([*timed.values()], shared, views, device, seconds, rows, add_figures)
     return list(rows.values())
 
 
@@ -277,6 +279,7 @@ def interleaved(
     ``keep`` gets all times so far after every round, and at the end.
     """
     trainers: dict[str, Any] = {}
+    batches: dict[bool, Iterator[Views]] = {False: repeat(views.to(device)), True: from_host(views, device)}
     weights = None
     for version in versions:
         with skip_on_refusal(rows[version.name]):
@@ -285,15 +288,16 @@ def interleaved(
             trainer = version.build(config, weights, torch.device(device))
             if isinstance(trainer, Trainer):
                 rows[version.name]["logit_free"] = trainer.logits.logit_free
-            steps_ms(trainer, views, device, WARMUP_STEPS[device])
+            steps_ms(trainer, batches[version.from_host], device, WARMUP_STEPS[device])
             trainers[version.name] = trainer
     times: dict[str, list[float]] = {name: [] for name in trainers}
+    inputs = {version.name: batches[version.from_host] for version in versions}
     for _ in range(MAX_REPEATS):
         for name in list(trainers):
             if len(times[name]) >= MIN_REPEATS and sum(times[name]) * STEPS_PER_REPEAT[device] > seconds * 1e3:
                 continue
             with skip_on_refusal(rows[name]):
-                times[name].append(steps_ms(trainers[name], views, device, STEPS_PER_REPEAT[device]))
+                times[name].append(steps_ms(trainers[name], inputs[name], device, STEPS_PER_REPEAT[device]))
             if "skipped" in rows[name]:
                 del trainers[name], times[name]
                 release()
@@ -301,28 +305,35 @@ def interleaved(
     for version in versions:
         if version.kind == "fast" and version.name in trainers:
             trainers[version.name].check()  # training on NaNs would make the times meaningless
-            rows[version.name]["profile"] = top(trainers[version.name], views, device)
+            rows[version.name]["profile"] = top(trainers[version.name], inputs[version.name], device)
     keep(times)
 
 
-def steps_ms(trainer: Any, views: Views, device: str, steps: int) -> float:
+def from_host(views: Views, device: str) -> Iterator[Views]:
+    """Yield the views as a run's loader does: uint8, copied from pinned memory during the step before."""
+    pixels = {name: getattr(views, name).to(torch.uint8) for name in ("global_images", "local_images")}
+    batch = replace(views, **pixels)
+    return iter(on_device(repeat(batch.pin_memory() if device == "cuda" else batch), torch.device(device)))
+
+
+def steps_ms(trainer: Any, batches: Iterator[Views], device: str, steps: int) -> float:
     """Return the mean time of consecutive steps, without synchronisation between them."""
     options = {"measure": False} if isinstance(trainer, Trainer) else {}
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
-        trainer.train_step(views, **options)
+        trainer.train_step(next(batches), **options)
     if device == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3 / steps
 
 
-def top(trainer: Any, views: Views, device: str) -> list[Row]:
+def top(trainer: Any, batches: Iterator[Views], device: str) -> list[Row]:
     """Return the operations (on CUDA the kernels) with the most self time in one step."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        steps_ms(trainer, views, device, 1)
+        steps_ms(trainer, batches, device, 1)
     key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     events = [e for e in profile.key_averages() if getattr(e, key) > 0]
     total = sum(getattr(event, key) for event in events)

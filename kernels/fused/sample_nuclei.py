@@ -31,6 +31,7 @@ BLOCK_CHANNELS = 32
 BLOCK_POINTS = 8  # in the forward
 BLOCK_PIXELS = 64  # in the backward
 CHUNK = 16  # points per step of the backward; tl.dot needs at least 16
+STRIPES = 1024  # of a view, by which its points are sorted from top to bottom
 
 
 @triton.jit
@@ -279,7 +280,7 @@ register_sample_nuclei(sample_nuclei_fwd, sample_nuclei_bwd)
 def group_by_image(xy: Tensor, image_index: Tensor, view_size: int, num_images: int) -> tuple[Tensor, Tensor]:
     """Sort the points by image and from top to bottom, so that few chunks overlap a block of pixels; also return the
     position of every image's first point in that order, ``[num_images + 1]``. Padding belongs to no image."""
-    height = (xy[:, 1].double() / view_size).clamp(0, 0.999)
-    ordered, points = (image_index + height).sort(stable=True)
-    images = torch.arange(num_images + 1, dtype=ordered.dtype, device=ordered.device)
+    height = (xy[:, 1] * (STRIPES / view_size)).clamp(0, STRIPES - 1)
+    ordered, points = (image_index * STRIPES + height.int()).int().sort(stable=True)  # int32 takes few passes
+    images = torch.arange(0, STRIPES * num_images + 1, STRIPES, dtype=torch.int32, device=ordered.device)
     return points, torch.searchsorted(ordered, images)

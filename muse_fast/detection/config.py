@@ -8,7 +8,7 @@ from muse_fast.config import PARALLEL, PRECISIONS, RECOMPUTE, ViewsConfig
 from muse_fast.detection.squares import SURROUNDINGS
 from muse_fast.errors import require
 from muse_fast.images.mpp import MPP_RANGE
-from muse_fast.runtime.options import MAX_SEED, Config, setting
+from muse_fast.runtime.options import AUTO, MAX_SEED, SWITCH, Config, Switch, setting
 from muse_fast.scoring.protocols import PROTOCOLS
 
 PSEUDO_VIEWS = ("plain", "same")
@@ -113,6 +113,9 @@ class FinetuneTrainConfig(Config):
     """On several ranks: ``ddp`` replicates everything, ``fsdp`` shards weights and optimiser state (FSDP2)."""
     compile: bool = setting(False, may_change=True)
     """torch.compile each ViT layer; the first step then takes minutes."""
+    cuda_graph: Switch = setting(AUTO, choices=SWITCH, may_change=True)
+    """Record the detector, whose shapes never change, as CUDA graphs in the second step and replay them from then on.
+    ``auto``: on a single GPU, unless recording fails."""
     timeout: int = setting(1_200, ge=1, le=1_799, unit="seconds", may_change=True)
     """On several ranks: seconds without progress after which the rank that the others wait for is named and all exit.
     Must be longer than a checkpoint, an evaluation or a compiled first step, and shorter than half an hour."""

@@ -33,6 +33,7 @@ from muse_fast.pretraining.flops import view_flops
 from muse_fast.runtime import checkpoint
 from muse_fast.runtime.device import moved
 from muse_fast.runtime.distributed import is_main, sum_over_ranks, world_size
+from muse_fast.training import graphs
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import build_adam, clip_gradients, load_moments, moments
 from muse_fast.training.parallel import gradient_sync, is_sharded, parallelise, place
@@ -51,6 +52,7 @@ class Finetuner:
         step: completed steps.
         steps: total steps of the run.
         best: step, epoch and F1 of the best evaluation so far; empty before the first.
+        graphs: how ``train.cuda_graph`` was decided.
 
     Raises:
         UserError: the backbone does not support ``model.recompute`` or ``train.compile``.
@@ -70,7 +72,17 @@ class Finetuner:
         for layer in layers:
             layer.recompute = config.model.recompute
         unused = unused_weights(self.detector.backbone)
-        self.detector_forward = parallelise(self.detector, train.parallel, train.precision, frozen=unused)
+        self.detector_forward: Any = parallelise(self.detector, train.parallel, train.precision, frozen=unused)
+        self.graphs = graphs.choose(train.cuda_graph, device)
+        if self.graphs.on:
+            self.detector_forward = graphs.Graphed(
+                self.detector,
+                self.detector,
+                graphs.CudaRecorder(device),
+                after=config.optim.accumulate,
+                required=self.graphs.required,
+            )
+        self._weights, self._buffers = list(self.detector.parameters()), dict(self.detector.named_buffers())
         self.matcher = Matcher(config.loss.match_distance)
         self.guard = Guard([*(f"{name} loss" for name in TERMS), "gradient norm"], device)
         self.optimizer = build_adam(self.detector, self.guard)
@@ -114,7 +126,7 @@ class Finetuner:
         sum_over_ranks(totals)
 
         # A final check before anything changes.
-        gradients = [p.grad for p in self.detector.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._weights if p.grad is not None]
         grad_norm = torch.linalg.vector_norm(norms(gradients))
         self.guard.look(self.step + 1, [*totals, grad_norm], *_samples(micro_batches))
         if optim.clip_grad:
@@ -143,7 +155,7 @@ class Finetuner:
             The losses, and other measurements.
         """
         config, with_plain = self.config.loss, with_pseudo and self.config.loss.pseudo_view == "plain"
-        statistics = {name: buffer.clone() for name, buffer in self.detector.named_buffers()} if with_plain else {}
+        statistics = self._copied_statistics() if with_plain else {}
         self.detector.train()
         with self.autocast():
             proposals: Proposals = self.detector_forward(self._to_network(batch.images))
@@ -171,6 +183,12 @@ class Finetuner:
             "pseudo_labelled": Sum((pseudo != UNKNOWN).sum(), unlabelled.sum()),
         }
         return losses, measured
+
+    def _copied_statistics(self) -> dict[str, Tensor]:
+        """Return the running statistics of BatchNorm as they are now."""
+        copied = {name: torch.empty_like(buffer) for name, buffer in self._buffers.items()}
+        graphs.copy(list(copied.values()), list(self._buffers.values()))
+        return copied
 
     @torch.no_grad()
     def _plain_logits(self, batch: LfovBatch, statistics: dict[str, Tensor]) -> Tensor:

@@ -152,6 +152,7 @@ def _run(
         named=lambda numbers: f"images {', '.join(images[number].name for number in numbers)}",
         batch_bytes=dataset.batch_bytes(sampler.size),
         pin_memory=tuner.device.type == "cuda",
+        device=tuner.device,
         timeout=config.data.timeout,
     )
     with closing(batches), RunReport(out, tuner.step, tuner.steps, _summary_line) as report:
@@ -247,6 +248,8 @@ def _announce(
     steps = f"{config.optim.epochs} epochs = {tuner.steps} steps of {config.optim.batch_size} images"
     print(f"  run    {steps}{spread}, to {out}")
     print(f"  from   {weights}" if start is None else f"  resume {start}, step {tuner.step}")
+    if tuner.device.type == "cuda":
+        print(f"  graphs {tuner.graphs}")
     print_precision_note(config.train.precision, tuner.device)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,15 @@ PYRAMID = (4, 8, 16, 32)
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance per channel."""
+
+
+class Statistics(NamedTuple):
+    """How samples ``[n, c]`` of a level become rows ``[n, o]``: ``(weight x samples - mean) * gain + bias``."""
+
+    weight: Tensor  # [o, c], under autocast in its dtype
+    mean: Tensor  # [o], of what BatchNorm normalises
+    gain: Tensor  # [o]
+    bias: Tensor  # [o]
 
 
 def resize(x: Tensor, side: int) -> Tensor:
@@ -96,11 +105,13 @@ class Projection(ConvBN):
         conv, _ = self.layer
         return ops.projection_stats(x, conv.weight.flatten(1))
 
-    def rows(self, samples: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Project and normalise rows ``[N, c]`` of a map to ``[N, o]``, in their dtype."""
+    def statistics(self, mean: Tensor, var: Tensor) -> Statistics:
+        """All that `HyperFeats.project_rows` needs, given the moments by which BatchNorm normalises."""
         conv, norm = self.layer
-        gain = norm.weight * torch.rsqrt(var + norm.eps)
-        return ((F.linear(samples, conv.weight.flatten(1)) - mean) * gain + norm.bias).to(samples.dtype)
+        weight, device = conv.weight.flatten(1), conv.weight.device.type
+        if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+            weight = weight.to(torch.get_autocast_dtype(device))
+        return Statistics(weight, mean, norm.weight * torch.rsqrt(var + norm.eps), norm.bias)
 
 
 class HyperFeats(nn.Module):
@@ -122,12 +133,19 @@ class HyperFeats(nn.Module):
         levels = zip(self.conv_list, zip(*groups, strict=True), strict=True)
         return list(zip(*(project(maps) for project, maps in levels), strict=True))
 
-    def statistics(self, groups: Sequence[Maps]) -> list[list[Moments]]:
-        """Mean and variance by which BatchNorm would normalise the projected maps, per group and level.
+    def statistics(self, groups: Sequence[Maps]) -> list[list[Statistics]]:
+        """How the maps are projected and would be normalised by BatchNorm, per group and level.
 
-        In training, these are the moments of the projections, with gradients, and the running statistics are updated;
-        in evaluation they are the running statistics, and the maps are not read.
+        In training by the moments of the projections, with gradients, and the running statistics are updated; in
+        evaluation by the running statistics, and the maps are not read.
         """
+        return [
+            [projection.statistics(*moments) for projection, moments in zip(self.conv_list, of_group, strict=True)]
+            for of_group in self._moments(groups)
+        ]
+
+    def _moments(self, groups: Sequence[Maps]) -> list[list[Moments]]:
+        """Mean and variance by which BatchNorm would normalise the projected maps, per group and level."""
         norms = [projection.layer[1] for projection in self.conv_list]
         if not self.training:
             return [[(norm.running_mean, norm.running_var) for norm in norms] for _ in groups]
@@ -142,10 +160,11 @@ class HyperFeats(nn.Module):
             update_running_stats(norm, mean, var, count)
         return [moments[first : first + levels] for first in range(0, len(moments), levels)]
 
-    def project_rows(self, samples: Tensor, statistics: Sequence[Moments]) -> Tensor:
+    def project_rows(self, samples: Tensor, statistics: Sequence[Statistics]) -> Tensor:
         """``[N, sum(widths)]`` sampled from the maps -> ``[N, D]``, as if sampled from the projected maps."""
-        levels = zip(self.conv_list, samples.split(self.widths, dim=1), statistics, strict=True)
-        return torch.cat([projection.rows(part, *moments) for projection, part, moments in levels], dim=1)
+        levels = zip(samples.split(self.widths, dim=1), statistics, strict=True)
+        rows = [(F.linear(x, of.weight) - of.mean) * of.gain + of.bias for x, of in levels]
+        return torch.cat([level.to(samples.dtype) for level in rows], dim=1)
 
 
 class Decoder(nn.Module):
@@ -192,13 +211,29 @@ class Decoder(nn.Module):
                 each point in its group; negative for padding, whose rows are zero.
             sizes: R, side of the views of each group in pixels.
         """
+        return self.rows(*self.sampled(encoded), points, sizes)
+
+    def sampled(self, encoded: Any) -> tuple[list[Maps], list[list[Statistics]]]:
+        """The part of `nucleus_rows` that does not depend on the nuclei: per group, what `rows` samples."""
         decoded = self.decode(self.pyramids(encoded))
-        statistics = self.hyper_feats.statistics(decoded)  # first, so that their gradients come last, one map at a time
+        return decoded, self.hyper_feats.statistics(decoded)
+
+    def rows(
+        self,
+        decoded: Sequence[Maps],
+        statistics: Sequence[Sequence[Statistics]],
+        points: Sequence[tuple[Tensor, Tensor]],
+        sizes: Sequence[int],
+    ) -> Tensor:
+        """The rest of `nucleus_rows`, ``[N, D]``.
+
+        It runs after the statistics, so that their gradients follow those of the samples, one map at a time.
+        """
         rows = []
-        for maps, (xy, image_index), size, moments in zip(decoded, points, sizes, statistics, strict=True):
+        for maps, of_group, (xy, image_index), size in zip(decoded, statistics, points, sizes, strict=True):
             samples = ops.sample_nuclei(maps, xy, image_index, size)
-            of_group = self.hyper_feats.project_rows(samples, moments)
-            rows.append(of_group.masked_fill((image_index < 0).unsqueeze(1), 0))
+            projected = self.hyper_feats.project_rows(samples, of_group)
+            rows.append(projected.masked_fill((image_index < 0).unsqueeze(1), 0))
         return torch.cat(rows)
 
 

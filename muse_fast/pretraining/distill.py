@@ -10,9 +10,12 @@ from torch import Tensor
 
 from muse_fast.batch import PackedNuclei
 from muse_fast.config import OptimConfig, PretrainConfig
+from muse_fast.images.imagenet import normalised
 from muse_fast.models.backbone import Backbone, WithBackbone, build_backbone
-from muse_fast.models.encoder import Encoder
+from muse_fast.models.decoder import Statistics
+from muse_fast.models.encoder import Encoder, Maps
 from muse_fast.models.heads import DINOHead, HeadOutput
+from muse_fast.training.graphs import Graphed
 
 
 class Outputs(NamedTuple):
@@ -44,6 +47,7 @@ class Network(WithBackbone):
 
     Attributes:
         train_encoder: if false, the encoder is frozen: no gradients, and `train` leaves it in evaluation mode.
+        graphed: `dense` as CUDA graphs, or None.
     """
 
     def __init__(self, config: PretrainConfig, drop_path: float) -> None:
@@ -56,6 +60,7 @@ class Network(WithBackbone):
         self.image_head = DINOHead(self.backbone.image_dim, *widths, input_norm=head.input_norm)
         self.nucleus_head = DINOHead(self.backbone.dense_dim, *widths, input_norm=head.input_norm)
         self.train_encoder = True
+        self.graphed: Graphed | None = None
 
     @property
     def heads(self) -> dict[str, DINOHead]:
@@ -73,14 +78,32 @@ class Network(WithBackbone):
         """Encode views and the nuclei in them.
 
         Args:
-            groups: views of one resolution each, ``[images_i, 3, R_i, R_i]``. BatchNorm computes its statistics per
-                group, as usual in multi-crop training.
+            groups: views of one resolution each, ``[images_i, 3, R_i, R_i]``, uint8 or normalised floats. BatchNorm
+                computes its statistics per group, as usual in multi-crop training.
             nuclei: those in the views of each group.
             scales: of the encoder's residual branches, ``[branches, images]``, or None to drop none.
         """
-        cls, rows = encode(self.backbone, groups, nuclei, scales, self.train_encoder)
+        if self.graphed is None:
+            cls, rows = encode(self.backbone, self._floats(groups), nuclei, scales, self.train_encoder)
+            done: dict[str, HeadOutput] = {}
+        else:
+            cls, image, maps, statistics = self.graphed(list(groups), scales)
+            rows = self.backbone.decoder.rows(maps, statistics, *_places(groups, nuclei))
+            done = {"image": image}
         features = {"image": cls, "nucleus": rows}
-        return Outputs(features, {name: head(features[name]) for name, head in self.heads.items()})
+        heads = {name: done.get(name) or head(features[name]) for name, head in self.heads.items()}
+        return Outputs(features, heads)
+
+    def dense(
+        self, groups: Sequence[Tensor], scales: Tensor | None
+    ) -> tuple[Tensor, HeadOutput, list[Maps], list[list[Statistics]]]:
+        """The part of `forward` that does not depend on the nuclei: CLS features, their head, and what is sampled."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_encoder):
+            cls, encoded = self.backbone.encoder(self._floats(groups), scales)
+        return cls, self.image_head(cls), *self.backbone.decoder.sampled(encoded)
+
+    def _floats(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        return [normalised(images).to(self.image_head.prototypes_v.dtype) for images in groups]
 
 
 def encode(
@@ -93,8 +116,12 @@ def encode(
     """Return the CLS features ``[images, C]`` and nucleus features ``[N, D]`` of groups of views, group after group."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
         cls, encoded = backbone.encoder(groups, scales)
-    points = [(part.xy, part.image_index()) for part in nuclei]
-    return cls, backbone.decoder.nucleus_rows(encoded, points, [images.shape[-1] for images in groups])
+    return cls, backbone.decoder.nucleus_rows(encoded, *_places(groups, nuclei))
+
+
+def _places(groups: Sequence[Tensor], nuclei: Sequence[PackedNuclei]) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+    """Points and view sizes as `muse_fast.models.decoder.Decoder.nucleus_rows` takes them."""
+    return [(part.xy, part.image_index()) for part in nuclei], [images.shape[-1] for images in groups]
 
 
 def encoder_rates(encoder: Encoder, optim: OptimConfig) -> dict[str, float]:

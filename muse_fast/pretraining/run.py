@@ -159,6 +159,8 @@ def _announce(
         print(f"  loss   {trainer.logits}")
     if start is not None:
         print(f"  resume {start}, step {trainer.step}")
+    if trainer.device.type == "cuda":
+        print(f"  graphs {trainer.graphs}")
     print_precision_note(config.train.precision, trainer.device)
 
 

@@ -14,7 +14,6 @@ from muse_fast import ops
 from muse_fast.batch import PackedNuclei, Pairs, Views
 from muse_fast.config import PretrainConfig
 from muse_fast.errors import UserError
-from muse_fast.images.imagenet import normalised
 from muse_fast.models.archs import check_model
 from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone
@@ -44,6 +43,7 @@ from muse_fast.runtime.device import moved
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
 from muse_fast.runtime.options import AUTO
 from muse_fast.runtime.tensors import refuse_misfits
+from muse_fast.training import graphs
 from muse_fast.training.guard import Guard
 from muse_fast.training.optim import apply_schedule, build_optimizer, clip_gradients, load_moments, moments
 from muse_fast.training.parallel import gradient_sync, is_sharded, parallelise, place, shard
@@ -73,6 +73,7 @@ class Trainer:
         steps: steps of the whole run.
         config: the settings, without any ``auto`` that the run decides by itself.
         logits: how ``loss.logit_free`` was decided.
+        graphs: how ``train.cuda_graph`` was decided.
     """
 
     unit = "rois"
@@ -96,6 +97,9 @@ class Trainer:
         self.student_forward = self._parallelise()
         if self._sharded:
             shard(self.teacher, config.train.precision)
+        self.graphs = graphs.choose(config.train.cuda_graph, device)
+        if self.graphs.on:
+            self._record()
         # Walking through the modules takes the host longer than the updates of all parameters.
         self._weights = list(self.student.parameters()), list(self.teacher.parameters())
         center = torch.zeros(config.head.prototypes, device=device, dtype=precise)
@@ -113,6 +117,14 @@ class Trainer:
         train, encoder = self.config.train, self.student.backbone.encoder
         frozen = () if self.student.train_encoder else encoder.parameters()
         return parallelise(self.student, train.parallel, train.precision, frozen=frozen)
+
+    def _record(self) -> None:
+        """Let the networks be recorded after a step: first the teacher, as it runs first."""
+        recorder = graphs.CudaRecorder(self.device)
+        for network in (self.teacher, self.student):
+            network.graphed = graphs.Graphed(
+                network.dense, network, recorder, after=self.config.optim.accumulate, required=self.graphs.required
+            )
 
     def train_step(self, *micro_batches: Views, measure: bool = True) -> Metrics:
         """Run one optimisation step on this rank's share of the batch; returns its measurements if ``measure``.
@@ -188,6 +200,8 @@ class Trainer:
         """Let the encoders of student and teacher learn, or freeze them."""
         for network in (self.student, self.teacher):
             network.train_encoder = train
+            if network.graphed is not None:
+                network.graphed.reset()
         if not self._sharded:
             self.student_forward = self._parallelise()
 
@@ -230,7 +244,7 @@ class Trainer:
             capacity=num_globals * len(views.nuclei.index),
         )
         return Batch(
-            groups=[normalised(images).to(self.centers["image"].dtype) for images in groups],
+            groups=groups,
             nuclei=nuclei,
             pairs={
                 "image": image_pairs(num_rois, num_globals, num_globals + views.num_locals, self.device),
@@ -263,13 +277,9 @@ class Trainer:
 
     def _teacher_outputs(self, batch: Batch) -> dict[str, HeadOutput]:
         """Run the teacher, which sees only the globals."""
-        if self._sharded:  # FSDP keeps the weights that it gathers, which must not be inference tensors
-            with torch.no_grad():
-                return self.teacher(batch.groups[:1], batch.nuclei[:1], None).heads
-        with torch.inference_mode():
-            outputs = self.teacher(batch.groups[:1], batch.nuclei[:1], None).heads
-        # A loss may save these for its backward, which does not accept inference tensors.
-        return {name: HeadOutput(*(tensor.clone() for tensor in output)) for name, output in outputs.items()}
+        # Not in inference mode: a loss may save these for its backward, and FSDP keeps the weights that it gathers.
+        with torch.no_grad():
+            return self.teacher(batch.groups[:1], batch.nuclei[:1], None).heads
 
     @torch.no_grad()
     def _centers(self, teacher: Mapping[str, HeadOutput], temp: float) -> dict[str, Tensor]:

@@ -29,6 +29,8 @@ def test_a_step_never_waits_and_costs_what_is_committed(counted: dict[str, Any])
     committed = command.committed()
     for step in counted["steps"]:
         assert command.differences(step, committed[command.key(step)]) == []
+    pretraining = counted["steps"][0]
+    assert pretraining["replayed"] > 2 * pretraining["launches"]  # those of the host
     for step in counted["steps"]:  # in fine-tuning, the thread that matches proposals on the host waits for them
         assert step["waits_at"] == step["pageable_at"] == {}
 
@@ -65,12 +67,22 @@ def test_operations_of_known_cost(counted: dict[str, Any]) -> None:
         ("read", 1, 0),
         ("read_all", 2, 1),  # a list is copied to the device, and its values are read back
         ("masked", 1, 0),
+        ("copied_ahead", 0, 0),
     ],
 )
 def test_waits_and_copies_are_found(counted: dict[str, Any], name: str, waits: int, pageable: int) -> None:
     found = counted["cases"][name]
     assert (len(found["waits"]), found["pageable"]) == (waits, pageable)
     assert all("tests/support/planned.py:" in wait for wait in found["waits"])
+
+
+@pytest.mark.slow
+@needs_torch
+def test_graphs_are_replayed_unless_what_they_record_waits(counted: dict[str, Any]) -> None:
+    replayed, refused = counted["cases"]["replayed"], counted["cases"]["wait_in_a_graph"]
+    assert replayed["graphs"] == 2 * 3  # forward and backward
+    assert replayed["replayed"] == 3 * 4  # addmm; mm, sum, copies of both gradients in one launch
+    assert (refused["graphs"], refused["replayed"]) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,14 @@ def test_attention_loss_and_compile_make_versions_of_the_engine() -> None:
     assert step_command.versions(options)[2:] == [
         Version(f"fast logit_free={each}", "fast", (*PLAIN, f"loss.logit_free={each}")) for each in ("true", "false")
     ]
+    options = command.parse(["step", "--device", "cpu", "--cuda-graph", "true", "--cuda-graph", "false", "--from-host"])
+    assert step_command.versions(options)[2:] == [
+        Version(
+            f"fast cuda_graph={each}{' from host' * late}", "fast", (*PLAIN, f"train.cuda_graph={each}"), bool(late)
+        )
+        for each in ("true", "false")
+        for late in (0, 1)
+    ]
     options = command.parse(["step", "--device", "cpu", "--arch", "vit_tiny", "--arch", "timm:vit_tiny_patch16_224"])
     assert [version.name for version in step_command.versions(options)[2:]] == [
         "fast",
@@ -331,6 +339,14 @@ def test_an_engine_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) 
     options = ["--device", "cpu", "--seconds", "0", "--attention", "xformers", *TINY]
     assert command.main(["step", *options]) == 1
     assert "fast skipped: model.attention=xformers cannot run: it runs only on CUDA GPUs" in capsys.readouterr().out
+
+
+def test_views_from_the_host_are_uint8() -> None:
+    views = timing.synthetic_views(load_config(None, TINY))
+    first, second = itertools.islice(timing.from_host(views, "cpu"), 2)
+    assert first is second and first.nuclei is views.nuclei
+    assert {first.global_images.dtype, first.local_images.dtype} == {torch.uint8}
+    assert first.global_images.shape == views.global_images.shape
 
 
 def test_large_images(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ import torch
 from bench.plan.counts import Counts
 from bench.plan.standin import DEVICE, StandIn, stand_in
 from bench.plan.worker import Job, count
+from muse_fast.training.graphs import CudaRecorder, Graphed
+from muse_fast.views.loader import on_device
 
 SIZES = ("views.global_size=224", "views.local_size=96", "optim.batch_size=2")
 JOBS = (
@@ -45,6 +49,34 @@ def pinned_but_blocking() -> None:
     torch.ones(8).pin_memory().to(DEVICE)
 
 
+def copied_ahead() -> None:
+    batches = iter(on_device(repeat(torch.ones(8).pin_memory()), DEVICE))
+    for _ in range(3):
+        next(batches).sum()
+
+
+def replayed() -> None:
+    graphed(DEVICE, torch.nn.Linear(8, 4, device=DEVICE))
+
+
+def wait_in_a_graph() -> None:
+    """A recording that waits is refused, and the function runs as usual."""
+    layer = torch.nn.Linear(8, 4, device=DEVICE)
+
+    def wait(*_: Any) -> None:
+        torch.arange(3, device=DEVICE).sum().item()
+
+    layer.register_forward_hook(wait)
+    graphed(DEVICE, layer)
+
+
+def graphed(device: torch.device, module: torch.nn.Module) -> None:
+    """Call it twice as usual, and then three times."""
+    function = Graphed(module, module, CudaRecorder(device), after=2)
+    for _ in range(5):
+        function(torch.empty(2, 8, device=device)).sum().backward()
+
+
 def read() -> None:
     assert torch.arange(4, device=DEVICE).sum().item() == 6
 
@@ -59,7 +91,8 @@ def masked() -> None:
 
 
 CASES: tuple[Callable[[], None], ...] = (
-    product, broadcast, freed, pageable, pinned, pinned_but_blocking, read, read_all, masked
+    product, broadcast, freed, pageable, pinned, pinned_but_blocking, copied_ahead, replayed, wait_in_a_graph, read,
+    read_all, masked,
 )  # fmt: skip
 
 
@@ -69,16 +102,19 @@ def case(run: Callable[[], None], device: StandIn) -> dict[str, Any]:
     rows = counts.rows.values()
     return {
         "launches": sum(row.launches for row in rows),
+        "replayed": sum(row.replayed for row in rows),
+        "graphs": counts.rows["CUDA graph"].calls,
         "bytes": sum(row.bytes for row in rows),
         "flops": sum(row.flops for row in rows),
         "waits": list(counts.waits),
         "pageable": sum(not copy.pinned for copy in counts.copies),
         "peak": counts.peak,
-        "live": counts.live,
+        "live": counts.held,
     }
 
 
 if __name__ == "__main__":
-    with stand_in() as device:
+    with stand_in() as device, redirect_stdout(sys.stderr):
         found = {run.__name__: case(run, device) for run in CASES}
-        json.dump({"cases": found, "steps": [count(job, device) for job in JOBS]}, sys.stdout)
+        steps = [count(job, device) for job in JOBS]
+    json.dump({"cases": found, "steps": steps}, sys.stdout)
