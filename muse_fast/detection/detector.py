@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from muse_fast.models.backbone import Backbone, WithBackbone, build_backbone, bu
 from muse_fast.models.encoder import describe_sides, nearest
 from muse_fast.models.weights import find_checkpoint
 from muse_fast.runtime import checkpoint
+from muse_fast.runtime.kept import kept
 
 BEST = "best"
 """Folder inside a run with a checkpoint of its best detector."""
@@ -240,8 +240,7 @@ def grid(side: int, stride: int) -> Tensor:
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
-@lru_cache(maxsize=16)  # a copy from the host would make it wait for the device
-@torch.inference_mode(False)  # training may use what an evaluation has made
+@kept
 def _grid_on(side: int, stride: int, device: torch.device) -> Tensor:
     return grid(side, stride).to(device)
 

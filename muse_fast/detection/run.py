@@ -20,7 +20,7 @@ from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detection_sheet import detection_sheet
 from muse_fast.detection.detector import Detector, DetectorSpec, load_detector
 from muse_fast.detection.finetuner import Finetuner
-from muse_fast.detection.memory import situation
+from muse_fast.detection.memory import plan, situation
 from muse_fast.detection.samples import (
     LabelledImage,
     LfovDataset,
@@ -83,6 +83,7 @@ def finetune(
     with StopSignal() as stop, distributed.process_group(device, config.train.timeout, partial(report_stalled, out)):
         start = find_start(out, resume, config, device)
         detector = new_detector(config, names, weights, arch, compat) if start is None else load_detector(start)
+        memory = plan(config, detector, device)
         tuner = Finetuner(config, detector, device, len(images))
         if start is not None:
             _refuse_other_data(start, names, len(images))
@@ -91,6 +92,7 @@ def finetune(
         if distributed.is_main():
             open_folder(out, config)
             _announce(tuner, out, data, weights, start, images, val)
+            print("  memory " + "\n         ".join(memory))
         distributed.wait_for_all()  # every rank has found its checkpoint
         with explained_out_of_memory(device, partial(situation, tuner)):
             return _run(tuner, out, images, val, sampler, stop)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from muse_fast.errors import UserError
+from muse_fast.runtime.kept import kept
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 WHITE = max((1 - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))  # the largest value, 2.64
 
 
-@lru_cache(maxsize=8)  # a copy from the host would make it wait for the device
-@torch.inference_mode(False)  # training may use what an evaluation has made
+@kept
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, each ``[3, 1, 1]``."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

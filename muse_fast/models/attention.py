@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muse_fast.runtime.kept import kept
+
 Layout = tuple[tuple[int, int], ...]
 """Number of images and tokens per image, for each resolution; rows are ordered by image, then by token."""
 
@@ -88,20 +90,14 @@ def _attend_sdpa(qkv: Tensor, heads: int, images: int, tokens: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-# Masks are cached per layout, since creating one copies from the host, which waits for the device. They are created
-# outside inference mode because the student may reuse a mask that the teacher created.
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@kept
 def _block_diagonal(layout: Layout, device: torch.device) -> Any:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens(_lengths(layout), device=device)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@kept
 def _bounds(layout: Layout, device: torch.device) -> Tensor:
     """First row of every image, and the end: ``[images + 1]`` int32."""
     return torch.tensor([0, *accumulate(_lengths(layout))], dtype=torch.int32, device=device)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from muse_fast.batch import Pairs
 from muse_fast.config import LossConfig
 from muse_fast.models.heads import HeadOutput
 from muse_fast.pretraining.distill import Outputs
+from muse_fast.runtime.kept import kept
 
 # Rows whose logits are stored at a time: few fit a CPU's cache, many take a GPU few launches.
 _ENTROPY_ROWS = {"cpu": 64, "cuda": 1024}
@@ -53,7 +53,7 @@ class Loss(NamedTuple):
     optional: bool = False  # not computed if its weight is 0
 
 
-@lru_cache(maxsize=16)
+@kept
 def image_pairs(num_rois: int, num_globals: int, num_views: int, device: torch.device) -> Pairs:
     """Return the rows of CLS features to compare: every teacher global g with every student view v != g of its ROI.
 

@@ -187,5 +187,19 @@ def gather_objects(value: _T) -> list[_T]:
     return gathered
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """In the body, this rank is the only one of its job and exchanges nothing with others."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
+
+
+_is_alone = False
+
+
 def _initialised() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _is_alone and dist.is_available() and dist.is_initialized()
