@@ -92,7 +92,8 @@ def plan(config: FinetuneConfig, detector: Detector, device: torch.device) -> li
     supports = find_arch(spec.arch, taps=spec.taps).supports
 
     def needed(changed: FinetuneConfig) -> Footprint:
-        return footprint(changed, detector, device, ranks)
+        # By the CPU's kernels, also for a GPU: autograd keeps much the same, and counting needs no GPU.
+        return footprint(changed, detector, torch.device("cpu"), ranks)
 
     own = needed(config)
     if own.total > room:
