@@ -1,4 +1,4 @@
-"""``python -m bench {ops|loss|step|plan|data|embed|rates|ablation|start|finetune} --help``"""
+"""``python -m bench {ops|loss|step|plan|data|embed|rates|ablation|start|finetune|finetune-step} --help``"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bench.ablation import command as ablation_command
 from bench.data import command as data_command
 from bench.embed import command as embed_command
 from bench.finetune import command as finetune_command
+from bench.finetune_step import command as finetune_step_command
 from bench.loss import command as loss_command
 from bench.ops import command as ops_command
 from bench.plan import command as plan_command
@@ -29,6 +30,7 @@ COMMANDS = {
     "ablation": ablation_command,
     "start": start_command,
     "finetune": finetune_command,
+    "finetune-step": finetune_step_command,
 }
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -305,7 +306,8 @@ def interleaved(
     for version in versions:
         if version.kind == "fast" and version.name in trainers:
             trainers[version.name].check()  # training on NaNs would make the times meaningless
-            rows[version.name]["profile"] = top(trainers[version.name], inputs[version.name], device)
+            step = partial(steps_ms, trainers[version.name], inputs[version.name], device, 1)
+            rows[version.name]["profile"] = top(step, device)
     keep(times)
 
 
@@ -329,11 +331,11 @@ def steps_ms(trainer: Any, batches: Iterator[Views], device: str, steps: int) ->
     return (time.perf_counter() - start) * 1e3 / steps
 
 
-def top(trainer: Any, batches: Iterator[Views], device: str) -> list[Row]:
-    """Return the operations (on CUDA the kernels) with the most self time in one step."""
+def top(step: Callable[[], object], device: str) -> list[Row]:
+    """Return the operations (on CUDA the kernels) with the most self time in ``step``."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        steps_ms(trainer, batches, device, 1)
+        step()
     key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     events = [e for e in profile.key_averages() if getattr(e, key) > 0]
     total = sum(getattr(event, key) for event in events)

@@ -35,7 +35,7 @@ def footprint(config: FinetuneConfig, detector: Detector, device: torch.device, 
     alone = replace(
         config,
         optim=replace(config.optim, batch_size=images * micro_batches, accumulate=micro_batches),
-        train=replace(config.train, compile=False, parallel="ddp"),
+        train=replace(config.train, compile=False, cuda_graph=False, parallel="ddp"),
     )
     with dry(device) as meter:
         copied = copy_of(detector, device, dtype_of_weights(config.train.precision))
