@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from muse_fast.detection import memory
 from muse_fast.detection import targets as targets_of_proposals
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import load_detector
@@ -24,6 +25,7 @@ from muse_fast.detection.run import new_detector
 from muse_fast.detection.samples import ANNOTATED, LfovBatch, LfovDataset, known_nuclei, read_labelled
 from muse_fast.detection.score_detector import detect_images
 from muse_fast.detection.targets import Targets, assign, proposal_places
+from muse_fast.errors import UserError
 from muse_fast.evaluate import main as evaluate_main
 from muse_fast.finetune import main
 from muse_fast.images.imagenet import normalise
@@ -204,6 +206,16 @@ def test_refusals(workplace: Path, unbroken: Path, capsys: pytest.CaptureFixture
         err = capsys.readouterr().err
         assert said in err and "Traceback" not in err
     assert not new.exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_writes(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "room_on", lambda device: 1 << 20)
+    said = r"a step needs .* GiB at its peak .* and cpu has 0\.000977 GiB; even model\.recompute=full needs"
+    with pytest.raises(UserError, match=said):
+        main(arguments(workplace, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_settings_or_data_do_not_continue_a_run(

@@ -37,6 +37,7 @@ def checked(of: timing.Case) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_versions_train_alike(precision: str) -> None:
     """With all three losses, which all depend on the steps before."""

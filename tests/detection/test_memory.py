@@ -124,6 +124,7 @@ def with_room(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(memory, "room_on", lambda device: size)
 
 
+@pytest.mark.slow
 def test_the_plan_names_a_setting_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings("data.sample_size=128", "optim.batch_size=4")
     network, footprint_of = detector(config), memory.footprint
