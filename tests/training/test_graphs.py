@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from muse_fast.batch import Views
 from muse_fast.errors import UserError
@@ -72,6 +74,30 @@ def test_a_batch_of_another_size_runs_as_usual_between_replays() -> None:
 @pytest.mark.usefixtures("thin")
 def test_a_batch_without_nuclei() -> None:
     compare((), 5, lambda step: toy_views(step, nuclei_per_view=0 if step == 3 else 2))
+
+
+@pytest.mark.usefixtures("thin")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_nothing_of_a_steps_autograd_graph_outlives_it(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes of parameters belong to the stream on which they were made, so a recording must not meet older ones."""
+    trainer = Trainer(toy(f"model.recompute={recompute}", "loss.lambda_koleo=0.1"), CPU)
+    parameters, forward = list(trainer.student.parameters()), trainer._forward
+
+    def marking(*arguments: Any) -> Any:
+        results = forward(*arguments)
+        for parameter in parameters:
+            get_gradient_edge(parameter).node.metadata["old"] = True
+        assert all("old" in get_gradient_edge(parameter).node.metadata for parameter in parameters)
+        return results
+
+    monkeypatch.setattr(trainer, "_forward", marking)
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.train_step(toy_views())
+        assert not any("old" in get_gradient_edge(parameter).node.metadata for parameter in parameters)
+    finally:
+        gc.enable()
 
 
 class Weighted(nn.Module):
