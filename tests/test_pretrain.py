@@ -21,7 +21,9 @@ from muse_fast.training.report import Metrics, read_metrics
 from tests.support.toy_runs import with_nan
 from torture import paced
 from torture.processes import Child
-from torture.toy import ARCH, arguments, log_of, losses, prepare, wait_for_step
+from torture.toy import ARCH, PRETRAIN, log_of, losses, prepare, wait_for_step
+
+arguments = PRETRAIN.arguments
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # but those of `unbroken`, which starts earlier
 
@@ -32,7 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(workplace: Path, out: Path, *overrides: str) -> Child:
-    return Child(paced.main, arguments(workplace, out, *overrides), log=log_of(out))
+    return Child(paced.main, ["pretrain", *arguments(workplace, out, *overrides)], log=log_of(out))
 
 
 def crash_at_step(step: int, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

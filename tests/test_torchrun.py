@@ -13,44 +13,56 @@ from pathlib import Path
 import pytest
 import torch
 
-from muse_fast import pretrain
 from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import _lost_rank_explained, store_of_this_start
 from tests.support.ranks import Ranks
-from tests.support.toy_runs import Runs, assert_same_bits, assert_same_losses, toy_runs, training_rows
+from tests.support.toy_runs import assert_same_losses, training_rows
+from torture import toy
 from torture.torchrun import Job
-from torture.toy import ARCH
+from torture.toy import FINETUNE, PRETRAIN, Command
 
-SHORT = (f"model.arch={ARCH}", "optim.steps=16", "train.log_every=2", "train.checkpoint_every=4", "data.workers=1")
+STEPS = 16
+SHORT = {
+    "pretrain": ("optim.batch_size=4", "train.checkpoint_every=4", "train.eval_every=0"),
+    "finetune": ("loss.confidence=0.3",),
+}
 
 
-def finish(runs: Runs, out: Path) -> None:
-    """Resume with two ranks and finish."""
-    assert runs.ranks(pretrain.main, [(runs.argv(out, *SHORT),)] * 2) == [0, 0]
+@pytest.fixture(
+    scope="module", params=[PRETRAIN, pytest.param(FINETUNE, marks=pytest.mark.heavy)], ids=lambda c: c.name
+)
+def command(request: pytest.FixtureRequest) -> Command:
+    found: Command = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks) -> Runs:
-    return toy_runs(tmp_path_factory.mktemp("torchrun"), two_ranks)
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.prepare(tmp_path_factory.mktemp("torchrun"))
+
+
+def arguments(command: Command, workplace: Path, out: Path, *overrides: str) -> list[str]:
+    short = "train.precision=fp64", command.lasting(STEPS), "train.log_every=2", "data.workers=1"
+    return command.arguments(workplace, out, *short, *SHORT[command.name], *overrides)
 
 
 @pytest.fixture(scope="module")
-def unbroken(runs: Runs) -> Path:
+def unbroken(command: Command, workplace: Path) -> Path:
     """A run under torchrun, of which only the main rank has written output."""
-    out = runs.folder / "unbroken"
-    with Job(runs.argv(out, *SHORT), log=runs.folder / "unbroken.log") as job:
+    out = workplace / f"{command.name}-unbroken"
+    with Job(command.name, arguments(command, workplace, out), log=toy.log_of(out)) as job:
         assert job.wait() == 0, job.output()
         printed = job.output()
-        assert job.steps() == list(range(2, 17, 2))
+        assert job.steps() == list(range(2, STEPS + 1, 2))
     assert printed.count("muse_fast ") == printed.count("done: ") == printed.count("summary: ") == 1
     return out
 
 
 @pytest.mark.slow
-def test_torchrun_equals_one_rank(runs: Runs, unbroken: Path, tmp_path: Path) -> None:
-    assert pretrain.main(runs.argv(tmp_path / "one", *SHORT)) == 0
-    assert_same_losses(unbroken, tmp_path / "one", 1e-12)
+def test_torchrun_equals_one_rank(command: Command, workplace: Path, unbroken: Path, tmp_path: Path) -> None:
+    assert command(arguments(command, workplace, tmp_path / "one")) == 0
+    assert_same_losses(unbroken, tmp_path / "one", 1e-12, ("loss",))
 
 
 def test_a_start_does_not_see_what_an_earlier_one_stored() -> None:
@@ -99,30 +111,37 @@ def test_which_errors_mean_a_lost_rank(message: str, lost: bool) -> None:
         pytest.param("rank 1", marks=pytest.mark.heavy),
     ],
 )
-def test_sigterm_saves_on_all_ranks(runs: Runs, unbroken: Path, tmp_path: Path, receiver: str) -> None:
+def test_sigterm_saves_on_all_ranks(
+    command: Command, workplace: Path, unbroken: Path, tmp_path: Path, two_ranks: Ranks, receiver: str
+) -> None:
     """The ranks agree at the next row. torchrun does not pass code 75 on: it exits with 1."""
     out = tmp_path / "stopped"
-    with Job(runs.argv(out, *SHORT, "train.checkpoint_every=1000"), log=tmp_path / "stopped.log") as job:
+    argv = arguments(command, workplace, out, *command.saves_rarely)
+    with Job(command.name, argv, log=tmp_path / "stopped.log") as job:
         job.wait_for_steps(2)
         ranks = job.ranks()
         os.kill({"launcher": job.pid, "rank 0": ranks[0], "rank 1": ranks[1]}[receiver], signal.SIGTERM)
         assert job.wait() == 1 and not job.processes()
         printed = job.output()
     written = json.loads((out / "exit.json").read_text())
-    assert written["code"] == exit_codes.STOPPED and written["step"] in range(4, 16, 2)
+    assert written["code"] == exit_codes.STOPPED and written["step"] in range(4, STEPS, 2)
     assert written["reason"] == ("another rank was told to stop" if receiver == "rank 1" else "SIGTERM")
-    assert checkpoint.steps(out) == [written["step"]] and printed.count("checkpoint written") == 1
+    assert checkpoint.steps(out)[-1] == written["step"] and printed.count("checkpoint written") == 1
     checkpoint.verify(checkpoint.folder_of(out, written["step"]))
     assert training_rows(out)[-1]["step"] == written["step"]
-    finish(runs, out)
-    assert_same_bits(out, unbroken)
+    assert two_ranks(command, [(arguments(command, workplace, out),)] * 2) == [0, 0]
+    assert toy.losses(out) == toy.losses(unbroken)
+    assert command.weights_hash(out, STEPS) == command.weights_hash(unbroken, STEPS)
     assert not (out / "exit.json").exists()
 
 
 @pytest.mark.heavy
-def test_a_batch_that_does_not_divide_is_refused_by_every_rank(runs: Runs, tmp_path: Path) -> None:
+def test_a_batch_that_does_not_divide_is_refused_by_every_rank(
+    command: Command, workplace: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "odd"
-    with Job(runs.argv(out, *SHORT, "optim.batch_size=3"), log=tmp_path / "odd.log") as job:
+    argv = arguments(command, workplace, out, "optim.batch_size=3")
+    with Job(command.name, argv, log=tmp_path / "odd.log") as job:
         assert job.wait(600) == 1
         printed = job.output()
     assert printed.count("error: optim.batch_size=3: expected a multiple of 2 ranks x 1 micro-batches") == 2

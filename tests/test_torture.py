@@ -18,11 +18,12 @@ import torch
 from muse_fast.embedding import files
 from muse_fast.roiset import roiset
 from muse_fast.runtime import checkpoint, options, watchdog
-from torture import __main__ as command
+from torture import __main__ as cli
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally, run
 from torture.rows import checkpoints, data, outlines, runs, security, settings, slides, table, vectors
 from torture.suite import ROOT
+from torture.toy import Command
 
 QUICK = ("C4", "S1", "S2", "D6", "T1", "T3", "T4", "T6", "T7", "U1", "O1", "O2")
 
@@ -93,22 +94,23 @@ def test_without_the_checks_hostile_sets_are_detected(tmp_path: Path, monkeypatc
     assert fails(security.nothing_escapes, tmp_path)
 
 
-def unguarded(argv: list[str], poison: str, on_rank: int, report: Path) -> int:
+def unguarded(command: Command, argv: list[str], poison: str, on_rank: int, report: Path) -> int:
     """Run the command with a guard that accepts everything."""
     from muse_fast.training.guard import Guard
 
     Guard.look = lambda self, step, terms, roi_ids, epochs: torch.ones(())  # type: ignore[method-assign]
     Guard.check = blind  # type: ignore[method-assign]
-    return runs.poisoned(argv, poison, on_rank, report)
+    return runs.poisoned(command, argv, poison, on_rank, report)
 
 
 @pytest.mark.slow
-def test_without_the_guard_poison_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", toy.COMMANDS)
+def test_without_the_guard_poison_is_detected(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "poisoned", unguarded)
 
     def one_poison(scale: Scale) -> Outcome:
         tally = Tally()
-        runs.poison_one_rank(tally, scale, toy.prepare(tmp_path), ["nan in an image"])
+        runs.poison_one_rank(tally, scale, toy.prepare(tmp_path), toy.COMMANDS[name], "nan in an image")
         return tally.outcome()
 
     assert fails(one_poison, tmp_path)
@@ -178,16 +180,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ]
     monkeypatch.setattr(table, "ROWS", rows)
     monkeypatch.setattr(table, "NAMES", [row.name for row in rows])
-    assert command.main(["A1", "--json", str(tmp_path / "a.json")]) == 0
+    assert cli.main(["A1", "--json", str(tmp_path / "a.json")]) == 0
     assert json.loads((tmp_path / "a.json").read_text())["rows"]["A1"]["survived"] == 2
-    assert command.main(["--json", str(tmp_path / "b.json")]) == 1
+    assert cli.main(["--json", str(tmp_path / "b.json")]) == 1
     written = json.loads((tmp_path / "b.json").read_text())
     assert {name: row["passed"] for name, row in written["rows"].items()} == {"A1": True, "A2": False, "A3": False}
     assert "ZeroDivisionError" in written["rows"]["A3"]["notes"] and not written["passed"]
     shown = capsys.readouterr().out
     assert "one was lost" in shown and "not run" in shown
     with pytest.raises(SystemExit):
-        command.main(["Z9"])
+        cli.main(["Z9"])
 
 
 # -------------------------------------------------------------------------------------- which ranks the others wait for

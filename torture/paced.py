@@ -1,4 +1,4 @@
-"""``python -m torture.paced ARGUMENTS``: `muse_fast.pretrain` with a pause before every step.
+"""``python -m torture.paced COMMAND ARGUMENTS``: `pretrain` or `finetune` with a pause before every step.
 
 Steps of a toy run take milliseconds: without pauses, on a busy machine, the run can end before the harness sends its
 signal.
@@ -9,26 +9,27 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
-from muse_fast import pretrain
-from muse_fast.batch import Views
-from muse_fast.pretraining.trainer import Trainer
-from muse_fast.runtime.cli import run
 from muse_fast.training.report import Metrics
+from torture.toy import COMMANDS, Step
 
 PAUSE = 0.15  # seconds
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    train_step = Trainer.train_step
+def main(argv: Sequence[str]) -> int:
+    name, *arguments = argv
+    COMMANDS[name].wrap_step(paced)
+    return COMMANDS[name](arguments)
 
-    def paced_step(trainer: Trainer, *views: Views, measure: bool = True) -> Metrics:
+
+def paced(train_step: Step) -> Step:
+    def paced_step(trainer: Any, *batch: Any, measure: bool = True) -> Metrics:
         time.sleep(PAUSE)
-        return train_step(trainer, *views, measure=measure)
+        return train_step(trainer, *batch, measure=measure)
 
-    Trainer.train_step = paced_step  # type: ignore[method-assign, assignment]
-    return run(pretrain.main, argv)
+    return paced_step
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -21,17 +21,18 @@ class Job(subprocess.Popen[bytes]):
     """torchrun's launcher of ``python -m torture.paced``. Leaving the context kills what is left of the job.
 
     Args:
+        command: `pretrain` or `finetune`.
         argv: arguments of the command.
         options: options of torchrun.
         log: file for the output of the launcher and the ranks.
     """
 
-    def __init__(self, argv: Sequence[str], *options: str, log: Path) -> None:
+    def __init__(self, command: str, argv: Sequence[str], *options: str, log: Path) -> None:
         self.log, self._name = log, uuid.uuid4().hex
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
         with open(log, "ab") as file:
             super().__init__(
-                [*launcher, "-m", "torture.paced", *argv],
+                [*launcher, "-m", "torture.paced", command, *argv],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", _MARK: self._name},

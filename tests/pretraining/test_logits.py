@@ -19,7 +19,7 @@ from muse_fast.pretraining import logits, run
 from muse_fast.pretraining.trainer import Trainer
 from muse_fast.runtime import checkpoint
 from tests.pretraining.test_trainer import changed, snapshot, toy, toy_views
-from torture.toy import arguments, prepare
+from torture.toy import PRETRAIN, prepare
 
 pytestmark = pytest.mark.usefixtures("thin")
 CPU = torch.device("cpu")
@@ -146,6 +146,6 @@ def test_the_command_says_and_records_the_choice(
         (0, r"logits stored \(loss.logit_free=auto\): as the run began"),
     ):
         monkeypatch.setattr(logits, "available_memory", lambda memory=memory: memory)
-        assert pretrain.main(arguments(workplace, out)) == 0
+        assert pretrain.main(PRETRAIN.arguments(workplace, out)) == 0
         assert re.search(said, capsys.readouterr().out)
         assert load_config(out / "config.yaml").loss.logit_free is False

@@ -175,14 +175,14 @@ def _limited_file_size(scale: Scale, notes: str) -> Outcome:
 def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
     """Fill the disk with other files during a run; once there is room again, the run resumes exactly."""
     workplace = toy.prepare(scale.folder)
-    assert toy.finish(workplace, scale.folder / "unbroken") == 0
+    assert toy.PRETRAIN.finish(workplace, scale.folder / "unbroken") == 0
     place = scale.folder / "larger"
     place.mkdir()
     size = 600 << 20  # a checkpoint takes 120; a run keeps two and writes a third
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)
     try:
         out = place / "run"
-        with toy.start(workplace, out) as child:
+        with toy.PRETRAIN.start(workplace, out) as child:
             toy.wait_for_step(out, 5, child)
             fill(place / "others")
             code = child.wait()
@@ -192,12 +192,12 @@ def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
         tally.add(not left, f"left over {left}")
         reported = code == 2 and "error:" in said and "room" in said and "Traceback" not in said
         tally.add(reported and newest is not None and not problems, f"command: exit code {code}, {said[-400:]!r}")
-        with toy.start(workplace, out, "train.checkpoint_every=1000", "optim.steps=12") as child:
+        with toy.PRETRAIN.start(workplace, out, "train.checkpoint_every=1000", "optim.steps=12") as child:
             code, said = child.wait(), child.output()
         reported = code == 2 and "make room" in said and "Traceback" not in said
         tally.add(reported, f"no room for a row: exit code {code}, {said[-900:]!r}")
         (place / "others").unlink()
-        code = toy.finish(workplace, out)
+        code = toy.PRETRAIN.finish(workplace, out)
         tally.add(code == 0 and toy.losses(out) == toy.losses(scale.folder / "unbroken"), f"resumed: exit code {code}")
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)

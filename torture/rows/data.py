@@ -252,7 +252,7 @@ def degenerate_batches(scale: Scale) -> Outcome:
         place = scale.folder / str(number)
         place.mkdir()
         toy.prepare(place, nuclei)
-        code = toy.finish(place, place / "run", "optim.steps=4", *settings)
+        code = toy.PRETRAIN.finish(place, place / "run", "optim.steps=4", *settings)
         rows = read_metrics(place / "run" / "metrics.jsonl")
         finite = all(math.isfinite(row[key]) for row in rows for key in ("loss", "grad_norm") if key in row)
         enough = sum("loss" in row for row in rows) == 4

@@ -148,7 +148,7 @@ def loaders(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], Any]]]:
                 except UserError:
                     continue
             start = ["--resume", str(step)] if len(file.read_bytes()) % 2 else [f"model.init={step}"]
-            _command(pretrain.main, *toy.arguments(where, file.parent / "other"), *start)
+            _command(pretrain.main, *toy.PRETRAIN.arguments(where, file.parent / "other"), *start)
 
         return opened
 
