@@ -12,7 +12,7 @@ from muse_fast.runtime.cli import run
 COMMANDS = {
     "prepare": "convert slides or labelled images to a ROI set",
     "pretrain": "pretrain a backbone with MUSE",
-    "slurm": "submit pretraining to Slurm and requeue it until it is done",
+    "slurm": "submit pretraining or fine-tuning to Slurm and requeue it until it is done",
     "finetune": "fine-tune a pretrained backbone to detect and classify nuclei",
     "evaluate": "evaluate a backbone by nucleus classification, or score a detector",
     "predict": "find the nuclei of slides and images: GeoJSON, CSV and a picture",

@@ -17,19 +17,25 @@ from muse_fast.runtime.options import load_settings, split_source_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = argument_parser().parse_intermixed_args(argv)
-    options, settings = split_source_options(args.overrides)
-    config = load_settings(FinetuneConfig, args.config, settings)
+    args = parse(argv)
     return finetune(
-        config,
+        args.config,
         args.out,
         data=args.data,
-        options=options,
+        options=args.options,
         weights=args.weights,
         arch=args.arch,
         compat=args.compat,
         resume=args.resume,
     )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse arguments; ``config`` are then the settings, and ``options`` those of the source."""
+    args = argument_parser().parse_intermixed_args(argv)
+    args.options, settings = split_source_options(args.overrides)
+    args.config = load_settings(FinetuneConfig, args.config, settings)
+    return args
 
 
 def argument_parser() -> argparse.ArgumentParser:

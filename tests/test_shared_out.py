@@ -19,6 +19,7 @@ from muse_fast.embedding.parts import Parts
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.runtime import exit_codes
 from muse_fast.runtime.cli import run
+from tests.support.fake_slurm import fake_slurm
 from tests.support.ranks import Ranks
 from tests.support.thin import thin_networks
 
@@ -146,13 +147,8 @@ def test_ranks(name: str, inputs: Path, alone: dict[str, Any], tmp_path: Path, t
 def test_jobs(name: str, inputs: Path, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm, here a stand-in that only answers, is given two tasks and a last job, which make the same files."""
     helpers = pytest.importorskip("submitit.core.utils")
-    commands, out = tmp_path / "bin", tmp_path / "out"
-    commands.mkdir()
-    submit = f"n=$(ls {commands} | grep -c batch-); touch {commands}/batch-$n; echo Submitted batch job 4$n"
-    for command, text in {"srun": "", "sbatch": submit}.items():
-        (commands / command).write_text(f"#!/bin/sh\n{text}\n")
-        (commands / command).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    out = tmp_path / "out"
+    fake_slurm(tmp_path / "bin", monkeypatch)
     assert call(name, inputs, out, "--slurm-tasks", "2") == 0
     jobs = [helpers.DelayedSubmission.load(path).function for path in sorted((tmp_path / "out.slurm").glob("*.pkl"))]
     assert len(jobs) == 3 and not out.exists()

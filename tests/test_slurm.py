@@ -12,45 +12,39 @@ import pytest
 
 from muse_fast import pretrain, slurm
 from muse_fast.errors import UserError
-from muse_fast.images.synthetic import synthetic_image
-from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run
 from muse_fast.training.report import StopSignal, read_metrics
-from torture.toy import ARCH
+from tests.support.fake_slurm import fake_slurm
+from torture import toy
+from torture.toy import COMMANDS, FINETUNE, PRETRAIN, Command
 
 pytest.importorskip("submitit")
 
-TOY = f"""
-views: {{global_size: 64, local_size: 32, num_locals: 1}}
-model: {{arch: "{ARCH}"}}
-head: {{hidden_dim: 32, bottleneck_dim: 16, prototypes: 16, input_norm: true}}
-loss: {{centering: sinkhorn}}
-optim: {{steps: 100, batch_size: 4, warmup_steps: 2, freeze_prototypes_steps: 1, ema_start: 0.9}}
-train: {{precision: fp64, device: cpu, log_every: 1, checkpoint_every: 1000, eval_every: 0, eval_rois: 4}}
-data: {{workers: 0}}
-"""
+LONG = {
+    PRETRAIN: ("optim.batch_size=4", "train.eval_every=0", "train.checkpoint_every=1000"),
+    FINETUNE: ("train.eval_every=50",),
+}
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("slurm")
-    with RoiSetWriter(folder / "rois", provenance={}) as writer:
-        for seed in range(5):
-            image, xy, _ = synthetic_image(seed, 160, 0.25)
-            writer.add(image, mpp=0.25, xy=xy, slide=f"s{seed}")
-    (folder / "toy.yaml").write_text(TOY)
-    return folder
+    return toy.prepare(tmp_path_factory.mktemp("slurm"))
 
 
-def training(workplace: Path, *overrides: str) -> list[str]:
-    return ["--config", str(workplace / "toy.yaml"), f"data.roiset={workplace / 'rois'}", *overrides]
+def training(command: Command, workplace: Path, *overrides: str) -> list[str]:
+    return command.settings(workplace, "train.precision=fp64", command.lasting(100), *LONG[command], *overrides)
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def command(request: pytest.FixtureRequest) -> Command:
+    return COMMANDS[request.param]
 
 
 @pytest.fixture(scope="module")
-def unbroken(workplace: Path) -> list[float]:
-    out = workplace / "unbroken"
-    assert pretrain.main([*training(workplace), "--out", str(out)]) == 0
+def unbroken(command: Command, workplace: Path) -> list[float]:
+    out = workplace / f"{command.name}-unbroken"
+    assert command.main([*training(command, workplace), "--out", str(out)]) == 0
     return losses(out)
 
 
@@ -82,13 +76,22 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("tasks", [pytest.param(1, marks=pytest.mark.heavy), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("command", "tasks"),
+    [
+        pytest.param("pretrain", 1, marks=pytest.mark.heavy),
+        pytest.param("pretrain", 2, marks=pytest.mark.slow),
+        pytest.param("finetune", 2, marks=pytest.mark.heavy),
+    ],
+    indirect=["command"],
+)
 def test_a_warned_run_saves_requeues_and_ends_like_an_unbroken_run(
-    tasks: int, workplace: Path, unbroken: list[float]
+    command: Command, tasks: int, workplace: Path, unbroken: list[float]
 ) -> None:
-    out = workplace / f"local_{tasks}"
+    out = workplace / f"{command.name}-local-{tasks}"
     options = ["--local", "--out", str(out), "--gpus-per-node", "0", "--tasks-per-node", str(tasks), "--time", "60"]
-    process = start(["-m", "muse_fast.slurm", *options, "--", *training(workplace)])
+    argv = ["--command", command.name, *options, "--", *training(command, workplace)]
+    process = start(["-m", "muse_fast.slurm", *argv])
     wait_until(trained(out), process)
     (controller,) = children(process.pid)
     for task in children(controller):
@@ -96,48 +99,42 @@ def test_a_warned_run_saves_requeues_and_ends_like_an_unbroken_run(
     said, _ = process.communicate()
     assert process.returncode == 0, said
     (log,) = (out / "slurm").glob("*_0_log.out")
-    assert "stopped after step" in log.read_text() and log.read_text().count("pretrain: timm:vit_tiny") == 2
-    assert len(checkpoint.steps(out)) == 2  # one at the warning, one at the end
+    assert "stopped after step" in log.read_text() and log.read_text().count(f"{command.name}: timm:vit_tiny") == 2
+    assert len(checkpoint.steps(out)) == 2
     assert losses(out) == pytest.approx(unbroken, rel=1e-10 if tasks > 1 else 0, abs=0)
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of fake Slurm commands; ``scontrol`` writes the checkpoints it finds to ``requeued``."""
-    commands = {
-        "srun": "",
-        "sbatch": f"cp $1 {tmp_path}/batch.sh; echo Submitted batch job 42",
-        "scontrol": f"echo $*: $(ls $RUN/checkpoints) > {tmp_path}/requeued",
-    }
-    for name, text in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    fake_slurm(tmp_path, monkeypatch, scontrol=f"echo $*: $(ls $RUN/checkpoints) > {tmp_path}/requeued")
     return tmp_path
 
 
 @pytest.mark.slow
 def test_under_slurm_a_run_saves_before_it_is_requeued(
-    workplace: Path, unbroken: list[float], cluster: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, workplace: Path, unbroken: list[float], cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = workplace / "cluster"
+    out = workplace / f"{command.name}-cluster"
     options = ["--gpus-per-node", "0", "--time", "60", "--partition", "long", "--sbatch", "qos=high"]
-    assert slurm.main(["--out", str(out), *options, "--", *training(workplace)]) == 0
-    assert "job 42 of 1 x 1 tasks" in capsys.readouterr().out
-    batch = (cluster / "batch.sh").read_text().splitlines()
+    argv = ["--command", command.name, "--out", str(out), *options, "--", *training(command, workplace)]
+    assert slurm.main(argv) == 0
+    assert "job 40 of 1 x 1 tasks" in capsys.readouterr().out
+    batch = (cluster / "batch-0.sh").read_text().splitlines()
     for line in ("partition=long", "qos=high", "requeue", "time=60", "signal=USR2@180", "cpus-per-task=2", "nodes=1"):
         assert f"#SBATCH --{line}" in batch
-    (command,) = (line for line in batch if line.startswith("srun"))
-    assert "--cpus-per-task=2" in command and "submitit.core._submit" in command
+    (line,) = (line for line in batch if line.startswith("srun"))
+    assert "--cpus-per-task=2" in line and "submitit.core._submit" in line
 
     task = ["-m", "submitit.core._submit", str(out / "slurm")]
-    slurms = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "42", "RUN": str(out)}
+    slurms = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "40", "RUN": str(out)}
     process = start(task, **slurms)
     wait_until(trained(out), process)
     process.send_signal(signal.SIGUSR2)
     said, _ = process.communicate()
-    saved = checkpoint.steps(out)
-    assert saved and (cluster / "requeued").read_text() == f"requeue 42: step-{saved[0]:08d}\n", said
+    saved = " ".join(f"step-{step:08d}" for step in checkpoint.steps(out))
+    assert saved and (cluster / "requeued").read_text() == f"requeue 40: {saved}\n", said
+    assert losses(out) == unbroken[: checkpoint.steps(out)[-1]]
 
     process = start(task, **slurms)  # as Slurm does after that
     assert process.wait() == 0
@@ -157,17 +154,17 @@ def submitits_handler() -> Iterator[list[int]]:
 
 
 @pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch) -> slurm.PretrainJob:
+def job(monkeypatch: pytest.MonkeyPatch) -> slurm.TrainingJob:
     for name, value in {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1"}.items():
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that monkeypatch undoes what the job sets
         monkeypatch.delenv(name)
-    return slurm.PretrainJob(())
+    return slurm.TrainingJob("pretrain", ())
 
 
 def test_a_warning_before_training_requeues_immediately(
-    job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
+    job: slurm.TrainingJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warned_while_loading(argv: object) -> int:
         signal.raise_signal(signal.SIGUSR2)
@@ -179,7 +176,7 @@ def test_a_warning_before_training_requeues_immediately(
 
 
 def test_a_warning_during_training_stops_it_first(
-    job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
+    job: slurm.TrainingJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warned_in_training(argv: object) -> int:
         with StopSignal() as stop:
@@ -194,7 +191,7 @@ def test_a_warning_during_training_stops_it_first(
 
 @pytest.mark.parametrize("code", [exit_codes.STOPPED, exit_codes.NON_FINITE])
 def test_a_run_that_stops_without_a_warning_has_failed(
-    code: int, job: slurm.PretrainJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
+    code: int, job: slurm.TrainingJob, submitits_handler: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrain, "main", lambda argv: code)
     with pytest.raises(RuntimeError, match=f"exit code {code}"):
@@ -203,17 +200,23 @@ def test_a_run_that_stops_without_a_warning_has_failed(
 
 
 @pytest.mark.parametrize(
-    ("options", "overrides", "said"),
+    ("name", "options", "overrides", "said"),
     [
-        ([], ["optim.lrr=1"], "did you mean 'optim.lr'?"),
-        ([], ["data.roiset=nowhere"], "nowhere is not a ROI set"),
-        (["--tasks-per-node", "3"], [], "optim.batch_size=4: expected a multiple of 3 tasks"),
-        (["--time", "2"], [], "--time=2: expected more than 3 minutes"),
-        (["--local", "--nodes", "2"], [], "one node"),
-        ([], [], "srun"),
+        ("pretrain", [], ["optim.lrr=1"], "did you mean 'optim.lr'?"),
+        ("pretrain", [], ["data.roiset=nowhere"], "nowhere is not a ROI set"),
+        ("pretrain", ["--tasks-per-node", "3"], [], "optim.batch_size=4: expected a multiple of 3 tasks"),
+        ("pretrain", ["--time", "2"], [], "--time=2: expected more than 3 minutes"),
+        ("pretrain", ["--local", "--nodes", "2"], [], "one node"),
+        ("pretrain", [], [], "srun"),
+        ("finetune", [], ["optim.lrr=1"], "did you mean 'optim.lr'?"),
+        ("finetune", [], ["source.siz=9"], "did you mean 'size'?"),
+        ("finetune", [], ["--weights", "none.pth"], "do not exist"),
+        ("finetune", ["--tasks-per-node", "3"], [], "optim.batch_size=2: expected a multiple of 3 tasks"),
+        ("finetune", [], [], "srun"),
     ],
 )
 def test_refusals(
+    name: str,
     options: list[str],
     overrides: list[str],
     said: str,
@@ -223,12 +226,12 @@ def test_refusals(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    fixed = ["--out", str(tmp_path / "out"), "--gpus-per-node", "0", "--time", "60"]
-    assert run(slurm.main, [*fixed, *options, "--", *training(workplace, *overrides)]) == 2
+    fixed = ["--command", name, "--out", str(tmp_path / "out"), "--gpus-per-node", "0", "--time", "60"]
+    assert run(slurm.main, [*fixed, *options, "--", *training(COMMANDS[name], workplace, *overrides)]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_without_submitit_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'muse_fast\[slurm\]'"):
-        slurm.main(["--out", "x", "--gpus-per-node", "0", "--time", "60", "--", *training(workplace)])
+        slurm.main(["--out", "x", "--gpus-per-node", "0", "--time", "60", "--", *training(PRETRAIN, workplace)])

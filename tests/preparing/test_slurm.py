@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from muse_fast.preparing import command
 from muse_fast.roiset.roiset import RoiSet
 from muse_fast.runtime.cli import run
 from muse_fast.runtime.shares import TaskJob
+from tests.support.fake_slurm import fake_slurm
 from tests.support.small_slides import page_with_tissue, write_slide
 
 main = partial(run, prepare.main)
@@ -54,12 +54,7 @@ def test_what_slurm_is_told(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = tmp_path / "bin"
-    commands.mkdir()
-    submit = f"n=$(ls {commands} | grep -c batch-); cp $1 {commands}/batch-$n.sh; echo Submitted batch job 4$n"
-    for name, text in {"srun": "", "sbatch": submit}.items():
-        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
-        (commands / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    fake_slurm(commands, monkeypatch)
     options = ["--slurm-tasks", "5", "--cpus-per-task", "3", "--time", "90", "--partition", "long", "--sbatch", "qos=x"]
     assert main([f"wsi:{cohort}", str(tmp_path / "set"), *SETTINGS, *options]) == 0
     assert f"jobs 40 and 41, which completes {tmp_path / 'set'}" in capsys.readouterr().out
