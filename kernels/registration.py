@@ -133,6 +133,114 @@ def empty_loss_and_stats(student_logits: Tensor, target: Tensor, temp: float) ->
     return loss, loss.new_empty(student_logits.shape[0], 3)
 
 
+# --- add_layer_norm
+
+
+def register_add_layer_norm(forward: Any, backward: Any) -> None:
+    """``forward``: ``(x, branch, scale, weight, bias, eps, dtype) -> (total, normed, stats)``, see :func:`empty_norms`.
+    ``backward``: ``(total_gradient, normed_gradient, total, stats, weight, scale, x_dtype, branch_dtype) ->
+    gradients``, see :func:`empty_norm_gradients`.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, branch, scale, weight, *_ = inputs
+        total, _, stats = output
+        ctx.mark_non_differentiable(*((total, stats) if branch is None else (stats,)))
+        ctx.set_materialize_grads(False)  # the sum after the last layer of a network is not used
+        ctx.save_for_backward(x if branch is None else total, stats, weight, scale)
+        ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+
+    def gradients(
+        ctx: Any, total_gradient: Tensor | None, normed_gradient: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        total, stats, weight, scale = ctx.saved_tensors
+        if normed_gradient is None:
+            normed_gradient = torch.zeros_like(total)
+        x, branch, affine = backward(total_gradient, normed_gradient, total, stats, weight, scale, *ctx.dtypes)
+        of_branch = None if ctx.dtypes[1] is None else branch
+        return x, of_branch, None, *affine.to(weight.dtype).unbind(), None, None
+
+    torch.library.register_fake(forward, empty_norms)
+    torch.library.register_fake(backward, empty_norm_gradients)
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context)
+
+
+def empty_norms(
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum ``[M, C]``, empty without a branch; its norm ``[M, C]``; and statistics of rows ``[2, M]``."""
+    total_dtype = x.dtype
+    for added in (branch, scale):
+        total_dtype = total_dtype if added is None else torch.promote_types(total_dtype, added.dtype)
+    total = x.new_empty((0,) if branch is None else x.shape, dtype=total_dtype)
+    return total, x.new_empty(x.shape, dtype=dtype or total_dtype), x.new_empty(2, x.shape[0], dtype=torch.float32)
+
+
+def empty_norm_gradients(
+    total_gradient: Tensor | None,
+    normed_gradient: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients of x and branch ``[M, C]`` (empty without one), and of weight and bias ``[2, C]`` float32."""
+    branch = total.new_empty((0,) if branch_dtype is None else total.shape, dtype=branch_dtype or x_dtype)
+    return total.new_empty(total.shape, dtype=x_dtype), branch, stats.new_empty(2, weight.shape[0])
+
+
+# --- resize_concat
+
+
+def register_resize_concat(forward: Any, backward: Any) -> None:
+    """``forward``: ``(maps, side) -> concatenation``, see :func:`empty_concatenation`.
+    ``backward``: ``(gradient, height, width) -> gradient of one map``, given that of its part of the concatenation; see
+    :func:`empty_map_gradient`. Maps that keep their size get their part itself.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], int], output: Tensor) -> None:
+        maps, _ = inputs
+        ctx.maps = [(x.shape[1:], x.dtype) for x in maps]
+
+    def gradients(ctx: Any, gradient: Tensor) -> tuple[list[Tensor], None]:
+        of_maps = []
+        parts = gradient.split([shape[0] for shape, _ in ctx.maps], dim=1)
+        for part, ((_, *size), dtype) in zip(parts, ctx.maps, strict=True):
+            kept = list(part.shape[2:]) == size
+            of_maps.append((part if kept else backward(part, *size)).to(dtype))
+        return of_maps, None
+
+    torch.library.register_fake(forward, empty_concatenation)
+    torch.library.register_fake(backward, empty_map_gradient)
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context)
+
+
+def empty_concatenation(maps: Sequence[Tensor], side: int) -> Tensor:
+    dtype = maps[0].dtype
+    for x in maps[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    shape = (maps[0].shape[0], sum(x.shape[1] for x in maps), side, side)
+    return torch.empty(shape, dtype=dtype, device=maps[0].device, memory_format=_order_of(maps[0]))
+
+
+def empty_map_gradient(gradient: Tensor, height: int, width: int) -> Tensor:
+    shape = (*gradient.shape[:2], height, width)
+    return torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=_order_of(gradient))
+
+
+def _order_of(x: Tensor) -> torch.memory_format:
+    """Channels-last if the channels of a pixel are next to each other."""
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+
+
 # --- sample_nuclei
 
 

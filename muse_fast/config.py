@@ -207,6 +207,9 @@ class TrainConfig(Config):
     """Record encoder and decoder, whose shapes never change, as CUDA graphs in the second step and replay them from
     then on, so that the host does not launch their kernels one by one. ``auto``: on a single GPU, unless recording
     fails; the run says so."""
+    deterministic: bool = setting(False, may_change=True)
+    """On a GPU, take only operations that give the same bits in every run, so that a resumed run does not differ; on a
+    CPU that is always so. Attention is then never cuDNN's. How much time it costs has not been measured."""
     timeout: int = setting(1_200, ge=1, le=1_799, unit="seconds", may_change=True)
     """On several ranks: seconds without progress after which the rank that the others wait for is named and all exit.
     Must be longer than a checkpoint, an evaluation or a compiled first step, and shorter than half an hour."""
@@ -231,6 +234,10 @@ class PretrainConfig(Config):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self) -> None:
+        random = self.train.deterministic and self.model.attention == "xformers"  # its backward adds in any order
+        require(not random, "model.attention", "xformers", "sdpa or varlen, as train.deterministic is true")
 
 
 def load_config(path: str | Path | None, items: Sequence[str] = ()) -> PretrainConfig:

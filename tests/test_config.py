@@ -78,6 +78,12 @@ def test_bad_values_are_refused_by_key(override: str, said: str) -> None:
         load_config(None, [override])
 
 
+def test_attention_that_is_not_deterministic_is_refused() -> None:
+    load_config(None, ["train.deterministic=true", "model.attention=varlen"])
+    with pytest.raises(UserError, match=r"^model\.attention=xformers: expected sdpa or varlen, as train\.determ"):
+        load_config(None, ["train.deterministic=true", "model.attention=xformers"])
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("auto", "auto"), ("true", True), ("no", False), ("1", True), ("${head.input_norm}", False), ("False", False)],

@@ -134,6 +134,19 @@ def literal_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (y - mean[:, None, None]).square().mean((0, 2, 3))
 
 
+def literal_add_norm(
+    x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Drop paths, add, normalise: an operation each."""
+    x = x + branch * scale
+    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def literal_resize(maps: Sequence[Tensor], side: int) -> Tensor:
+    """Resize every map, whether or not it must be, then concatenate."""
+    return torch.cat([F.interpolate(x, (side, side), mode="bilinear", align_corners=True) for x in maps], dim=1)
+
+
 def literal_views(pixels: Tensor, images: Tensor, boxes: Tensor, colours: Tensor, size: int) -> Tensor:
     """Make one view after the other, each step with torchvision on uint8, as data loaders do."""
     views = []
@@ -158,6 +171,8 @@ LITERAL: dict[str, Callable[..., Any]] = {
     "sample_nuclei": literal_sample,
     "projection_stats": literal_stats,
     "augment_views": literal_views,
+    "add_layer_norm": literal_add_norm,
+    "resize_concat": literal_resize,
     "dino_loss": literal_loss,
     "linear_dino_loss": of_logits(literal_loss),
 }
@@ -166,6 +181,8 @@ EAGER: dict[str, dict[str, Callable[..., Any]]] = {
     "sample_nuclei": {"grid_sample": batched_grid_sample, "matmul": sample_by_matmul},
     "projection_stats": {"": reference.projection_stats},
     "augment_views": {"": reference.augment_views},
+    "add_layer_norm": {"": reference.add_layer_norm},
+    "resize_concat": {"": reference.resize_concat},
     "dino_loss": {"gather": reference.dino_loss, "all pairs": all_pairs_loss},
     "linear_dino_loss": {"gather": reference.linear_dino_loss, "all pairs": of_logits(all_pairs_loss)},
 }

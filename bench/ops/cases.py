@@ -75,6 +75,30 @@ def decoder_levels(images: int, size: int, channels: int, random: torch.Generato
     return [torch.randn(images, channels, side, side, generator=random).to(dtype) for side in sides]
 
 
+def norm_inputs(rows: int, width: int) -> Build:
+    """A float32 stream, a branch of the dtype with dropped paths, and LayerNorm."""
+
+    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        x = torch.randn(rows, width, generator=random).requires_grad_()
+        branch = torch.randn(rows, width, generator=random).to(dtype).requires_grad_()
+        scale = (torch.rand(rows, 1, generator=random) < 0.9) / 0.9
+        affine = [torch.ones(width).requires_grad_(), torch.zeros(width).requires_grad_()]
+        return x, branch, scale, *affine, 1e-6
+
+    return build
+
+
+def resize_inputs(images: int, sides: tuple[int, int], channels: tuple[int, int], side: int) -> Build:
+    """Two maps, as they reach a stage of the decoder."""
+
+    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        shapes = [(images, c, h, h) for c, h in zip(channels, sides, strict=True)]
+        maps = [torch.randn(*shape, generator=random).to(dtype) for shape in shapes]
+        return [x.to(memory_format=torch.channels_last).requires_grad_() for x in maps], side
+
+    return build
+
+
 def stats_inputs(images: int, channels: int, side: int, outputs: int) -> Build:
     """A decoder map after its last ReLU, and the weight of the 1x1 convolution that projects it."""
 
@@ -165,6 +189,23 @@ def sample_work(_: list[Tensor], levels: list[Tensor], xy: Tensor, image_index: 
     return Work(forward + backward, 2 * 2 * 4 * features // item)
 
 
+def norm_work(results: list[Tensor], x: Tensor, branch: Tensor, scale: Tensor, *_: Any) -> Work:
+    """The backward reads the sum and the gradients of both results, and writes two. FLOPs are not counted."""
+    total, normed = (4 * x.numel(), branch.element_size() * x.numel())
+    forward = 4 * x.numel() + branch.element_size() * x.numel() + total + normed
+    backward = 2 * total + normed + 4 * x.numel() + branch.element_size() * x.numel()
+    return Work(forward + backward + 2 * 4 * len(scale), 0)
+
+
+def resize_work(results: list[Tensor], maps: list[Tensor], side: int) -> Work:
+    """8 FLOPs per value of a resized map, forward and backward. A map of the right size gets a view as its gradient."""
+    item, out = maps[0].element_size(), results[0].numel()
+    resized = [x for x in maps if x.shape[-1] != side]
+    forward = sum(x.numel() for x in maps) + out
+    backward = sum(x.numel() + x.shape[0] * x.shape[1] * side**2 for x in resized)
+    return Work(item * (forward + backward), 2 * 8 * sum(x.shape[0] * x.shape[1] * side**2 for x in resized))
+
+
 def stats_work(_: list[Tensor], x: Tensor, weight: Tensor) -> Work:
     """Three matrix products: the projection and the gradients of its two arguments. A version that does not store the
     projection computes it twice."""
@@ -210,6 +251,8 @@ WORK: dict[str, Callable[..., Work]] = {
     "sample_nuclei": sample_work,
     "projection_stats": stats_work,
     "augment_views": view_work,
+    "add_layer_norm": norm_work,
+    "resize_concat": resize_work,
     "dino_loss": loss_work,
     "linear_dino_loss": linear_loss_work,
 }
@@ -267,6 +310,25 @@ CASES = [
     Case(op="augment_views", name="16 ROIs x 2 x 224 px", inputs=view_inputs(16, 2, 1024, 224), devices=CUDA),
     Case(op="augment_views", name="16 ROIs x 8 x 96 px", inputs=view_inputs(16, 8, 1024, 96), devices=CUDA),
     Case(op="augment_views", name="16 ROIs x 2 x 512 px", inputs=view_inputs(16, 2, 2048, 512), devices=CUDA),
+    Case(op="add_layer_norm", name="ViT-S, 2760 tokens", inputs=norm_inputs(2760, 384)),
+    Case(
+        op="add_layer_norm",
+        name="ViT-S 224/96, 64 ROIs",
+        inputs=norm_inputs(44160, 384),
+        devices=CUDA,
+        targets=(Target("cuda", "of_copy", 0.8),),
+    ),
+    Case(op="add_layer_norm", name="ViT-B 224/96, 64 ROIs", inputs=norm_inputs(44160, 768), devices=CUDA),
+    Case(
+        op="resize_concat", name="ViT-S 224, 2 x (192, 28) + (96, 14)", inputs=resize_inputs(2, (28, 14), (192, 96), 56)
+    ),
+    Case(
+        op="resize_concat",
+        name="ViT-S 224, 128 x (192, 28) + (96, 14)",
+        inputs=resize_inputs(128, (28, 14), (192, 96), 56),
+        devices=CUDA,
+        targets=(Target("cuda", "of_copy", 0.6),),
+    ),
     Case(op="dino_loss", name="160 images, K 65536", inputs=loss_inputs(160, 32, 65536, 288)),
     Case(op="dino_loss", name="500 rows, K 4096", inputs=loss_inputs(500, 250, 4096, 750)),
     Case(

@@ -12,7 +12,16 @@ import argparse
 import torch
 
 from bench.measure import evaluate
-from bench.ops.cases import Case, loss_inputs, match_inputs, sample_inputs, stats_inputs, view_inputs
+from bench.ops.cases import (
+    Case,
+    loss_inputs,
+    match_inputs,
+    norm_inputs,
+    resize_inputs,
+    sample_inputs,
+    stats_inputs,
+    view_inputs,
+)
 from bench.ops.timing import arguments_of, versions_of
 
 CASES = [
@@ -22,6 +31,8 @@ CASES = [
     Case(op="sample_nuclei", name="2 images", inputs=sample_inputs(2, 96, 19, 7)),
     Case(op="sample_nuclei", name="no nuclei", inputs=sample_inputs(2, 96, 19, 0)),
     Case(op="projection_stats", name="2 images", inputs=stats_inputs(2, 35, 9, 19)),
+    Case(op="add_layer_norm", name="67 rows", inputs=norm_inputs(67, 35)),
+    Case(op="resize_concat", name="2 images", inputs=resize_inputs(2, (5, 3), (35, 19), 9)),
     Case(op="augment_views", name="2 ROIs", inputs=view_inputs(2, 3, 77, 37)),
     Case(op="dino_loss", name="7 rows", inputs=loss_inputs(7, 5, 2501, 11)),
     Case(op="linear_dino_loss", name="7 rows", inputs=loss_inputs(7, 5, 261, 11, width=32)),

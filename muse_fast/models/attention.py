@@ -32,9 +32,9 @@ def attend(qkv: Tensor, heads: int, layout: Layout, backend: str) -> Tensor:
         ``[M, C]``.
     """
     if backend == "sdpa":
-        sizes = [images * tokens for images, tokens in layout]
-        parts = zip(qkv.split(sizes), layout, strict=True)
-        return torch.cat([_attend_sdpa(part, heads, *shape) for part, shape in parts])
+        parts = _Parts.apply(qkv, heads, layout)
+        attended = [_attend_sdpa(*parts[first : first + 3]) for first in range(0, len(parts), 3)]
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
     q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)  # [M, heads, C / heads]
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
@@ -83,10 +83,33 @@ def _failure(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
-def _attend_sdpa(qkv: Tensor, heads: int, images: int, tokens: int) -> Tensor:
-    parts = qkv.unflatten(1, (3, heads, -1)).unflatten(0, (images, tokens)).unbind(2)
+class _Parts(torch.autograd.Function):
+    """Queries, keys and values of each resolution in turn, ``[images, tokens, heads, C / heads]``: views of ``qkv``.
+
+    The backward writes their gradients into one matrix. That of torch's splits would copy each twice: into a stack of
+    three, and into the matrix of all resolutions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, layout: Layout) -> tuple[Tensor, ...]:
+        ctx.heads, ctx.layout, ctx.shape = heads, layout, qkv.shape
+        return _parts(qkv, heads, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        gradient = grads[0].new_empty(ctx.shape)
+        for part, grad in zip(_parts(gradient, ctx.heads, ctx.layout), grads, strict=True):
+            part.copy_(grad)
+        return gradient, None, None
+
+
+def _parts(qkv: Tensor, heads: int, layout: Layout) -> tuple[Tensor, ...]:
+    whole = qkv.unflatten(1, (3, heads, -1)).split([images * tokens for images, tokens in layout])
+    return tuple(x for part, shape in zip(whole, layout, strict=True) for x in part.unflatten(0, shape).unbind(2))
+
+
+def _attend_sdpa(*parts: Tensor) -> Tensor:
     q, k, v = (part.transpose(1, 2) for part in parts)  # [images, heads, tokens, C / heads]
-    # Not one permutation: the backward would then stack three gradients in that order, and copy them into this one.
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 

@@ -39,17 +39,16 @@ class Statistics(NamedTuple):
     bias: Tensor  # [o]
 
 
-def resize(x: Tensor, side: int) -> Tensor:
-    """``[I, c, h, h]`` -> ``[I, c, side, side]``, bilinear with aligned corners, in the dtype of ``x``."""
-    if x.shape[-1] == side:
-        return x
-    with torch.autocast(x.device.type, enabled=False):  # autocast would return float32
-        return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
+class Level(NamedTuple):
+    """A map of a pyramid, which is resized where it is concatenated with another."""
+
+    map: Tensor  # [I, c, h, h]
+    side: int  # that it is resized to
 
 
 def unify(levels: Sequence[Tensor]) -> Tensor:
     """Four levels ``[I, D/4, h_l, h_l]``, finest first -> the unified map ``[I, D, h_0, h_0]``."""
-    return torch.cat([resize(level, levels[0].shape[-1]) for level in levels], dim=1)
+    return ops.resize_concat(levels, levels[0].shape[-1])
 
 
 class ConvBN(nn.Module):
@@ -82,16 +81,16 @@ class ResidualBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """U(coarse, fine): resize ``coarse`` to ``fine``, concatenate them, and convolve to the width of ``fine``."""
+    """U(coarse, fine): resize both to the side of ``fine``, concatenate them, and convolve to the width of ``fine``."""
 
     def __init__(self, coarse_channels: int, fine_channels: int) -> None:
         super().__init__()
         self.first_block = ConvBN(coarse_channels + fine_channels, fine_channels, 3, relu=True)
         self.last_block = ResidualBlock(fine_channels)
 
-    def forward(self, coarse: Iterable[Tensor], fine: Iterable[Tensor]) -> list[Tensor]:
+    def forward(self, coarse: Iterable[Tensor], fine: Iterable[Level]) -> list[Tensor]:
         pairs = zip(coarse, fine, strict=True)
-        return self.last_block(self.first_block(torch.cat([resize(c, f.shape[-1]), f], dim=1) for c, f in pairs))
+        return self.last_block(self.first_block(ops.resize_concat([c, f.map], f.side) for c, f in pairs))
 
 
 class Projection(ConvBN):
@@ -190,13 +189,14 @@ class Decoder(nn.Module):
         """Output of the encoder -> four levels ``[I, level_dim, h_l, h_l]`` per group; `unify` joins them."""
         return self.hyper_feats(self.decode(self.pyramids(encoded)))
 
-    def pyramids(self, encoded: Any) -> list[Maps]:
-        """The four maps per group, finest first, that decoding starts from."""
-        return encoded
+    def pyramids(self, encoded: Any) -> list[list[Level]]:
+        """The four levels per group, finest first, that decoding starts from."""
+        return [[Level(x, x.shape[-1]) for x in maps] for maps in encoded]
 
-    def decode(self, pyramids: Sequence[Maps]) -> list[Maps]:
-        """Four maps per group, finest first -> four of the same sizes and widths, not yet projected."""
-        e1, e2, e3, e4 = zip(*pyramids, strict=True)
+    def decode(self, pyramids: Sequence[Sequence[Level]]) -> list[Maps]:
+        """Four levels per group, finest first -> maps of the same sides and widths, not yet projected."""
+        e1, e2, e3, coarsest = zip(*pyramids, strict=True)
+        e4 = [ops.resize_concat([level.map], level.side) for level in coarsest]
         d3 = self.decoder3(e4, e3)
         d2 = self.decoder2(d3, e2)
         d1 = self.decoder1(d2, e1)
@@ -255,8 +255,9 @@ class MappedDecoder(Decoder):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="linear")
         self.dim_map_layers = nn.ModuleList(layers)
 
-    def pyramids(self, encoded: Any) -> list[Maps]:
-        return [tuple(layer(x) for layer, x in zip(self.dim_map_layers, maps, strict=True)) for maps in encoded]
+    def pyramids(self, encoded: Any) -> list[list[Level]]:
+        layers = self.dim_map_layers
+        return super().pyramids([[layer(x) for layer, x in zip(layers, maps, strict=True)] for maps in encoded])
 
 
 class TokenDecoder(MappedDecoder):
@@ -272,8 +273,8 @@ class TokenDecoder(MappedDecoder):
         super().__init__((width,) * 4, dim or width)
         self.patch = patch
 
-    def pyramids(self, encoded: PackedTokens) -> list[Maps]:
-        """Tokens of views of side R = gP -> four maps per group, of sides R // 4, R // 8, R // 16 and R // 32."""
+    def pyramids(self, encoded: PackedTokens) -> list[list[Level]]:
+        """Tokens of views of side R = gP -> four levels per group, of sides R // 4, R // 8, R // 16 and R // 32."""
         grids = [math.isqrt(tokens - encoded.prefix) for _, tokens in encoded.layout]
         levels = []
         for layer, tokens, stride in zip(self.dim_map_layers, encoded.taps, PYRAMID, strict=True):
@@ -281,8 +282,8 @@ class TokenDecoder(MappedDecoder):
             rows = encoded.split(F.linear(tokens, layer.weight.flatten(1)))
             patches = (x[:, encoded.prefix :] for x in rows)
             maps = [x.unflatten(1, (g, g)).permute(0, 3, 1, 2) for x, g in zip(patches, grids, strict=True)]
-            levels.append([resize(x, self.patch * g // stride) for x, g in zip(maps, grids, strict=True)])
-        return list(zip(*levels, strict=True))
+            levels.append([Level(x, self.patch * g // stride) for x, g in zip(maps, grids, strict=True)])
+        return [list(levels_of_group) for levels_of_group in zip(*levels, strict=True)]
 
 
 def pyramid_widths(dim: int) -> tuple[int, int, int, int]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from muse_fast import ops
 from muse_fast.config import POS_EMBED_RESIZE
 from muse_fast.errors import require
 from muse_fast.models.attention import Layout, attend
@@ -91,6 +92,27 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class Stream(NamedTuple):
+    """The residual stream ``x + scale * branch``. Its last branch is added where the sum is normalised, in one pass."""
+
+    x: Tensor  # [M, C]
+    branch: Tensor | None = None  # [M, C]
+    scale: Tensor | None = None  # [M, 1]; None is 1
+
+    def added(self) -> Tensor:
+        """The sum ``[M, C]``."""
+        if self.branch is None:
+            return self.x
+        return self.x + (self.branch if self.scale is None else self.branch * self.scale)
+
+    def normalised(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The sum and ``norm`` of it, both ``[M, C]``; LayerNorm has the dtype of autocast."""
+        if isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+            return ops.add_layer_norm(*self, norm.weight, norm.bias, norm.eps)
+        x = self.added()
+        return x, norm(x)
+
+
 class Layer(nn.Module):
     """Base of transformer layers. ``recompute`` selects activations that the backward recomputes instead of storing."""
 
@@ -98,15 +120,18 @@ class Layer(nn.Module):
         super().__init__()
         self.recompute = recompute
 
-    def forward(self, *inputs: Any) -> Tensor:
+    def forward(self, *inputs: Any) -> Stream:
         """``layer(*inputs)``."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.layer(*inputs)
-        options: dict[str, Any] = {"context_fn": _keep_matmuls} if self.recompute == "selective" else {}
         # Nothing in a layer draws random numbers, so there is no random state to restore.
-        return checkpoint(self.layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.recompute == "selective":
+            return checkpoint(self.layer, *inputs, **how, context_fn=_keep_matmuls)
+        # The backward of the next layer starts from the sum: one matrix to store instead of two.
+        return Stream(checkpoint(lambda *inputs: self.layer(*inputs).added(), *inputs, **how))
 
-    def layer(self, *inputs: Any) -> Tensor:
+    def layer(self, *inputs: Any) -> Stream:
         raise NotImplementedError
 
 
@@ -118,12 +143,12 @@ class Block(Layer):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
 
-    def layer(self, x: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
-        """``x [M, C]``, scales of the two residual branches ``[2, M, 1]`` -> ``[M, C]``."""
-        attended = self.attn(self.norm1(x), layout)
-        x = x + (attended if scales is None else attended * scales[0])
-        mixed = self.mlp(self.norm2(x))
-        return x + (mixed if scales is None else mixed * scales[1])
+    def layer(self, stream: Stream, layout: Layout, scales: Tensor | None) -> Stream:
+        """Append two branches to the stream, with scales ``[2, M, 1]``."""
+        first, second = (None, None) if scales is None else scales.unbind()
+        x, normed = stream.normalised(self.norm1)
+        x, normed = Stream(x, self.attn(normed, layout), first).normalised(self.norm2)
+        return Stream(x, self.mlp(normed), second)
 
 
 def _keep_matmuls() -> Any:
@@ -218,12 +243,14 @@ class VisionTransformer(nn.Module):
         tokens = [self.embed(images) for images in groups]
         layout = tuple((x.shape[0], x.shape[1]) for x in tokens)
         layer_scales = scales_of_layers(scales, layout, DEPTH)
-        x = torch.cat([x.flatten(0, 1) for x in tokens])
+        stream = Stream(torch.cat([x.flatten(0, 1) for x in tokens]))
         taps = []
         for layer, block in enumerate(self.blocks):
-            x = block(x, layout, layer_scales[layer])
+            stream = block(stream, layout, layer_scales[layer])
             if layer in TAPPED_LAYERS:
-                taps.append(self.norm(x))
+                x, tap = stream.normalised(self.norm)
+                stream = Stream(x)
+                taps.append(tap)
         return PackedTokens(tuple(taps), layout)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -266,7 +293,8 @@ class ViTEncoder(Encoder):
     def forward(self, groups: Sequence[Tensor], scales: Tensor | None = None) -> tuple[Tensor, PackedTokens]:
         """Groups of images -> CLS of the last tapped layer ``[images, C]``, and the tapped tokens."""
         tokens = self.encoder(groups, scales)
-        return torch.cat([part[:, 0] for part in tokens.split(tokens.taps[-1])]), tokens
+        cls = torch.cat([part[:, 0] for part in tokens.split(tokens.taps[-1])])
+        return cls.to(self.encoder.cls_token.dtype), tokens  # tokens have the dtype of autocast
 
 
 def vit_flops(dim: int, size: int) -> int:

@@ -35,6 +35,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "dino_loss": ("cpp", "triton"),
     "linear_dino_loss": ("triton", "blocked"),
     "augment_views": ("triton",),
+    "add_layer_norm": ("triton",),
+    "resize_concat": ("triton",),
 }
 SINGLE_PRECISION = {("dino_loss", "cpp")}  # in addition to all Triton kernels
 

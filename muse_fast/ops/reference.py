@@ -17,13 +17,27 @@ from torch import Tensor
 from muse_fast.kernels.reference import dino_loss, linear_dino_loss
 
 __all__ = [
+    "add_layer_norm",
     "augment_views",
     "dino_loss",
     "linear_dino_loss",
     "match_nuclei",
     "projection_stats",
+    "resize_concat",
     "sample_nuclei",
 ]
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Scale, add, normalise and cast, one after the other."""
+    if branch is not None:
+        x = x + (branch if scale is None else branch * scale.detach())
+    normed = F.layer_norm(x, weight.shape, weight, bias, eps)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        normed = normed.to(torch.get_autocast_dtype(x.device.type))
+    return x, normed
 
 
 def match_nuclei(
@@ -59,6 +73,16 @@ def match_nuclei(
 
 def _cut_or_pad(rows: Tensor, capacity: int) -> Tensor:
     return F.pad(rows, (0, capacity - len(rows)), value=-1)
+
+
+def resize_concat(maps: Sequence[Tensor], side: int) -> Tensor:
+    """Resize each map in its dtype, then concatenate."""
+    size = (side, side)
+    with torch.autocast(maps[0].device.type, enabled=False):  # autocast would return float32
+        resized = [
+            x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=True) for x in maps
+        ]
+        return torch.cat(resized, dim=1)
 
 
 def sample_nuclei(levels: Sequence[Tensor], xy: Tensor, image_index: Tensor, view_size: int) -> Tensor:

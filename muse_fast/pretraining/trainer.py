@@ -39,7 +39,7 @@ from muse_fast.pretraining.losses import (
 )
 from muse_fast.pretraining.start import Start, read_networks, read_start
 from muse_fast.runtime import checkpoint
-from muse_fast.runtime.device import moved
+from muse_fast.runtime.device import deterministic, moved
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
 from muse_fast.runtime.options import AUTO
 from muse_fast.runtime.tensors import refuse_misfits
@@ -132,6 +132,10 @@ class Trainer:
         The host does not wait for the device. After a value that is not finite, neither this step nor any later one
         changes weights, teacher or centres; `check` raises it.
         """
+        with deterministic(self.device, self.config.train.deterministic):
+            return self._train_step(micro_batches, measure)
+
+    def _train_step(self, micro_batches: Sequence[Views], measure: bool) -> Metrics:
         config, schedule = self.config, schedule_at(self.step, self.config)
         if schedule.train_encoder != self.student.train_encoder:
             self._set_train_encoder(schedule.train_encoder)

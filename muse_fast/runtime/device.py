@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,29 @@ def peak_flops_of(gpu: str) -> float | None:
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return ``tensor``, which is on the host, on ``device``, without waiting for a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@contextmanager
+def deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
+    """Within the body, operations give the same bits in every run of the same program on the same kind of GPU, if
+    ``enabled``; RuntimeError if torch has no such form of one. On a CPU they always do.
+
+    torch then takes flash attention instead of cuDNN's, whose backward is not deterministic.
+    """
+    if not enabled or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    cudnn.benchmark = False  # it chooses by time
+    memory.fill_uninitialized_memory = False  # nothing reads it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.benchmark, memory.fill_uninitialized_memory = before[1:]
 
 
 class Stopwatch:

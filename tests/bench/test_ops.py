@@ -29,6 +29,8 @@ from bench.ops.cases import (
     Work,
     loss_inputs,
     match_inputs,
+    norm_inputs,
+    resize_inputs,
     sample_inputs,
     stats_inputs,
     view_inputs,
@@ -47,6 +49,8 @@ TINY = [
     Case(op="match_nuclei", name="tiny", inputs=match_inputs(2, 3, 8)),
     Case(op="sample_nuclei", name="tiny", inputs=sample_inputs(3, 64, 2, 5)),
     Case(op="projection_stats", name="tiny", inputs=stats_inputs(2, 3, 5, 4)),
+    Case(op="add_layer_norm", name="tiny", inputs=norm_inputs(7, 5)),
+    Case(op="resize_concat", name="tiny", inputs=resize_inputs(2, (3, 2), (5, 4), 5)),
     Case(op="augment_views", name="tiny", inputs=view_inputs(2, 2, 70, 32)),
 ]
 RATES = Rates(1e10, 1e12)

@@ -43,6 +43,31 @@ def test_the_flops_are_those_of_the_closed_form(counted: dict[str, Any]) -> None
     assert 1.0 < step["flops"] / step["useful_flops"] < 1.15
 
 
+# For which torch raises under `torch.use_deterministic_algorithms`, by its documentation: what a network might use.
+RANDOM = (
+    "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "adaptive_avg_pool2d_backward",
+    "adaptive_max_pool2d_backward", "reflection_pad2d_backward", "grid_sampler_2d_backward",
+    "cudnn_grid_sampler_backward", "nll_loss_forward", "histc", "cumsum f32", "cumsum bf16", "put_", "median",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_torch
+def test_a_step_can_be_deterministic(counted: dict[str, Any]) -> None:
+    """No operation of pretraining lacks such a form, and torch takes flash attention where it would take cuDNN's."""
+    names = counted["steps"][0]["operations"]
+    assert [name for name in names if name.startswith(RANDOM)] == []
+    attention = {name: counted["cases"][name]["operations"] for name in ("attention", "deterministic_attention")}
+    used = {how: sorted({x.split()[0] for x in names if "attention" in x}) for how, names in attention.items()}
+    assert used == {
+        "attention": ["_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"],
+        "deterministic_attention": [
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_backward",
+        ],
+    }
+
+
 @pytest.mark.slow
 @needs_torch
 def test_operations_of_known_cost(counted: dict[str, Any]) -> None:

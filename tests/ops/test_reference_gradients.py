@@ -58,6 +58,32 @@ def check_match_nuclei(op: Op) -> None:
     assert student.tolist() == [4, 5, 6, 8, 1, 2, 3, 8, 9]
 
 
+def hat(position: Tensor, count: int) -> Tensor:
+    """[N, count]: the weight of every pixel at a point between pixels."""
+    return (1 - (position.unsqueeze(1) - torch.arange(count)).abs()).clamp(min=0)
+
+
+def resize(count: int, fine: int) -> Tensor:
+    """[fine, count]: the weight of every coarse pixel in every fine one, corners aligned."""
+    return hat(torch.arange(fine, dtype=torch.float64) * (count - 1) / (fine - 1), count)
+
+
+def check_resize_concat(op: Op) -> None:
+    """Products of two matrices of hat functions, enlarging, reducing and keeping; the gradient is their transpose."""
+    torch.manual_seed(0)
+    maps = [torch.randn(2, c, h, w, dtype=torch.float64) for c, h, w in [(2, 3, 4), (3, 7, 9), (1, 5, 5), (2, 1, 1)]]
+    weights = [(resize(x.shape[2], 5), resize(x.shape[3], 5)) for x in maps]
+    leaves = [x.clone().requires_grad_() for x in maps]
+    out = op(leaves, 5)
+    parts = [torch.einsum("qi,pj,ncij->ncqp", *each, x) for each, x in zip(weights, maps, strict=True)]
+    torch.testing.assert_close(out, torch.cat(parts, dim=1), **TOLERANCE)
+    pull = torch.randn_like(out)
+    (out * pull).sum().backward()
+    pulls = pull.split([x.shape[1] for x in maps], dim=1)
+    for leaf, each, part in zip(leaves, weights, pulls, strict=True):
+        torch.testing.assert_close(leaf.grad, torch.einsum("qi,pj,ncqp->ncij", *each, part), **TOLERANCE)
+
+
 def check_sample_nuclei(op: Op) -> None:
     """Rows against the product of two hat functions on the upsampled map; gradients against central differences."""
     torch.manual_seed(0)
@@ -66,14 +92,6 @@ def check_sample_nuclei(op: Op) -> None:
     xy = torch.rand(6, 2) * 32
     image_index = torch.tensor([0, 1, 1, 0, 1, 0])
     weights = torch.randn(6, 8, dtype=torch.float64)
-
-    def hat(position: Tensor, count: int) -> Tensor:
-        """[N, count]: the weight of every pixel at a point between pixels."""
-        return (1 - (position.unsqueeze(1) - torch.arange(count)).abs()).clamp(min=0)
-
-    def resize(count: int, fine: int) -> Tensor:
-        """[fine, count]: the weight of every coarse pixel in every fine one, corners aligned."""
-        return hat(torch.arange(fine, dtype=torch.float64) * (count - 1) / (fine - 1), count)
 
     across, down = hat(xy[:, 0].double() / 32 * 6, 7), hat(xy[:, 1].double() / 32 * 4, 5)
     expected = torch.cat(
@@ -94,6 +112,34 @@ def check_sample_nuclei(op: Op) -> None:
             return (op(inputs, xy, image_index, 32) * weights).sum()
 
         torch.testing.assert_close(leaf.grad, central_differences(weighted_sum, levels[position]), **TOLERANCE)
+
+
+def check_add_layer_norm(op: Op) -> None:
+    """Both results against sums, all gradients against central differences; one row is dropped, one doubled."""
+    torch.manual_seed(0)
+    x, branch, pull, other = (torch.randn(4, 5, dtype=torch.float64) for _ in range(4))
+    scale = torch.tensor([[1.0], [0.0], [2.0], [1.0]], dtype=torch.float64)
+    weight, bias = torch.rand(5, dtype=torch.float64) + 0.5, torch.randn(5, dtype=torch.float64)
+    total, normed = op(x, branch, scale, weight, bias, 1e-3)
+    expected = torch.stack([a + s * b for a, b, s in zip(x, branch, scale, strict=True)])
+    deviation = ((expected**2).mean(1) - expected.mean(1) ** 2 + 1e-3).sqrt()
+    torch.testing.assert_close(total, expected, **TOLERANCE)
+    rows = ((expected.T - expected.mean(1)) / deviation).T
+    torch.testing.assert_close(normed, rows * weight + bias, **TOLERANCE)
+
+    points = [x, branch, weight, bias]
+    leaves = [point.clone().requires_grad_() for point in points]
+
+    def weighted_sum(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        total, normed = op(x, branch, scale, weight, bias, 1e-3)
+        return (total * pull + normed * other).sum()
+
+    weighted_sum(*leaves).backward()
+    for place, leaf in enumerate(leaves):
+        numeric = central_differences(
+            lambda moved, place=place: weighted_sum(*points[:place], moved, *points[place + 1 :]), points[place]
+        )
+        torch.testing.assert_close(leaf.grad, numeric, **TOLERANCE)
 
 
 def loss_inputs() -> tuple[Tensor, ...]:
@@ -175,13 +221,32 @@ def swap_weights(z: Tensor, weight: Tensor, teacher_z: Tensor, teacher_weight: T
     return reference.linear_dino_loss(z, teacher_weight, teacher_z, weight, *rest)
 
 
+def forget_scale(x: Tensor, branch: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return reference.add_layer_norm(x, branch, None, *rest)
+
+
+def scale_the_gradient_of_the_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
+    total, normed = reference.add_layer_norm(*arguments)
+    return total, ScaledGradient.apply(normed)
+
+
+def concatenate_in_reverse(maps: Any, side: int) -> Tensor:
+    return reference.resize_concat(maps[::-1], side)
+
+
 CHECKS = {
+    "add_layer_norm": check_add_layer_norm,
     "match_nuclei": check_match_nuclei,
+    "resize_concat": check_resize_concat,
     "sample_nuclei": check_sample_nuclei,
     "dino_loss": check_dino_loss,
     "linear_dino_loss": check_linear_dino_loss,
 }
 MUTANTS = {
+    "resize_concat-gradient_1_percent": scaled_gradient(reference.resize_concat),
+    "resize_concat-reversed": concatenate_in_reverse,
+    "add_layer_norm-forgotten_scale": forget_scale,
+    "add_layer_norm-gradient_1_percent": scale_the_gradient_of_the_norm,
     "match_nuclei-dropped_pair": drop_last_pair,
     "match_nuclei-swapped_roles": swap_roles,
     "sample_nuclei-gradient_1_percent": scaled_gradient(reference.sample_nuclei),

@@ -41,6 +41,8 @@ CHECKED = ("test_sample_nuclei.py", "opcheck and cpp")
 MATCHED = ("test_match_nuclei.py", "set_intersection and cpp")
 RESIZED = ("test_augment_views.py", "equals_pillow and triton or equals_torchvision and triton")
 STAINED = ("test_augment_views.py", "stains_equal_the_equations and triton")
+NORMED = ("test_add_layer_norm.py", "exact_as_eager or hand_computed and triton")
+CONCATENATED = ("test_resize_concat.py", "products_of_matrices and triton")
 LINEAR = ("test_linear_dino_loss.py", "exact_as_eager or padding")
 
 BUGS = {
@@ -87,6 +89,27 @@ BUGS = {
         *RESIZED,
     ),
     "triton_stain_1_percent": Bug("kernels/fused/augment_views.py", "+ 1.13473037 * g", "+ 1.14607767 * g", *STAINED),
+    "triton_norm_of_the_unscaled_branch": Bug(
+        "kernels/fused/add_layer_norm.py", "added *= tl.load(scale", "added += 0 * tl.load(scale", *NORMED
+    ),
+    "triton_norm_without_the_mean_of_its_gradient": Bug(
+        "kernels/fused/add_layer_norm.py", "(g - (tl.sum(g, 1) / WIDTH)[:, None]", "(g", *NORMED
+    ),
+    "triton_norm_gradient_1_percent": Bug(
+        "kernels/fused/add_layer_norm.py", "weight_gradient += dn * h", "weight_gradient += dn * h * 1.01", *NORMED
+    ),
+    "triton_resize_off_by_one_tap": Bug(
+        "kernels/fused/resize_concat.py",
+        "for right in range(taps_across):",
+        "for right in range(taps_across - 1):",
+        *CONCATENATED,
+    ),
+    "triton_resize_swapped_axes": Bug(
+        "kernels/fused/resize_concat.py",
+        "place(fine_row, fine_height, height)",
+        "place(fine_row, fine_width, width)",
+        *CONCATENATED,
+    ),
     "triton_dropped_pair": Bug(
         "kernels/fused/dino_loss.py", "while position < last:", "while position < last - 1:", *EXACT
     ),

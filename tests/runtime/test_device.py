@@ -1,11 +1,19 @@
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from muse_fast.errors import UserError
-from muse_fast.runtime.device import available_memory, peak_flops, peak_flops_of, peak_memory, pick_device
+from muse_fast.runtime.device import (
+    available_memory,
+    deterministic,
+    peak_flops,
+    peak_flops_of,
+    peak_memory,
+    pick_device,
+)
 
 
 def test_auto_is_a_gpu_if_there_is_one() -> None:
@@ -102,3 +110,24 @@ def test_available_memory_of_this_machine(tmp_path: Path) -> None:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert available_memory(tmp_path) == physical  # without /proc
     assert 0 < available_memory() <= physical
+
+
+@pytest.mark.parametrize(
+    ("device", "enabled", "expected"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_deterministic_only_within_its_body(
+    device: str, enabled: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked only to warn, torch would not choose the deterministic form of attention."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with suppress(KeyError), deterministic(torch.device(device), enabled):
+        assert torch.are_deterministic_algorithms_enabled() == expected
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.backends.cudnn.benchmark != expected
+        assert torch.utils.deterministic.fill_uninitialized_memory != expected
+        assert (os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8") == expected
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+    assert torch.utils.deterministic.fill_uninitialized_memory

@@ -22,10 +22,12 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from muse_fast.kernels import fused
 from muse_fast.kernels.fused import (
+    add_layer_norm,
     augment_views,
     dino_loss,
     linear_dino_loss,
     projection_stats,
+    resize_concat,
     sample_nuclei,
     soft_cross_entropy,
 )
@@ -117,6 +119,31 @@ def sample_nuclei_launches() -> list[Launch]:
     return forward + backward
 
 
+def resize_concat_launches() -> list[Launch]:
+    """Tokens of ViT-S at 224 px brought to stride 4, and the gradient; contiguous and channels-last."""
+    blocks = {"BLOCK_PIXELS": resize_concat.BLOCK_PIXELS, "BLOCK_CHANNELS": resize_concat.BLOCK_CHANNELS}
+    sizes = "height width fine_height fine_width"
+    launches = []
+    for adjacent, apart in [("channel", "column"), ("column", "channel")]:
+
+        def strides(prefix: str, apart: str = apart) -> str:
+            return " ".join(f"{prefix}{name}_stride" for name in ("image", "row", apart))
+
+        forward = {"*T": "x out", "i32": sizes, "i32:16": f"channels {strides('')} {strides('out_')}"}
+        backward = {
+            "*T": "fine_gradient gradient",
+            "i32": f"{sizes} taps_down taps_across",
+            "i32:16": f"channels {strides('fine_')} {strides('')}",
+        }
+        for kernel, types, prefixes in [
+            (resize_concat.interpolate_kernel, forward, ("", "out_")),
+            (resize_concat.interpolate_gradient_kernel, backward, ("fine_", "")),
+        ]:
+            ones = {f"{prefix}{adjacent}_stride": 1 for prefix in prefixes}
+            launches.append(Launch(kernel, types, ones | blocks))
+    return launches
+
+
 def projection_stats_launches(dtype: torch.dtype, channels_last: bool) -> list[Launch]:
     """The second level of ViT-B: 384 channels onto 192."""
     weight = torch.empty(192, 384, dtype=dtype, device="meta")
@@ -154,7 +181,30 @@ def projection_stats_launches(dtype: torch.dtype, channels_last: bool) -> list[L
     ]
 
 
+def add_layer_norm_launches(width: int, dtype: str) -> list[Launch]:
+    """A float32 stream with branches and norms of ``dtype``: within a ViT, at its start, and after its last layer."""
+    tile, num_warps = add_layer_norm.tile_of(width)
+    rows = {"*fp32": "x weight bias stats", "*T": "normed", "i32": "num_rows", "fp32": "eps"}
+    added = rows | {"*fp32": "x scale weight bias total stats", "*T": "branch normed"}
+    sums = {"*fp32": "total stats weight x_gradient run_gradients", "*T": "normed_gradient"}
+    sums |= {"i32": "num_rows rows_per_run"}
+    within = sums | {"*fp32": f"{sums['*fp32']} total_gradient scale", "*T": "normed_gradient branch_gradient"}
+    alone = {"total_gradient": None, "scale": None, "branch_gradient": None}
+    last = sums | {"*T": "normed_gradient branch_gradient"}
+    cases = [
+        (add_layer_norm.add_norm_kernel, added, {}),
+        (add_layer_norm.add_norm_kernel, rows, {"branch": None, "scale": None, "total": None}),
+        (add_layer_norm.add_norm_gradient_kernel, within, {}),
+        (add_layer_norm.add_norm_gradient_kernel, sums, alone),
+        (add_layer_norm.add_norm_gradient_kernel, last, {"total_gradient": None, "scale": None}),
+    ]
+    return [Launch(kernel, types, tile | absent, num_warps, dtypes=(dtype,)) for kernel, types, absent in cases]
+
+
 LAUNCHES = [
+    *resize_concat_launches(),
+    *(launch for width in (192, 384, 768, 8192) for launch in add_layer_norm_launches(width, "bf16")),
+    *add_layer_norm_launches(768, "fp32"),
     *sample_nuclei_launches(),
     Launch(
         augment_views.resize_kernel,

@@ -10,10 +10,12 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from bench.plan.counts import Counts
 from bench.plan.standin import DEVICE, StandIn, stand_in
 from bench.plan.worker import Job, count
+from muse_fast.runtime.device import deterministic
 from muse_fast.training.graphs import CudaRecorder, Graphed
 from muse_fast.views.loader import on_device
 
@@ -90,9 +92,19 @@ def masked() -> None:
     assert torch.empty(5, 2, device=DEVICE)[numbers > 2].shape == (2, 2)
 
 
+def attention() -> None:
+    q = torch.empty(2, 3, 40, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    F.scaled_dot_product_attention(q, q, q).sum().backward()
+
+
+def deterministic_attention() -> None:
+    with deterministic(DEVICE, True):
+        attention()
+
+
 CASES: tuple[Callable[[], None], ...] = (
     product, broadcast, freed, pageable, pinned, pinned_but_blocking, copied_ahead, replayed, wait_in_a_graph, read,
-    read_all, masked,
+    read_all, masked, attention, deterministic_attention,
 )  # fmt: skip
 
 
@@ -110,6 +122,7 @@ def case(run: Callable[[], None], device: StandIn) -> dict[str, Any]:
         "pageable": sum(not copy.pinned for copy in counts.copies),
         "peak": counts.peak,
         "live": counts.held,
+        "operations": list(counts.rows),
     }
 
 

@@ -20,7 +20,7 @@ from muse_fast.models.attention import Layout, attend
 from muse_fast.models.encoder import Encoder, check_images
 from muse_fast.models.norm import over_ranks
 from muse_fast.models.timm.networks import PixelStatistics
-from muse_fast.models.vit import Layer, PackedTokens, scales_of_layers
+from muse_fast.models.vit import Layer, PackedTokens, Stream, scales_of_layers
 
 POST_NORM = ("ResPostBlock", "EvaBlockPostNorm")
 BLOCKS = ("Block", "EvaBlock", *POST_NORM)
@@ -90,14 +90,16 @@ class TimmViTEncoder(Encoder):
         rotations = [self._rotation(math.isqrt(count - self.prefix)) for _, count in layout]
         depth = len(network.blocks)
         layer_scales = scales_of_layers(scales, layout, depth)
-        x = network.norm_pre(torch.cat([x.flatten(0, 1) for x in tokens]))
+        stream = Stream(network.norm_pre(torch.cat([x.flatten(0, 1) for x in tokens])))
         tapped = {}
         for layer, block in enumerate(network.blocks):
-            x = block(x, layout, [_of_layer(one, layer) for one in rotations], layer_scales[layer])
+            stream = block(stream, layout, [_of_layer(one, layer) for one in rotations], layer_scales[layer])
             if layer in self.taps or layer == depth - 1:
-                tapped[layer] = network.norm(x)
+                x, tapped[layer] = stream.normalised(network.norm)
+                stream = Stream(x)
         packed = PackedTokens(tuple(tapped[layer] for layer in self.taps), layout, self.prefix)
-        return torch.cat([self.pool(part) for part in packed.split(tapped[depth - 1])]), packed
+        pooled = torch.cat([self.pool(part) for part in packed.split(tapped[depth - 1])])
+        return pooled.to(stream.x.dtype), packed  # tokens have the dtype of autocast
 
     def embed(self, images: Tensor) -> Tensor:
         """``[I, 3, R, R]`` -> prefix and patch tokens with their positions, ``[I, P + T, C]``."""
@@ -158,14 +160,18 @@ class PackedBlock(Layer):
         for name, parameter in block.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
 
-    def layer(self, x: Tensor, layout: Layout, rotations: Sequence[Tensor | None], scales: Tensor | None) -> Tensor:
-        """``x [M, C]``, scales of the two residual branches ``[2, M, 1]`` -> ``[M, C]``."""
-        attended = self.attend(x if self.post_norm else self.norm1(x), layout, rotations)
-        attended = self.norm1(attended) if self.post_norm else self.gained(attended, 1)
-        x = x + (attended if scales is None else attended * scales[0])
-        mixed = self.mlp(x if self.post_norm else self.norm2(x))
-        mixed = self.norm2(mixed) if self.post_norm else self.gained(mixed, 2)
-        return x + (mixed if scales is None else mixed * scales[1])
+    def layer(
+        self, stream: Stream, layout: Layout, rotations: Sequence[Tensor | None], scales: Tensor | None
+    ) -> Stream:
+        """Append two branches to the stream, with scales ``[2, M, 1]``."""
+        first, second = (None, None) if scales is None else scales.unbind()
+        if self.post_norm:
+            x = stream.added()
+            x = Stream(x, self.norm1(self.attend(x, layout, rotations)), first).added()
+            return Stream(x, self.norm2(self.mlp(x)), second)
+        x, normed = stream.normalised(self.norm1)
+        x, normed = Stream(x, self.gained(self.attend(normed, layout, rotations), 1), first).normalised(self.norm2)
+        return Stream(x, self.gained(self.mlp(normed), 2), second)
 
     def gained(self, x: Tensor, branch: int) -> Tensor:
         """Apply the layer scale of a branch, which timm keeps as a module or as a parameter."""
