@@ -33,8 +33,8 @@ def attend(qkv: Tensor, heads: int, layout: Layout, backend: str) -> Tensor:
     """
     if backend == "sdpa":
         parts = _Parts.apply(qkv, heads, layout)
-        attended = [_attend_sdpa(*parts[first : first + 3]) for first in range(0, len(parts), 3)]
-        return torch.cat(attended) if len(attended) > 1 else attended[0]
+        groups = [_attend_sdpa(*parts[first : first + 3]) for first in range(0, len(parts), 3)]
+        return torch.cat(groups) if len(groups) > 1 else groups[0]
     q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)  # [M, heads, C / heads]
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention

@@ -47,7 +47,10 @@ class Inputs(dict[str, Any]):
 def make_case(rows: int, columns: int, form: str) -> Inputs:
     """A stream with a mean, branches of images that are dropped, kept and doubled; float64 values exact in bfloat16."""
     has_branch, has_scale = FORMS[form]
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64).bfloat16().double()  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).bfloat16().double()
+
     return Inputs(
         x=draw(rows, columns) * 2 + 0.5,
         branch=draw(rows, columns) if has_branch else None,
