@@ -261,7 +261,8 @@ def test_nucleus_rows_under_autocast_are_as_accurate_as_the_projected_map():
 
 def test_nucleus_rows_compile_without_a_graph_break():
     decoder = randomise(Decoder((2, 3, 4, 5), level_dim=4))
-    decoder.decode = tuple  # plain convolutions, slow to compile
+    # Without plain convolutions, which are slow to compile.
+    decoder.decode = lambda pyramids: [tuple(level.map for level in levels) for levels in pyramids]
     maps = [torch.randn(2, 2 + i, 24 >> i, 24 >> i) for i in range(4)]
     points = (*make_points(11, 96, images=2), 96)
 
