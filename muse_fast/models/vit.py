@@ -113,6 +113,13 @@ class Stream(NamedTuple):
         return x, norm(x)
 
 
+class StreamNorm(nn.LayerNorm):
+    """LayerNorm of a stream whose last branch is added first."""
+
+    def forward(self, stream: Any) -> Any:  # Stream -> the sum and its norm, both [M, C]
+        return ops.add_layer_norm(*stream, self.weight, self.bias, self.eps)
+
+
 class Layer(nn.Module):
     """Base of transformer layers. ``recompute`` selects activations that the backward recomputes instead of storing."""
 
@@ -138,16 +145,16 @@ class Layer(nn.Module):
 class Block(Layer):
     def __init__(self, dim: int, heads: int, attention: str, recompute: str) -> None:
         super().__init__(recompute)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = StreamNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, attention)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = StreamNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
 
     def layer(self, stream: Stream, layout: Layout, scales: Tensor | None) -> Stream:
         """Append two branches to the stream, with scales ``[2, M, 1]``."""
         first, second = (None, None) if scales is None else scales.unbind()
-        x, normed = stream.normalised(self.norm1)
-        x, normed = Stream(x, self.attn(normed, layout), first).normalised(self.norm2)
+        x, normed = self.norm1(stream)
+        x, normed = self.norm2(Stream(x, self.attn(normed, layout), first))
         return Stream(x, self.mlp(normed), second)
 
 
@@ -220,7 +227,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // PATCH) ** 2, dim))
         self.patch_embed = PatchEmbed(dim)
         self.blocks = nn.ModuleList(Block(dim, heads, attention, recompute) for _ in range(DEPTH))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = StreamNorm(dim, eps=1e-6)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -248,7 +255,7 @@ class VisionTransformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             stream = block(stream, layout, layer_scales[layer])
             if layer in TAPPED_LAYERS:
-                x, tap = stream.normalised(self.norm)
+                x, tap = self.norm(stream)
                 stream = Stream(x)
                 taps.append(tap)
         return PackedTokens(tuple(taps), layout)
