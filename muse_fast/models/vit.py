@@ -117,7 +117,8 @@ class StreamNorm(nn.LayerNorm):
     """LayerNorm of a stream whose last branch is added first."""
 
     def forward(self, stream: Any) -> Any:  # Stream -> the sum and its norm, both [M, C]
-        return ops.add_layer_norm(*stream, self.weight, self.bias, self.eps)
+        x, branch, scale = stream
+        return ops.add_layer_norm(x, branch, scale, self.weight, self.bias, self.eps)
 
 
 class Layer(nn.Module):
