@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,14 +53,16 @@ def _score(args: argparse.Namespace, team: Team) -> int:
 
     classes = len(detector.class_names)
 
-    def detect(image: SourceImage) -> Points:
+    def detect(image: SourceImage) -> tuple[Any, ...]:
         at_scale = labelled_image(image, detector.mpp, classes, detector.tile_size)
-        return in_source_pixels(detect_image(detector, at_scale), at_scale)
+        points = in_source_pixels(detect_image(detector, at_scale), at_scale)
+        return points.xy, points.label, points.score
 
     with ProgressBar("detection") as bar, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        found = team.map(detect, images, lambda done: bar.show(done, len(images), "images"))
+        columns = team.map(detect, images, lambda done: bar.show(done, len(images), "images"))
     if not team.is_main:
         return 0
+    found = [Points(*of_image) for of_image in columns]
     truths = [known_nuclei(image.xy, labels(image, classes)) for image in images]
     detected, annotated = (sum(len(points.xy) for points in some) for some in (found, truths))
     console.print(

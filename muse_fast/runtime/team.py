@@ -6,14 +6,16 @@ group: networks of different ranks do not exchange anything (BatchNorm would), a
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from itertools import count
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from muse_fast.errors import UserError
@@ -25,6 +27,15 @@ _Result = TypeVar("_Result")
 _PART = 4 << 20  # bytes; the store refuses values of more than 8 MiB
 _FAILED = "failed"
 _SECONDS_BETWEEN_LOOKS = 0.05
+# Anyone who reaches the store's port could write to it, so reading a result must not run code: besides what torch
+# accepts, these types of NumPy, which no subclass or function can replace.
+_ACCEPTED = [
+    np.ndarray,
+    np.dtype,
+    np.empty(0).__reduce__()[0],  # what builds arrays and numbers, under a name that depends on NumPy's version
+    np.float64().__reduce__()[0],
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+]
 
 
 class Team:
@@ -53,7 +64,7 @@ class Team:
         All ranks must call this, with the same items; each goes through all of them.
 
         Args:
-            function: its results are pickled.
+            function: its results are tensors, arrays, numbers, strings, None, and tuples, lists and dicts of these.
             done: called after each item of this rank with its number, counted from 1.
 
         Raises:
@@ -83,7 +94,9 @@ class Team:
                 self._store.set(_FAILED, f"rank {self.rank}: {said}")
 
     def _give(self, key: str, result: Any) -> None:
-        data = pickle.dumps(result)
+        file = io.BytesIO()
+        torch.save(result, file)
+        data = file.getvalue()
         starts = range(0, len(data), _PART)
         try:
             self._raise_failure_of_another()
@@ -99,7 +112,9 @@ class Team:
             self._raise_failure_of_another()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         parts = [f"{key}/{part}" for part in range(int(self._store.get(key)))]
-        result = pickle.loads(b"".join(self._store.get(part) for part in parts))
+        data = b"".join(self._store.get(part) for part in parts)
+        with torch.serialization.safe_globals(_ACCEPTED):
+            result = torch.load(io.BytesIO(data), weights_only=True)
         for used in (key, *parts):
             self._store.delete_key(used)
         return result

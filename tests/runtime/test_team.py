@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed import DistStoreError, HashStore
@@ -53,6 +57,30 @@ def test_results_larger_than_a_value_of_the_store(monkeypatch: pytest.MonkeyPatc
     tensors = [torch.randn(n) for n in (2000, 0, 251, 7000)]
     main, _ = on_ranks(2, lambda team: team.map(lambda n: tensors[n], range(4)))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(main, tensors, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint16", "int32", "int64", "float16", "float32", "float64"])
+def test_what_results_consist_of(dtype: str) -> None:
+    array = np.arange(6).astype(dtype).reshape(2, 3)
+    rest = {"a": [1, 2.5, None, True, "µm"], 3: (np.float64(0.1), ())}
+    result = (torch.arange(3).bfloat16(), array, array[1, 2], rest)
+    ours, theirs = on_ranks(2, lambda team: team.map(lambda _: result, range(2)))[0]
+    assert torch.equal(theirs[0], ours[0]) and theirs[0].dtype == torch.bfloat16
+    assert theirs[1].dtype == array.dtype and np.array_equal(theirs[1], array)
+    assert theirs[2] == array[1, 2] and type(theirs[2]) is type(array[1, 2])
+    assert theirs[3] == rest
+
+
+def test_a_result_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    store = HashStore()
+    Team(store, 1, 2).map(lambda _: Payload(), range(2))
+    with pytest.raises(UnpicklingError, match="mkdir"):
+        Team(store, 0, 2).map(str, range(2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_stays_in_the_store() -> None:
