@@ -44,7 +44,8 @@ def command(request: pytest.FixtureRequest) -> Command:
 @pytest.fixture(scope="module")
 def unbroken(command: Command, workplace: Path) -> list[float]:
     out = workplace / f"{command.name}-unbroken"
-    assert command.main([*training(command, workplace), "--out", str(out)]) == 0
+    if not (out / "summary.json").exists():  # pytest sets this up again when it comes back to a command
+        assert command.main([*training(command, workplace), "--out", str(out)]) == 0
     return losses(out)
 
 
