@@ -148,14 +148,18 @@ def test_scales_act_on_the_branches_of_their_image_and_layer():
     images, scales = torch.randn(3, 3, 48, 48), torch.ones(24, 3)
     scales[6], scales[7] = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, 0.5])  # layer 3
     x = model.embed(images)
+
+    def normalised(x, norm):
+        return F.layer_norm(x, (192,), norm.weight, norm.bias, eps=1e-6)
+
     with torch.no_grad():
         for layer, block in enumerate(model.blocks):
             first, second = (scales[2 * layer + branch][:, None, None] for branch in (0, 1))
-            q, k, v = block.attn.qkv(block.norm1(x)).unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
+            q, k, v = block.attn.qkv(normalised(x, block.norm1)).unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
             attended = ((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).flatten(2)
             x = x + first * block.attn.proj(attended)
-            x = x + second * block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
-        expected = model.norm(x)
+            x = x + second * block.mlp.fc2(F.gelu(block.mlp.fc1(normalised(x, block.norm2))))
+        expected = normalised(x, model.norm)
         torch.testing.assert_close(taps_of(model, images, scales)[-1], expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(taps_of(model, images)[-1], expected, atol=1e-3)
         ones = taps_of(model, images, torch.ones(24, 3))
