@@ -129,7 +129,7 @@ class Meter(Protocol):
     def copy(self, copy: Copy) -> None: ...
 
     def record(self) -> AbstractContextManager[Any]:
-        """What is told within is recorded as a graph, which the context returns."""
+        """Record what the body does as a graph, which the context returns."""
 
     def replay(self, graph: Any) -> None:
         """A graph is launched."""

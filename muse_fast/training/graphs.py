@@ -68,7 +68,8 @@ class Recorder(Protocol):
         """Run ``work`` as it will be recorded, so that libraries are ready."""
 
     def record(self, work: Work) -> tuple[list[Tensor], Callable[[], None]]:
-        """Return the results of ``work``, and what writes them anew from the present values of what it reads."""
+        """Run ``work`` and record it; return its results, and a function that computes them again in place from the
+        current values of its inputs."""
 
 
 class CudaRecorder:

@@ -21,7 +21,7 @@ from muse_fast.runtime.team import ALONE, Team
 
 
 def on_ranks(size: int, act: Callable[[Team], Any]) -> list[Any]:
-    """Results or errors of ranks that act together; an error is told as in `joined`."""
+    """Results or errors of ranks that act together; an error reaches the other ranks as in `joined`."""
     store = HashStore()
 
     def of_rank(rank: int) -> Any:
