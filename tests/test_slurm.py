@@ -1,11 +1,10 @@
 """Jobs as submitit runs them: on this machine, and under Slurm with fake commands."""
 
 import os
+import runpy
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,12 @@ from muse_fast.runtime.cli import run
 from muse_fast.training.report import StopSignal, read_metrics
 from tests.support.fake_slurm import fake_slurm
 from torture import toy
+from torture.processes import Child, children_of, wait_until
 from torture.toy import COMMANDS, FINETUNE, PRETRAIN, Command
 
 pytest.importorskip("submitit")
 
+STEPS = 60  # more than a run takes before it is warned
 LONG = {
     PRETRAIN: ("optim.batch_size=4", "train.eval_every=0", "train.checkpoint_every=1000"),
     FINETUNE: ("train.eval_every=50",),
@@ -33,7 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training(command: Command, workplace: Path, *overrides: str) -> list[str]:
-    return command.settings(workplace, "train.precision=fp64", command.lasting(100), *LONG[command], *overrides)
+    return command.settings(workplace, "train.precision=fp64", command.lasting(STEPS), *LONG[command], *overrides)
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
@@ -53,28 +54,16 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    while not true():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+def wait_until_trained(out: Path, process: Child) -> None:
+    wait_until(lambda: len(losses(out)) >= 3 or process.poll() is not None, 300, "fewer than three steps")
+    assert process.poll() is None, process.output()
 
 
-def trained(out: Path) -> Callable[[], bool]:
-    return lambda: len(losses(out)) >= 3
-
-
-def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def submitted(logs: Path) -> int:
+    """Do what Slurm starts: ``python -m submitit.core._submit LOGS``."""
+    sys.argv[1:] = [str(logs)]
+    runpy.run_module("submitit.core._submit", run_name="__main__")
+    return 0
 
 
 @pytest.mark.parametrize(
@@ -87,18 +76,17 @@ def children(pid: int) -> list[int]:
     indirect=["command"],
 )
 def test_a_warned_run_saves_requeues_and_ends_like_an_unbroken_run(
-    command: Command, tasks: int, workplace: Path, unbroken: list[float]
+    command: Command, tasks: int, workplace: Path, unbroken: list[float], tmp_path: Path
 ) -> None:
     out = workplace / f"{command.name}-local-{tasks}"
     options = ["--local", "--out", str(out), "--gpus-per-node", "0", "--tasks-per-node", str(tasks), "--time", "60"]
     argv = ["--command", command.name, *options, "--", *training(command, workplace)]
-    process = start(["-m", "muse_fast.slurm", *argv])
-    wait_until(trained(out), process)
-    (controller,) = children(process.pid)
-    for task in children(controller):
-        os.kill(task, signal.SIGUSR2)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
+    with Child(run, slurm.main, argv, log=tmp_path / "log") as process:
+        wait_until_trained(out, process)
+        (controller,) = children_of(process.pid)
+        for task in children_of(controller):
+            os.kill(task, signal.SIGUSR2)
+        assert process.wait() == 0, process.output()
     (log,) = (out / "slurm").glob("*_0_log.out")
     assert "stopped after step" in log.read_text() and log.read_text().count(f"{command.name}: timm:vit_tiny") == 2
     assert len(checkpoint.steps(out)) == 2
@@ -112,7 +100,11 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param("pretrain", marks=pytest.mark.slow), pytest.param("finetune", marks=pytest.mark.heavy)],
+    indirect=True,
+)
 def test_under_slurm_a_run_saves_before_it_is_requeued(
     command: Command, workplace: Path, unbroken: list[float], cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,18 +119,18 @@ def test_under_slurm_a_run_saves_before_it_is_requeued(
     (line,) = (line for line in batch if line.startswith("srun"))
     assert "--cpus-per-task=2" in line and "submitit.core._submit" in line
 
-    task = ["-m", "submitit.core._submit", str(out / "slurm")]
-    slurms = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "40", "RUN": str(out)}
-    process = start(task, **slurms)
-    wait_until(trained(out), process)
-    process.send_signal(signal.SIGUSR2)
-    said, _ = process.communicate()
+    slurms = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "40", "RUN": str(out), "PATH": os.environ["PATH"]}
+    with Child(submitted, out / "slurm", log=cluster / "0.log", env=slurms) as process:
+        wait_until_trained(out, process)
+        process.signal(signal.SIGUSR2)
+        process.wait()
+        said = process.output()
     saved = " ".join(f"step-{step:08d}" for step in checkpoint.steps(out))
     assert saved and (cluster / "requeued").read_text() == f"requeue 40: {saved}\n", said
     assert losses(out) == unbroken[: checkpoint.steps(out)[-1]]
 
-    process = start(task, **slurms)  # as Slurm does after that
-    assert process.wait() == 0
+    with Child(submitted, out / "slurm", log=cluster / "1.log", env=slurms) as process:  # as Slurm does after that
+        assert process.wait() == 0, process.output()
     assert losses(out) == unbroken
 
 

@@ -1,7 +1,8 @@
 """The harnesses of ``python -m torture`` in quick form, and proof that each detects what it looks for.
 
 This skips rows whose quick form is a test of the suite already: C1 and C3 (test_checkpoint.py), C2 and D5
-(test_pretrain.py, test_distributed.py), D1 to D4 (test_jpeg.py, test_bad_points.py), T5 (test_pretrain.py).
+(test_pretrain.py, test_distributed.py), D1 to D4 (test_jpeg.py, test_bad_points.py), T3 (test_torchrun.py), T5
+(test_pretrain.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torture.rows import checkpoints, data, outlines, runs, security, settings, 
 from torture.suite import ROOT
 from torture.toy import Command
 
-QUICK = ("C4", "S1", "S2", "D6", "T1", "T3", "T4", "T6", "T7", "U1", "O1", "O2")
+QUICK = ("C4", "S1", "S2", "D6", "T1", "T4", "T6", "T7", "U1", "O1", "O2")
 
 
 @pytest.mark.slow

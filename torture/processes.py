@@ -14,8 +14,9 @@ from typing import Any
 
 # Children are forked from a server that has only imported the commands. This saves each child the seconds it takes to
 # import torch, and is safe as the server has no threads and has not used autograd.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["muse_fast.pretrain", "muse_fast.finetune", "torch.utils.tensorboard", "torture.toy"])
+FORKED = multiprocessing.get_context("forkserver")
+_COMMANDS = ["muse_fast.pretrain", "muse_fast.finetune", "torture.toy"]
+FORKED.set_forkserver_preload([*_COMMANDS, "torch.utils.tensorboard", "torch.distributed.fsdp", "timm"])
 
 
 class Child:
@@ -31,7 +32,7 @@ class Child:
     ) -> None:
         self.log = log
         os.environ["OMP_NUM_THREADS"] = "1"
-        self._process = _CONTEXT.Process(target=_call, args=(function, arguments, log, dict(env or {})))
+        self._process = FORKED.Process(target=_call, args=(function, arguments, log, dict(env or {})))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +14,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from torture.processes import FORKED
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 
@@ -38,13 +39,13 @@ class Ranks:
     """``ranks(function, shares)`` returns ``[function(*share) for share in shares]``, each run on its own rank.
 
     Functions must be at a module's top level. One that raises breaks the group: later tests fail instead of waiting.
+    The processes are forked from the server of `torture.processes`, which has imported torch and the commands.
     """
 
     def __init__(self, size: int, folder: Path) -> None:
-        spawn = multiprocessing.get_context("spawn")
         store = f"file://{folder / 'store'}"
         self.processes = [
-            ProcessPoolExecutor(1, spawn, initializer=_join, initargs=(store, rank, size)) for rank in range(size)
+            ProcessPoolExecutor(1, FORKED, initializer=_join, initargs=(store, rank, size)) for rank in range(size)
         ]
 
     def __call__(self, function: Callable[..., Any], shares: Sequence[tuple[Any, ...]]) -> list[Any]:

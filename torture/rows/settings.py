@@ -48,7 +48,8 @@ def bad_settings(scale: Scale) -> Outcome:
                 tally.add(said is not None and "no setting" in said, f"{typo}: {said}")
                 right += f"did you mean '{key}'?" in (said or "")
                 edits += 1
-            for bad in _other_values(value):
+            others = _other_values(value)
+            for bad in scale.rng.sample(others, min(len(others), scale.of(len(others), 1))):
                 said = refusal(kind, f"{key}={bad}")
                 tally.add(said is not None and key.split(".")[-1].partition("_")[0] in said, f"{key}={bad}: {said}")
     tally.add(right >= _LEAST_RIGHT * edits, f"only {right} of {edits} hints are correct")
