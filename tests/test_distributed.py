@@ -41,6 +41,8 @@ from tests.training.test_optim import stepped
 # The other choice of each setting. In single precision only a gentle run is comparable: see `Change.smooth`.
 PLAIN = ("loss.centering=ema", "loss.logit_free=false", "head.input_norm=false", "head.hidden_dim=256", "optim.lr=1e-5")
 ENGINES = ("ddp", "fsdp")
+ONLY_DDP = ("ddp", pytest.param("fsdp", marks=pytest.mark.heavy))  # in `make test`
+ONLY_FSDP = ("fsdp", pytest.param("ddp", marks=pytest.mark.heavy))
 STEMS = ("student", "teacher", "state")
 
 
@@ -65,7 +67,7 @@ def test_two_ranks_equal_one(runs: Runs, engine: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ONLY_DDP)
 def test_two_ranks_equal_one_in_single_precision(runs: Runs, engine: str) -> None:
     """Centres as running means, stored logits. Rounding is 1e-7 from the first step on, and Adam multiplies it."""
     one, two = (
@@ -79,25 +81,31 @@ def test_two_ranks_equal_one_in_single_precision(runs: Runs, engine: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ONLY_DDP)
 def test_resnet50_on_two_ranks(runs: Runs, engine: str) -> None:
     """With LARS and gradients clipped one by one. BatchNorm sees more than one value of each local view."""
-    views = ("model.arch=resnet50", "views.local_size=64", "head.hidden_dim=256", "optim.steps=6")
-    optim = ("optim.name=lars", "optim.clip=per_tensor", "optim.lr=0.3", "optim.freeze_prototypes_steps=3")
+    views = ("model.arch=resnet50", "views.local_size=64", "head.hidden_dim=256")
+    steps = ("optim.steps=4", "optim.warmup_steps=2", "optim.freeze_prototypes_steps=2")
+    optim = ("optim.name=lars", "optim.clip=per_tensor", "optim.lr=0.3", *steps)
     one, two = (runs("resnet50", each, *views, *optim) for each in ("one", engine))
     assert_same_losses(two, one, 1e-12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    ("name", "arch"),
+    ("name", "engine"),
     [
-        ("dinov3", "timm:vit_small_patch16_dinov3:depth=2:embed_dim=24:num_heads=2"),
-        ("resnet10t", "timm:resnet10t:channels=[4,8,16,32]:stem_width=4:zero_init_last=false"),
+        ("dinov3", "fsdp"),
+        ("resnet10t", "ddp"),
+        pytest.param("dinov3", "ddp", marks=pytest.mark.heavy),
+        pytest.param("resnet10t", "fsdp", marks=pytest.mark.heavy),
     ],
 )
-def test_networks_of_timm_on_two_ranks(runs: Runs, name: str, arch: str, engine: str) -> None:
+def test_networks_of_timm_on_two_ranks(runs: Runs, name: str, engine: str) -> None:
+    arch = {
+        "dinov3": "timm:vit_small_patch16_dinov3:depth=2:embed_dim=24:num_heads=2",
+        "resnet10t": "timm:resnet10t:channels=[4,8,16,32]:stem_width=4:zero_init_last=false",
+    }[name]
     settings = (f"model.arch={arch}", "views.local_size=64", "optim.steps=4", "optim.lr=1e-5", "optim.warmup_steps=2")
     one, two = (runs(name, each, *settings, "optim.freeze_prototypes_steps=2") for each in ("one", engine))
     assert_same_losses(two, one, 1e-12)
@@ -144,7 +152,12 @@ def trainer_and_batches(argv: Sequence[str]) -> tuple[Trainer, Iterator[Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("one", "ddp"), ("one", "fsdp"), ("ddp", "one"), ("fsdp", "one"), ("ddp", "fsdp"), ("fsdp", "ddp")],
+    [
+        ("one", "fsdp"),
+        ("fsdp", "ddp"),
+        ("ddp", "one"),
+        *(pytest.param(*pair, marks=pytest.mark.heavy) for pair in (("one", "ddp"), ("fsdp", "one"), ("ddp", "fsdp"))),
+    ],
 )
 def test_a_checkpoint_continues_on_any_number_of_ranks(runs: Runs, tmp_path: Path, before: str, after: str) -> None:
     unbroken = runs("fp64", before)
@@ -155,7 +168,7 @@ def test_a_checkpoint_continues_on_any_number_of_ranks(runs: Runs, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ONLY_DDP)
 def test_the_same_number_of_ranks_continues_bit_for_bit(runs: Runs, tmp_path: Path, engine: str) -> None:
     unbroken = runs("fp64", engine)
     assert_same_bits(resume(runs, unbroken, engine, tmp_path), unbroken)
@@ -193,7 +206,7 @@ def test_optimisers_step_sharded_weights_like_whole_ones(name: str, two_ranks: R
 # ---------------------------------------------------------------------------------------- differences between the ranks
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ONLY_FSDP)
 def test_a_rank_without_nuclei_and_a_step_without_any(runs: Runs, tmp_path: Path, engine: str) -> None:
     write_rois(tmp_path / "rois", [True, False, False, True, False])
     settings = [f"data.roiset={tmp_path / 'rois'}", "optim.batch_size=2", "optim.steps=10", "train.eval_rois=2"]
@@ -227,7 +240,7 @@ def test_only_the_main_rank_prints(runs: Runs, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ shared failures
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ONLY_FSDP)
 def test_nan_on_one_rank_stops_both_before_anything_changes(runs: Runs, tmp_path: Path, engine: str) -> None:
     out = tmp_path / "nan"
     short = ["optim.steps=9", "train.log_every=3", "train.checkpoint_every=3", "optim.warmup_steps=2"]
@@ -246,7 +259,7 @@ def test_nan_on_one_rank_stops_both_before_anything_changes(runs: Runs, tmp_path
 # -------------------------------------------------------------------------------------------------------- micro-batches
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ONLY_FSDP)
 def test_micro_batches(runs: Runs, tmp_path: Path, engine: str) -> None:
     """BatchNorm and Sinkhorn see a micro-batch of all ranks: of four ROIs on two ranks, 0 and 2, then 1 and 3."""
     short = [

@@ -30,7 +30,7 @@ from muse_fast.views.loader import StepSampler
 from tests.support.ranks import Ranks
 from tests.support.thin import thin_networks
 
-STEPS = int(os.environ.get("MUSE_FAST_TOY_STEPS", "24"))  # torture's row T2 takes 60
+STEPS = int(os.environ.get("MUSE_FAST_TOY_STEPS", "12"))  # torture's row T2 takes 60
 MIDWAY = 3 * STEPS // 5  # a checkpoint while prototypes are still frozen, hence without their moments
 TOY = f"""
 views: {{global_size: 64, local_size: 32, num_locals: 1}}
