@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from muse_fast.pretraining.distill import Network
 from muse_fast.runtime import checkpoint
 from muse_fast.sources import open_source
 from tests.support.filled import fill
+from tests.support.thin import RESNET_CHANNELS
 
 NAMES = {"safetensors": "x.safetensors", "timm": "x", "muse-official": "x.pth"}
 
@@ -84,17 +86,23 @@ def features(backbone: Backbone, tiles: tuple[Tensor, Tensor, Tensor]) -> Tensor
     return backbone.nucleus_features(*tiles)
 
 
-ARCHS = [
-    "vit_tiny",
-    *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("vit_small", "resnet50")),
-    pytest.param("vit_base", marks=pytest.mark.heavy),
-]
+ARCHS = ["vit_tiny", *(pytest.param(arch, marks=pytest.mark.heavy) for arch in ("vit_small", "resnet50", "vit_base"))]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_format_gives_the_same_nucleus_features(
     arch: str, tiles: tuple[Tensor, Tensor, Tensor], tmp_path: Path
 ) -> None:
+    assert_same_features(arch, tiles, tmp_path)
+
+
+def test_every_format_gives_the_same_features_of_a_thin_resnet(
+    thin: None, tiles: tuple[Tensor, Tensor, Tensor], tmp_path: Path
+) -> None:
+    assert_same_features("resnet50", tiles, tmp_path, channels=RESNET_CHANNELS)
+
+
+def assert_same_features(arch: str, tiles: tuple[Tensor, Tensor, Tensor], tmp_path: Path, **options: Any) -> None:
     trained = saved_run(tmp_path / "run", arch)
     expected = features(trained.teacher.backbone, tiles)
     assert expected.std(dim=0).min() > 0
@@ -103,7 +111,7 @@ def test_every_format_gives_the_same_nucleus_features(
         loaded = load_backbone(None, tmp_path / name)
         assert loaded.arch == arch
         assert torch.equal(features(loaded, tiles), expected), kind
-    encoder = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).eval()
+    encoder = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True, **options).eval()
     with torch.inference_mode():
         ours, timms = trained.teacher.backbone.cls(tiles[0]), encoder(tiles[0])
     torch.testing.assert_close(timms, ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
@@ -135,6 +143,7 @@ def test_a_run_at_another_size_keeps_its_position_embedding(tmp_path: Path) -> N
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("rule", ["scale_factor", "size"])
 def test_every_export_keeps_the_rule_of_its_position_embedding(rule: str, tmp_path: Path) -> None:
     trained = saved_run(tmp_path / "run", "vit_tiny", 224, f"model.pos_embed_resize={rule}")

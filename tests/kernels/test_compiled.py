@@ -18,12 +18,15 @@ pytestmark = pytest.mark.skipif(backends.triton_error() is not None, reason=str(
 SHARED_BYTES_OF_A_BLOCK = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
+@pytest.fixture(
+    scope="module", params=["one of each form", pytest.param("all", marks=pytest.mark.heavy)], ids=lambda which: which
+)
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Return a row per kernel, dtype and architecture from compile_kernels.py, which checks that none is missing."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
-    finished = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    which = ["--all"] if request.param == "all" else []
+    finished = subprocess.run([sys.executable, script, *which], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return [json.loads(line) for line in finished.stdout.splitlines()]
 

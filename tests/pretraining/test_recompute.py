@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -85,10 +86,14 @@ def test_training_is_the_same(recompute: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recompute",
-    [pytest.param(name, marks=pytest.mark.slow if name == "selective" else pytest.mark.heavy) for name in RECOMPUTE],
+    ("recompute", "backend"),
+    [
+        ("selective", "aot_eager"),  # the same graphs, whose operations run as they are
+        *(pytest.param(name, "inductor", marks=pytest.mark.heavy) for name in RECOMPUTE),
+    ],
 )
-def test_compiled_layers_train_alike(recompute: str) -> None:
+def test_compiled_layers_train_alike(recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.compiler.reset()
     counters.clear()
     settings = [f"model.recompute={recompute}"]
