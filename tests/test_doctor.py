@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -70,12 +71,13 @@ def test_missing_roiset(tmp_path: Path) -> None:
         doctor.main([str(tmp_path / "nowhere")])
 
 
-def test_runs_as_a_module(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "muse_fast.doctor", str(tmp_path / "nowhere")]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert finished.returncode == 2
-    assert "nowhere" in finished.stderr
-    assert "Traceback" not in finished.stderr
+@pytest.mark.filterwarnings("ignore:'muse_fast.doctor' found in sys.modules")
+def test_runs_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["doctor", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("muse_fast.doctor", run_name="__main__")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "nowhere" in said and "Traceback" not in said
 
 
 # ----------------------------------------------------------------------------------------------------------------- deep

@@ -439,11 +439,11 @@ def in_a_child(pause: float, *words: object, then: str = "") -> list[str]:
 
 
 def test_a_kill_leaves_no_partial_folder_and_the_command_continues(tmp_path: Path, dots: dict) -> None:
-    planted = scattered(1500, 1200, 30)
+    planted = scattered(1000, 800, 30)
     write_slide(tmp_path / "in" / "a.tif", page_of_dots(200, 200, planted[(planted < 180).all(axis=1)], 3.0))
-    write_slide(tmp_path / "in" / "b.tif", page_of_dots(1500, 1200, planted, 3.0))
+    write_slide(tmp_path / "in" / "b.tif", page_of_dots(1000, 800, planted, 3.0))
     out = tmp_path / "out"
-    words = in_a_child(0.3, "--weights", "dots:0.5", "--out", out, tmp_path / "in", "batch=1", "tile=256")
+    words = in_a_child(0.2, "--weights", "dots:0.5", "--out", out, tmp_path / "in", "batch=1", "tile=256")
     process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not any(

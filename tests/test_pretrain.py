@@ -83,10 +83,10 @@ def test_the_run_loads_as_a_backbone(unbroken: Path) -> None:
     assert backbone.nucleus_features(images, xy, torch.tensor([0, 0, 1])).shape == (3, 32)
 
 
-def test_a_run_killed_three_times_ends_with_the_same_losses(workplace: Path, unbroken: Path) -> None:
+def test_a_run_killed_twice_ends_with_the_same_losses(workplace: Path, unbroken: Path) -> None:
     rng = random.Random(0)
     out = workplace / "killed"
-    for low in (2, 4, 6):
+    for low in (2, 6):
         with start(workplace, out) as process:
             wait_for_step(out, rng.randint(low, low + 2), process)
             process.kill()

@@ -146,9 +146,6 @@ def test_the_gate_rejects_a_step_that_differs_slightly() -> None:
         "optim.ema_start=0.6",
         "optim.clip_grad=0.1",
         "loss.center_momentum=0.8",
-        "loss.teacher_temp_start=0.0404",
-        "loss.student_temp=0.1002",
-        "loss.lambda_nucleus=0.5",
     ]
     rows = checked(LITERAL, *(Version(change, "fair", (change,)) for change in changes))
     assert "wrong" not in rows["literal"]

@@ -52,6 +52,7 @@ def make_nuclei(images: int, side: int) -> PackedNuclei:
     return PackedNuclei(torch.rand(total, 2) * side, torch.zeros(total, dtype=torch.int32), offsets)
 
 
+@pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("drop", [False, True], ids=["no-drop", "drop-path"])
 @pytest.mark.parametrize(("arch", "sizes"), [*SIZES[:3], pytest.param("resnet50", (64, 32), id="resnet50-64-32")])
 def test_one_pass_over_two_resolutions_equals_two_passes(arch: str, sizes: tuple[int, int], drop: bool) -> None:

@@ -13,6 +13,7 @@ from muse_fast.pretraining.distill import Network
 from muse_fast.pretraining.trainer import Trainer
 from tests.pretraining.test_trainer import toy, toy_views
 
+pytestmark = pytest.mark.usefixtures("thin")
 CPU = torch.device("cpu")
 EXACT = [
     "model.drop_path=0.0", "train.precision=fp64", "optim.clip_grad=0", "optim.accumulate=2", "optim.batch_size=4",

@@ -110,6 +110,7 @@ def test_resnet50_drops_the_branches_of_an_image() -> None:
     assert not torch.allclose(feature[1], kept[1], rtol=1e-3) and not torch.allclose(feature[2], kept[2], rtol=1e-3)
 
 
+@pytest.mark.usefixtures("thin")
 def test_a_batch_in_two_parts_trains_like_one() -> None:
     """With drop path. The image loss has no BatchNorm in its path, so its value is that of the whole batch."""
     whole = toy_views(num_rois=4, nuclei_per_view=0)

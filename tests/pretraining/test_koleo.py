@@ -17,8 +17,10 @@ from muse_fast.pretraining.trainer import Trainer
 from muse_fast.training.guard import NonFiniteError
 from tests.pretraining.test_trainer import toy, toy_views
 from tests.support.ranks import Ranks
+from tests.support.thin import thin_networks
 from tests.support.toy_runs import toy_runs, training_rows
 
+pytestmark = pytest.mark.usefixtures("thin")
 CPU = torch.device("cpu")
 
 
@@ -85,6 +87,7 @@ def test_it_is_off_by_default() -> None:
     assert "loss_koleo" not in trainer.train_step(toy_views()) and "koleo loss" not in trainer.guard.names
 
 
+@thin_networks()  # in the processes of ranks too
 def koleo_of_step(*seeds: int) -> tuple[float, Tensor]:
     """Run a step over a micro-batch of three ROIs per seed, with and without KoLeo at a weight of 0.3.
 

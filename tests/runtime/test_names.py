@@ -40,7 +40,7 @@ def test_names_that_look_the_same_have_one_key() -> None:
     assert key_of("a") != key_of("A") != key_of("a ")
 
 
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("locale", ["C", pytest.param("C.UTF-8", marks=pytest.mark.heavy)])
 def test_predict_takes_any_name(tmp_path: Path, locale: str) -> None:
     """In the locale C without Python's UTF-8 mode, which a cluster may have, names and standard output are ASCII."""
     folder = tmp_path / "in"

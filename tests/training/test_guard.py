@@ -13,6 +13,7 @@ from muse_fast.training.guard import Guard, NonFiniteError
 from tests.pretraining.test_trainer import changed, poison_gradient, snapshot, toy, toy_views
 from tests.support.ranks import NoHostWait
 
+pytestmark = pytest.mark.usefixtures("thin")
 CPU = torch.device("cpu")
 
 
