@@ -1,4 +1,3 @@
-import random
 from pathlib import Path
 
 import pytest
@@ -6,8 +5,7 @@ import pytest
 from muse_fast.config import PretrainConfig, load_config
 from muse_fast.detection.config import FinetuneConfig
 from muse_fast.errors import UserError
-from muse_fast.runtime.options import CONFIGS, known_keys, load_settings
-from torture.rows.settings import one_edit
+from muse_fast.runtime.options import CONFIGS, load_settings
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
@@ -27,18 +25,6 @@ def test_command_line_wins_over_file_wins_over_default(tmp_path: Path) -> None:
     file.write_text("optim:\n  lr: 0.002\n  batch_size: 32\n")
     config = load_config(file, ["optim.lr=0.003"])
     assert (config.optim.lr, config.optim.batch_size, config.optim.clip_grad) == (0.003, 32, 3.0)
-
-
-def test_every_misspelt_key_is_refused_and_the_correct_one_suggested() -> None:
-    rng = random.Random(0)
-    trials = [(key, one_edit(key, rng)) for key in known_keys(PretrainConfig)]
-    trials = [(key, typo) for key, typo in trials if typo not in known_keys(PretrainConfig)]
-    right = 0
-    for key, typo in trials:
-        with pytest.raises(UserError, match="no setting") as error:
-            load_config(None, [f"{typo}=1"])
-        right += f"did you mean '{key}'?" in str(error.value)
-    assert right >= 0.95 * len(trials)
 
 
 @pytest.mark.parametrize(

@@ -264,8 +264,9 @@ def test_micro_batches(runs: Runs, tmp_path: Path, engine: str) -> None:
     """BatchNorm and Sinkhorn see a micro-batch of all ranks: of four ROIs on two ranks, 0 and 2, then 1 and 3."""
     short = [
         "optim.accumulate=2",
-        "optim.steps=10",
-        "optim.freeze_prototypes_steps=5",
+        "optim.steps=5",
+        "optim.warmup_steps=2",
+        "optim.freeze_prototypes_steps=3",
         "optim.lr=1e-4",
         "model.drop_path=0",
     ]

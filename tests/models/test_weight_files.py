@@ -252,7 +252,7 @@ def test_swiglu_and_registers_of_hugging_face() -> None:
 # ---------------------------------------------------------------------------------------------------- backbones of ours
 
 
-@pytest.mark.parametrize("arch", ["vit_tiny", "resnet50"])
+@pytest.mark.parametrize("arch", ["vit_tiny", pytest.param("resnet50", marks=pytest.mark.heavy)])
 def test_a_backbone_saved_by_another_script(arch: str, tmp_path: pathlib.Path) -> None:
     with torch.device("meta"):
         model = fill(build_backbone(arch))

@@ -45,7 +45,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=["address,undefined", pytest.param("thread", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["address,undefined", pytest.param("thread", marks=pytest.mark.heavy)])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build tests/support/cuda_on_cpu.cpp with a sanitizer."""
     built = tmp_path_factory.mktemp("cuda_on_cpu") / "program"

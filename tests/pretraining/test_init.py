@@ -90,6 +90,7 @@ def test_weights_in_float32_start_a_run_in_float64(origin: tuple[Trainer, Path])
     assert all(t.dtype == torch.float64 for t in (*trainer.student.parameters(), *trainer.centers.values()))
 
 
+@pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize(
     ("setting", "was"),
     [

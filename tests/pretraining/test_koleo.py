@@ -141,13 +141,11 @@ def test_the_command_logs_it(tmp_path: Path, two_ranks: Ranks) -> None:
     runs = toy_runs(tmp_path, two_ranks)
     settings = ["loss.lambda_koleo=0.1", "optim.steps=2", "optim.warmup_steps=1"]
     rows = {}
-    for engine in ("one", "ddp", "fsdp"):
+    for engine in ("one", "ddp"):
         ended = runs.end(tmp_path / engine, engine, *settings)
         assert all(each.code == 0 for each in ended), ended
         rows[engine] = training_rows(tmp_path / engine)
         summary = json.loads((tmp_path / engine / "summary.json").read_text())
         assert math.isfinite(summary["loss_koleo"]["end"]) and "koleo loss" in ended[0].out
-    for key in ("loss", "loss_koleo", "grad_norm"):
-        assert rows["fsdp"][0][key] == pytest.approx(rows["ddp"][0][key], rel=1e-12)
     # With fewer candidates, the nearest neighbour is not nearer.
     assert rows["ddp"][0]["loss_koleo"] < rows["one"][0]["loss_koleo"]
