@@ -48,6 +48,7 @@ def evaluate(task: str, data: Path, out: Path, *more: str, weights: tuple[str, .
     return json.loads(out.read_text())
 
 
+@pytest.mark.usefixtures("thin")
 def test_knn_reports_both_choices_of_k(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = evaluate("knn", few, tmp_path / "a" / "knn.json", "k=[1,5,100000]", "standardise=raw")
     nuclei = {image.split: len(image.xy) for image in open_source(f"brcam2c:{few}")}
@@ -66,6 +67,7 @@ def test_knn_reports_both_choices_of_k(few: Path, tmp_path: Path, capsys: pytest
     assert f"majority class: {100 * report['majority']['test_majority_share']:.2f} %" in printed
 
 
+@pytest.mark.usefixtures("thin")
 def test_same_seed_same_numbers(few: Path, tmp_path: Path) -> None:
     first, again, other = (
         evaluate("linear", few, tmp_path / f"{name}.json", f"seed={seed}", "epochs=5")
@@ -132,6 +134,7 @@ def test_folds_choose_in_place_of_val(few: Path, tmp_path: Path) -> None:
         assert kinds == [(kind, name) for kind in features for name in names]
 
 
+@pytest.mark.usefixtures("thin")
 def test_finetuning_reports_the_probe_and_the_tuned_network(few: Path, tmp_path: Path) -> None:
     report = evaluate("finetune", few, tmp_path / "ft.json", "epochs=2", "lr=1e-3", "batch_size=8", "augment=true")
     probe, tuned = report["results"]
@@ -171,7 +174,7 @@ def test_backbones_of_timm_next_to_ours(few: Path, tmp_path: Path, capsys: pytes
 
 def test_fine_tuning_of_timm_with_exact_positions(few: Path, tmp_path: Path) -> None:
     more = ("--protocol", "exact", "epochs=1", "batch_size=8")
-    report = evaluate("finetune", few, tmp_path / "f.json", *more, weights=("timm:resnet10t",))
+    report = evaluate("finetune", few, tmp_path / "f.json", *more, weights=("timm:resnet10t:channels=[8,16,24,32]",))
     probe, tuned = report["results"]
     assert probe["timm"] == tuned["timm"]
     assert not tuned["timm"]["align_corners"]

@@ -51,7 +51,7 @@ def page() -> np.ndarray:
     return page_with_tissue(1, HEIGHT, WIDTH, 700)
 
 
-@pytest.fixture(scope="module", params=[".tif", ".svs"])
+@pytest.fixture(scope="module", params=[".tif", pytest.param(".svs", marks=pytest.mark.heavy)])
 def sound(request: pytest.FixtureRequest, page: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slide with levels of 1/1, 1/4 and 1/16 in its folder, with what `predict` and `prepare` find beside it."""
     folder = tmp_path_factory.mktemp("sound")
