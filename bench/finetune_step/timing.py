@@ -25,6 +25,7 @@ from muse_fast.detection.detector import Detector
 from muse_fast.detection.finetuner import TERMS, Finetuner
 from muse_fast.detection.run import new_detector
 from muse_fast.detection.samples import ANNOTATED, UNLABELLED, LfovBatch
+from muse_fast.runtime.device import keep_freed_memory
 from muse_fast.runtime.options import load_settings
 
 KINDS = ("literal", "fast")
@@ -136,6 +137,8 @@ def run(case: Case, rows: Sequence[Row], seconds: float, keep: Callable[[], None
         seconds: duration of timed steps per version; every version gets at least MIN_REPEATS.
         keep: is called after the checks and after every round of timed steps.
     """
+    if case.device == "cpu":
+        keep_freed_memory()  # as a run does; it serves both versions
     state, batch = case.detector().state_dict(), case.batch()
     truth: list[float] = []
     for row in rows:

@@ -117,7 +117,7 @@ class Finetuner:
         measured: list[dict[str, Sum]] = []
         for number, batch in enumerate(micro_batches, 1):
             with gradient_sync(self.detector_forward, number == len(micro_batches)):
-                sums, others = self._forward(batch, with_pseudo=weights["cons"] > 0)
+                sums, others = self._forward(batch, with_pseudo=weights["cons"] > 0, measure=measure)
                 divisors = sum_over_ranks(torch.stack([sums[name].weight for name in TERMS])) * len(micro_batches)
                 losses = mean(torch.stack([sums[name].total for name in TERMS]), divisors)
                 (_weighted(losses, weights) * world_size()).backward()  # the engines divide by the number of ranks
@@ -148,11 +148,11 @@ class Finetuner:
             "epoch": self.epoch_of(self.step - 1),
         }
 
-    def _forward(self, batch: LfovBatch, *, with_pseudo: bool) -> tuple[dict[str, Sum], dict[str, Sum]]:
+    def _forward(self, batch: LfovBatch, *, with_pseudo: bool, measure: bool) -> tuple[dict[str, Sum], dict[str, Sum]]:
         """Detect everything in the samples, and split proposals by the annotated region.
 
         Returns:
-            The losses, and other measurements.
+            The losses, and other measurements if ``measure``.
         """
         config, with_plain = self.config.loss, with_pseudo and self.config.loss.pseudo_view == "plain"
         statistics = self._copied_statistics() if with_plain else {}
@@ -173,6 +173,8 @@ class Finetuner:
             "type": type_loss(logits, targets.type, config.background_weight),
             "cons": type_loss(logits, pseudo, config.background_weight),
         }
+        if not measure:
+            return losses, {}
         origins = proposals.xy.repeat(len(batch.images), 1)[targets.matched]
         images, matched = (points.new_full((), len(some)) for some in (batch.images, targets.matched))
         measured = {

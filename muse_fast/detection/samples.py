@@ -201,6 +201,7 @@ class LfovDataset(Dataset["LfovBatch | UserError"]):
         seed: int,
     ) -> None:
         self.images, self.size, self.surroundings = images, size, surroundings
+        self._boxes = [image.box() for image in images]
         self.turns, self.colours, self.seed = turns, colours, seed
 
     def __getitem__(self, samples: Sequence[Sample]) -> LfovBatch | UserError:
@@ -224,7 +225,7 @@ class LfovDataset(Dataset["LfovBatch | UserError"]):
         """The sample of ``images[number]`` in ``epoch``."""
         rng = np.random.default_rng([self.seed, epoch, number])
         source = self.images[number]
-        left, top = draw_corner(rng, source.box(), self.size)
+        left, top = draw_corner(rng, self._boxes[number], self.size)
         flip, turns = (bool(rng.integers(2)), int(rng.integers(4))) if self.turns else (False, 0)
         colour = draw_colour(rng, "local", self.colours)
 

@@ -14,10 +14,12 @@ def cut_square(image: Tensor, left: int, top: int, size: int, surroundings: str)
 
     Outside, it shows the image mirrored at its border, repeatedly if needed (``reflect``), or white (``mask``).
     """
+    height, width = image.shape[-2:]
+    if 0 <= left <= width - size and 0 <= top <= height - size:
+        return image[..., top : top + size, left : left + size].clone(memory_format=torch.contiguous_format)
     y = torch.arange(top, top + size, device=image.device)
     x = torch.arange(left, left + size, device=image.device)
-    height, width = image.shape[-2:]
-    square = image[..., _mirrored(y, height)[:, None], _mirrored(x, width)]
+    square = image.index_select(-2, _mirrored(y, height)).index_select(-1, _mirrored(x, width))
     if surroundings == "mask":
         square = square.masked_fill(~inside(left, top, size, width, height).to(image.device), GLASS)
     return square

@@ -36,7 +36,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "linear_dino_loss": ("triton", "blocked"),
     "augment_views": ("triton",),
     "add_layer_norm": ("triton",),
-    "resize_concat": ("triton",),
+    "resize_concat": ("triton", "blocked"),
 }
 SINGLE_PRECISION = {("dino_loss", "cpp")}  # in addition to all Triton kernels
 

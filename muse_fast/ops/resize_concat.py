@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from muse_fast.kernels.blocked.resize_concat import resize_concat as blocked
 from muse_fast.ops import backends, reference
 
 
@@ -18,12 +19,13 @@ def resize_concat(maps: Sequence[Tensor], side: int, *, backend: str | None = No
 
     ``torch.cat([F.interpolate(x, (H, H), mode="bilinear", align_corners=True) for x in maps], dim=1)``, also under
     autocast in the dtype of the maps. ``triton`` stores no resized map, and its backward is deterministic: it gathers
-    in float32, where torch's adds by atomics, and 16-bit values in their own type.
+    in float32, where torch's adds by atomics, and 16-bit values in their own type. ``blocked`` resizes as torch does;
+    its backward multiplies by the weights of columns, then of rows, in float32 (float64 for float64).
 
     Args:
         maps: ``[I, c_l, h_l, w_l]`` floating point with at least one pixel, one or more.
         side: H, at least 1.
-        backend: ``reference`` or ``triton`` to force one.
+        backend: ``reference``, ``blocked`` or ``triton`` to force one.
 
     Returns:
         ``[I, sum(c_l), H, H]``, in the dtype that torch promotes those of the maps to. One map of this size already is
@@ -43,6 +45,8 @@ def resize_concat(maps: Sequence[Tensor], side: int, *, backend: str | None = No
         from muse_fast.kernels.fused.resize_concat import resize_concat as fused  # needs triton
 
         return fused(maps, side)
+    if chosen == "blocked":
+        return blocked(maps, side)
     return reference.resize_concat(maps, side)
 
 

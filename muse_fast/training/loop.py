@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from muse_fast.runtime import distributed
-from muse_fast.runtime.device import peak_flops, peak_memory
+from muse_fast.runtime.device import keep_freed_memory, peak_flops, peak_memory
 from muse_fast.training.guard import NonFiniteError
 from muse_fast.training.report import (
     Metrics,
@@ -93,6 +93,8 @@ def train(
         None after the last step, otherwise the exit code of a run that ended early (75 stopped on request, with a
         checkpoint; 3 not finite).
     """
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     config, watch = trainer.config, Stopwatch()
     with collected_between_steps() as collect:
         for micro_batches in watch.timed(zip(*[iter(batches)] * config.optim.accumulate, strict=True)):

@@ -16,7 +16,8 @@ from muse_fast.ops import backends
 needs_triton = pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; on the CPU they are interpreted
 triton = pytest.param("triton", marks=needs_triton)
-ALL = ["reference", triton]
+FAST = ["blocked", triton]
+ALL = ["reference", *FAST]
 
 CASES: dict[str, tuple[int, list[tuple[int, int, int]], int]] = {  # images, channels, height and width of maps, side
     "one_pixel": (1, [(1, 1, 1)], 1),
@@ -96,14 +97,14 @@ def test_equals_products_of_matrices(case: str, layout: torch.memory_format, bac
         )
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", ["tokens_to_stride_4", "tokens_to_stride_32"])
-def test_16_bits_are_rounded_once(case: str, dtype: torch.dtype, unit: float) -> None:
+def test_16_bits_are_rounded_once(case: str, dtype: torch.dtype, unit: float, backend: str) -> None:
     """Also where a pixel gathers from 81 fine ones. Triton's interpreter truncates to bf16 where a GPU rounds."""
     maps, side = make_maps(case, dtype)
     truth = learn(by_matrices, [x.double() for x in maps], side)
-    for ours, exact in zip(learn(ops.resize_concat, maps, side, backend="triton"), truth, strict=True):
+    for ours, exact in zip(learn(ops.resize_concat, maps, side, backend=backend), truth, strict=True):
         assert ours.dtype == dtype
         assert ((ours.double() - exact).abs() <= unit * exact.abs() + 1e-5).all()
 
@@ -128,15 +129,15 @@ def test_autocast_changes_nothing(backend: str) -> None:
     assert got.dtype == torch.bfloat16
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", FAST)
 @layouts
-def test_layouts_and_two_runs(layout: torch.memory_format) -> None:
+def test_layouts_and_two_runs(layout: torch.memory_format, backend: str) -> None:
     """The layout of the maps is kept, forward and backward; maps with gaps, as those of tokens, give the same bits."""
     maps, side = make_maps("one_axis_kept", torch.float32)
     dense = [x.to(memory_format=layout) for x in maps]
-    first, second = (learn(ops.resize_concat, dense, side, backend="triton") for _ in range(2))
+    first, second = (learn(ops.resize_concat, dense, side, backend=backend) for _ in range(2))
     apart = [F.pad(x, (0, 0, 0, 1)).to(memory_format=layout)[:, :, :-1] for x in maps]
-    gaps = learn(ops.resize_concat, apart, side, backend="triton")
+    gaps = learn(ops.resize_concat, apart, side, backend=backend)
     for a, b, c in zip(first, second, gaps, strict=True):
         assert a.is_contiguous(memory_format=layout)
         assert torch.equal(a, b)
@@ -149,10 +150,10 @@ def test_one_map_of_the_right_size_is_returned(backend: str) -> None:
     assert ops.resize_concat([x], 5, backend=backend) is x
 
 
-@needs_triton
-def test_no_images() -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_no_images(backend: str) -> None:
     maps = [torch.zeros(0, 3, 4, 4, device=DEVICE), torch.zeros(0, 2, 7, 7, device=DEVICE)]
-    got = learn(ops.resize_concat, maps, 7, backend="triton")
+    got = learn(ops.resize_concat, maps, 7, backend=backend)
     assert [tuple(x.shape) for x in got] == [(0, 5, 7, 7), (0, 3, 4, 4), (0, 2, 7, 7)]
 
 
@@ -175,14 +176,14 @@ def test_opcheck(layout: torch.memory_format) -> None:
     torch.library.opcheck(fused.resize_concat_bwd, (gradient[:1, :1, :1, :1].expand(2, 3, 5, 5), 3, 4))
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+def test_compiles_without_a_graph_break(dynamic: bool, backend: str) -> None:
     compiled = torch.compile(ops.resize_concat, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for images in (2, 3):
         maps = [torch.randn(images, 4, side, side, device=DEVICE) for side in (3, 5)]
-        expected = learn(ops.resize_concat, maps, 5, backend="triton")
-        for first, second in zip(learn(compiled, maps, 5, backend="triton"), expected, strict=True):
+        expected = learn(ops.resize_concat, maps, 5, backend=backend)
+        for first, second in zip(learn(compiled, maps, 5, backend=backend), expected, strict=True):
             assert torch.equal(first, second)
 
 

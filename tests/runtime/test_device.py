@@ -1,4 +1,7 @@
 import os
+import platform
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,6 +66,29 @@ def test_peak_memory_of_the_process_is_in_bytes() -> None:
     page = os.sysconf("SC_PAGE_SIZE")
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
     assert 0.99 * resident <= peak_memory(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * page
+
+
+FAULTS = """
+import resource, torch
+from muse_fast.runtime.device import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(16 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(), print(faults()), print(keep_freed_memory()), faults(), print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    output = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    before, can, after = output.split()
+    pages = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    assert can == "True"
+    assert int(before) >= pages
+    assert int(after) < pages / 100
 
 
 @pytest.mark.gpu
