@@ -133,7 +133,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the host memory that it frees; return whether the C library can (glibc).
 
     Otherwise glibc returns to the system what a training step on the CPU frees, and the next step gets it back with a
-    page fault for every 4 KiB, up to a fifth of its time. The peak stays the same.
+    page fault for every 4 KiB, up to a sixth of its time. The peak stays the same.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # of malloc.h

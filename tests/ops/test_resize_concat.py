@@ -180,11 +180,12 @@ def test_opcheck(layout: torch.memory_format) -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_without_a_graph_break(dynamic: bool, backend: str) -> None:
     compiled = torch.compile(ops.resize_concat, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    rounding = 0 if backend == "triton" else 2e-6  # torch.compile has an interpolation of its own
     for images in (2, 3):
         maps = [torch.randn(images, 4, side, side, device=DEVICE) for side in (3, 5)]
         expected = learn(ops.resize_concat, maps, 5, backend=backend)
         for first, second in zip(learn(compiled, maps, 5, backend=backend), expected, strict=True):
-            assert torch.equal(first, second)
+            torch.testing.assert_close(first, second, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize(
