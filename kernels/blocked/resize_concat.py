@@ -4,8 +4,8 @@ Bilinear weights of a pixel are products of those of its row and its column, so 
 
     dx = R^T dy C,    R [H, h] and C [H, w], see `weights`
 
-for every channel. On a CPU these products of matrices take a seventh to a quarter of the time of torch's backward, which
-adds pixel by pixel, and on a GPU they are deterministic.
+for every channel. On a CPU these products of matrices take a seventh to a quarter of the time of torch's backward,
+which adds pixel by pixel; on a GPU they are deterministic.
 """
 
 from __future__ import annotations
