@@ -69,8 +69,8 @@ def submitted(logs: Path) -> int:
 @pytest.mark.parametrize(
     ("command", "tasks"),
     [
-        pytest.param("pretrain", 1, marks=pytest.mark.heavy),
-        pytest.param("pretrain", 2, marks=pytest.mark.slow),
+        pytest.param("pretrain", 1, marks=pytest.mark.slow),
+        pytest.param("pretrain", 2, marks=pytest.mark.heavy),
         pytest.param("finetune", 2, marks=pytest.mark.heavy),
     ],
     indirect=["command"],
@@ -154,6 +154,16 @@ def job(monkeypatch: pytest.MonkeyPatch) -> slurm.TrainingJob:
         monkeypatch.setenv(name, "")  # so that monkeypatch undoes what the job sets
         monkeypatch.delenv(name)
     return slurm.TrainingJob("pretrain", ())
+
+
+def test_a_task_is_a_rank(job: slurm.TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"GLOBALID": 1, "LOCALID": 1, "NTASKS": 2, "NODEID": 0, "JOB_NUM_NODES": 1}.items():
+        monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", str(value))
+    seen = {}
+    monkeypatch.setattr(pretrain, "main", lambda argv: seen.update(os.environ) or 0)
+    assert job() == 0
+    assert [seen[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")] == ["1", "1", "2", "2"]
+    assert seen["MASTER_ADDR"] and int(seen["MASTER_PORT"]) > 0
 
 
 def test_a_warning_before_training_requeues_immediately(

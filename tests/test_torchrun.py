@@ -17,7 +17,7 @@ from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import _lost_rank_explained, store_of_this_start
 from tests.support.ranks import Ranks
-from tests.support.toy_runs import assert_same_losses, training_rows
+from tests.support.toy_runs import UNCHANGED, assert_same_losses, run_command, training_rows
 from torture import toy
 from torture.processes import is_alive, wait_until
 from torture.torchrun import Job
@@ -53,8 +53,13 @@ def unbroken(command: Command, workplace: Path, two_ranks: Ranks) -> Path:
     """A run on two ranks without torchrun."""
     out = workplace / f"{command.name}-unbroken"
     if not (out / "summary.json").exists():  # pytest sets this up again when it comes back to a command
-        assert two_ranks(command, [(arguments(command, workplace, out),)] * 2) == [0, 0]
+        run_on_two_ranks(command, arguments(command, workplace, out, "data.workers=0"), two_ranks)
     return out
+
+
+def run_on_two_ranks(command: Command, argv: list[str], two_ranks: Ranks) -> None:
+    ended = two_ranks(run_command, [(argv, UNCHANGED, command.main)] * 2)
+    assert [each.code for each in ended] == [0, 0], ended
 
 
 @pytest.mark.slow
@@ -78,7 +83,7 @@ def test_a_killed_rank_starts_again_and_a_stopped_job_saves(
     assert printed.count("lost its connection to another rank") == 1 and "[rank" not in printed
     assert printed.count("muse_fast ") == 2 and steps[before] == 8  # only the main rank prints
     assert_saved(out, steps[-1])
-    assert two_ranks(command, [(argv,)] * 2) == [0, 0]
+    run_on_two_ranks(command, argv, two_ranks)
     assert_same_end(command, out, unbroken)
 
 
@@ -164,7 +169,7 @@ def test_sigterm_saves_on_all_ranks(
     assert written["reason"] == ("another rank was told to stop" if receiver == "rank 1" else "SIGTERM")
     assert printed.count("checkpoint written") == 1
     assert_saved(out, written["step"])
-    assert two_ranks(command, [(arguments(command, workplace, out),)] * 2) == [0, 0]
+    run_on_two_ranks(command, arguments(command, workplace, out), two_ranks)
     assert_same_end(command, out, unbroken)
 
 

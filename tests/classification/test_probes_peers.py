@@ -25,6 +25,7 @@ from muse_fast.classification.tiles import cut_tiles, tiles_by_split
 from muse_fast.models.timm.backbone import load_timm
 from muse_fast.sources import open_source
 from tests.support.probe_in_float64 import linear_probe_in_float64
+from tests.support.thin import thin_networks
 
 IMAGES = {"train": 8, "val": 2, "test": 4}
 Sets = dict[str, NucleusSet]
@@ -41,7 +42,8 @@ def real(shared_data: Path) -> dict[str, Sets]:
             images.append(image)
     tiles = tiles_by_split(images, partial(cut_tiles, size=96))
     torch.manual_seed(2025)
-    ours = extract_features(muse_fast.load_backbone(None, "random:vit_tiny"), tiles)
+    with thin_networks():
+        ours = extract_features(muse_fast.load_backbone(None, "random:vit_tiny"), tiles)
     theirs = extract_features(load_timm("timm:resnet10t", image_size=96, align_corners=True).backbone, tiles)
     assert len(ours["train"].labels) > 3 * max(KNN_NEIGHBOURS)
     return {
