@@ -1,4 +1,4 @@
-"""The DINO loss of linear logits as attention, so that no logit is stored: everything but the two passes over W and V.
+"""The DINO loss of linear logits as attention, so that no logit is stored: everything but the passes.
 
 With student rows s and prototypes W, teacher rows t and prototypes V, centre c, and softmaxes over the K prototypes
 
@@ -12,7 +12,8 @@ o and m are what attention returns for queries s and t, keys W and V, values W, 
     d loss / dW_k = 1/ts (sum_i P_ik (sum_{p of i} g_p) s_i - sum_j Q_jk (sum_{p of j} g_p s_i))
 
 where g is the gradient of the loss. A pair costs d operations instead of K, the gradient of s needs no pass over the
-prototypes, and that of W needs one, in which each prototype has one owner. A backend implements the two passes.
+prototypes, and that of W needs one, in which each prototype has one owner. A backend implements the passes over the
+prototypes and those over the pairs.
 """
 
 from __future__ import annotations
@@ -26,10 +27,6 @@ from torch import Tensor
 from .arguments import LinearDinoLoss
 from .registration import empty_linear_outputs
 
-# (queries [N, d], keys [K, d], values [K, d], center [K] or None, temp) -> for every query, the largest logit and the
-# sum of exponentials after subtracting it [N, 2], and the mean of the values under its softmax [N, d].
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
-
 
 class Side(NamedTuple):
     """Student or teacher in the gradient of the prototypes, ``sum_n coefficient_n exp((x_nk - peak_n) / temp) value_n``
@@ -39,34 +36,48 @@ class Side(NamedTuple):
     prototypes: Tensor  # [K, d]
     center: Tensor | None  # [K]
     temp: float
-    peaks: Tensor  # [N]
+    stats: Tensor  # [N, 2]: peaks, and the sums of exponentials after subtracting them
     coefficients: Tensor  # [N]
     values: Tensor  # [N, d]
 
 
-# (student, teacher, dtype) -> the sum over both sides [K, d] in that dtype.
-PrototypeGradient = Callable[[Side, Side, torch.dtype], Tensor]
+class PairSums(NamedTuple):
+    """Sums over the pairs of every row, with weights ``w_p = g_p / ts``."""
+
+    z_gradient: Tensor  # [Ns, d] in the dtype of the students: sum_p w_p (o_i - m_j)
+    student_coefficients: Tensor  # [Ns]: sum_p w_p / total of the student
+    teacher_coefficients: Tensor  # [Nt]: -sum_p |w_p| / total of the teacher
+    teacher_values: Tensor  # [Nt, d]: mean of the students of a teacher; no larger than those, whatever the weights are
 
 
-def forward(attend: Attend, arguments: LinearDinoLoss) -> tuple[Tensor, ...]:
+class Passes(NamedTuple):
+    """What a backend implements."""
+
+    # (queries [N, d], keys [K, d], values [K, d], center [K] or None, temp) -> for every query, the largest logit and
+    # the sum of exponentials after subtracting it [N, 2], and the mean of the values under its softmax [N, d].
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+    # (student_stats, teacher_mean, arguments) -> the loss of every pair [P].
+    pair_loss: Callable[[Tensor, Tensor, LinearDinoLoss], Tensor]
+    # (loss_gradient [P], student_stats, student_mean, teacher_stats, teacher_mean, arguments)
+    pair_sums: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LinearDinoLoss], PairSums]
+    # (student, teacher, dtype) -> the sum over both sides [K, d] in that dtype.
+    prototype_gradient: Callable[[Side, Side, torch.dtype], Tensor]
+
+
+def forward(passes: Passes, arguments: LinearDinoLoss) -> tuple[Tensor, ...]:
     """Return the loss and the tensors saved for the backward, see ``empty_linear_outputs``."""
-    student_z, student_W, teacher_z, teacher_W, center, teacher_rows, student_rows = arguments[:7]
-    student_temp, teacher_temp = arguments[7:]
+    student_z, student_W, teacher_z, teacher_W, center, teacher_rows, *_, student_temp, teacher_temp = arguments
     if any_is_empty(student_z, teacher_z, teacher_rows):  # then all pairs are padding
         return tuple(output.zero_() for output in empty_linear_outputs(arguments))
     with torch.autocast(student_z.device.type, enabled=False):  # it would also apply inside the op
-        student_stats, student_mean = attend(student_z, student_W, student_W, None, student_temp)
-        teacher_stats, teacher_mean = attend(teacher_z, teacher_W, student_W, center, teacher_temp)
-    i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
-    peak, total = student_stats[i].unbind(1)
-    score = (student_z[i] * teacher_mean[j]).sum(1)
-    loss = (peak - score) / student_temp + total.log()
-    loss = loss.masked_fill(padding(teacher_rows, student_rows), 0)
+        student_stats, student_mean = passes.attend(student_z, student_W, student_W, None, student_temp)
+        teacher_stats, teacher_mean = passes.attend(teacher_z, teacher_W, student_W, center, teacher_temp)
+    loss = passes.pair_loss(student_stats, teacher_mean, arguments)
     return loss, student_stats, student_mean, teacher_stats, teacher_mean
 
 
 def backward(
-    prototype_gradient: PrototypeGradient,
+    passes: Passes,
     loss_gradient: Tensor,
     student_stats: Tensor,
     student_mean: Tensor,
@@ -75,28 +86,15 @@ def backward(
     arguments: LinearDinoLoss,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``student_z`` and ``student_W``, contiguous, in their dtypes."""
-    student_z, student_W, teacher_z, teacher_W, center, teacher_rows, student_rows = arguments[:7]
-    student_temp, teacher_temp = arguments[7:]
+    student_z, student_W, teacher_z, teacher_W, center, teacher_rows, *_, student_temp, teacher_temp = arguments
     if any_is_empty(student_z, teacher_z, teacher_rows):
         return zeros_like(student_z), zeros_like(student_W)
-    i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
-    weight = loss_gradient.masked_fill(padding(teacher_rows, student_rows), 0) / student_temp
-    of_student, of_teacher = group(student_rows, len(student_z)), group(teacher_rows, len(teacher_z))
-    z_gradient = of_student.sum(weight.unsqueeze(1) * (student_mean[i] - teacher_mean[j]))
-    # A teacher's values are a mean of students, so they are no larger than those, whatever the weights are.
-    teacher_weight = of_teacher.sum(weight.abs()).clamp(min=torch.finfo(weight.dtype).tiny)
-    teacher_values = of_teacher.sum(weight.unsqueeze(1) * student_z[i]) / teacher_weight.unsqueeze(1)
-    student_peaks, student_totals = student_stats.unbind(1)
-    teacher_peaks, teacher_totals = teacher_stats.unbind(1)
-    student_coefficients = of_student.sum(weight) / student_totals
-    teacher_coefficients = -teacher_weight / teacher_totals
+    sums = passes.pair_sums(loss_gradient, student_stats, student_mean, teacher_stats, teacher_mean, arguments)
+    student = student_z, student_W, None, student_temp, student_stats, sums.student_coefficients, student_z
+    teacher = teacher_z, teacher_W, center, teacher_temp, teacher_stats, sums.teacher_coefficients, sums.teacher_values
     with torch.autocast(student_z.device.type, enabled=False):
-        W_gradient = prototype_gradient(
-            Side(student_z, student_W, None, student_temp, student_peaks, student_coefficients, student_z),
-            Side(teacher_z, teacher_W, center, teacher_temp, teacher_peaks, teacher_coefficients, teacher_values),
-            student_W.dtype,
-        )
-    return z_gradient.to(student_z.dtype), W_gradient
+        W_gradient = passes.prototype_gradient(Side(*student), Side(*teacher), student_W.dtype)
+    return sums.z_gradient, W_gradient
 
 
 def cast_for_autocast(arguments: LinearDinoLoss) -> LinearDinoLoss:
@@ -110,25 +108,7 @@ def cast_for_autocast(arguments: LinearDinoLoss) -> LinearDinoLoss:
 
 
 def padding(teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
-    return (teacher_rows < 0) | (student_rows < 0)
-
-
-class Groups(NamedTuple):
-    """The pairs sorted by their teacher or student row: ``order[offsets[n] : offsets[n + 1]]`` are those of row n."""
-
-    order: Tensor  # [P]
-    offsets: Tensor  # [N + 1]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum the values ``[P, ...]`` of the pairs of every row: ``[N, ...]``. No atomics."""
-        return torch.segment_reduce(values[self.order], "sum", offsets=self.offsets, axis=0, initial=0, unsafe=True)
-
-
-def group(rows: Tensor, num_rows: int) -> Groups:
-    """Group the pairs by ``rows [P]``, skipping negative ones. Sorts on the device, without a host synchronisation."""
-    sorted_rows, order = rows.int().sort(stable=True)  # half the passes of a sort of int64
-    first = torch.searchsorted(sorted_rows, torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device))
-    return Groups(order, first)
+    return torch.minimum(teacher_rows, student_rows) < 0
 
 
 def any_is_empty(*tensors: Tensor) -> bool:

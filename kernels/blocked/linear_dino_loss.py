@@ -7,14 +7,14 @@ temperature of 0.04 to the second decimal place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import logit_free
 from ..arguments import LinearDinoLoss
-from ..logit_free import Side, cast_for_autocast
+from ..logit_free import PairSums, Passes, Side, cast_for_autocast, padding
 from ..namespace import NAMESPACE
 from ..registration import LINEAR_DINO_LOSS_BWD, LINEAR_DINO_LOSS_FWD, register_linear_dino_loss
 
@@ -33,13 +33,13 @@ def linear_dino_loss(arguments: LinearDinoLoss) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::blocked_linear_dino_loss_fwd", mutates_args=(), schema=LINEAR_DINO_LOSS_FWD)
 def linear_dino_loss_fwd(*arguments: Any) -> tuple[Tensor, ...]:
-    return logit_free.forward(attend, LinearDinoLoss(*arguments))
+    return logit_free.forward(PASSES, LinearDinoLoss(*arguments))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::blocked_linear_dino_loss_bwd", mutates_args=(), schema=LINEAR_DINO_LOSS_BWD)
 def linear_dino_loss_bwd(loss_gradient: Tensor, *saved_and_arguments: Any) -> tuple[Tensor, Tensor]:
     saved, arguments = saved_and_arguments[:4], saved_and_arguments[4:]
-    return logit_free.backward(prototype_gradient, loss_gradient, *saved, LinearDinoLoss(*arguments))
+    return logit_free.backward(PASSES, loss_gradient, *saved, LinearDinoLoss(*arguments))
 
 
 register_linear_dino_loss(linear_dino_loss_fwd, linear_dino_loss_bwd)
@@ -70,6 +70,55 @@ def attend_rows(
     return torch.cat([peak, total], dim=1), mean.div_(total)
 
 
+def pair_loss(student_stats: Tensor, teacher_mean: Tensor, arguments: LinearDinoLoss) -> Tensor:
+    teacher_rows, student_rows = arguments.teacher_rows, arguments.student_rows
+    i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
+    peak, total = student_stats[i].unbind(1)
+    score = (arguments.student_z[i] * teacher_mean[j]).sum(1)
+    loss = (peak - score) / arguments.student_temp + total.log()
+    return loss.masked_fill(padding(teacher_rows, student_rows), 0)
+
+
+def pair_sums(
+    loss_gradient: Tensor,
+    student_stats: Tensor,
+    student_mean: Tensor,
+    teacher_stats: Tensor,
+    teacher_mean: Tensor,
+    arguments: LinearDinoLoss,
+) -> PairSums:
+    student_z, _, teacher_z, _, _, teacher_rows, student_rows, student_temp, _ = arguments
+    i, j = student_rows.clamp(min=0), teacher_rows.clamp(min=0)
+    weight = loss_gradient.masked_fill(padding(teacher_rows, student_rows), 0) / student_temp
+    of_student, of_teacher = group(student_rows, len(student_z)), group(teacher_rows, len(teacher_z))
+    z_gradient = of_student.sum(weight.unsqueeze(1) * (student_mean[i] - teacher_mean[j]))
+    teacher_weight = of_teacher.sum(weight.abs()).clamp(min=torch.finfo(weight.dtype).tiny)
+    return PairSums(
+        z_gradient.to(student_z.dtype),
+        of_student.sum(weight) / student_stats[:, 1],
+        -teacher_weight / teacher_stats[:, 1],
+        of_teacher.sum(weight.unsqueeze(1) * student_z[i]) / teacher_weight.unsqueeze(1),
+    )
+
+
+class Groups(NamedTuple):
+    """The pairs sorted by their teacher or student row: ``order[offsets[n] : offsets[n + 1]]`` are those of row n."""
+
+    order: Tensor  # [P]
+    offsets: Tensor  # [N + 1]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum the values ``[P, ...]`` of the pairs of every row: ``[N, ...]``. No atomics."""
+        return torch.segment_reduce(values[self.order], "sum", offsets=self.offsets, axis=0, initial=0, unsafe=True)
+
+
+def group(rows: Tensor, num_rows: int) -> Groups:
+    """Group the pairs by ``rows [P]``, skipping negative ones. Sorts on the device, without a host synchronisation."""
+    sorted_rows, order = rows.int().sort(stable=True)  # half the passes of a sort of int64
+    first = torch.searchsorted(sorted_rows, torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device))
+    return Groups(order, first)
+
+
 def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tensor:
     precision = teacher.values.dtype
     gradient = student.prototypes.new_empty(student.prototypes.shape, dtype=dtype)
@@ -78,10 +127,13 @@ def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tens
         total = torch.zeros_like(gradient[block], dtype=precision)
         for side in tiles:
             x = logits(side.rows, side.prototypes, side.center, block)
-            p = x.sub_(side.peaks.unsqueeze(1)).div_(side.temp).exp_()
+            p = x.sub_(side.stats[:, :1]).div_(side.temp).exp_()
             total += p.T @ side.values
         gradient[block] = total
     return gradient
+
+
+PASSES = Passes(attend, pair_loss, pair_sums, prototype_gradient)
 
 
 def logits(rows: Tensor, prototypes: Tensor, center: Tensor | None, block: slice) -> Tensor:
@@ -96,8 +148,8 @@ def tiles_of(side: Side, precision: torch.dtype) -> list[Side]:
     """Split a side into tiles of rows, with the coefficients multiplied into the values."""
     num_rows, _ = tile_size(side.rows)
     values = side.coefficients.unsqueeze(1) * side.values
-    pieces = (tensor.split(num_rows) for tensor in (side.rows.to(precision), side.peaks, values))
-    return [side._replace(rows=rows, peaks=peaks, values=values) for rows, peaks, values in zip(*pieces, strict=True)]
+    pieces = (tensor.split(num_rows) for tensor in (side.rows.to(precision), side.stats, values))
+    return [side._replace(rows=rows, stats=stats, values=values) for rows, stats, values in zip(*pieces, strict=True)]
 
 
 def blocks_of(prototypes: Tensor) -> Iterator[slice]:

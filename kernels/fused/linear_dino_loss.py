@@ -19,10 +19,11 @@ from torch import Tensor
 from .. import logit_free
 from ..arguments import LinearDinoLoss
 from ..blocked import linear_dino_loss as blocked
-from ..logit_free import Side, cast_for_autocast
+from ..logit_free import Passes, Side, cast_for_autocast
 from ..namespace import NAMESPACE
 from ..registration import LINEAR_DINO_LOSS_BWD, LINEAR_DINO_LOSS_FWD, register_linear_dino_loss
 from .dot import dot
+from .linear_pairs import TINY, pair_loss, pair_sums, widths_of
 
 MAX_WIDTH = 256  # of a row: a block of sums this wide fills the registers
 WAVES = 4  # maximum number of programs per multiprocessor that share the prototypes of one row
@@ -165,22 +166,23 @@ def add_side(
     bias,  # [BLOCK_PROTOTYPES]; subtracted from the teacher's logits
     rows,  # [N, d]
     values,  # [N, d]; read only for the teacher: the student's values are its rows
-    peaks,  # [N] float32
+    stats,  # [N, 2] float32, of which peaks are read
     coefficients,  # [N] float32
+    inverse_unit,
     num_rows,
     inverse_temp,
     TEACHER: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """``gradient + sum_n coefficient_n exp((x_kn - peak_n) / temp) value_n`` over all rows."""
+    """``gradient + sum_n coefficient_n / unit * exp((x_kn - peak_n) / temp) value_n`` over all rows."""
     scale = inverse_temp * LOG2_E
     for start in range(0, num_rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         key = load_rows(rows, start, num_rows, WIDTH, BLOCK_ROWS, prototype.shape[1])
         # Rows past the end contribute exp2(-inf) * 0, whatever the bias is.
-        peak = tl.load(peaks + row, mask=row < num_rows, other=-LOWEST)
-        coefficient = tl.load(coefficients + row, mask=row < num_rows, other=0.0)
+        peak = tl.load(stats + row * 2, mask=row < num_rows, other=-LOWEST)
+        coefficient = tl.load(coefficients + row, mask=row < num_rows, other=0.0) * inverse_unit
         x = dot(prototype, tl.trans(key), tl.zeros([prototype.shape[0], BLOCK_ROWS], tl.float32))
         if TEACHER:
             x -= bias[:, None]
@@ -195,15 +197,16 @@ def add_side(
 def prototype_gradient_kernel(
     student_z,  # [Ns, d]
     student_W,  # [K, d]
-    student_peaks,  # [Ns] float32
+    student_stats,  # [Ns, 2] float32
     student_coefficients,  # [Ns] float32
     teacher_z,  # [Nt, d]
     teacher_W,  # [K, d]
-    teacher_peaks,  # [Nt] float32
+    teacher_stats,  # [Nt, 2] float32
     teacher_coefficients,  # [Nt] float32
     teacher_values,  # [Nt, d]
     center,  # [K] float32
-    unit,  # [1] float32: multiplies the sum
+    largest_student,  # [] float32: the largest coefficient in absolute value
+    largest_teacher,  # [] float32
     gradient,  # [K, d]
     num_students,
     num_teachers,
@@ -215,7 +218,12 @@ def prototype_gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
 ):
-    """One program per block of prototypes."""
+    """One program per block of prototypes.
+
+    Exponentials are at most 1, and are rounded to 16 bits after multiplying by their coefficient. In float16, weights
+    of 1e-3 times probabilities of 1e-5 would underflow, so the coefficients are scaled to a maximum of 1 too.
+    """
+    unit = tl.maximum(tl.maximum(tl.load(largest_student), tl.load(largest_teacher)), TINY)
     first = tl.program_id(0) * BLOCK_PROTOTYPES
     column = first + tl.arange(0, BLOCK_PROTOTYPES)
     lane = tl.arange(0, LANES)
@@ -228,8 +236,9 @@ def prototype_gradient_kernel(
         bias,
         student_z,
         student_z,
-        student_peaks,
+        student_stats,
         student_coefficients,
+        1 / unit,
         num_students,
         inverse_student_temp,
         False,
@@ -243,15 +252,16 @@ def prototype_gradient_kernel(
         bias,
         teacher_z,
         teacher_values,
-        teacher_peaks,
+        teacher_stats,
         teacher_coefficients,
+        1 / unit,
         num_teachers,
         inverse_teacher_temp,
         True,
         WIDTH,
         BLOCK_ROWS,
     )
-    total *= tl.load(unit)
+    total *= unit
     inside = (column < NUM_PROTOTYPES)[:, None] & (lane < WIDTH)[None, :]
     place = column.to(tl.int64)[:, None] * WIDTH + lane[None, :]
     tl.store(gradient + place, total.to(gradient.dtype.element_ty), mask=inside)
@@ -270,13 +280,13 @@ def linear_dino_loss(arguments: LinearDinoLoss) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_dino_loss_fwd", mutates_args=(), schema=LINEAR_DINO_LOSS_FWD)
 def linear_dino_loss_fwd(*arguments: Any) -> tuple[Tensor, ...]:
-    return logit_free.forward(attend, LinearDinoLoss(*arguments))
+    return logit_free.forward(PASSES, LinearDinoLoss(*arguments))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_dino_loss_bwd", mutates_args=(), schema=LINEAR_DINO_LOSS_BWD)
 def linear_dino_loss_bwd(loss_gradient: Tensor, *saved_and_arguments: Any) -> tuple[Tensor, Tensor]:
     saved, arguments = saved_and_arguments[:4], saved_and_arguments[4:]
-    return logit_free.backward(prototype_gradient, loss_gradient, *saved, LinearDinoLoss(*arguments))
+    return logit_free.backward(PASSES, loss_gradient, *saved, LinearDinoLoss(*arguments))
 
 
 register_linear_dino_loss(linear_dino_loss_fwd, linear_dino_loss_bwd)
@@ -290,7 +300,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None,
     row_blocks = triton.cdiv(num_rows, tile.rows)
     tiles_of_a_split = choose_split(row_blocks, num_tiles, num_multiprocessors(queries.device))
     num_splits = triton.cdiv(num_tiles, tiles_of_a_split)
-    widths = {"WIDTH": width, "LANES": lanes_of(width)}
+    widths = widths_of(queries)
 
     stats, mean = (torch.empty(num_rows, n, dtype=torch.float32, device=queries.device) for n in (2, width))
     peaks, totals = stats.new_empty(num_splits, num_rows), stats.new_empty(num_splits, num_rows)
@@ -322,11 +332,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, center: Tensor | None,
 
 
 def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tensor:
-    # Exponentials are at most 1, and are rounded to 16 bits after multiplying by their coefficient. In float16, weights
-    # of 1e-3 times probabilities of 1e-5 would underflow, so the coefficients are scaled to a maximum of 1 too.
-    unit = torch.maximum(student.coefficients.abs().amax(), teacher.coefficients.abs().amax())
-    unit = unit.clamp(min=torch.finfo(unit.dtype).tiny)
-
+    largest = [torch.linalg.vector_norm(side.coefficients, torch.inf) for side in (student, teacher)]
     features = student.rows, student.prototypes, teacher.rows, teacher.prototypes
     student_z, student_W, teacher_z, teacher_W = as_operands(*features)
     tile = tiles_of(student_z).gradient
@@ -336,23 +342,22 @@ def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tens
         prototype_gradient_kernel[(triton.cdiv(num_prototypes, tile.prototypes),)](
             student_z,
             student_W,
-            student.peaks.contiguous(),
-            student.coefficients / unit,
+            student.stats,
+            student.coefficients,
             teacher_z,
             teacher_W,
-            teacher.peaks.contiguous(),
-            teacher.coefficients / unit,
+            teacher.stats,
+            teacher.coefficients,
             teacher.values.to(student_z.dtype),
             teacher.center.float().contiguous(),
-            unit,
+            *largest,
             gradient,
             len(student_z),
             len(teacher_z),
             1 / student.temp,
             1 / teacher.temp,
             NUM_PROTOTYPES=num_prototypes,
-            WIDTH=width,
-            LANES=lanes_of(width),
+            **widths_of(student_z),
             BLOCK_ROWS=tile.rows,
             BLOCK_PROTOTYPES=tile.prototypes,
             num_warps=tile.num_warps,
@@ -361,14 +366,13 @@ def prototype_gradient(student: Side, teacher: Side, dtype: torch.dtype) -> Tens
     return gradient
 
 
+PASSES = Passes(attend, pair_loss, pair_sums, prototype_gradient)
+
+
 def as_operands(*matrices: Tensor) -> list[Tensor]:
     """Return the matrices contiguous and in one dtype."""
     dtype = functools.reduce(torch.promote_types, [matrix.dtype for matrix in matrices])
     return [matrix.to(dtype).contiguous() for matrix in matrices]
-
-
-def lanes_of(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
 
 
 def tiles_of(operand: Tensor) -> Tiles:

@@ -28,6 +28,7 @@ from muse_fast.kernels.fused import (
     augment_views,
     dino_loss,
     linear_dino_loss,
+    linear_pairs,
     projection_stats,
     resize_concat,
     sample_nuclei,
@@ -69,7 +70,8 @@ def linear_dino_loss_launches(tiles: Any, dtype: str, arch: int) -> list[Launch]
     }
     gradient = {
         "*T": "student_z student_W teacher_z teacher_W teacher_values gradient",
-        "*fp32": "student_peaks student_coefficients teacher_peaks teacher_coefficients center unit",
+        "*fp32": "student_stats student_coefficients teacher_stats teacher_coefficients center "
+        "largest_student largest_teacher",
         "i32": "num_students num_teachers",
         "fp32": "inverse_student_temp inverse_teacher_temp",
     }
@@ -282,6 +284,30 @@ LAUNCHES = [
         {"*fp32": "peaks totals sums stats mean", "i32": "num_rows num_splits", "fp32": "inverse_temp"},
         {"WIDTH": 256, "LANES": 256, "BLOCK_SPLITS": 8},
         dtypes=("fp32",),
+    ),
+    Launch(
+        linear_pairs.linear_pair_loss_kernel,
+        {
+            "*T": "student_z",
+            "*fp32": "student_stats teacher_mean loss",
+            "*i64": "teacher_rows student_rows",
+            "fp32": "inverse_temp",
+        },
+        {"WIDTH": 256, "LANES": 256},
+        num_warps=1,
+    ),
+    Launch(
+        linear_pairs.linear_pair_sums_kernel,
+        {
+            "*T": "student_z z_gradient teacher_values",
+            "*fp32": "loss_gradient student_stats student_mean teacher_stats teacher_mean student_coefficients "
+            "teacher_coefficients",
+            "*i64": "teacher_rows student_rows order first",
+            "i32": "gradient_stride num_students num_pairs",
+            "fp32": "inverse_temp",
+        },
+        {"WIDTH": 256, "LANES": 256},
+        num_warps=1,
     ),
     *(
         launch
