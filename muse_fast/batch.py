@@ -55,9 +55,8 @@ class PackedNuclei(_Movable):
 
     def image_index(self) -> Tensor:
         """Return the image of every row, ``[N]`` int64."""
-        counts = (self.offsets[1:] - self.offsets[:-1]).long()
-        images = torch.arange(self.num_images, device=self.offsets.device)
-        return torch.repeat_interleave(images, counts, output_size=self.xy.shape[0])
+        rows = torch.arange(len(self.xy), dtype=torch.int32, device=self.offsets.device)
+        return torch.searchsorted(self.offsets[1:], rows, right=True)
 
     def images(self, start: int, stop: int) -> PackedNuclei:
         """Return the nuclei of images ``start:stop``."""

@@ -128,7 +128,8 @@ class Finetuner:
         # A final check before anything changes.
         gradients = [p.grad for p in self._weights if p.grad is not None]
         grad_norm = torch.linalg.vector_norm(norms(gradients))
-        self.guard.look(self.step + 1, [*totals, grad_norm], *_samples(micro_batches))
+        samples = [(batch.image_ids, batch.epochs) for batch in micro_batches]
+        self.guard.look(self.step + 1, [*totals, grad_norm], samples)
         if optim.clip_grad:
             clip_gradients(gradients, grad_norm, optim.clip_grad)
         lr = cosine(optim.lr, optim.min_lr, self.step, self.steps)
@@ -283,11 +284,6 @@ def _means(measured: Sequence[Mapping[str, Sum]]) -> dict[str, Tensor]:
     table = torch.stack([torch.stack([value.double() for one in sums.values() for value in one]) for sums in measured])
     totals, weights = sum_over_ranks(table.sum(dim=0)).view(-1, 2).unbind(dim=1)
     return dict(zip(measured[0], mean(totals, weights), strict=True))
-
-
-def _samples(micro_batches: Sequence[LfovBatch]) -> tuple[Tensor, Tensor]:
-    """Return the images and epochs of a step."""
-    return torch.cat([batch.image_ids for batch in micro_batches]), torch.cat([batch.epochs for batch in micro_batches])
 
 
 def unused_weights(backbone: Backbone) -> Iterator[nn.Parameter]:

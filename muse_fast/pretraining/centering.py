@@ -10,6 +10,8 @@ Both kinds are a vector ``c`` with targets ``softmax((t - c) / temp)``, so the l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,19 +41,27 @@ def _logsumexp_over_ranks(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_center(
-    center: Tensor, feature_sum: Tensor, count: Tensor, prototypes: Tensor, momentum: float, go: Tensor
+def update_centers(
+    centers: Sequence[Tensor],
+    feature_sums: Tensor,
+    counts: Tensor,
+    prototypes: Sequence[Tensor],
+    momentum: float,
+    found_inf: Tensor,
 ) -> None:
-    """Move ``center`` ``[K]`` towards the mean teacher logit, in place.
+    """Move the centre ``[K]`` of each head towards its mean teacher logit, in place.
 
     The mean logit is the mean feature times the prototypes, one matrix-vector product, so ranks only need to sum
     features.
 
     Args:
-        feature_sum: ``[d]``, sum of the teacher's bottleneck rows over all ranks.
-        count: 0-dim, the number of rows; 0 leaves the centre as it is.
-        prototypes: ``[K, d]``.
-        go: 0-dim; 0 also leaves the centre as it is.
+        feature_sums: ``[heads, d]``, sums of the teacher's bottleneck rows over all ranks.
+        counts: ``[heads]``, numbers of rows; 0 leaves a centre as it is.
+        prototypes: ``[K, d]`` of each head.
+        found_inf: 0-dim; 1 also leaves the centres as they are.
     """
-    target = prototypes @ (feature_sum / count.clamp(min=1)).to(prototypes.dtype)
-    center.copy_(torch.where((count > 0) & (go > 0), center.lerp(target, 1 - momentum), center))
+    moves = (counts > 0) & (found_inf == 0)
+    means = feature_sums / counts.clamp(min=1).unsqueeze(1)
+    for center, mean, of_head, head_moves in zip(centers, means, prototypes, moves, strict=True):
+        target = of_head @ mean.to(of_head.dtype)
+        center.lerp_(torch.where(head_moves, target, center), 1 - momentum)

@@ -151,9 +151,9 @@ def build_student_and_teacher(config: PretrainConfig) -> tuple[Network, Network]
 def update_teacher(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, found_inf: Tensor) -> None:
     """``teacher = teacher - (1 - momentum) * (teacher - student)``, in place, for parameters only.
 
-    This running mean is gradient descent on half the squared distance to the student. So torch's fused SGD updates all
-    tensors in a few launches, and skips the update as it skips that of the student, without asking the device. For a
-    momentum above 0.5, `torch.lerp` rounds in the same way.
+    This running mean is gradient ascent with the student as the gradient, and weight decay 1. So torch's fused SGD
+    updates all tensors in a few launches, and skips the update as it skips that of the student, without asking the
+    device. For a momentum above 0.5, `torch.lerp` rounds in the same way.
 
     The teacher's BatchNorm keeps its own running statistics, from its own forward passes.
 
@@ -162,14 +162,14 @@ def update_teacher(teacher: Sequence[Tensor], student: Sequence[Tensor], momentu
     """
     torch._fused_sgd_(
         list(teacher),
-        torch._foreach_sub(list(teacher), list(student)),
+        list(student),
         [],
         lr=1 - momentum,
-        weight_decay=0.0,
+        weight_decay=1.0,
         momentum=0.0,
         dampening=0.0,
         nesterov=False,
-        maximize=False,
+        maximize=True,
         is_first_step=False,
         found_inf=found_inf,
     )

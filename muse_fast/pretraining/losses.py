@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -162,8 +163,7 @@ def loss_weights(config: LossConfig) -> dict[str, float]:
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Return the training loss."""
-    first, *others = (weight * losses[name] for name, weight in weights.items())
-    return sum(others, start=first)
+    return reduce(torch.add, (weight * losses[name] for name, weight in weights.items()))
 
 
 @torch.no_grad()

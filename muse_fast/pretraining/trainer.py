@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from muse_fast.models.attention import why_not
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.heads import HeadOutput
 from muse_fast.pretraining import logits
-from muse_fast.pretraining.centering import sinkhorn_center, update_center
+from muse_fast.pretraining.centering import sinkhorn_center, update_centers
 from muse_fast.pretraining.distill import (
     backbone_of,
     build_student_and_teacher,
@@ -141,7 +142,7 @@ class Trainer:
             self._set_train_encoder(schedule.train_encoder)
         batches = self._prepare(micro_batches)
         rois = micro_batches[0].num_rois * len(batches) * world_size()
-        nucleus_pairs = sum_over_ranks(torch.stack([batch.nucleus_pairs for batch in batches]).sum())
+        nucleus_pairs = sum_over_ranks(reduce(torch.add, (batch.nucleus_pairs for batch in batches)))
         counts: dict[str, Tensor | int] = {  # over all micro-batches and ranks; divisors of the losses
             "rois": rois,
             "image_pairs": len(batches[0].pairs["image"].teacher_rows) * len(batches) * world_size(),
@@ -152,14 +153,14 @@ class Trainer:
         self.student.train()
         self.teacher.train()
         self.optimizer.zero_grad(set_to_none=True)
-        totals = Totals(self.loss_weights, self.centers, config.head.bottleneck_dim)
+        totals = Totals(self.loss_weights, self.centers)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             with gradient_sync(self.student_forward, last):
                 losses, teacher, usage = self._forward(batch, schedule, measure and last)
                 losses = {name: loss / counts[LOSSES[name].mean_over] for name, loss in losses.items()}
                 loss = weighted_sum(losses, self.loss_weights)
-                (loss * world_size()).backward()  # the engines divide by the number of ranks
+                loss.backward(torch.full_like(loss, world_size()))  # the engines divide by the number of ranks
             totals.add(losses, teacher)
         totals.sum_over_ranks()
 
@@ -171,12 +172,13 @@ class Trainer:
         gradients = [p.grad for p in student if p.grad is not None]
         tensor_norms = norms(gradients)
         grad_norm = torch.linalg.vector_norm(tensor_norms)
-        go = self.guard.look(self.step + 1, [*totals.losses.values(), grad_norm], *_samples(micro_batches))
+        samples = [(views.roi_ids, views.epochs) for views in micro_batches]
+        self.guard.look(self.step + 1, [*totals.losses.values(), grad_norm], samples)
 
         # Update the centres from the teacher as it was, then the student, then the teacher from the student.
-        for name, z_sum, rows in totals.teacher():
-            momentum = config.loss.center_momentum
-            update_center(self.centers[name], z_sum, rows, teacher[name].prototypes, momentum, go)
+        prototypes = [teacher[name].prototypes for name in self.centers]
+        centers, momentum = list(self.centers.values()), config.loss.center_momentum
+        update_centers(centers, totals.z_sums, totals.rows, prototypes, momentum, self.guard.found_inf)
         if config.optim.clip_grad:
             per_tensor = config.optim.clip == "per_tensor"
             clip_gradients(gradients, tensor_norms if per_tensor else grad_norm, config.optim.clip_grad)
@@ -362,34 +364,31 @@ class Trainer:
 
 
 class Totals:
-    """Sums of a step over micro-batches and ranks.
+    """Sums of a step over micro-batches and, after `sum_over_ranks`, over ranks.
 
     Attributes:
-        losses: each a 0-dim view of the sums.
+        losses: ``[]`` each.
+        rows: ``[heads]``, numbers of the teacher's rows.
+        z_sums: ``[heads, d]``, sums of the teacher's bottleneck rows.
     """
 
-    def __init__(self, losses: Collection[str], centers: Mapping[str, Tensor], width: int) -> None:
-        like, self._heads = next(iter(centers.values())), list(centers)
-        self._sums = like.new_zeros(len(losses) + len(centers) * (width + 1))  # one tensor, for one all-reduce
-        self.losses = dict(zip(losses, self._sums[: len(losses)], strict=True))
-        self._rows = self._sums[len(losses) :].view(len(centers), width + 1)
+    def __init__(self, losses: Collection[str], heads: Collection[str]) -> None:
+        self._losses, self._heads, self._parts = list(losses), list(heads), list[Tensor]()
 
+    @torch.no_grad()
     def add(self, losses: Mapping[str, Tensor], teacher: Mapping[str, HeadOutput]) -> None:
         """Add a micro-batch."""
-        with torch.no_grad():
-            for name, total in self.losses.items():
-                total += losses[name]
-            for row, name in zip(self._rows, self._heads, strict=True):
-                row[:-1] += teacher[name].z.sum(dim=0)
-                row[-1] += len(teacher[name].z)
+        zs = [teacher[name].z for name in self._heads]
+        rows = [z.new_full((1,), len(z)) for z in zs]
+        self._parts.append(
+            torch.cat([torch.stack([losses[name] for name in self._losses]), *rows, *(z.sum(dim=0) for z in zs)])
+        )
 
     def sum_over_ranks(self) -> None:
-        sum_over_ranks(self._sums)
-
-    def teacher(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield each head, the sum of the teacher's bottleneck rows ``[d]`` and their number ``[]``."""
-        for row, name in zip(self._rows, self._heads, strict=True):
-            yield name, row[:-1], row[-1]
+        sums = sum_over_ranks(reduce(torch.add, self._parts))  # one tensor, for one all-reduce
+        losses, self.rows, z_sums = sums.tensor_split((len(self._losses), len(self._losses) + len(self._heads)))
+        self.losses = dict(zip(self._losses, losses, strict=True))
+        self.z_sums = z_sums.view(len(self._heads), -1)
 
 
 def _assignment_entropies(
@@ -409,8 +408,3 @@ def _assignment_entropies(
                 of_mean, of_row = assignment_entropy(output, center, temp)
                 entropies |= {f"{who}_{name}_mean_entropy": of_mean, f"{who}_{name}_row_entropy": of_row}
     return entropies
-
-
-def _samples(micro_batches: Sequence[Views]) -> tuple[Tensor, Tensor]:
-    """Return the ROI ids and epochs of a step."""
-    return torch.cat([views.roi_ids for views in micro_batches]), torch.cat([views.epochs for views in micro_batches])

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from muse_fast.runtime.distributed import gather_over_ranks
 
+Samples = Sequence[tuple[Tensor, Tensor]]
+"""ROI ids and epochs of a step, by micro-batch."""
+
 
 class NonFiniteError(RuntimeError):
     """A loss or the gradients were NaN or infinite. Weights, teacher and centres are as they were before that step.
@@ -45,18 +48,16 @@ class Guard:
         self.names = list(names)
         self.found_inf = torch.zeros((), device=device)
         self._record = torch.zeros(1 + len(self.names), dtype=torch.float64, device=device)  # step, then the terms
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # ROI ids and epochs of the steps since the last check
+        self._seen: dict[int, Samples] = {}  # of the steps since the last check
 
-    def look(self, step: int, terms: Sequence[Tensor], roi_ids: Tensor, epochs: Tensor) -> Tensor:
-        """Record a step; returns a 0-dim float32, 1 if everything so far was finite, else 0."""
-        values = torch.stack([term.detach().double() for term in terms])
-        bad = (~torch.isfinite(values).all()).float()
-        first = (bad > 0) & (self.found_inf == 0)
-        row = torch.cat([values.new_full((1,), step), values])
-        self._record = torch.where(first, row, self._record)
-        self.found_inf.copy_(torch.maximum(self.found_inf, bad))
-        self._seen[step] = roi_ids, epochs
-        return 1 - self.found_inf
+    def look(self, step: int, terms: Sequence[Tensor], samples: Samples) -> None:
+        """Record a step, and set `found_inf` unless it was finite."""
+        values = torch.stack(list(terms)).detach()
+        row = torch.cat([values.new_full((1,), step, dtype=torch.float64), values])
+        self._record = torch.where(self.found_inf > 0, self._record, row)  # the newest, or the first bad one
+        largest = torch.linalg.vector_norm(values, torch.inf)  # NaN if a value is
+        self.found_inf.masked_fill_((largest < torch.inf).logical_not(), 1)
+        self._seen[step] = samples
 
     def check(self) -> None:
         """Read the device's record, for which the host waits.
@@ -68,6 +69,6 @@ class Guard:
         if self.found_inf.item() == 0:
             return
         step, *terms = self._record.tolist()
-        samples = torch.stack(seen[int(step)]).to(self.found_inf.device)
-        roi_ids, epochs = gather_over_ranks(samples).transpose(0, 1).flatten(1).tolist()
+        samples = torch.stack([torch.cat(part) for part in zip(*seen[int(step)], strict=True)])
+        roi_ids, epochs = gather_over_ranks(samples.to(self.found_inf.device)).transpose(0, 1).flatten(1).tolist()
         raise NonFiniteError(int(step), dict(zip(self.names, terms, strict=True)), roi_ids, epochs)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from muse_fast.pretraining.centering import sinkhorn_center, update_center
+from muse_fast.pretraining.centering import sinkhorn_center, update_centers
 from tests.support.ranks import NoHostWait, Ranks
 
 
@@ -50,18 +50,26 @@ def test_sinkhorn_does_not_make_the_host_wait() -> None:
         sinkhorn_center(torch.randn(9, 6), 0.05)
 
 
-def test_ema_center_follows_the_mean_logit() -> None:
+def test_ema_centers_follow_the_mean_logits() -> None:
     torch.manual_seed(0)
-    z, w = torch.randn(20, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
-    center = torch.randn(9)
-    expected = 0.9 * center.double() + 0.1 * (z @ w.T).mean(dim=0)
-    update_center(center, z.sum(dim=0), torch.tensor(20), w.float(), 0.9, torch.tensor(1.0))
-    torch.testing.assert_close(center.double(), expected, rtol=1e-5, atol=1e-6)
+    zs = [torch.randn(rows, 5, dtype=torch.float64) for rows in (20, 1)]
+    ws = [torch.randn(9, 5, dtype=torch.float64) for _ in zs]
+    centers = [torch.randn(9) for _ in zs]
+    expected = [0.9 * c.double() + 0.1 * (z @ w.T).mean(dim=0) for c, z, w in zip(centers, zs, ws, strict=True)]
+    sums, counts = torch.stack([z.sum(dim=0) for z in zs]), torch.tensor([20.0, 1.0])
+    update_centers(centers, sums, counts, [w.float() for w in ws], 0.9, torch.tensor(0.0))
+    for center, value in zip(centers, expected, strict=True):
+        torch.testing.assert_close(center.double(), value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "go"), [(0, 1.0), (5, 0.0)], ids=["no rows", "no go"])
-def test_without_rows_or_go_the_center_stays(rows: int, go: float) -> None:
-    center = torch.ones(4)
+def test_centers_without_rows_or_after_a_bad_step_stay() -> None:
+    centers, counts = [torch.ones(4), torch.ones(4)], torch.tensor([0.0, 5.0])
+    prototypes = [torch.full((4, 3), torch.nan), torch.ones(4, 3)]
     with NoHostWait():
-        update_center(center, torch.ones(3), torch.tensor(rows), torch.full((4, 3), torch.nan), 0.9, torch.tensor(go))
-    assert torch.equal(center, torch.ones(4))
+        update_centers(centers, torch.ones(2, 3), counts, prototypes, 0.9, torch.tensor(0.0))
+    assert torch.equal(centers[0], torch.ones(4))
+    assert not torch.equal(centers[1], torch.ones(4))
+    centers = [torch.ones(4), torch.ones(4)]
+    with NoHostWait():
+        update_centers(centers, torch.ones(2, 3), torch.full((2,), 5.0), [prototypes[0]] * 2, 0.9, torch.tensor(1.0))
+    assert all(torch.equal(center, torch.ones(4)) for center in centers)

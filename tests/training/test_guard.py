@@ -18,20 +18,20 @@ CPU = torch.device("cpu")
 
 
 def look(guard: Guard, step: int, *terms: float) -> float:
+    """Let it see a step; returns its verdict on all so far, 1 if one was bad."""
     with NoHostWait():
-        go = guard.look(step, [torch.tensor(term) for term in terms], torch.tensor([step * 10]), torch.tensor([step]))
-    return go.item()
+        guard.look(step, [torch.tensor(term) for term in terms], [(torch.tensor([step * 10]), torch.tensor([step]))])
+    return guard.found_inf.item()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_bad_step_is_recorded_and_stops_all_later_ones(bad: float) -> None:
     guard = Guard(["image loss", "nucleus loss", "gradient norm"], CPU)
-    assert look(guard, 1, 1.0, 2.0, 3.0) == 1
+    assert look(guard, 1, 1.0, 2.0, 3.0) == 0
     guard.check()
-    assert look(guard, 2, 4.0, bad, 5.0) == 0
-    assert look(guard, 3, 1.0, 2.0, 3.0) == 0  # permanently
-    assert look(guard, 4, bad, bad, bad) == 0
-    assert guard.found_inf == 1
+    assert look(guard, 2, 4.0, bad, 5.0) == 1
+    assert look(guard, 3, 1.0, 2.0, 3.0) == 1  # permanently
+    assert look(guard, 4, bad, bad, bad) == 1
     with pytest.raises(NonFiniteError, match=r"step 2: nucleus loss not finite \(image loss 4, nucleus loss") as raised:
         guard.check()
     assert (raised.value.step, raised.value.roi_ids, raised.value.epochs) == (2, [20], [2])
@@ -46,8 +46,8 @@ def test_all_bad_terms_are_named() -> None:
 
 def test_large_values_are_finite() -> None:
     guard = Guard(["gradient norm"], CPU)
-    assert look(guard, 1, torch.finfo(torch.float32).max) == 1
-    assert guard.look(2, [torch.tensor(1e300, dtype=torch.float64)], torch.tensor([0]), torch.tensor([0])) == 1
+    assert look(guard, 1, torch.finfo(torch.float32).max) == 0
+    guard.look(2, [torch.tensor(1e300, dtype=torch.float64)], [(torch.tensor([0]), torch.tensor([0]))])
     guard.check()
 
 

@@ -81,7 +81,7 @@ def test_a_step_does_nothing_once_the_guard_has_seen_a_value_that_is_not_finite(
     optimizer = build_optimizer(layer, guard, name)
     apply_schedule(optimizer, Schedule(0.1, 0.5, 0.04, 0.99, True))
     for step, norm in enumerate((1.0, math.nan, 1.0), start=1):
-        guard.look(step, [torch.tensor(norm)], torch.tensor([0]), torch.tensor([0]))
+        guard.look(step, [torch.tensor(norm)], [(torch.tensor([0]), torch.tensor([0]))])
         for p in layer.parameters():
             p.grad = torch.full_like(p, norm)
         with NoHostWait():
