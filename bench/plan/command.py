@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, metavar="IMAGES", help="ROIs or samples of a step")
     parser.add_argument("--gpu", choices=RATES, default="H100", help="whose rates rank the operations")
     parser.add_argument("--top", type=int, default=15, metavar="N", help="operations to list")
+    parser.add_argument("--lines", type=int, default=0, metavar="N", help="lines to list, by launches of the host")
     parser.add_argument(
         "--host", action="store_true", help="instead of counting, time the host's steps: ratios of CPU time only"
     )
@@ -48,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
     if options.host:
         return host(out, options)
     try:
-        results = count([job(engine, options) for engine in engines(options)])
+        results = count([job(engine, options) for engine in engines(options)], trace=options.lines > 0)
     except UserError as error:
         options.parser.error(str(error))
     out.print("Predictions: counted on a stand-in for a GPU. Times are least times at the rates given, not measured.")
@@ -56,6 +57,8 @@ def main(options: argparse.Namespace) -> int:
     for result in results:
         print_places(out, result)
     print_operations(out, results[0], options.gpu, options.top)
+    if options.lines:
+        print_lines(out, results[0], options.lines)
     known = committed()
     changes = [line for result in results for line in differences(result, known.get(key(result)))]
     for line in changes:
@@ -104,9 +107,9 @@ def job(engine: str, options: argparse.Namespace) -> tuple[str, str, list[str]]:
     return engine, options.arch, [*sizes, batch, *options.settings]
 
 
-def count(jobs: Sequence[Any]) -> list[dict[str, Any]]:
-    """The counts of a step of each job, see `bench.plan.worker.count`."""
-    return json.loads(run("bench.plan.worker", ["count", json.dumps(jobs)]))
+def count(jobs: Sequence[Any], *, trace: bool = False) -> list[dict[str, Any]]:
+    """The counts of a step of each job, see `bench.plan.worker`."""
+    return json.loads(run("bench.plan.worker", ["trace" if trace else "count", json.dumps(jobs)]))
 
 
 def committed() -> dict[str, dict[str, float]]:
@@ -175,3 +178,9 @@ def print_operations(out: Console, result: dict[str, Any], gpu: str, top: int) -
     ]
     out.print(f"{result['engine']}: the operations with the largest least time on an {gpu}")
     out.print(table(("operation", "calls", "launches", "GB", "TFLOP", "ms"), rows))
+
+
+def print_lines(out: Console, result: dict[str, Any], top: int) -> None:
+    rows = [[where, name, str(launches)] for launches, where, name in result["launched_at"][:top]]
+    out.print(f"{result['engine']}: lines of the project by what the host launches there")
+    out.print(table(("line", "operation", "launches"), rows))

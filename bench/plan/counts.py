@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bench.plan.standin import Copy
+from bench.plan.standin import Copy, place
 
 SMALL_KERNEL = 2.5e-6  # seconds: no kernel is shorter, however little it does
 
@@ -149,12 +149,17 @@ Rows = dict[str, Row]
 
 
 class Counts:
-    """The `bench.plan.standin.Meter` of a step."""
+    """The `bench.plan.standin.Meter` of a step.
+
+    Attributes:
+        launched_at: launches by the host, by the project's line that asks for them and by operation.
+    """
 
     def __init__(self) -> None:
         self.rows: Rows = defaultdict(Row)
         self.copies: list[Copy] = []
         self.waits: Counter[str] = Counter()
+        self.launched_at: Counter[tuple[str, str]] = Counter()
         self._live = self._peak = self._live_in_graphs = self._peak_in_graphs = 0
         self._recording = False
         self._storages: Any = WeakIdKeyDictionary()
@@ -164,6 +169,7 @@ class Counts:
         self.rows.clear()
         self.copies.clear()
         self.waits.clear()
+        self.launched_at.clear()
         self._peak = self._live
 
     @property
@@ -230,6 +236,8 @@ class Counts:
         row.launches += launches
         row.bytes += size
         row.flops += flops
+        if launches and not self._recording:
+            self.launched_at[place(), label] += launches
         for gpu, rates in RATES.items():
             ideal = max(flops / (rates.fp32 if single else rates.bf16), size / rates.copy)
             row.seconds[gpu] += max(ideal, launches * SMALL_KERNEL)

@@ -17,16 +17,17 @@ have none; reading one gives 1.
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
@@ -275,7 +276,7 @@ class StandIn(TorchDispatchMode):
         pinned = bool(asynchronous) if host is None else host.untyped_storage()._cdata in self._pinned
         self._refuse_in_recordings()
         if self.meter:
-            copy = Copy(source.numel() * source.itemsize, to_device, pinned, not (asynchronous and pinned), _place())
+            copy = Copy(source.numel() * source.itemsize, to_device, pinned, not (asynchronous and pinned), place())
             self.meter.copy(copy)
         dtype = kwargs.get("dtype") or source.dtype
         if not is_new:
@@ -295,11 +296,11 @@ class StandIn(TorchDispatchMode):
     def _wait(self, what: str) -> None:
         self._refuse_in_recordings()
         if self.meter:
-            self.meter.wait(what, _place())
+            self.meter.wait(what, place())
 
     def _refuse_in_recordings(self) -> None:
         if self._is_recording:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing, at {_place()}")
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing, at {place()}")
 
     @contextmanager
     def record(self, graph: Graph, *, stream: Any, pool: Any, capture_error_mode: str) -> Iterator[None]:
@@ -366,10 +367,27 @@ def _is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype == torch.bool
 
 
-def _place() -> str:
-    """The innermost line of the project that led here, such as ``muse_fast/pretraining/trainer.py:274``."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path.parent != Path(__file__).parent and ".venv" not in path.parts:
-            return f"{path.relative_to(ROOT)}:{frame.lineno}"
-    return "torch"
+def place() -> str:
+    """The innermost line of the project that led here, such as ``muse_fast/pretraining/trainer.py:274``.
+
+    torch runs a backward on a thread of its own. If it detects anomalies, it knows where the forward was called.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _is_of_project(frame.f_code.co_filename):
+            return _named(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
+    node: Any = torch._C._current_autograd_node()
+    kept = "".join(node.metadata.get("traceback_", ())) if node else ""
+    lines = [(path, line) for path, line in re.findall(r'File "(.*?)", line (\d+)', kept) if _is_of_project(path)]
+    return f"backward of {_named(*lines[-1])}" if lines else "torch"
+
+
+def _named(path: str, line: object) -> str:
+    return f"{Path(path).relative_to(ROOT)}:{line}"
+
+
+@functools.cache
+def _is_of_project(path: str) -> bool:
+    within = Path(path)
+    return within.is_relative_to(ROOT) and within.parent != Path(__file__).parent and ".venv" not in within.parts

@@ -1,5 +1,5 @@
 """``python -m bench.plan.worker ACTION JOBS``: of each job, ``count`` one step or time the ``host``, and print the
-results as JSON, see `standin.run`."""
+results as JSON, see `standin.run`. ``trace`` counts, and finds the lines whose backward launches what."""
 
 from __future__ import annotations
 
@@ -55,7 +55,11 @@ class Run(NamedTuple):
 def main(arguments: Sequence[str]) -> None:
     jobs = [Job(engine, arch, tuple(settings)) for engine, arch, settings in json.loads(arguments[1])]
     with stand_in() as device, redirect_stdout(sys.stderr):  # runs may print something
-        results = [count(job, device) for job in jobs] if arguments[0] == "count" else host_seconds(jobs)
+        if arguments[0] == "host":
+            results: list[Any] = host_seconds(jobs)
+        else:
+            with torch.autograd.set_detect_anomaly(arguments[0] == "trace", check_nan=False):
+                results = [count(job, device) for job in jobs]
     json.dump(results, sys.stdout)
 
 
@@ -109,6 +113,7 @@ def count(job: Job, device: StandIn) -> dict[str, Any]:
         "seconds": {gpu: sum(row.seconds[gpu] for _, row in rows) for gpu in rows[0][1].seconds},
         "waits_at": dict(counts.waits),
         "pageable_at": dict(pageable),
+        "launched_at": [(launches, *where) for where, launches in counts.launched_at.most_common()],
         "operations": {name: vars(row) for name, row in rows},
     }
 

@@ -30,13 +30,11 @@ Moments = tuple[Tensor, Tensor]
 """Mean and variance per channel."""
 
 
-class Statistics(NamedTuple):
-    """How samples ``[n, c]`` of a level become rows ``[n, o]``: ``(weight x samples - mean) * gain + bias``."""
+class RowProjection(NamedTuple):
+    """How samples of all levels ``[n, sum(widths)]`` become rows ``[n, D]``: ``samples @ weight.T + bias``."""
 
-    weight: Tensor  # [o, c], under autocast in its dtype
-    mean: Tensor  # [o], of what BatchNorm normalises
-    gain: Tensor  # [o]
-    bias: Tensor  # [o]
+    weight: Tensor  # [D, sum(widths)]: a block per level, 0 elsewhere; under autocast both in its dtype
+    bias: Tensor  # [D]
 
 
 class Level(NamedTuple):
@@ -104,44 +102,42 @@ class Projection(ConvBN):
         conv, _ = self.layer
         return ops.projection_stats(x, conv.weight.flatten(1))
 
-    def statistics(self, mean: Tensor, var: Tensor) -> Statistics:
-        """All that `HyperFeats.project_rows` needs, given the moments by which BatchNorm normalises."""
-        conv, norm = self.layer
-        weight, device = conv.weight.flatten(1), conv.weight.device.type
-        if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-            weight = weight.to(torch.get_autocast_dtype(device))
-        return Statistics(weight, mean, norm.weight * torch.rsqrt(var + norm.eps), norm.bias)
-
 
 class HyperFeats(nn.Module):
     """Project every map to the same width; sizes do not change.
 
     Given the statistics of the projected maps, projection and bilinear sampling are linear, and the sampling weights
-    sum to 1. So the two commute, and rows do not need the projected map: ``project_rows`` of samples of the maps equals
-    samples of ``forward``, with the same gradients and running statistics.
+    sum to 1. So the two commute, and rows do not need the projected map: samples of the maps, projected as
+    `row_projections` says, equal samples of ``forward``, with the same gradients and running statistics.
     """
 
     conv_list: Any  # of Projection; torch types its entries as Module
 
     def __init__(self, widths: Sequence[int], level_dim: int) -> None:
         super().__init__()
-        self.widths = list(widths)
         self.conv_list = nn.ModuleList(Projection(width, level_dim) for width in widths)
 
     def forward(self, groups: Sequence[Maps]) -> list[Maps]:
         levels = zip(self.conv_list, zip(*groups, strict=True), strict=True)
         return list(zip(*(project(maps) for project, maps in levels), strict=True))
 
-    def statistics(self, groups: Sequence[Maps]) -> list[list[Statistics]]:
-        """How the maps are projected and would be normalised by BatchNorm, per group and level.
+    def row_projections(self, groups: Sequence[Maps]) -> list[RowProjection]:
+        """How samples of the maps become rows, per group: one product for all levels, with BatchNorm folded into it,
+        ``(W x - mean) gain + beta = (gain W) x + (beta - gain mean)``.
 
         In training by the moments of the projections, with gradients, and the running statistics are updated; in
         evaluation by the running statistics, and the maps are not read.
         """
-        return [
-            [projection.statistics(*moments) for projection, moments in zip(self.conv_list, of_group, strict=True)]
-            for of_group in self._moments(groups)
-        ]
+        convs, norms = zip(*(projection.layer for projection in self.conv_list), strict=True)
+        weight = torch.block_diag(*(conv.weight.flatten(1) for conv in convs))
+        scale, beta = torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms])
+        projections = []
+        for of_group in self._moments(groups):
+            mean, var = (torch.cat(of_levels) for of_levels in zip(*of_group, strict=True))
+            gain = scale * torch.rsqrt(var + norms[0].eps)
+            folded = gain.unsqueeze(1) * weight, beta - gain * mean
+            projections.append(RowProjection(*map(_cast_for_autocast, folded)))
+        return projections
 
     def _moments(self, groups: Sequence[Maps]) -> list[list[Moments]]:
         """Mean and variance by which BatchNorm would normalise the projected maps, per group and level."""
@@ -159,11 +155,11 @@ class HyperFeats(nn.Module):
             update_running_stats(norm, mean, var, count)
         return [moments[first : first + levels] for first in range(0, len(moments), levels)]
 
-    def project_rows(self, samples: Tensor, statistics: Sequence[Statistics]) -> Tensor:
-        """``[N, sum(widths)]`` sampled from the maps -> ``[N, D]``, as if sampled from the projected maps."""
-        levels = zip(samples.split(self.widths, dim=1), statistics, strict=True)
-        rows = [(F.linear(x, of.weight) - of.mean) * of.gain + of.bias for x, of in levels]
-        return torch.cat([level.to(samples.dtype) for level in rows], dim=1)
+
+def _cast_for_autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype == torch.float32
+    return x.to(torch.get_autocast_dtype(device)) if is_cast else x
 
 
 class Decoder(nn.Module):
@@ -211,30 +207,27 @@ class Decoder(nn.Module):
                 each point in its group; negative for padding, whose rows are zero.
             sizes: R, side of the views of each group in pixels.
         """
-        return self.rows(*self.sampled(encoded), points, sizes)
+        padding = torch.cat([image_index < 0 for _, image_index in points])
+        return self.rows(*self.sampled(encoded), points, sizes).masked_fill(padding.unsqueeze(1), 0)
 
-    def sampled(self, encoded: Any) -> tuple[list[Maps], list[list[Statistics]]]:
+    def sampled(self, encoded: Any) -> tuple[list[Maps], list[RowProjection]]:
         """The part of `nucleus_rows` that does not depend on the nuclei: per group, what `rows` samples."""
         decoded = self.decode(self.pyramids(encoded))
-        return decoded, self.hyper_feats.statistics(decoded)
+        return decoded, self.hyper_feats.row_projections(decoded)
 
     def rows(
         self,
         decoded: Sequence[Maps],
-        statistics: Sequence[Sequence[Statistics]],
+        projections: Sequence[RowProjection],
         points: Sequence[tuple[Tensor, Tensor]],
         sizes: Sequence[int],
     ) -> Tensor:
-        """The rest of `nucleus_rows`, ``[N, D]``.
+        """The rest of `nucleus_rows`, ``[N, D]``, for points without padding.
 
         It runs after the statistics, so that their gradients follow those of the samples, one map at a time.
         """
-        rows = []
-        for maps, of_group, (xy, image_index), size in zip(decoded, statistics, points, sizes, strict=True):
-            samples = ops.sample_nuclei(maps, xy, image_index, size)
-            projected = self.hyper_feats.project_rows(samples, of_group)
-            rows.append(projected.masked_fill((image_index < 0).unsqueeze(1), 0))
-        return torch.cat(rows)
+        samples = [ops.sample_nuclei(maps, *of, size) for maps, of, size in zip(decoded, points, sizes, strict=True)]
+        return torch.cat([F.linear(x, *projection) for x, projection in zip(samples, projections, strict=True)])
 
 
 class MappedDecoder(Decoder):

@@ -12,7 +12,7 @@ from muse_fast.batch import PackedNuclei
 from muse_fast.config import OptimConfig, PretrainConfig
 from muse_fast.images.imagenet import normalised
 from muse_fast.models.backbone import Backbone, WithBackbone, build_backbone
-from muse_fast.models.decoder import Statistics
+from muse_fast.models.decoder import RowProjection
 from muse_fast.models.encoder import Encoder, Maps
 from muse_fast.models.heads import DINOHead, HeadOutput
 from muse_fast.training.graphs import Graphed
@@ -87,8 +87,8 @@ class Network(WithBackbone):
             cls, rows = encode(self.backbone, self._floats(groups), nuclei, scales, self.train_encoder)
             done: dict[str, HeadOutput] = {}
         else:
-            cls, image, maps, statistics = self.graphed(list(groups), scales)
-            rows = self.backbone.decoder.rows(maps, statistics, *_places(groups, nuclei))
+            cls, image, maps, projections = self.graphed(list(groups), scales)
+            rows = self.backbone.decoder.rows(maps, projections, *_places(groups, nuclei))
             done = {"image": image}
         features = {"image": cls, "nucleus": rows}
         heads = {name: done.get(name) or head(features[name]) for name, head in self.heads.items()}
@@ -96,7 +96,7 @@ class Network(WithBackbone):
 
     def dense(
         self, groups: Sequence[Tensor], scales: Tensor | None
-    ) -> tuple[Tensor, HeadOutput, list[Maps], list[list[Statistics]]]:
+    ) -> tuple[Tensor, HeadOutput, list[Maps], list[RowProjection]]:
         """The part of `forward` that does not depend on the nuclei: CLS features, their head, and what is sampled."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_encoder):
             cls, encoded = self.backbone.encoder(self._floats(groups), scales)
