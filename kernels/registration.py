@@ -36,11 +36,12 @@ def register_dino_loss(forward: Any, backward: Any) -> None:
         student_logits, teacher_logits, center, teacher_rows, student_rows, *ctx.temperatures = inputs
         _, *stats = output
         ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)  # of the statistics
         ctx.save_for_backward(student_logits, teacher_logits, center, *stats, teacher_rows, student_rows)
 
-    def gradients(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, loss_gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         gradient = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and loss_gradient is not None:
             gradient = backward(loss_gradient, *ctx.saved_tensors, *ctx.temperatures)
         return gradient, *[None] * 6
 
@@ -78,10 +79,13 @@ def register_linear_dino_loss(forward: Any, backward: Any) -> None:
         *tensors, student_temp, teacher_temp = inputs
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # of what is saved
         ctx.save_for_backward(*saved, *tensors)
         ctx.temperatures = student_temp, teacher_temp
 
-    def gradients(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, loss_gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if loss_gradient is None:
+            return (None,) * 9
         return *backward(loss_gradient, *ctx.saved_tensors, *ctx.temperatures), *[None] * 7
 
     torch.library.register_fake(forward, fake_forward)

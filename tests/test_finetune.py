@@ -329,7 +329,7 @@ def test_pseudo_labels_come_from_the_network_before_the_step_while_nuclei_are_ma
     tuner.train_step(batch)
     with torch.no_grad():
         expected = tuner.detector.eval()(normalise(batch.plain)).logits.flatten(0, 1)
-    plain_logits, seen, began = tuner._plain_logits, list[torch.Tensor](), threading.Event()
+    plain_logits, seen, began = tuner.plain_forward, list[torch.Tensor](), threading.Event()
 
     def watched(*arguments: Any) -> torch.Tensor:
         seen.append(plain_logits(*arguments))
@@ -340,7 +340,7 @@ def test_pseudo_labels_come_from_the_network_before_the_step_while_nuclei_are_ma
         assert began.wait(60)
         return assign(*arguments)
 
-    monkeypatch.setattr(tuner, "_plain_logits", watched)
+    monkeypatch.setattr(tuner, "plain_forward", watched)
     monkeypatch.setattr(targets_of_proposals, "assign", late)
     tuner.step = 2  # of 3, in the second epoch
     tuner.train_step(batch)

@@ -73,6 +73,7 @@ LAUNCHES = {
     "cumsum": 2,
     "nonzero": 3,
 }
+SMALL_SORT = 4096  # values along a dimension that one kernel sorts, after two that fill its results
 # Tensors and chunks of 64 Ki values that one launch of a multi-tensor kernel takes, by the number of lists.
 TENSORS_OF_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 CHUNKS_OF_A_LAUNCH, CHUNK = 320, 65536
@@ -296,7 +297,7 @@ def launches_of(name: str, args: Sequence[Any], inputs: Sequence[Tensor]) -> int
         lists = sum(isinstance(a, (list, tuple)) and len(a) == len(sizes) for a in args)
         return multi_tensor_launches(sizes, min(lists, 5)) + 2 * (name == "_foreach_norm")
     if name == "sort":
-        return 7 + inputs[0].itemsize  # a pass for each byte of a key
+        return 3 if inputs[0].shape[-1] <= SMALL_SORT else 7 + inputs[0].itemsize  # a pass for each byte of a key
     if name in ("sum", "mean") and inputs[0].numel() > 1 << 16:
         return 2
     return LAUNCHES.get(name, 1)

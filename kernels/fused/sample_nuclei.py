@@ -281,6 +281,6 @@ def group_by_image(xy: Tensor, image_index: Tensor, view_size: int, num_images: 
     """Sort the points by image and from top to bottom, so that few chunks overlap a block of pixels; also return the
     position of every image's first point in that order, ``[num_images + 1]``. Padding belongs to no image."""
     height = (xy[:, 1] * (STRIPES / view_size)).clamp(0, STRIPES - 1)
-    ordered, points = (image_index * STRIPES + height.int()).int().sort(stable=True)  # int32 takes few passes
+    ordered, points = torch.add(height.int(), image_index, alpha=STRIPES).int().sort(stable=True)  # few passes
     images = torch.arange(0, STRIPES * num_images + 1, STRIPES, dtype=torch.int32, device=ordered.device)
     return points, torch.searchsorted(ordered, images)

@@ -74,13 +74,18 @@ class Finetuner:
         unused = unused_weights(self.detector.backbone)
         self.detector_forward: Any = parallelise(self.detector, train.parallel, train.precision, frozen=unused)
         self.graphs = graphs.choose(train.cuda_graph, device)
+        self.plain_forward: Any = self._plain_logits
         if self.graphs.on:
-            self.detector_forward = graphs.Graphed(
-                self.detector,
-                self.detector,
-                graphs.CudaRecorder(device),
-                after=config.optim.accumulate,
-                required=self.graphs.required,
+            # Each in its own memory, as plain samples are seen between forward and backward. They change no buffers.
+            self.detector_forward, self.plain_forward = (
+                graphs.Graphed(
+                    function,
+                    module,
+                    graphs.CudaRecorder(device),
+                    after=config.optim.accumulate,
+                    required=self.graphs.required,
+                )
+                for function, module in ((self.detector, self.detector), (self._plain_logits, nn.Module()))
             )
         self._weights, self._buffers = list(self.detector.parameters()), dict(self.detector.named_buffers())
         self.matcher = Matcher(config.loss.match_distance)
@@ -163,7 +168,10 @@ class Finetuner:
         places = proposal_places(batch.places, self.detector.spec.stride)
         matching = self.matcher.begin(proposals, places, batch)
         places = moved(places, self.device)
-        plain_logits = self._plain_logits(batch, statistics) if with_plain else None  # meanwhile
+        plain_logits = None
+        if with_plain:  # meanwhile
+            with torch.no_grad(), self.autocast():
+                plain_logits = self.plain_forward(batch.plain.to(self.device, non_blocking=True), statistics)
         targets = Targets(*(moved(tensor, self.device) for tensor in matching.result()))
         points, logits = proposals.points.flatten(0, 1), proposals.logits.flatten(0, 1)
         unlabelled = (places == UNLABELLED).flatten()
@@ -193,17 +201,15 @@ class Finetuner:
         graphs.copy(list(copied.values()), list(self._buffers.values()))
         return copied
 
-    @torch.no_grad()
-    def _plain_logits(self, batch: LfovBatch, statistics: dict[str, Tensor]) -> Tensor:
-        """Logits ``[I * P, C + 1]`` in evaluation mode on the samples without colour augmentation.
+    def _plain_logits(self, images: Tensor, statistics: dict[str, Tensor]) -> Tensor:
+        """Logits ``[I * P, C + 1]`` in evaluation mode on samples without colour augmentation.
 
         Args:
+            images: ``[I, 3, R, R]`` uint8.
             statistics: running ones of BatchNorm to use, from before the training forward of this step.
         """
         self.detector.eval()
-        with self.autocast():
-            images = self._to_network(batch.plain)
-            proposals: Proposals = functional_call(self.detector, statistics, (images,))
+        proposals: Proposals = functional_call(self.detector, statistics, (self._to_network(images),))
         self.detector.train()
         return proposals.logits.flatten(0, 1)
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muse_fast.runtime.kept import kept
+
 UNKNOWN = -1
 """Target of a proposal whose class is unknown; the loss ignores it."""
 
@@ -49,10 +51,14 @@ def type_loss(logits: Tensor, target: Tensor, background_weight: float) -> Sum:
         logits: ``[M, C + 1]``, background last.
         target: ``[M]`` int64, ``UNKNOWN`` for rows to ignore.
     """
-    weight = logits.new_ones(logits.shape[1])
-    weight[-1].fill_(background_weight)  # `weight[-1] = ...` copies from the host, which waits
+    weight = _class_weights(logits.shape[1], background_weight, logits.dtype, logits.device)
     total = F.cross_entropy(logits, target, weight, ignore_index=UNKNOWN, reduction="sum")
     return Sum(total, torch.where(target == UNKNOWN, 0, weight[target]).sum())
+
+
+@kept
+def _class_weights(classes: int, background_weight: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([*[1.0] * (classes - 1), background_weight], dtype=dtype, device=device)
 
 
 def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -33,6 +34,26 @@ def test_a_step_never_waits_and_costs_what_is_committed(counted: dict[str, Any])
     assert pretraining["replayed"] > 2 * pretraining["launches"]  # those of the host
     for step in counted["steps"]:  # in fine-tuning, the thread that matches proposals on the host waits for them
         assert step["waits_at"] == step["pageable_at"] == {}
+
+
+@pytest.mark.heavy
+@needs_torch
+@pytest.mark.parametrize(("size", "batch"), [(224, 64), (512, 16)])
+@pytest.mark.parametrize("arch", ["vit_small", "vit_base"])
+def test_a_step_of_the_paper_costs_what_is_committed(arch: str, size: int, batch: int) -> None:
+    options = argparse.Namespace(arch=arch, size=size, batch=batch, settings=[])
+    (step,) = command.count([command.job("ours", options)])
+    assert command.differences(step, command.committed()[command.key(step)]) == []
+
+
+@pytest.mark.slow
+@needs_torch
+def test_lines_name_where_the_host_launches(counted: dict[str, Any]) -> None:
+    """The backward of a line counts there, though torch runs it on a thread that knows no line."""
+    found = counted["cases"]["traced"]["launched_at"]
+    line = found[0][0]
+    assert line.startswith("tests/support/planned.py:")
+    assert found == [[line, "sin f32"], [f"backward of {line}", "cos f32"], [f"backward of {line}", "mul f32"]]
 
 
 @pytest.mark.slow

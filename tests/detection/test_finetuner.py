@@ -9,8 +9,9 @@ from muse_fast.detection.config import FinetuneConfig
 from muse_fast.detection.detector import grid
 from muse_fast.detection.finetuner import Finetuner
 from muse_fast.detection.run import new_detector
-from muse_fast.detection.samples import ANNOTATED, LfovBatch
+from muse_fast.detection.samples import ANNOTATED, UNLABELLED, LfovBatch
 from muse_fast.runtime.options import load_settings
+from tests.support.repeated import repeated_graphs
 
 pytestmark = pytest.mark.usefixtures("thin")
 SIDE, STRIDE = 64, 8
@@ -66,3 +67,21 @@ def test_a_constant_offset_is_learnt() -> None:
     assert float(values[0]["distance"]) == pytest.approx(away)
     assert float(values[-1]["distance"]) < 0.05 * away
     assert all(float(row["distance_of_proposals"]) == pytest.approx(away) for row in values)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_steps_that_replay_cuda_graphs_are_bit_identical(micro_batches: int) -> None:
+    """Also those of the plain samples, which are seen from the second epoch on."""
+    sample = batch((3.0, -1.5), every=9)
+    sample.places[:, :, SIDE // 2 :] = UNLABELLED
+    sizes = f"optim.batch_size={micro_batches}", f"optim.accumulate={micro_batches}", "optim.epochs=8"
+
+    def run(on: bool) -> tuple[list[Tensor], Finetuner]:
+        with repeated_graphs():
+            one = tuner("loss.lambda_cons=0.5", "loss.confidence=0.1", *sizes, f"train.cuda_graph={on}".lower())
+        found = [value for _ in range(8) for value in one.train_step(*[sample] * micro_batches).values()]
+        return [*map(torch.as_tensor, found), *one.detector.state_dict().values()], one
+
+    (expected, _), (got, replaying) = run(False), run(True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert replaying.detector_forward.is_recorded and replaying.plain_forward.is_recorded

@@ -102,9 +102,16 @@ def deterministic_attention() -> None:
         attention()
 
 
+def traced() -> None:
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        x = torch.empty(4, device=DEVICE, requires_grad=True)
+        y = x.sin()
+        y.backward(torch.empty(4, device=DEVICE))
+
+
 CASES: tuple[Callable[[], None], ...] = (
     product, broadcast, freed, pageable, pinned, pinned_but_blocking, copied_ahead, replayed, wait_in_a_graph, read,
-    read_all, masked, attention, deterministic_attention,
+    read_all, masked, attention, deterministic_attention, traced,
 )  # fmt: skip
 
 
@@ -123,6 +130,7 @@ def case(run: Callable[[], None], device: StandIn) -> dict[str, Any]:
         "peak": counts.peak,
         "live": counts.held,
         "operations": list(counts.rows),
+        "launched_at": list(counts.launched_at),
     }
 
 
