@@ -31,6 +31,11 @@ class SamplesConfig(Config):
     """Area outside the image: ``reflect`` mirrors the image, ``mask`` is white and excluded from all losses."""
     turns: bool = True
     """Flips and 90 degree turns."""
+    stain: float = setting(0.0, ge=0, le=1)
+    """The amounts of haematoxylin, eosin and residual are multiplied by factors of 1 - stain to 1 + stain, each by its
+    own, as ``views.stain`` of pretraining does; 0: they are not."""
+    stain_shift: float = setting(0.0, ge=0, le=1)
+    """They are then shifted by -stain_shift to stain_shift, in optical density (natural logarithm)."""
     jitter: float = setting(0.4, ge=0, le=1)
     """Strength of the brightness and contrast jitter; half of it for saturation, a quarter for hue."""
     grey: float = setting(0.0, ge=0, le=1)
@@ -44,7 +49,14 @@ class SamplesConfig(Config):
 
     def colours(self) -> ViewsConfig:
         """The colour augmentation of pretraining, with these strengths."""
-        return ViewsConfig(jitter=self.jitter, grey=self.grey, solarise=0.0, blur=self.blur)
+        return ViewsConfig(
+            stain=self.stain,
+            stain_shift=self.stain_shift,
+            jitter=self.jitter,
+            grey=self.grey,
+            solarise=0.0,
+            blur=self.blur,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

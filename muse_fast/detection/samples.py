@@ -186,7 +186,7 @@ class LfovDataset(Dataset["LfovBatch | UserError"]):
         size: R, side in pixels.
         surroundings: what lies beyond an image, ``reflect`` or ``mask``.
         turns: flips and quarter turns.
-        colours: jitter, grey and blur are drawn as for a local view of pretraining.
+        colours: stains, jitter, grey and blur are drawn as for a local view of pretraining.
         seed: seeds all draws.
     """
 

@@ -1,5 +1,6 @@
 """Samples with a large field of view: position of the region, its surroundings, and positions of nuclei."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from muse_fast.config import ViewsConfig
+from muse_fast.detection.config import SamplesConfig
 from muse_fast.detection.detector import Detector, DetectorSpec
 from muse_fast.detection.samples import (
     ANNOTATED,
@@ -32,6 +34,7 @@ from muse_fast.images.slide import open_slide
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.models.backbone import build_backbone
 from muse_fast.sources import open_source, puma
+from muse_fast.views.colours import Colour, draw_colour
 from tests.support.small_slides import write_slide
 
 PLAIN = ViewsConfig(jitter=0.0, grey=0.0, solarise=0.0, blur=False)
@@ -307,6 +310,39 @@ def test_a_sample_does_not_depend_on_earlier_ones() -> None:
     other = again[[(6, 2)]]
     assert not isinstance(other, UserError) and not torch.equal(other.images, two.images)
     assert not torch.equal(two.plain, two.images)  # colours are augmented in one of them
+
+
+def test_stains_change_as_the_settings_say_and_nothing_else_does() -> None:
+    """Amounts of stains, solved for in float64, are scaled and shifted; levels are rounded, so by nearly a line."""
+    vectors = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    amounts = np.random.default_rng(0).uniform([[0.2], [0.2], [0.2]], [[0.5], [0.4], [0.3]], (3, 64 * 64))
+    levels = torch.from_numpy(255 * np.exp(-vectors.T @ amounts)).round().to(torch.uint8)
+    image = dataclasses.replace(dotted(64, 64, 5), image=levels.view(3, 64, 64))
+    make = lambda **of: LfovDataset(  # noqa: E731
+        [image], size=64, surroundings="mask", turns=True, colours=SamplesConfig(**of).colours(), seed=3
+    )
+    stained, jittered = make(stain=0.4, stain_shift=0.08, jitter=0.0), make(jitter=0.4)
+    lines = []
+    for epoch in range(3):
+        sample, other = stained.sample(epoch, 0), jittered.sample(epoch, 0)
+        assert torch.equal(sample.plain, other.plain) and np.array_equal(sample.xy, other.xy)
+        density = [-np.log(one.flatten(1).numpy().astype(float) / 255) for one in (sample.plain, sample.image)]
+        before, after = (np.linalg.solve(vectors.T, one) for one in density)
+        for one, new in zip(before, after, strict=True):
+            slope, offset = np.polyfit(one, new, 1)
+            assert np.abs(slope * one + offset - new).max() < 0.06
+            lines.append((slope, offset))
+    slopes, offsets = np.array(lines).T
+    assert np.abs(slopes - 1).max() < 0.41 and np.abs(offsets).max() < 0.09
+    assert np.ptp(slopes) > 0.1 and np.ptp(offsets) > 0.02
+    both, plain = make(stain=0.4, jitter=0.4), make()
+    assert plain.colours.stain == 0 and draw_colours(both) == draw_colours(jittered)
+
+
+def draw_colours(dataset: LfovDataset) -> list[Colour]:
+    """Without the stains."""
+    drawn = [draw_colour(np.random.default_rng(seed), "local", dataset.colours) for seed in range(4)]
+    return [dataclasses.replace(colour, stain=None) for colour in drawn]
 
 
 def test_places_are_read_at_the_proposals() -> None:
