@@ -141,18 +141,18 @@ def empty_loss_and_stats(student_logits: Tensor, target: Tensor, temp: float) ->
 
 
 def register_add_layer_norm(forward: Any, backward: Any) -> None:
-    """``forward``: ``(x, branch, scale, weight, bias, eps, dtype) -> (total, normed, stats)``, see :func:`empty_norms`.
-    ``backward``: ``(total_gradient, normed_gradient, total, stats, weight, scale, x_dtype, branch_dtype) ->
-    gradients``, see :func:`empty_norm_gradients`.
+    """``forward``: ``(x, branch, scale, branch_bias, weight, bias, eps, dtype) -> (total, normed, stats)``, see
+    :func:`empty_norms`. ``backward``: ``(total_gradient, normed_gradient, total, stats, weight, scale, x_dtype,
+    branch_dtype, biased) -> gradients``, see :func:`empty_norm_gradients`.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, branch, scale, weight, *_ = inputs
+        x, branch, scale, branch_bias, weight, *_ = inputs
         total, _, stats = output
         ctx.mark_non_differentiable(*((total, stats) if branch is None else (stats,)))
         ctx.set_materialize_grads(False)  # the sum after the last layer of a network is not used
         ctx.save_for_backward(x if branch is None else total, stats, weight, scale)
-        ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+        ctx.dtypes = [None if given is None else given.dtype for given in (x, branch, branch_bias)]
 
     def gradients(
         ctx: Any, total_gradient: Tensor | None, normed_gradient: Tensor | None, _: None
@@ -160,9 +160,13 @@ def register_add_layer_norm(forward: Any, backward: Any) -> None:
         total, stats, weight, scale = ctx.saved_tensors
         if normed_gradient is None:
             normed_gradient = torch.zeros_like(total)
-        x, branch, affine = backward(total_gradient, normed_gradient, total, stats, weight, scale, *ctx.dtypes)
-        of_branch = None if ctx.dtypes[1] is None else branch
-        return x, of_branch, None, *affine.to(weight.dtype).unbind(), None, None
+        x_dtype, branch_dtype, bias_dtype = ctx.dtypes
+        biased = bias_dtype is not None
+        x, branch, sums = backward(
+            total_gradient, normed_gradient, total, stats, weight, scale, x_dtype, branch_dtype, biased
+        )
+        of_branch, of_bias = None if branch_dtype is None else branch, sums[2].to(bias_dtype) if biased else None
+        return x, of_branch, None, of_bias, *sums[:2].to(weight.dtype).unbind(), None, None
 
     torch.library.register_fake(forward, empty_norms)
     torch.library.register_fake(backward, empty_norm_gradients)
@@ -173,6 +177,7 @@ def empty_norms(
     x: Tensor,
     branch: Tensor | None,
     scale: Tensor | None,
+    branch_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -195,10 +200,49 @@ def empty_norm_gradients(
     scale: Tensor | None,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
+    biased: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of x and branch ``[M, C]`` (empty without one), and of weight and bias ``[2, C]`` float32."""
+    """Return gradients of x and branch ``[M, C]`` (empty without one), and of weight, bias and, if ``biased``, the bias
+    in the branch, ``[2, C]`` or ``[3, C]`` float32."""
     branch = total.new_empty((0,) if branch_dtype is None else total.shape, dtype=branch_dtype or x_dtype)
-    return total.new_empty(total.shape, dtype=x_dtype), branch, stats.new_empty(2, weight.shape[0])
+    return total.new_empty(total.shape, dtype=x_dtype), branch, stats.new_empty(2 + biased, weight.shape[0])
+
+
+# --- gelu
+
+
+def register_gelu(forward: Any, backward: Any) -> None:
+    """``forward``: ``(hidden, bias) -> result``. ``backward``: ``(gradient, hidden) -> gradients of hidden and bias``,
+    see :func:`empty_gelu_gradients`.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        hidden, bias = inputs
+        ctx.save_for_backward(hidden)
+        ctx.dtype = bias.dtype
+
+    def gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        of_hidden, of_bias = backward(gradient, *ctx.saved_tensors)
+        return of_hidden, of_bias.to(ctx.dtype)
+
+    torch.library.register_fake(forward, lambda hidden, bias: hidden.new_empty(hidden.shape))
+    torch.library.register_fake(backward, empty_gelu_gradients)
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context)
+
+
+def empty_gelu_gradients(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return that of the layer's output ``[M, C]``, and of its bias ``[C]`` float32."""
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[1], dtype=torch.float32)
+
+
+# --- join_heads
+
+
+def empty_joined(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the rows of all resolutions ``[M, 3 * heads * d]``, and their sums over columns in float32."""
+    rows = sum(part.shape[0] * part.shape[1] for part in parts[::3])
+    width = 3 * parts[0].shape[2] * parts[0].shape[3]
+    return parts[0].new_empty(rows, width), parts[0].new_empty(width, dtype=torch.float32)
 
 
 # --- resize_concat

@@ -142,6 +142,18 @@ def literal_add_norm(
     return x, F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def literal_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+    """Give the bias its gradient by another pass, as a linear layer does."""
+    return F.gelu(hidden + bias.to(hidden.dtype) - bias.detach().to(hidden.dtype))
+
+
+def literal_join(parts: Sequence[Tensor], with_sums: bool) -> tuple[Tensor, Tensor]:
+    """Stack, concatenate, sum: an operation each, as autograd does."""
+    stacks = [torch.stack(list(parts[first : first + 3]), 2) for first in range(0, len(parts), 3)]
+    joined = torch.cat([stack.flatten(0, 1).flatten(1) for stack in stacks])
+    return joined, joined.sum(0)
+
+
 def literal_resize(maps: Sequence[Tensor], side: int) -> Tensor:
     """Resize every map, whether or not it must be, then concatenate."""
     return torch.cat([F.interpolate(x, (side, side), mode="bilinear", align_corners=True) for x in maps], dim=1)
@@ -172,6 +184,8 @@ LITERAL: dict[str, Callable[..., Any]] = {
     "projection_stats": literal_stats,
     "augment_views": literal_views,
     "add_layer_norm": literal_add_norm,
+    "gelu": literal_gelu,
+    "join_heads": literal_join,
     "resize_concat": literal_resize,
     "dino_loss": literal_loss,
     "linear_dino_loss": of_logits(literal_loss),
@@ -182,6 +196,8 @@ EAGER: dict[str, dict[str, Callable[..., Any]]] = {
     "projection_stats": {"": reference.projection_stats},
     "augment_views": {"": reference.augment_views},
     "add_layer_norm": {"": reference.add_layer_norm},
+    "gelu": {"": reference.gelu},
+    "join_heads": {"": reference.join_heads},
     "resize_concat": {"": reference.resize_concat},
     "dino_loss": {"gather": reference.dino_loss, "all pairs": all_pairs_loss},
     "linear_dino_loss": {"gather": reference.linear_dino_loss, "all pairs": of_logits(all_pairs_loss)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,6 +84,26 @@ def norm_inputs(rows: int, width: int) -> Build:
         scale = (torch.rand(rows, 1, generator=random) < 0.9) / 0.9
         affine = [torch.ones(width).requires_grad_(), torch.zeros(width).requires_grad_()]
         return x, branch, scale, *affine, 1e-6
+
+    return build
+
+
+def gelu_inputs(rows: int, width: int) -> Build:
+    """What the first linear layer of an MLP returns, and its bias."""
+
+    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        hidden = torch.randn(rows, width, generator=random).to(dtype)
+        return hidden.requires_grad_(), torch.zeros(width).requires_grad_()
+
+    return build
+
+
+def join_inputs(layout: Sequence[tuple[int, int]], heads: int, width: int) -> Build:
+    """Gradients of q, k and v, images and tokens per resolution, with heads before tokens in memory."""
+
+    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        shapes = [(images, heads, tokens, width) for images, tokens in layout for _ in range(3)]
+        return [torch.randn(shape, generator=random).to(dtype).transpose(1, 2) for shape in shapes], True
 
     return build
 
@@ -197,6 +217,16 @@ def norm_work(results: list[Tensor], x: Tensor, branch: Tensor, scale: Tensor, *
     return Work(forward + backward + 2 * 4 * len(scale), 0)
 
 
+def gelu_work(results: list[Tensor], hidden: Tensor, bias: Tensor) -> Work:
+    """The backward reads the hidden values and the gradient of the result, and writes one."""
+    return Work(5 * hidden.element_size() * hidden.numel() + 4 * len(bias), 0)
+
+
+def join_work(results: list[Tensor], *_: Any) -> Work:
+    joined, sums = results
+    return Work(2 * joined.element_size() * joined.numel() + 4 * len(sums), 0)
+
+
 def resize_work(results: list[Tensor], maps: list[Tensor], side: int) -> Work:
     """8 FLOPs per value of a resized map, forward and backward. A map of the right size gets a view as its gradient."""
     item, out = maps[0].element_size(), results[0].numel()
@@ -252,6 +282,8 @@ WORK: dict[str, Callable[..., Work]] = {
     "projection_stats": stats_work,
     "augment_views": view_work,
     "add_layer_norm": norm_work,
+    "gelu": gelu_work,
+    "join_heads": join_work,
     "resize_concat": resize_work,
     "dino_loss": loss_work,
     "linear_dino_loss": linear_loss_work,
@@ -319,6 +351,22 @@ CASES = [
         targets=(Target("cuda", "of_copy", 0.8),),
     ),
     Case(op="add_layer_norm", name="ViT-B 224/96, 64 ROIs", inputs=norm_inputs(44160, 768), devices=CUDA),
+    Case(op="gelu", name="ViT-S, 690 tokens", inputs=gelu_inputs(690, 1536)),
+    Case(
+        op="gelu",
+        name="ViT-S 224/96, 64 ROIs",
+        inputs=gelu_inputs(44160, 1536),
+        devices=CUDA,
+        targets=(Target("cuda", "of_copy", 0.8),),
+    ),
+    Case(op="join_heads", name="ViT-S 224/96, 1 ROI", inputs=join_inputs([(2, 197), (8, 37)], 6, 64)),
+    Case(
+        op="join_heads",
+        name="ViT-S 224/96, 64 ROIs",
+        inputs=join_inputs([(128, 197), (512, 37)], 6, 64),
+        devices=CUDA,
+        targets=(Target("cuda", "of_copy", 0.8),),
+    ),
     Case(
         op="resize_concat", name="ViT-S 224, 2 x (192, 28) + (96, 14)", inputs=resize_inputs(2, (28, 14), (192, 96), 56)
     ),

@@ -14,6 +14,8 @@ import torch
 from bench.measure import evaluate
 from bench.ops.cases import (
     Case,
+    gelu_inputs,
+    join_inputs,
     loss_inputs,
     match_inputs,
     norm_inputs,
@@ -32,6 +34,8 @@ CASES = [
     Case(op="sample_nuclei", name="no nuclei", inputs=sample_inputs(2, 96, 19, 0)),
     Case(op="projection_stats", name="2 images", inputs=stats_inputs(2, 35, 9, 19)),
     Case(op="add_layer_norm", name="67 rows", inputs=norm_inputs(67, 35)),
+    Case(op="gelu", name="67 rows", inputs=gelu_inputs(67, 35)),
+    Case(op="join_heads", name="2 resolutions", inputs=join_inputs([(2, 9), (3, 5)], 3, 5)),
     Case(op="resize_concat", name="2 images", inputs=resize_inputs(2, (5, 3), (35, 19), 9)),
     Case(op="augment_views", name="2 ROIs", inputs=view_inputs(2, 3, 77, 37)),
     Case(op="dino_loss", name="7 rows", inputs=loss_inputs(7, 5, 2501, 11)),

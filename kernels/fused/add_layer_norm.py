@@ -8,6 +8,7 @@ With g = dn w and the normalised rows h = (t - mean) rstd, the backward is
 
 where dt is the gradient that reaches the sum from elsewhere. A program owns rows, so dx and db are written once. dw and
 db' are summed over long runs of rows in registers, and over the runs in order: no atomics, every run is bit-identical.
+So is sum_rows db, the gradient of the bias of the linear layer whose output the branch is.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 from ..namespace import NAMESPACE
 from ..registration import empty_norm_gradients, empty_norms, register_add_layer_norm
 
-MAX_WIDTH = 8192  # columns of a row that fit in registers
+MAX_WIDTH = 4096  # columns of a row that fit in registers
 TILE = 2048  # values per step of a program, if rows are narrower
-RUNS = 528  # programs of the backward, about four per multiprocessor; each stores two partial sums per column
+RUNS = 528  # programs of the backward, about four per multiprocessor; each stores partial sums of every column
 
 
 @triton.jit
@@ -78,9 +79,10 @@ def add_norm_gradient_kernel(
     scale,  # [M], or None
     x_gradient,  # [M, WIDTH]
     branch_gradient,  # [M, WIDTH], or None without a branch
-    run_gradients,  # [runs, 2, WIDTH] float32, of weight and bias
+    run_gradients,  # [runs, SUMS, WIDTH] float32, of weight, bias and, if SUMS is 3, the bias in the branch
     num_rows,
     rows_per_run,  # a multiple of BLOCK_ROWS
+    SUMS: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -92,6 +94,7 @@ def add_norm_gradient_kernel(
     w = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)
     weight_gradient = tl.zeros([BLOCK_ROWS, LANES], tl.float32)
     bias_gradient = tl.zeros([BLOCK_ROWS, LANES], tl.float32)
+    branch_sums = tl.zeros([BLOCK_ROWS, LANES], tl.float32)
     for start in range(0, rows_per_run, BLOCK_ROWS):
         row = run * rows_per_run + start + tl.arange(0, BLOCK_ROWS)
         given = row < num_rows
@@ -113,11 +116,14 @@ def add_norm_gradient_kernel(
             if scale is not None:
                 dx *= tl.load(scale + row, mask=given, other=0.0).to(tl.float32)[:, None]
             tl.store(branch_gradient + place, dx.to(branch_gradient.dtype.element_ty), mask=inside)
+            branch_sums += dx
         weight_gradient += dn * h
         bias_gradient += dn
-    sums = run_gradients + run * 2 * WIDTH + column
+    sums = run_gradients + run * SUMS * WIDTH + column
     tl.store(sums, tl.sum(weight_gradient, 0), mask=known)
     tl.store(sums + WIDTH, tl.sum(bias_gradient, 0), mask=known)
+    if SUMS == 3:
+        tl.store(sums + 2 * WIDTH, tl.sum(branch_sums, 0), mask=known)
 
 
 def add_layer_norm(
@@ -128,15 +134,18 @@ def add_layer_norm(
     bias: Tensor,
     eps: float,
     dtype: torch.dtype | None = None,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``total = x + branch * scale`` and its LayerNorm over columns.
 
     Args:
-        x: ``[M, C]`` float32, float16 or bfloat16, C at most 8192.
+        x: ``[M, C]`` float32, float16 or bfloat16, C at most 4096.
         branch: ``[M, C]``, or None to normalise x itself.
         scale: ``[M, 1]``, without gradient, or None for 1.
         weight, bias: ``[C]``.
         dtype: of the second result; by default that of the sum.
+        branch_bias: ``[C]``, already added to the branch, or None. Its values are not used; it gets its gradient here,
+            the column sums of the branch's.
 
     Returns:
         ``(total, normed)``, both ``[M, C]``. ``total`` has the type that torch gives the sum; without a branch it is
@@ -147,7 +156,7 @@ def add_layer_norm(
     """
     if x.shape[1] > MAX_WIDTH:
         raise ValueError(f"add_layer_norm: triton takes at most {MAX_WIDTH} columns, got {x.shape[1]}")
-    total, normed, _ = add_layer_norm_fwd(x, branch, scale, weight, bias, eps, dtype)
+    total, normed, _ = add_layer_norm_fwd(x, branch, scale, branch_bias, weight, bias, eps, dtype)
     return x if branch is None else total, normed
 
 
@@ -156,6 +165,7 @@ def add_layer_norm_fwd(
     x: Tensor,
     branch: Tensor | None,
     scale: Tensor | None,
+    branch_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -165,7 +175,7 @@ def add_layer_norm_fwd(
 
     A result must not be an input, so the sum is not ``x`` where they are equal.
     """
-    total, normed, stats = empty_norms(x, branch, scale, weight, bias, eps, dtype)
+    total, normed, stats = empty_norms(x, branch, scale, branch_bias, weight, bias, eps, dtype)
     num_rows, width = x.shape
     if x.numel() == 0:
         return total, normed, stats
@@ -198,19 +208,20 @@ def add_layer_norm_bwd(
     scale: Tensor | None,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
+    biased: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, of the branch (empty if ``branch_dtype`` is None), and of weight and bias, ``[2, C]``
-    float32."""
+    """Return the gradients of x, of the branch (empty if ``branch_dtype`` is None), and of weight, bias and, if
+    ``biased``, the bias in the branch, ``[2, C]`` or ``[3, C]`` float32."""
     gradients = empty_norm_gradients(
-        total_gradient, normed_gradient, total, stats, weight, scale, x_dtype, branch_dtype
+        total_gradient, normed_gradient, total, stats, weight, scale, x_dtype, branch_dtype, biased
     )
-    x_gradient, branch_gradient, affine_gradient = gradients
+    x_gradient, branch_gradient, sums = gradients
     num_rows, width = total.shape
     if total.numel() == 0:
-        return x_gradient, branch_gradient, affine_gradient.zero_()
+        return x_gradient, branch_gradient, sums.zero_()
     tile, num_warps = tile_of(width)
     rows_per_run = triton.cdiv(triton.cdiv(num_rows, RUNS), tile["BLOCK_ROWS"]) * tile["BLOCK_ROWS"]
-    run_gradients = stats.new_empty(triton.cdiv(num_rows, rows_per_run), 2, width)
+    run_gradients = stats.new_empty(triton.cdiv(num_rows, rows_per_run), *sums.shape)
     with torch.cuda.device_of(total):
         add_norm_gradient_kernel[(len(run_gradients),)](
             None if total_gradient is None else total_gradient.contiguous(),
@@ -224,10 +235,11 @@ def add_layer_norm_bwd(
             run_gradients,
             num_rows,
             rows_per_run,
+            SUMS=len(sums),
             **tile,
             num_warps=num_warps,
         )
-    return x_gradient, branch_gradient, torch.sum(run_gradients, 0, out=affine_gradient)
+    return x_gradient, branch_gradient, torch.sum(run_gradients, 0, out=sums)
 
 
 register_add_layer_norm(add_layer_norm_fwd, add_layer_norm_bwd)

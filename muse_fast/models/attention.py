@@ -15,36 +15,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muse_fast import ops
 from muse_fast.runtime.kept import kept
 
 Layout = tuple[tuple[int, int], ...]
 """Number of images and tokens per image, for each resolution; rows are ordered by image, then by token."""
 
 
-def attend(qkv: Tensor, heads: int, layout: Layout, backend: str) -> Tensor:
+def attend(qkv: Tensor, heads: int, layout: Layout, backend: str, bias: Tensor | None = None) -> Tensor:
     """Softmax attention within each image.
 
     Args:
         qkv: ``[M, 3 * C]``, queries, keys and values of M packed tokens, each C wide with the heads side by side.
         backend: one of ``config.ATTENTION`` for which `why_not` returns None.
+        bias: ``[3 * C]``, already added to ``qkv`` without a gradient, which it gets here (`muse_fast.models.linear`).
 
     Returns:
         ``[M, C]``.
     """
     if backend == "sdpa":
-        parts = _Parts.apply(qkv, heads, layout)
+        parts = _Parts.apply(qkv, bias, heads, layout)
         groups = [_attend_sdpa(*parts[first : first + 3]) for first in range(0, len(parts), 3)]
         return torch.cat(groups) if len(groups) > 1 else groups[0]
-    q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)  # [M, heads, C / heads]
+    q, k, v = _Parts.apply(qkv, bias, heads, ((1, len(qkv)),))  # [1, M, heads, C / heads]
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
 
         mask = _block_diagonal(layout, qkv.device)
-        return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0].flatten(1)
+        return memory_efficient_attention(q, k, v, attn_bias=mask)[0].flatten(1)
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = _bounds(layout, qkv.device), max(tokens for _, tokens in layout)
-    attended = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    attended = varlen_attn(q[0], k[0], v[0], bounds, bounds, longest, longest)
     assert isinstance(attended, Tensor)  # a tuple only if more outputs are requested
     return attended.flatten(1)
 
@@ -86,26 +88,20 @@ def _failure(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 class _Parts(torch.autograd.Function):
     """Queries, keys and values of each resolution in turn, ``[images, tokens, heads, C / heads]``: views of ``qkv``.
 
-    The backward writes their gradients into one matrix. That of torch's splits would copy each twice: into a stack of
-    three, and into the matrix of all resolutions.
+    The backward writes their gradients into one matrix, and sums it for the bias. That of torch's splits would copy
+    each twice, into a stack of three and into the matrix of all resolutions, and the sums would read them once more.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, layout: Layout) -> tuple[Tensor, ...]:
-        ctx.heads, ctx.layout, ctx.shape = heads, layout, qkv.shape
-        return _parts(qkv, heads, layout)
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, heads: int, layout: Layout) -> tuple[Tensor, ...]:
+        ctx.dtype = None if bias is None else bias.dtype
+        whole = qkv.unflatten(1, (3, heads, -1)).split([images * tokens for images, tokens in layout])
+        return tuple(x for part, shape in zip(whole, layout, strict=True) for x in part.unflatten(0, shape).unbind(2))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        gradient = grads[0].new_empty(ctx.shape)
-        for part, grad in zip(_parts(gradient, ctx.heads, ctx.layout), grads, strict=True):
-            part.copy_(grad)
-        return gradient, None, None
-
-
-def _parts(qkv: Tensor, heads: int, layout: Layout) -> tuple[Tensor, ...]:
-    whole = qkv.unflatten(1, (3, heads, -1)).split([images * tokens for images, tokens in layout])
-    return tuple(x for part, shape in zip(whole, layout, strict=True) for x in part.unflatten(0, shape).unbind(2))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        gradient, sums = ops.join_heads(grads, with_sums=ctx.dtype is not None)
+        return gradient, None if sums is None else sums.to(ctx.dtype), None, None
 
 
 def _attend_sdpa(*parts: Tensor) -> Tensor:

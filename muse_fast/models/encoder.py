@@ -26,10 +26,12 @@ class Encoder(nn.Module):
     Attributes:
         encoder: the network itself; an export for timm stores its tensors under the network's own names.
         drop_rates: stochastic depth of every residual branch, first to last.
+        begins_with_convolution: whether autocast casts images before anything is computed with them.
     """
 
     encoder: Any
     drop_rates: list[float]
+    begins_with_convolution = False
 
     @property
     def layers(self) -> Iterable[nn.Module]:

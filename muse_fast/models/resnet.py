@@ -18,6 +18,8 @@ class ResNetEncoder(MapsEncoder):
     encoders are ignored.
     """
 
+    begins_with_convolution = True
+
     def __init__(self, *, drop_path: float = 0.0, **unused: object) -> None:
         import timm
 

@@ -24,6 +24,8 @@ from muse_fast.config import POS_EMBED_RESIZE
 from muse_fast.errors import require
 from muse_fast.models.attention import Layout, attend
 from muse_fast.models.encoder import Encoder, check_image_size, check_images, conv_flops
+from muse_fast.models.linear import Linear, linears
+from muse_fast.ops.reference import bias_gradient
 
 PATCH = 16
 DEPTH = 12
@@ -78,8 +80,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # [M, C] -> [M, C]
-        return self.proj(attend(self.qkv(x), self.heads, layout, self.backend))
+    def forward(self, x: Tensor, layout: Layout, qkv: Linear, proj: Linear) -> Tensor:  # [M, C] -> [M, C]
+        return proj(attend(qkv(x), self.heads, layout, self.backend, qkv.bias))
 
 
 class Mlp(nn.Module):
@@ -88,8 +90,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:  # [M, C] -> [M, C]
+        return fc2(ops.gelu(fc1(x), fc1.bias))
 
 
 class Stream(NamedTuple):
@@ -98,17 +100,20 @@ class Stream(NamedTuple):
     x: Tensor  # [M, C]
     branch: Tensor | None = None  # [M, C]
     scale: Tensor | None = None  # [M, 1]; None is 1
+    bias: Tensor | None = None  # [C], in the branch; gets its gradient where the branch is added
 
     def added(self) -> Tensor:
         """The sum ``[M, C]``."""
         if self.branch is None:
             return self.x
-        return self.x + (self.branch if self.scale is None else self.branch * self.scale)
+        branch = bias_gradient(self.branch, self.bias)
+        return self.x + (branch if self.scale is None else branch * self.scale)
 
     def normalised(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The sum and ``norm`` of it, both ``[M, C]``; LayerNorm has the dtype of autocast."""
         if isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
-            return ops.add_layer_norm(*self, norm.weight, norm.bias, norm.eps)
+            x, branch, scale, bias = self
+            return ops.add_layer_norm(x, branch, scale, norm.weight, norm.bias, norm.eps, branch_bias=bias)
         x = self.added()
         return x, norm(x)
 
@@ -117,8 +122,8 @@ class StreamNorm(nn.LayerNorm):
     """LayerNorm of a stream whose last branch is added first."""
 
     def forward(self, stream: Any) -> Any:  # Stream -> the sum and its norm, both [M, C]
-        x, branch, scale = stream
-        return ops.add_layer_norm(x, branch, scale, self.weight, self.bias, self.eps)
+        x, branch, scale, bias = stream
+        return ops.add_layer_norm(x, branch, scale, self.weight, self.bias, self.eps, branch_bias=bias)
 
 
 class Layer(nn.Module):
@@ -154,9 +159,10 @@ class Block(Layer):
     def layer(self, stream: Stream, layout: Layout, scales: Tensor | None) -> Stream:
         """Append two branches to the stream, with scales ``[2, M, 1]``."""
         first, second = (None, None) if scales is None else scales.unbind()
+        qkv, proj, fc1, fc2 = linears(self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         x, normed = self.norm1(stream)
-        x, normed = self.norm2(Stream(x, self.attn(normed, layout), first))
-        return Stream(x, self.mlp(normed), second)
+        x, normed = self.norm2(Stream(x, self.attn(normed, layout, qkv, proj), first, proj.bias))
+        return Stream(x, self.mlp(normed, fc1, fc2), second, fc2.bias)
 
 
 def _keep_matmuls() -> Any:
@@ -274,6 +280,8 @@ class ViTEncoder(Encoder):
 
     Stochastic depth rises linearly from 0 at the first layer to ``drop_path`` at the last.
     """
+
+    begins_with_convolution = True
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ def add_layer_norm(
     bias: Tensor,
     eps: float,
     *,
+    branch_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Add a branch to the residual stream and normalise the sum over its columns.
@@ -29,32 +30,36 @@ def add_layer_norm(
     ``triton`` reads and writes every matrix once, forward and backward; ``reference`` takes four passes.
 
     Args:
-        x: ``[M, C]`` floating point; C at most 8192 for ``triton``.
+        x: ``[M, C]`` floating point; C at most 4096 for ``triton``.
         branch: ``[M, C]`` floating point, or None to normalise x itself.
         scale: ``[M, 1]``, the factor of each row of the branch (stochastic depth), or None for 1. It has no gradient.
         weight, bias: ``[C]``.
         eps: epsilon.
+        branch_bias: ``[C]``, the bias of the linear layer that made the branch, already added there without a gradient,
+            or None. Its values are not used; it gets its gradient here, the column sums of that of the branch, as
+            ``triton`` has these in registers when it writes the gradient of the branch.
         backend: ``reference`` or ``triton`` to force one.
 
     Returns:
-        ``(t, n)``, both ``[M, C]``; without a branch, t is ``x``. Both carry gradients to ``x``, ``branch``, ``weight``
-        and ``bias``.
+        ``(t, n)``, both ``[M, C]``; without a branch, t is ``x``. Both carry gradients to all inputs but ``scale``.
 
     Raises:
         ValueError: wrong shape, dtype or device, or a forced backend that cannot run.
     """
-    _check(x, branch, scale, weight, bias)
+    _check(x, branch, scale, weight, bias, branch_bias)
     dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     chosen = backends.choose("add_layer_norm", x.device.type, backend, dtype)
     if chosen == "triton":
         from muse_fast.kernels.fused.add_layer_norm import add_layer_norm as fused  # needs triton
 
         to = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        return fused(x, branch, scale, weight, bias, eps, to)
-    return reference.add_layer_norm(x, branch, scale, weight, bias, eps)
+        return fused(x, branch, scale, weight, bias, eps, to, branch_bias)
+    return reference.add_layer_norm(x, branch, scale, weight, bias, eps, branch_bias)
 
 
-def _check(x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+def _check(
+    x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None
+) -> None:
     if x.dim() != 2 or not weight.shape == bias.shape == x.shape[1:]:
         raise ValueError(
             f"add_layer_norm: expected x [M, C], weight [C] and bias [C], got {tuple(x.shape)}, {tuple(weight.shape)} "
@@ -65,7 +70,13 @@ def _check(x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tenso
     if scale is not None and (branch is None or scale.shape != (x.shape[0], 1)):
         given = "without a branch" if branch is None else f"got {tuple(scale.shape)}"
         raise ValueError(f"add_layer_norm: scale must be [M, 1] = {(x.shape[0], 1)} and scales a branch; {given}")
-    for name, tensor in (("x", x), ("branch", branch), ("scale", scale), ("weight", weight), ("bias", bias)):
+    if branch_bias is not None and (branch is None or branch_bias.shape != weight.shape):
+        given = "without a branch" if branch is None else f"got {tuple(branch_bias.shape)}"
+        raise ValueError(
+            f"add_layer_norm: branch_bias must be [C] = {tuple(weight.shape)} and belongs to a branch; {given}"
+        )
+    tensors = {"x": x, "branch": branch, "scale": scale, "weight": weight, "bias": bias, "branch_bias": branch_bias}
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not tensor.dtype.is_floating_point:

@@ -37,6 +37,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "augment_views": ("triton",),
     "add_layer_norm": ("triton",),
     "resize_concat": ("triton", "blocked"),
+    "gelu": ("triton",),
+    "join_heads": ("triton",),
 }
 SINGLE_PRECISION = {("dino_loss", "cpp")}  # in addition to all Triton kernels
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ __all__ = [
     "add_layer_norm",
     "augment_views",
     "dino_loss",
+    "gelu",
+    "join_heads",
     "linear_dino_loss",
     "match_nuclei",
     "projection_stats",
@@ -28,11 +31,49 @@ __all__ = [
 ]
 
 
+class _BiasGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.sum(0).to(ctx.dtype)
+
+
+def bias_gradient(rows: Tensor, bias: Tensor | None) -> Tensor:
+    """``rows`` ``[M, C]``, to which ``bias`` ``[C]`` has been added without a gradient: here it gets that gradient."""
+    return rows if bias is None or not torch.is_grad_enabled() else _BiasGradient.apply(rows, bias)
+
+
+def gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(bias_gradient(hidden, bias))
+
+
+def join_heads(parts: Sequence[Tensor], with_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """Copy each part to its place, then sum."""
+    rows = [part.shape[0] * part.shape[1] for part in parts[::3]]
+    joined = parts[0].new_empty(sum(rows), 3, *parts[0].shape[2:])
+    targets = [target for of_resolution in joined.split(rows) for target in of_resolution.unbind(1)]
+    for target, part in zip(targets, parts, strict=True):
+        target.unflatten(0, part.shape[:2]).copy_(part)
+    joined = joined.flatten(1)
+    return joined, joined.sum(0) if with_sums else None
+
+
 def add_layer_norm(
-    x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale, add, normalise and cast, one after the other."""
     if branch is not None:
+        branch = bias_gradient(branch, branch_bias)
         x = x + (branch if scale is None else branch * scale.detach())
     normed = F.layer_norm(x, weight.shape, weight, bias, eps)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:

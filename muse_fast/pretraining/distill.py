@@ -103,7 +103,11 @@ class Network(WithBackbone):
         return cls, self.image_head(cls), *self.backbone.decoder.sampled(encoded)
 
     def _floats(self, groups: Sequence[Tensor]) -> list[Tensor]:
-        return [normalised(images).to(self.image_head.prototypes_v.dtype) for images in groups]
+        """Images in the dtype of the weights, or already in that of autocast if the encoder begins with a cast."""
+        dtype, device = self.image_head.prototypes_v.dtype, groups[0].device.type
+        if self.backbone.encoder.begins_with_convolution and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return [normalised(images, dtype).to(dtype) for images in groups]
 
 
 def encode(

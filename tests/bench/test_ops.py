@@ -27,6 +27,8 @@ from bench.ops.cases import (
     Case,
     Target,
     Work,
+    gelu_inputs,
+    join_inputs,
     loss_inputs,
     match_inputs,
     norm_inputs,
@@ -50,6 +52,8 @@ TINY = [
     Case(op="sample_nuclei", name="tiny", inputs=sample_inputs(3, 64, 2, 5)),
     Case(op="projection_stats", name="tiny", inputs=stats_inputs(2, 3, 5, 4)),
     Case(op="add_layer_norm", name="tiny", inputs=norm_inputs(7, 5)),
+    Case(op="gelu", name="tiny", inputs=gelu_inputs(7, 5)),
+    Case(op="join_heads", name="tiny", inputs=join_inputs([(2, 3), (1, 2)], 2, 3)),
     Case(op="resize_concat", name="tiny", inputs=resize_inputs(2, (3, 2), (5, 4), 5)),
     Case(op="augment_views", name="tiny", inputs=view_inputs(2, 2, 70, 32)),
 ]

@@ -47,6 +47,16 @@ def test_sdpa_equals_the_explicit_softmax(layout: Layout) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
 
 
+def test_a_bias_that_is_already_added_gets_its_gradient() -> None:
+    """As if attention were given ``x + bias``."""
+    layout: Layout = ((2, 5), (3, 4))
+    x, slope = (torch.randn(rows_of(layout), width, dtype=torch.float64) for width in (3 * WIDTH, WIDTH))
+    bias = torch.randn(3 * WIDTH, dtype=torch.float64, requires_grad=True)
+    got = torch.autograd.grad(attend(x + bias.detach(), HEADS, layout, "sdpa", bias), bias, slope)
+    expected = torch.autograd.grad(explicit(x + bias, HEADS, layout), bias, slope)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_sdpa_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     layout: Layout = ((2, 37), (3, 10))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import read_image
-from muse_fast.images.imagenet import Normaliser, normalise
+from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD, Normaliser, in_one_pass, normalise
 from muse_fast.models.archs import ARCHS
 from muse_fast.models.backbone import build_backbone
 from tests.support.filled import open_branches
@@ -118,6 +118,19 @@ def test_floats_that_look_unnormalised_warn_once(name, scale):
             call()
         with pytest.raises(UserError, match=r"torch\.int64; expected uint8 RGB, or floats normalised"):
             calls(backbone, torch.ones(1, 3, 64, 64, dtype=torch.int64))[name]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_normalises_as_several(dtype):
+    """The form of a GPU, here on the CPU: all levels, rounded once from what float64 gives."""
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 1, 1)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    exact = (pixels.double() / 255 - mean) / std
+    found = in_one_pass(pixels, dtype)
+    assert found.dtype == dtype
+    tolerance = torch.finfo(dtype).eps / 2 * 1.01
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=5e-7)
+    torch.testing.assert_close(normalise(pixels, dtype).double(), exact, rtol=tolerance, atol=5e-7)
 
 
 def test_normalised_images_do_not_warn(shared_data):

@@ -31,7 +31,11 @@ SIZES = {  # rows, columns
     "wider_than_a_tile": (3, 2500),
     "several_tiles": (150, 24),
 }
-FORMS = {"add": (True, False), "scaled": (True, True), "norm_only": (False, False)}  # branch, scale
+FORMS = {  # branch, scale, branch_bias
+    "add": (True, False, False),
+    "scaled": (True, True, True),
+    "norm_only": (False, False, False),
+}
 forms = pytest.mark.parametrize("form", FORMS)
 
 
@@ -46,7 +50,7 @@ class Inputs(dict[str, Any]):
 
 def make_case(rows: int, columns: int, form: str) -> Inputs:
     """A stream with a mean, branches of images that are dropped, kept and doubled; float64 values exact in bfloat16."""
-    has_branch, has_scale = FORMS[form]
+    has_branch, has_scale, has_bias = FORMS[form]
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).bfloat16().double()
@@ -57,13 +61,22 @@ def make_case(rows: int, columns: int, form: str) -> Inputs:
         scale=torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)[torch.arange(rows) % 3, None] if has_scale else None,
         weight=draw(columns) / 2 + 1,
         bias=draw(columns),
+        branch_bias=draw(columns) if has_bias else None,
     )
 
 
 def by_equations(
-    x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_bias: Tensor | None,
 ) -> Any:
     """In the dtype of x, from sums alone."""
+    if branch is not None and branch_bias is not None:
+        branch = branch + branch_bias - branch_bias.detach()  # it is in the branch already
     total = x if branch is None else x + (1 if scale is None else scale) * branch
     centred = total - total.sum(1, keepdim=True) / total.shape[1]
     variance = (centred * centred).sum(1, keepdim=True) / total.shape[1]
@@ -73,7 +86,7 @@ def by_equations(
 def learn(op: Callable[..., Any], inputs: Inputs, eps: float = EPS, **options: Any) -> list[Tensor]:
     """Return both results and all gradients of a weighted sum of both."""
     leaves = {k: v if v is None or k == "scale" else v.detach().requires_grad_() for k, v in inputs.items()}
-    total, normed = op(*leaves.values(), eps, **options)
+    total, normed = op(**leaves, eps=eps, **options)
     pulls = [torch.linspace(-1, 1.5, x.numel(), dtype=x.dtype, device=x.device).view(x.shape) for x in (total, normed)]
     ((total * pulls[0]).sum() + (normed * pulls[1].flip(0)).sum()).backward()
     gradients = [leaf.grad for leaf in leaves.values() if leaf is not None and leaf.requires_grad]
@@ -125,7 +138,8 @@ def test_is_as_exact_as_eager(form: str, size: str, branch: torch.dtype) -> None
     given = inputs.to(branch=branch, rest=torch.float32)
     truth = learn(by_equations, inputs.to(rest=torch.float64))
     eager, got = (learn(ops.add_layer_norm, given, backend=backend) for backend in ("reference", "triton"))
-    dtypes = [torch.float32, torch.float32, torch.float32, *([branch] if FORMS[form][0] else []), *[torch.float32] * 2]
+    has_branch, _, has_bias = FORMS[form]
+    dtypes = [*[torch.float32] * 3, *[branch] * has_branch, *[torch.float32] * (2 + has_bias)]
     truth = [rounded_like(value, dtype) for value, dtype in zip(truth, dtypes, strict=True)]
     caps = [LOSS_CAP[torch.float32]] * 2 + [GRADIENT_CAP[dtype] for dtype in dtypes[2:]]
     assert_as_exact_as_eager(got, eager, truth, caps, FLOOR[torch.float32])
@@ -167,8 +181,9 @@ def test_autocast_casts_the_norm_and_not_the_stream(form: str, backend: str) -> 
     assert rounded.dtype == torch.bfloat16
     expected = normed.double() if backend == "triton" and DEVICE == "cpu" else normed.bfloat16().double()
     torch.testing.assert_close(rounded.double(), rounded_like(expected, torch.bfloat16), rtol=0, atol=0)
-    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.float32]
-    assert [one.dtype for one in learned] == [d for i, d in enumerate(dtypes) if i != 3 or FORMS[form][0]]
+    has_branch, _, has_bias = FORMS[form]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, *[torch.bfloat16] * has_branch]
+    assert [one.dtype for one in learned] == [*dtypes, *[torch.float32] * (2 + has_bias)]
     assert double.dtype == torch.float64
 
 
@@ -189,7 +204,7 @@ def test_one_result_may_be_unused(form: str, used: int, backend: str) -> None:
         (by_equations, inputs.to(rest=torch.float64)),
         (ops.add_layer_norm, inputs.to(rest=torch.float32)),
     ):
-        leaves = [given[k].requires_grad_() for k in ("x", "branch", "weight", "bias") if given[k] is not None]
+        leaves = [v.requires_grad_() for k, v in given.items() if v is not None and k != "scale"]
         options = {"backend": backend} if op is ops.add_layer_norm else {}
         out = op(**given, eps=EPS, **options)[used]
         (out * torch.linspace(-1, 2, 60, dtype=out.dtype, device=DEVICE).view(6, 10)).sum().backward()
@@ -233,6 +248,7 @@ def test_runs_of_several_tiles(runs: int, monkeypatch: pytest.MonkeyPatch) -> No
     got = learn(ops.add_layer_norm, inputs, backend="triton")
     for ours, theirs in zip(got[:4], expected[:4], strict=True):
         assert torch.equal(ours, theirs)
+    assert len(got) == 7
     torch.testing.assert_close(got[4:], expected[4:], rtol=1e-5, atol=1e-4)
 
 
@@ -240,7 +256,11 @@ def test_runs_of_several_tiles(runs: int, monkeypatch: pytest.MonkeyPatch) -> No
 def test_gradcheck(form: str) -> None:
     inputs = make_case(4, 5, form)
     leaves = {k: v if v is None or k == "scale" else v.requires_grad_() for k, v in inputs.items()}
+    branch_bias = leaves.pop("branch_bias")
     assert torch.autograd.gradcheck(lambda *args: ops.add_layer_norm(*args, EPS), tuple(leaves.values()))
+    if branch_bias is not None:  # its values change nothing
+        by_op = learn(ops.add_layer_norm, inputs)[-1]
+        torch.testing.assert_close(by_op, learn(by_equations, inputs)[-1], rtol=1e-9, atol=1e-9)
 
 
 @needs_triton
@@ -249,7 +269,8 @@ def test_opcheck(form: str) -> None:
     from muse_fast.kernels.fused import add_layer_norm as fused
 
     inputs = make_case(5, 7, form).to(branch=torch.bfloat16, rest=torch.float32)
-    leaves = [v if v is None or k == "scale" else v.requires_grad_() for k, v in inputs.items()]
+    order = ("x", "branch", "scale", "branch_bias", "weight", "bias")
+    leaves = [inputs[k] if inputs[k] is None or k == "scale" else inputs[k].requires_grad_() for k in order]
     torch.library.opcheck(fused.add_layer_norm_fwd, (*leaves, EPS, torch.bfloat16))
     total, _, stats = fused.add_layer_norm_fwd(*(None if v is None else v.detach() for v in leaves), EPS, None)
     total = inputs["x"].detach() if form == "norm_only" else total
@@ -257,7 +278,8 @@ def test_opcheck(form: str) -> None:
     saved = total, stats, inputs["weight"].detach(), inputs["scale"]
     of_branch = torch.bfloat16 if FORMS[form][0] else None
     for of_total in (None, strided):
-        torch.library.opcheck(fused.add_layer_norm_bwd, (of_total, strided, *saved, torch.float32, of_branch))
+        dtypes = torch.float32, of_branch, FORMS[form][2]
+        torch.library.opcheck(fused.add_layer_norm_bwd, (of_total, strided, *saved, *dtypes))
 
 
 @needs_triton
@@ -281,6 +303,8 @@ def test_compiles_without_a_graph_break(form: str, dynamic: bool) -> None:
         ({"branch": torch.zeros(2, 3)}, r"branch must be \(2, 4\) as x, got \(2, 3\)"),
         ({"scale": torch.zeros(2)}, r"scale must be \[M, 1\] = \(2, 1\) and scales a branch; got \(2,\)"),
         ({"branch": None}, "scales a branch; without a branch"),
+        ({"branch_bias": torch.zeros(2, 4)}, r"branch_bias must be \[C\] = \(4,\) .*; got \(2, 4\)"),
+        ({"branch": None, "scale": None, "branch_bias": torch.zeros(4)}, "belongs to a branch; without a branch"),
         ({"x": torch.zeros(2, 4).long()}, "x must be floating point, got torch.int64"),
         ({"weight": torch.zeros(4, device="meta")}, "x is on cpu, weight on meta"),
         ({"backend": "cpp"}, "no cpp implementation"),
@@ -296,6 +320,6 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 
 @needs_triton
 def test_triton_rejects_rows_that_are_too_wide() -> None:
-    inputs = make_case(1, 8193, "add").to(rest=torch.float32)
-    with pytest.raises(ValueError, match="add_layer_norm: triton takes at most 8192 columns, got 8193"):
+    inputs = make_case(1, 4097, "add").to(rest=torch.float32)
+    with pytest.raises(ValueError, match="add_layer_norm: triton takes at most 4096 columns, got 4097"):
         ops.add_layer_norm(**inputs, eps=EPS, backend="triton")

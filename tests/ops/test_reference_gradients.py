@@ -6,6 +6,7 @@ coordinates, a forgotten centre.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,42 @@ def check_sample_nuclei(op: Op) -> None:
         torch.testing.assert_close(leaf.grad, central_differences(weighted_sum, levels[position]), **TOLERANCE)
 
 
+def check_gelu(op: Op) -> None:
+    """By the error function, one value at a time. The bias is already added: its gradient is that of adding it."""
+    torch.manual_seed(0)
+    hidden, pull = torch.randn(4, 5, dtype=torch.float64) * 2, torch.randn(4, 5, dtype=torch.float64)
+    bias = torch.randn(5, dtype=torch.float64)
+    leaves = [hidden.clone().requires_grad_(), bias.clone().requires_grad_()]
+    result = op(*leaves)
+    expected = [[h * (1 + math.erf(h / math.sqrt(2))) / 2 for h in row] for row in hidden.tolist()]
+    torch.testing.assert_close(result.detach(), torch.tensor(expected, dtype=torch.float64), **TOLERANCE)
+    (result * pull).sum().backward()
+
+    def weighted_sum(hidden: Tensor) -> Tensor:
+        return (hidden * (1 + (hidden / math.sqrt(2)).erf()) / 2 * pull).sum()
+
+    points = [(weighted_sum, hidden), (lambda shift: weighted_sum(hidden + shift), torch.zeros_like(bias))]
+    for leaf, (function, point) in zip(leaves, points, strict=True):
+        torch.testing.assert_close(leaf.grad, central_differences(function, point), **TOLERANCE)
+
+
+def check_join_heads(op: Op) -> None:
+    """Written out value by value."""
+    torch.manual_seed(0)
+    shapes = [(2, 3, 2, 4), (1, 2, 2, 4)]
+    parts = [torch.randn(shape, dtype=torch.float64) for shape in shapes for _ in range(3)]
+    joined, sums = op(parts, True)
+    rows = [
+        [float(value) for part in parts[first : first + 3] for head in part[image, token] for value in head]
+        for first in (0, 3)
+        for image in range(len(parts[first]))
+        for token in range(parts[first].shape[1])
+    ]
+    torch.testing.assert_close(joined, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=0)
+    totals = torch.tensor([math.fsum(column) for column in zip(*rows, strict=True)], dtype=torch.float64)
+    torch.testing.assert_close(sums, totals, **TOLERANCE)
+
+
 def check_add_layer_norm(op: Op) -> None:
     """Both results against sums, all gradients against central differences; one row is dropped, one doubled."""
     torch.manual_seed(0)
@@ -140,6 +177,10 @@ def check_add_layer_norm(op: Op) -> None:
             lambda moved, place=place: weighted_sum(*points[:place], moved, *points[place + 1 :]), points[place]
         )
         torch.testing.assert_close(leaf.grad, numeric, **TOLERANCE)
+    leaf, branch_bias = branch.clone().requires_grad_(), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    op(x, leaf, scale, weight, bias, 1e-3, branch_bias)[1].square().sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(branch_bias.grad, leaf.grad.sum(0), **TOLERANCE)
 
 
 def loss_inputs() -> tuple[Tensor, ...]:
@@ -234,7 +275,17 @@ def concatenate_in_reverse(maps: Any, side: int) -> Tensor:
     return reference.resize_concat(maps[::-1], side)
 
 
+def swap_keys_and_values(parts: Any, with_sums: bool) -> Any:
+    return reference.join_heads([parts[number // 3 * 3 + (0, 2, 1)[number % 3]] for number in range(6)], with_sums)
+
+
+def sum_one_resolution(parts: Any, with_sums: bool) -> Any:
+    return reference.join_heads(parts, with_sums)[0], reference.join_heads(parts[:3], with_sums)[1]
+
+
 CHECKS = {
+    "gelu": check_gelu,
+    "join_heads": check_join_heads,
     "add_layer_norm": check_add_layer_norm,
     "match_nuclei": check_match_nuclei,
     "resize_concat": check_resize_concat,
@@ -243,6 +294,10 @@ CHECKS = {
     "linear_dino_loss": check_linear_dino_loss,
 }
 MUTANTS = {
+    "gelu-gradient_1_percent": scaled_gradient(reference.gelu),
+    "gelu-tanh": lambda hidden, bias: torch.nn.functional.gelu(hidden + bias - bias.detach(), approximate="tanh"),
+    "join_heads-swapped_keys_and_values": swap_keys_and_values,
+    "join_heads-sums_of_one_resolution": sum_one_resolution,
     "resize_concat-gradient_1_percent": scaled_gradient(reference.resize_concat),
     "resize_concat-reversed": concatenate_in_reverse,
     "add_layer_norm-forgotten_scale": forget_scale,

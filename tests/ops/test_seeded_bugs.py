@@ -42,6 +42,8 @@ MATCHED = ("test_match_nuclei.py", "set_intersection and cpp")
 RESIZED = ("test_augment_views.py", "equals_pillow and triton or equals_torchvision and triton")
 STAINED = ("test_augment_views.py", "stains_equal_the_equations and triton")
 NORMED = ("test_add_layer_norm.py", "exact_as_eager or hand_computed and triton")
+ACTIVATED = ("test_gelu.py", "exact_as_eager")
+JOINED = ("test_join_heads.py", "float64 and triton")
 CONCATENATED = ("test_resize_concat.py", "products_of_matrices and triton")
 LINEAR = ("test_linear_dino_loss.py", "exact_as_eager or padding")
 
@@ -97,6 +99,24 @@ BUGS = {
     ),
     "triton_norm_gradient_1_percent": Bug(
         "kernels/fused/add_layer_norm.py", "weight_gradient += dn * h", "weight_gradient += dn * h * 1.01", *NORMED
+    ),
+    "triton_norm_bias_of_the_unscaled_branch": Bug(
+        "kernels/fused/add_layer_norm.py",
+        "            branch_sums += dx",
+        "            branch_sums += dx if scale is None else dx * 1.01",
+        *NORMED,
+    ),
+    "triton_gelu_without_the_density": Bug(
+        "kernels/fused/gelu.py", "(distribution + h * density)", "distribution", *ACTIVATED
+    ),
+    "triton_gelu_bias_misses_a_tile": Bug(
+        "kernels/fused/gelu.py", "sums += dh", "sums += dh if start > 0 else 0 * dh", *ACTIVATED
+    ),
+    "triton_join_swaps_keys_and_values": Bug(
+        "kernels/fused/join_heads.py", "move(second + source,", "move(third + source,", *JOINED
+    ),
+    "triton_join_sums_1_percent": Bug(
+        "kernels/fused/join_heads.py", "return value.to(tl.float32)", "return value.to(tl.float32) * 1.01", *JOINED
     ),
     "triton_resize_off_by_one_tap": Bug(
         "kernels/fused/resize_concat.py",

@@ -27,6 +27,8 @@ from muse_fast.kernels.fused import (
     add_layer_norm,
     augment_views,
     dino_loss,
+    gelu,
+    join_heads,
     linear_dino_loss,
     linear_pairs,
     projection_stats,
@@ -195,20 +197,43 @@ def add_layer_norm_launches(width: int, dtype: str) -> list[Launch]:
     within = sums | {"*fp32": f"{sums['*fp32']} total_gradient scale", "*T": "normed_gradient branch_gradient"}
     alone = {"total_gradient": None, "scale": None, "branch_gradient": None}
     last = sums | {"*T": "normed_gradient branch_gradient"}
+    two, three = {"SUMS": 2}, {"SUMS": 3}
     cases = [
         (add_layer_norm.add_norm_kernel, added, {}),
         (add_layer_norm.add_norm_kernel, rows, {"branch": None, "scale": None, "total": None}),
-        (add_layer_norm.add_norm_gradient_kernel, within, {}),
-        (add_layer_norm.add_norm_gradient_kernel, sums, alone),
-        (add_layer_norm.add_norm_gradient_kernel, last, {"total_gradient": None, "scale": None}),
+        (add_layer_norm.add_norm_gradient_kernel, within, three),
+        (add_layer_norm.add_norm_gradient_kernel, within, two),
+        (add_layer_norm.add_norm_gradient_kernel, sums, alone | two),
+        (add_layer_norm.add_norm_gradient_kernel, last, {"total_gradient": None, "scale": None} | three),
     ]
     return [Launch(kernel, types, tile | absent, num_warps, dtypes=(dtype,)) for kernel, types, absent in cases]
 
 
 LAUNCHES = [
     *resize_concat_launches(),
-    *(launch for width in (192, 384, 768, 8192) for launch in add_layer_norm_launches(width, "bf16")),
+    *(launch for width in (192, 384, 768, 4096) for launch in add_layer_norm_launches(width, "bf16")),
     *add_layer_norm_launches(768, "fp32"),
+    *(
+        Launch(
+            gelu.gelu_gradient_kernel,
+            {"*T": "gradient hidden hidden_gradient", "*fp32": "run_sums", "i32": "num_rows", "i32:16": "rows_per_run"},
+            {"WIDTH": width, "BLOCK_ROWS": gelu.BLOCK_ROWS, "BLOCK_COLUMNS": gelu.BLOCK_COLUMNS},
+        )
+        for width in (768, 3072)
+    ),
+    *(
+        Launch(
+            join_heads.join_heads_kernel,
+            {
+                "*T": "first second third joined",
+                "*fp32": "run_sums",
+                "i32": "num_rows tokens",
+                "i32:16": "rows_per_run image_stride token_stride head_stride",
+            },
+            {"WIDTH": width, "HEAD": 64, "BLOCK_ROWS": gelu.BLOCK_ROWS, "BLOCK_COLUMNS": gelu.BLOCK_COLUMNS},
+        )
+        for width in (192, 384, 768)
+    ),
     *sample_nuclei_launches(),
     Launch(
         augment_views.resize_kernel,

@@ -1,0 +1,87 @@
+"""Linear layers of a transformer against `torch.nn.Linear`, whose autocast casts one tensor at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from muse_fast import ops
+from muse_fast.models.linear import linears
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts to or from bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype != out.dtype:
+            self.counts["one"] += 1
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.counts["all"] += 1
+        return out
+
+
+def layers() -> list[nn.Linear]:
+    torch.manual_seed(0)
+    return [nn.Linear(12, 20), nn.Linear(20, 7)]
+
+
+def learn(ours: bool, precision: torch.dtype, casts: Casts | None = None) -> list[Tensor]:
+    """The result and all gradients of two layers with GELU between them and one after them."""
+    first, second = layers()
+    first, second = first.to(precision), second.to(precision)
+    x = torch.randn(9, 12, dtype=precision, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.float32), casts or torch.enable_grad():
+        if ours:
+            one, two = linears(first, second)
+            y = ops.gelu(two(ops.gelu(one(x), one.bias)), two.bias)
+        else:
+            y = nn.functional.gelu(second(nn.functional.gelu(first(x))))
+    with casts or torch.enable_grad():
+        (y.to(precision) * torch.linspace(-1, 2, y.numel(), dtype=precision).view_as(y)).sum().backward()
+    tensors = [x, *first.parameters(), *second.parameters()]
+    assert all(tensor.grad is not None for tensor in tensors)
+    return [y.detach(), *(tensor.grad for tensor in tensors if tensor.grad is not None)]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=["autocast", "fp64"])
+def test_bits_are_those_of_torch(precision: torch.dtype) -> None:
+    got, expected = learn(True, precision), learn(False, precision)
+    assert [one.dtype for one in got] == [one.dtype for one in expected]
+    assert all(map(torch.equal, got, expected))
+
+
+def test_weights_are_cast_together() -> None:
+    """x and its gradient, the result, and the gradients of two biases are cast by themselves."""
+    torchs, ours = Casts(), Casts()
+    learn(False, torch.float32, torchs)
+    learn(True, torch.float32, ours)
+    assert ours.counts == {"all": 2, "one": torchs.counts["one"] - 6}
+
+
+def test_without_autocast_nothing_is_copied() -> None:
+    first, second = layers()
+    for layer, linear in zip((first, second), linears(first, second), strict=True):
+        assert linear.weight is layer.weight and linear.bias is layer.bias
+        assert linear.added.data_ptr() == layer.bias.data_ptr() and not linear.added.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_layers_get_no_gradient(frozen: int) -> None:
+    both = layers()
+    both[frozen].requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        one, two = linears(*both)
+        assert not one.added.requires_grad and not two.added.requires_grad
+        ops.gelu(two(ops.gelu(one(torch.randn(3, 12)), one.bias)), two.bias).float().sum().backward()
+    has_gradient = [[p.grad is not None for p in layer.parameters()] for layer in both]
+    assert has_gradient == [[number != frozen] * 2 for number in (0, 1)]
