@@ -2,7 +2,7 @@
 
 - *Bytes*: every input read once, every result written once, at dense sizes; what a broadcast or a gather skips is not
   counted. No reuse in a cache across operations.
-- *FLOPs*: torch's registry of `torch.utils.flop_counter`, and `KERNELS` for our own.
+- *FLOPs*: torch's registry of `torch.utils.flop_counter`, what it lacks, and `KERNELS` for our own.
 - *Launches*: by the host. Of those that a CUDA graph repeats, only the graph's own is one; the others are *replayed*.
   Kernels per operation as torch 2.11 launches them on sm_90 (`LAUNCHES`, else one), for multi-tensor
   operations by torch's rule for splitting lists, for our Triton kernels as launched.
@@ -124,6 +124,7 @@ def _sampling(a: dict[str, Any]) -> Work:
     return Work(7 * _dense(a["rows"]), 0.0)
 
 
+FORMULAS = flop_registry | {torch.ops.aten._addmm_activation: flop_registry[torch.ops.aten.addmm]}
 KERNELS: dict[str, Callable[[dict[str, Any]], Work]] = {
     "attend_kernel": _attention,
     "prototype_gradient_kernel": _prototype_gradient,
@@ -211,7 +212,7 @@ class Counts:
         if name == "expand_as" or not (inputs or outputs):
             return
         flops = 0.0
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+        if (formula := FORMULAS.get(func._overloadpacket)) is not None:
             flops = float(formula(*args, **kwargs, out_val=out))
         first = next((t for t in inputs if t.dim() > 1), None)
         single = first is not None and first.dtype == torch.float32

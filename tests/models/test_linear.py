@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse_fast import ops
 from muse_fast.models.linear import linears
+from muse_fast.models.vit import Mlp
 
 
 class Casts(TorchDispatchMode):
@@ -85,3 +87,24 @@ def test_frozen_layers_get_no_gradient(frozen: int) -> None:
         ops.gelu(two(ops.gelu(one(torch.randn(3, 12)), one.bias)), two.bias).float().sum().backward()
     has_gradient = [[p.grad is not None for p in layer.parameters()] for layer in both]
     assert has_gradient == [[number != frozen] * 2 for number in (0, 1)]
+
+
+def test_gelu_of_a_target_is_close_to_gelu() -> None:
+    """The tanh form differs from it by at most 0.0005, and torch takes it on a GPU only."""
+    first, _ = layers()
+    (one, _) = linears(*layers())
+    x = torch.randn(50, 12) * 3
+    with torch.no_grad():
+        torch.testing.assert_close(one.gelu(x), nn.functional.gelu(first(x)), rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_only_targets_of_training_take_it(training: bool, gradients: bool, itemsize: int) -> None:
+    """Not the student, nor predict, embed and evaluate, nor single precision; and never on a CPU."""
+    mlp = Mlp(4).train(training)
+    with torch.set_grad_enabled(gradients):
+        for is_cuda in (False, True):
+            x: Any = SimpleNamespace(is_cuda=is_cuda, itemsize=itemsize)
+            assert mlp._is_target(x) == (training and not gradients and itemsize == 2 and is_cuda)

@@ -100,11 +100,8 @@ BUGS = {
     "triton_norm_gradient_1_percent": Bug(
         "kernels/fused/add_layer_norm.py", "weight_gradient += dn * h", "weight_gradient += dn * h * 1.01", *NORMED
     ),
-    "triton_norm_bias_of_the_unscaled_branch": Bug(
-        "kernels/fused/add_layer_norm.py",
-        "            branch_sums += dx",
-        "            branch_sums += dx if scale is None else dx * 1.01",
-        *NORMED,
+    "triton_norm_bias_of_the_branch_1_percent": Bug(
+        "kernels/fused/add_layer_norm.py", "branch_sums += dx", "branch_sums += dx * 1.01", *NORMED
     ),
     "triton_gelu_without_the_density": Bug(
         "kernels/fused/gelu.py", "(distribution + h * density)", "distribution", *ACTIVATED
