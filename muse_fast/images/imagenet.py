@@ -16,55 +16,35 @@ WHITE = max((1 - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, s
 
 
 @kept
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each ``[3, 1, 1]``."""
+def _statistics(device: torch.device) -> tuple[Tensor, ...]:
+    """Mean, standard deviation, and the gain and offset that normalise levels of 0 to 255, each ``[3, 1, 1]``."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
-
-
-@kept
-def _gain_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What turns a level of 0 to 255 into a normalised value, each ``[3, 1, 1]``."""
-    mean, std = _statistics(device)
-    return 1 / (255 * std), -mean / std
+    return mean, std, 1 / (255 * std), -mean / std
 
 
 def normalise(views: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 ``[..., 3, R, R]`` -> ``dtype``, normalised with ImageNet's mean and standard deviation.
-
-    Values are computed in float32, on a GPU in one pass, by another order of operations than on a CPU.
-    """
-    if views.is_cuda:
-        return in_one_pass(views, dtype)
-    mean, std = _statistics(views.device)
+    """uint8 ``[..., 3, R, R]`` -> ``dtype``, normalised in float32 with ImageNet's mean and standard deviation."""
+    mean, std, gain, offset = _statistics(views.device)
+    if views.is_cuda:  # in one pass
+        return torch.addcmul(offset, views, gain, out=torch.empty_like(views, dtype=dtype))
     return ((views.float() / 255 - mean) / std).to(dtype)
-
-
-def in_one_pass(views: Tensor, dtype: torch.dtype) -> Tensor:
-    gain, offset = _gain_and_offset(views.device)
-    return torch.addcmul(offset, views, gain, out=torch.empty_like(views, dtype=dtype))
 
 
 def denormalise(views: Tensor) -> Tensor:
     """The inverse of :func:`normalise`, to uint8."""
-    mean, std = _statistics(views.device)
+    mean, std, *_ = _statistics(views.device)
     return ((views.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def normalised(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images ``[..., 3, R, R]`` as a network takes them: uint8 are normalised, floating ones are so already.
-
-    Args:
-        dtype: of those that were uint8.
+    """Images ``[..., 3, R, R]`` as a network takes them: uint8 are normalised, to ``dtype``; floats are so already.
 
     Raises:
         UserError: images of another dtype.
     """
-    if images.dtype == torch.uint8:
-        return normalise(images, dtype)
-    if not images.is_floating_point():
+    if images.dtype != torch.uint8 and not images.is_floating_point():
         raise UserError(f"images are {images.dtype}; expected uint8 RGB, or floats normalised by ImageNet's statistics")
-    return images
+    return normalise(images, dtype) if images.dtype == torch.uint8 else images
 
 
 class Normaliser:

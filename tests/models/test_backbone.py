@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from muse_fast.errors import UserError
 from muse_fast.images.image_files import read_image
-from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD, Normaliser, in_one_pass, normalise
+from muse_fast.images.imagenet import IMAGENET_MEAN, IMAGENET_STD, Normaliser, normalise
 from muse_fast.models.archs import ARCHS
 from muse_fast.models.backbone import build_backbone
 from tests.support.filled import open_branches
@@ -121,13 +122,18 @@ def test_floats_that_look_unnormalised_warn_once(name, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_pass_normalises_as_several(dtype):
-    """The form of a GPU, here on the CPU: all levels, rounded once from what float64 gives."""
+def test_a_gpu_normalises_in_one_pass_as_a_cpu_in_several(dtype):
+    """Its form, here on the CPU: all levels, rounded once from what float64 gives."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
     pixels = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 1, 1)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     exact = (pixels.double() / 255 - mean) / std
-    found = in_one_pass(pixels, dtype)
-    assert found.dtype == dtype
+    with mock.patch.object(torch, "addcmul", wraps=torch.addcmul) as one_pass:
+        found = normalise(pixels.as_subclass(OnGpu), dtype).as_subclass(torch.Tensor)
+    assert one_pass.call_count == 1 and found.dtype == dtype
     tolerance = torch.finfo(dtype).eps / 2 * 1.01
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=5e-7)
     torch.testing.assert_close(normalise(pixels, dtype).double(), exact, rtol=tolerance, atol=5e-7)
