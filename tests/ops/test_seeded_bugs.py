@@ -138,7 +138,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy the files that the tests of the ops need, and build the C++ library."""
     copy = tmp_path_factory.mktemp("checkout")
     skipped = shutil.ignore_patterns("__pycache__", "*.so")
-    for folder in ("csrc", "kernels", "muse_fast", "tests"):
+    for folder in ("csrc", "kernels", "muse_fast", "tests", "torture"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=skipped)
     (copy / "muse_fast" / "kernels").symlink_to(copy / "kernels")
     for file in ("CMakeLists.txt", "pyproject.toml"):
