@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import statistics
@@ -118,7 +119,7 @@ def extra_memory(call: Call, arguments: Sequence[Any], device: str) -> int:
         results = evaluate(call, arguments)
         extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
     else:
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        with profiled_memory() as profile:
             results = evaluate(call, arguments)
         held = peak = 0
         for _, change in sorted(allocations(profile)):
@@ -141,7 +142,7 @@ def held_and_peak(prepare: Callable[[], Any], run: Callable[[], Any], device: st
         torch.cuda.reset_peak_memory_stats()
         run()
         return held - before, torch.cuda.max_memory_allocated() - before
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with profiled_memory() as profile:
         prepare()
         with torch.autograd.profiler.record_function("run"):
             run()
@@ -154,6 +155,12 @@ def held_and_peak(prepare: Callable[[], Any], run: Callable[[], Any], device: st
             total += change
             peak = max(peak, total)
     return held, peak
+
+
+def profiled_memory() -> torch.autograd.profiler.profile:
+    """A profile of allocations on the CPU. Earlier garbage is freed first, as it would count as freed by the work."""
+    gc.collect()
+    return torch.autograd.profiler.profile(profile_memory=True)
 
 
 def allocations(profile: torch.autograd.profiler.profile) -> list[tuple[int, int]]:

@@ -90,7 +90,8 @@ def test_a_warned_run_saves_requeues_and_ends_like_an_unbroken_run(
     (log,) = (out / "slurm").glob("*_0_log.out")
     assert "stopped after step" in log.read_text() and log.read_text().count(f"{command.name}: timm:vit_tiny") == 2
     assert len(checkpoint.steps(out)) == 2
-    assert losses(out) == pytest.approx(unbroken, rel=1e-10 if tasks > 1 else 0, abs=0)
+    # Up to rounding: where memory begins differs between processes, and with it the order of some sums.
+    assert losses(out) == pytest.approx(unbroken, rel=1e-10, abs=0)
 
 
 @pytest.fixture
