@@ -104,10 +104,23 @@ def assert_contents(wheel: Path, *libraries: str) -> None:
     assert {name for name in contents if ".dist-info/" not in name} == files
 
 
-@pytest.mark.heavy
-@needs_compiler
-def test_installed_from_the_wheel_it_prepares_and_trains(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("built", "library"),
+    [
+        pytest.param(
+            "wheel_without_library",
+            "cut in Python: muse_fast/_jpeg was not built",
+            marks=pytest.mark.slow,
+            id="without",
+        ),
+        pytest.param("wheel", "loaded from {}/muse_fast/_C.so", marks=[pytest.mark.heavy, needs_compiler], id="with"),
+    ],
+)
+def test_installed_from_the_wheel_it_prepares_and_trains(
+    built: str, library: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Use an environment with the dependencies of this one but without its muse_fast, outside the checkout."""
+    wheel: Path = request.getfixturevalue(built)
     environment = tmp_path / "venv"
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
@@ -126,7 +139,7 @@ def test_installed_from_the_wheel_it_prepares_and_trains(wheel: Path, tmp_path: 
         return finished.stdout
 
     assert run("python", "-c", "import muse_fast; print(muse_fast.__file__)").startswith(installed)
-    assert f"loaded from {installed}/muse_fast/_C.so" in run("muse-fast", "doctor")
+    assert library.format(installed) in run("muse-fast", "doctor")
     run("muse-fast", "prepare", "synthetic:2", "rois", "size=512")
     settings = ("data.roiset=rois", "train.device=cpu", "optim.steps=2", "optim.warmup_steps=1", "optim.batch_size=2")
     run("muse-fast", "pretrain", "--config", "demo", "--out", "run", *settings)
