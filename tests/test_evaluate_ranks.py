@@ -149,4 +149,4 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert report(tmp_path / "two.json") == report(tmp_path / "one.json")
     assert done.stdout.count("test split, %") == 1
     failed = start(torchrun, "source.size=100000")
-    assert failed.returncode == 1 and "error: source.size=100000" in failed.stderr
+    assert failed.returncode == 1 and "error: synthetic: size=100000: expected 32 to 8192" in failed.stderr
