@@ -245,6 +245,65 @@ def empty_joined(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return parts[0].new_empty(rows, width), parts[0].new_empty(width, dtype=torch.float32)
 
 
+# --- batch_norm
+
+
+def register_batch_norm(forward: Any, backward: Any) -> None:
+    """``forward``: ``(x, residual, moments [3, C], weight, bias, eps, relu) -> y``, see :func:`empty_batch_norm`. The
+    moments are taken for those of x, and have no gradient of their own.
+    ``backward``: ``(gradient, x, y, moments, weight, bias, eps, relu) -> gradients``, see
+    :func:`empty_batch_gradients`; y is given only if a residual was added before ReLU.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, residual, moments, weight, bias, *ctx.how = inputs
+        _, relu = ctx.how
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.save_for_backward(x, output if relu and residual is not None else None, moments, weight, bias)
+
+    def gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, moments, weight, bias = ctx.saved_tensors
+        of_x, masked, (of_bias, _, of_weight) = backward(gradient, x, y, moments, weight, bias, *ctx.how)
+        of_residual = None
+        if ctx.residual_dtype is not None:
+            of_residual = (gradient if y is None else masked).to(ctx.residual_dtype)
+        affine = (None, None) if weight is None else (of_weight.to(weight.dtype), of_bias.to(bias.dtype))
+        return of_x, of_residual, None, *affine, None, None
+
+    torch.library.register_fake(forward, empty_batch_norm)
+    torch.library.register_fake(backward, empty_batch_gradients)
+    torch.library.register_autograd(forward, gradients, setup_context=setup_context)
+
+
+def empty_batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty_like(dense(x), dtype=dtype)
+
+
+def empty_batch_gradients(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of x; the gradient before ReLU, empty without y; and its three sums ``[3, C]``."""
+    like_x = torch.empty_like(dense(x))
+    masked = x.new_empty(0) if y is None else torch.empty_like(like_x, dtype=gradient.dtype)
+    return like_x, masked, moments.new_empty(moments.shape)
+
+
 # --- resize_concat
 
 

@@ -154,6 +154,13 @@ def literal_join(parts: Sequence[Tensor], with_sums: bool) -> tuple[Tensor, Tens
     return joined, joined.sum(0)
 
 
+def literal_batch_norm(x: Tensor, residual: Tensor, *arguments: Any) -> Tensor:
+    """Normalise, add, cut: an operation each."""
+    weight, bias, mean, var, num_batches, momentum, eps, _ = arguments
+    num_batches += 1
+    return F.relu(F.batch_norm(x, mean, var, weight, bias, True, momentum, eps) + residual)
+
+
 def literal_resize(maps: Sequence[Tensor], side: int) -> Tensor:
     """Resize every map, whether or not it must be, then concatenate."""
     return torch.cat([F.interpolate(x, (side, side), mode="bilinear", align_corners=True) for x in maps], dim=1)
@@ -186,6 +193,7 @@ LITERAL: dict[str, Callable[..., Any]] = {
     "add_layer_norm": literal_add_norm,
     "gelu": literal_gelu,
     "join_heads": literal_join,
+    "batch_norm": literal_batch_norm,
     "resize_concat": literal_resize,
     "dino_loss": literal_loss,
     "linear_dino_loss": of_logits(literal_loss),
@@ -198,6 +206,7 @@ EAGER: dict[str, dict[str, Callable[..., Any]]] = {
     "add_layer_norm": {"": reference.add_layer_norm},
     "gelu": {"": reference.gelu},
     "join_heads": {"": reference.join_heads},
+    "batch_norm": {"": reference.batch_norm},
     "resize_concat": {"": reference.resize_concat},
     "dino_loss": {"gather": reference.dino_loss, "all pairs": all_pairs_loss},
     "linear_dino_loss": {"gather": reference.linear_dino_loss, "all pairs": of_logits(all_pairs_loss)},

@@ -108,6 +108,19 @@ def join_inputs(layout: Sequence[tuple[int, int]], heads: int, width: int) -> Bu
     return build
 
 
+def batch_norm_inputs(images: int, channels: int, side: int) -> Build:
+    """The end of a residual block: maps of the dtype, parameters and statistics in float32."""
+
+    def build(random: torch.Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        maps = [torch.randn(images, channels, side, side, generator=random).to(dtype) for _ in range(2)]
+        x, residual = (x.to(memory_format=torch.channels_last).requires_grad_() for x in maps)
+        affine = [torch.ones(channels).requires_grad_(), torch.zeros(channels).requires_grad_()]
+        running = torch.zeros(channels), torch.ones(channels), torch.tensor(0)
+        return x, residual, *affine, *running, 0.1, 1e-5, True
+
+    return build
+
+
 def resize_inputs(images: int, sides: tuple[int, int], channels: tuple[int, int], side: int) -> Build:
     """Two maps, as they reach a stage of the decoder."""
 
@@ -227,6 +240,13 @@ def join_work(results: list[Tensor], *_: Any) -> Work:
     return Work(2 * joined.element_size() * joined.numel() + 4 * len(sums), 0)
 
 
+def batch_norm_work(_: list[Tensor], x: Tensor, *__: Any) -> Work:
+    """Both passes of a direction must read x, and the gradient of the result; the sign of the result is needed once, if
+    the gradient before ReLU, which the residual gets, is written then."""
+    forward, backward = 2 + 1 + 1, (3 + 1) + (2 + 1)
+    return Work((forward + backward) * x.numel() * x.element_size(), 0)
+
+
 def resize_work(results: list[Tensor], maps: list[Tensor], side: int) -> Work:
     """8 FLOPs per value of a resized map, forward and backward. A map of the right size gets a view as its gradient."""
     item, out = maps[0].element_size(), results[0].numel()
@@ -284,6 +304,7 @@ WORK: dict[str, Callable[..., Work]] = {
     "add_layer_norm": norm_work,
     "gelu": gelu_work,
     "join_heads": join_work,
+    "batch_norm": batch_norm_work,
     "resize_concat": resize_work,
     "dino_loss": loss_work,
     "linear_dino_loss": linear_loss_work,
@@ -367,6 +388,15 @@ CASES = [
         devices=CUDA,
         targets=(Target("cuda", "of_copy", 0.8),),
     ),
+    Case(op="batch_norm", name="ViT-S 224, 2 x 96 x 56 x 56", inputs=batch_norm_inputs(2, 96, 56)),
+    Case(
+        op="batch_norm",
+        name="ViT-S 224, 128 x 96 x 56 x 56",
+        inputs=batch_norm_inputs(128, 96, 56),
+        devices=CUDA,
+        targets=(Target("cuda", "of_copy", 0.8),),
+    ),
+    Case(op="batch_norm", name="ViT-S 96, 512 x 384 x 6 x 6", inputs=batch_norm_inputs(512, 384, 6), devices=CUDA),
     Case(
         op="resize_concat", name="ViT-S 224, 2 x (192, 28) + (96, 14)", inputs=resize_inputs(2, (28, 14), (192, 96), 56)
     ),

@@ -14,6 +14,7 @@ import torch
 from bench.measure import evaluate
 from bench.ops.cases import (
     Case,
+    batch_norm_inputs,
     gelu_inputs,
     join_inputs,
     loss_inputs,
@@ -36,6 +37,7 @@ CASES = [
     Case(op="add_layer_norm", name="67 rows", inputs=norm_inputs(67, 35)),
     Case(op="gelu", name="67 rows", inputs=gelu_inputs(67, 35)),
     Case(op="join_heads", name="2 resolutions", inputs=join_inputs([(2, 9), (3, 5)], 3, 5)),
+    Case(op="batch_norm", name="2 images", inputs=batch_norm_inputs(2, 35, 9)),
     Case(op="resize_concat", name="2 images", inputs=resize_inputs(2, (5, 3), (35, 19), 9)),
     Case(op="augment_views", name="2 ROIs", inputs=view_inputs(2, 3, 77, 37)),
     Case(op="dino_loss", name="7 rows", inputs=loss_inputs(7, 5, 2501, 11)),

@@ -52,30 +52,29 @@ def unify(levels: Sequence[Tensor]) -> Tensor:
 class ConvBN(nn.Module):
     """Convolution without bias, BatchNorm and optional ReLU, applied to every group; sizes do not change."""
 
-    layer: Any  # convolution, norm and ReLU
+    layer: Any  # convolution and norm
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, relu: bool) -> None:
         super().__init__()
         conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
-        norm = nn.BatchNorm2d(out_channels)
-        self.layer = nn.Sequential(conv, norm, nn.ReLU(inplace=True)) if relu else nn.Sequential(conv, norm)
+        self.layer = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+        self.relu = relu
 
-    def forward(self, groups: Iterable[Tensor]) -> list[Tensor]:
-        conv, norm, *relu = self.layer
+    def forward(self, groups: Iterable[Tensor], residuals: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Residuals are added before ReLU."""
+        conv, norm = self.layer
         maps = [conv(x) for x in groups]
-        maps = batch_norms(maps, [norm] * len(maps))
-        return [relu[0](x) for x in maps] if relu else maps
+        return batch_norms(maps, [norm] * len(maps), residuals, self.relu)
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = ConvBN(channels, channels, 3, relu=True)
-        self.conv2 = ConvBN(channels, channels, 3, relu=False)
+        self.conv2 = ConvBN(channels, channels, 3, relu=True)
 
     def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
-        branches = self.conv2(self.conv1(groups))
-        return [F.relu(branch + x) for branch, x in zip(branches, groups, strict=True)]
+        return self.conv2(self.conv1(groups), residuals=groups)
 
 
 class UpBlock(nn.Module):

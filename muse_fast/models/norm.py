@@ -6,6 +6,9 @@ must be summed about a mean that is itself a sum over ranks: ``E[y^2] - E[y]^2``
 
 A batch statistic needs two values. With fewer over all ranks, the running statistics are used and stay unchanged. Only
 the device knows how many values other ranks have, hence ``torch.where`` instead of a branch.
+
+What follows a norm in residual networks, an addition and ReLU, is done in the same pass where `ops.batch_norm` has
+kernels for it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muse_fast import ops
 from muse_fast.errors import UserError
+from muse_fast.ops import backends
 from muse_fast.runtime.distributed import gather_over_ranks, sum_over_ranks, world_size
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -38,6 +43,8 @@ class BatchNormAct2d(BatchNorm2d):
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, h, w]
+        if type(self.drop) is nn.Identity and type(self.act) is nn.ReLU:
+            return batch_norms([x], [self], relu=True)[0]
         return self.act(self.drop(super().forward(x)))
 
 
@@ -72,7 +79,12 @@ def over_ranks(network: nn.Module) -> None:
         module.__class__ = kinds[kind]  # keeps weights, statistics, settings and activation
 
 
-def batch_norms(xs: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
+def batch_norms(
+    xs: Sequence[Tensor],
+    norms: Sequence[Norm],
+    residuals: Sequence[Tensor] | None = None,
+    relu: bool = False,
+) -> list[Tensor]:
     """``[norm(x) for x, norm in zip(xs, norms)]`` with the statistics of each ``x`` over all ranks.
 
     Running statistics are updated group by group, so a norm may occur several times. In training on several ranks,
@@ -82,11 +94,14 @@ def batch_norms(xs: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
     Args:
         xs: groups ``[N, C]`` or ``[N, C, h, w]``, floating point; N may differ between ranks and be 0.
         norms: with running statistics and momentum not None; all in training mode, or all in evaluation mode.
+        residuals: added to the normalised values, as ``xs``.
+        relu: whether ReLU follows.
     """
-    groups = list(zip(xs, norms, strict=True))
+    groups = list(zip(xs, norms, residuals or [None] * len(xs), strict=True))
     if world_size() == 1 or not any(norm.training for norm in norms):
-        return [_batch_norm(x, norm) for x, norm in groups]
-    return list(_BatchNormsOverRanks.apply(norms, *chain(*((x, norm.weight, norm.bias) for x, norm in groups))))
+        return [_batch_norm(x, norm, residual, relu) for x, norm, residual in groups]
+    tensors = chain(*((x, residual, norm.weight, norm.bias) for x, norm, residual in groups))
+    return list(_BatchNormsOverRanks.apply(norms, relu, *tensors))
 
 
 def synced_moments(
@@ -142,13 +157,18 @@ def update_running_stats(norm: Norm, mean: Tensor, var: Tensor, count: Tensor | 
     running.running_var.lerp_(var, running.momentum)
 
 
-def _batch_norm(x: Tensor, norm: Any) -> Tensor:
-    training = norm.training and x.numel() >= 2 * x.shape[1]
-    if training:
-        norm.num_batches_tracked.add_(1)
-    return F.batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, norm.momentum, norm.eps
-    )
+def _batch_norm(x: Tensor, norm: Any, residual: Tensor | None, relu: bool) -> Tensor:
+    affine, running = (norm.weight, norm.bias), (norm.running_mean, norm.running_var)
+    if norm.training and x.numel() >= 2 * x.shape[1]:
+        return ops.batch_norm(x, residual, *affine, *running, norm.num_batches_tracked, norm.momentum, norm.eps, relu)
+    return _add_relu(F.batch_norm(x, *running, *affine, eps=norm.eps), residual, relu)
+
+
+def _add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """The residual added to ``y``, which is overwritten, and cut at 0."""
+    if residual is not None:
+        y = y + residual
+    return y.relu_() if relu else y
 
 
 class _MomentsOverRanks(torch.autograd.Function):
@@ -171,65 +191,86 @@ class _MomentsOverRanks(torch.autograd.Function):
 
 
 class _Group(NamedTuple):
-    """A group's values, gain, and the statistics that normalised it, saved for the backward."""
+    """What the backward needs of a group."""
 
     x: Tensor
+    y: Tensor | None  # where it is 0, ReLU cut; None if x tells, or without ReLU
+    moments: Tensor  # [3, C]: mean and variance that normalised x, and number of values over all ranks
     weight: Tensor | None
-    mean: Tensor
-    invstd: Tensor
-    num_values: Tensor  # over all ranks
+    bias: Tensor | None
 
 
 class _BatchNormsOverRanks(torch.autograd.Function):
-    """Training of `batch_norms`; the inputs are x, weight and bias of every group in turn."""
+    """Training of `batch_norms`; the inputs are x, residual, weight and bias of every group in turn."""
 
     @staticmethod
-    def forward(ctx: Any, norms: Sequence[Norm], *tensors: Tensor) -> tuple[Tensor, ...]:
-        xs = [x.contiguous(memory_format=_memory_format(x)) for x in tensors[::3]]
-        local = torch.cat([_moments(x, norm.eps) for x, norm in zip(xs, norms, strict=True)], dim=1)
-        merged = _merge(gather_over_ranks(local)).split([x.shape[1] for x in xs], dim=1)
+    def forward(ctx: Any, norms: Sequence[Norm], relu: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        xs = [x.contiguous(memory_format=_memory_format(x)) for x in tensors[::4]]
+        merged = _merge(gather_over_ranks(torch.cat([_moments(x) for x in xs], dim=1)))
         outputs, groups = [], []
-        for x, norm, (mean, var, count) in zip(xs, norms, merged, strict=True):
+        for x, residual, norm, (mean, var, count) in zip(
+            xs, tensors[1::4], norms, merged.split([x.shape[1] for x in xs], dim=1), strict=True
+        ):
             mean, var = normalising_moments(norm, mean, var, count)
-            outputs.append(F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps))
             update_running_stats(norm, mean, var, count[0])
-            groups.append(_Group(x, norm.weight, mean, torch.rsqrt(var + norm.eps), count))
+            group = _Group(x, None, torch.stack([mean, var, count]), norm.weight, norm.bias)
+            y = _normalised(group, residual, norm.eps, relu)
+            outputs.append(y)
+            is_kept = relu and (residual is not None or not _has_kernels(x))
+            groups.append(group._replace(y=y if is_kept else None))
+        ctx.how = [(norm.eps, relu) for norm in norms]
         ctx.save_for_backward(*chain(*groups))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        groups = [_Group(*saved[place : place + 5]) for place in range(0, len(saved), 5)]
+        saved, size = ctx.saved_tensors, len(_Group._fields)
+        groups = [_Group(*saved[place : place + size]) for place in range(0, len(saved), size)]
         grads = tuple(
             grad.contiguous(memory_format=_memory_format(group.x)) for grad, group in zip(grads, groups, strict=True)
         )
-        sums = [_backward_sums(grad, group) for grad, group in zip(grads, groups, strict=True)]
+        grads, sums = zip(*(_sums(*each) for each in zip(grads, groups, ctx.how, strict=True)), strict=True)
         x_grads: Sequence[Tensor | None] = [None] * len(groups)
-        if any(ctx.needs_input_grad[1::3]):
-            total = sum_over_ranks(torch.cat(sums, dim=1)).split([group.x.shape[1] for group in groups], dim=1)
-            x_grads = [_input_grad(*each) for each in zip(grads, groups, total, strict=True)]
-        result: list[Tensor | None] = [None]
-        for x_grad, group, (sum_dy, sum_dy_xmu) in zip(x_grads, groups, sums, strict=True):
-            affine = (None, None) if group.weight is None else (sum_dy_xmu * group.invstd, sum_dy)
-            result += [x_grad, *affine]
+        if any(ctx.needs_input_grad[2::4]):
+            total = sum_over_ranks(torch.cat([some[:2] for some in sums], dim=1))
+            totals = total.split([group.x.shape[1] for group in groups], dim=1)
+            x_grads = [_input_grad(*each) for each in zip(grads, groups, totals, ctx.how, strict=True)]
+        result: list[Tensor | None] = [None, None]
+        for needed, grad, x_grad, group, (sum_dy, _, along) in zip(
+            ctx.needs_input_grad[3::4], grads, x_grads, groups, sums, strict=True
+        ):
+            affine = (None, None) if group.weight is None else (along, sum_dy)
+            result += [x_grad, grad if needed else None, *affine]
         return tuple(result)
 
 
-# Reductions and elementwise passes use torch's kernels where it has them; those do not accept empty input.
+# The passes over the values: kernels of `ops.batch_norm` where it has them, else torch. Neither accepts empty input.
 
 
-def _moments(x: Tensor, eps: float) -> Tensor:
+def _has_kernels(x: Tensor) -> bool:
+    return backends.choose("batch_norm", x.device.type, None, x.dtype) == "triton"
+
+
+def _moments(x: Tensor) -> Tensor:
     """Mean, biased variance and count ``[3, C]`` of this rank's values, float32 (float64 for float64)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.numel() == 0:
         return x.new_zeros(3, x.shape[1], dtype=dtype)
-    if x.is_cuda:
-        mean, invstd = torch.batch_norm_stats(x, eps)
-        var = (invstd.square().reciprocal() - eps).clamp(min=0)
-    else:
-        var, mean = torch.var_mean(x.to(dtype), dim=_all_but_channels(x), correction=0)
+    if _has_kernels(x):
+        from muse_fast.kernels.fused.batch_norm import batch_moments
+
+        return batch_moments(x, None, None, None, 0.0)
+    var, mean = torch.var_mean(x.to(dtype), dim=_all_but_channels(x), correction=0)
     return torch.stack([mean, var, torch.full_like(mean, x.numel() // x.shape[1])])
+
+
+def _normalised(group: _Group, residual: Tensor | None, eps: float, relu: bool) -> Tensor:
+    x, _, moments, weight, bias = group
+    if _has_kernels(x):
+        from muse_fast.kernels.fused.batch_norm import batch_norm_fwd
+
+        return batch_norm_fwd(x, residual, moments, weight, bias, eps, relu)
+    return _add_relu(F.batch_norm(x, moments[0], moments[1], weight, bias, eps=eps), residual, relu)
 
 
 def _merge(moments: Tensor) -> Tensor:
@@ -242,29 +283,40 @@ def _merge(moments: Tensor) -> Tensor:
     return torch.stack([mean, var, count])
 
 
-def _backward_sums(grad: Tensor, group: _Group) -> Tensor:
-    """Sums of ``dy`` and ``dy (x - mean)`` over this rank's values, ``[2, C]`` in the dtype of the moments."""
-    x, _, mean, invstd, _ = group
+def _sums(grad: Tensor, group: _Group, how: tuple[float, bool]) -> tuple[Tensor, Tensor]:
+    """The gradient before ReLU (or that after it, if only x tells where it cut), and over this rank's values the sums
+    of the former: by itself, times ``x - mean``, and the latter divided by the deviation, ``[3, C]``."""
+    x, y, (mean, var, _), weight, bias = group
     if x.numel() == 0:
-        return mean.new_zeros(2, x.shape[1])
-    if x.is_cuda:
-        return torch.stack(torch.batch_norm_backward_reduce(grad, x, mean, invstd, None, True, False, False)[:2])
-    grad = grad.to(mean.dtype)
-    return torch.stack([part.sum(dim=_all_but_channels(x)) for part in (grad, grad * (x - _broadcast(mean, x)))])
+        return grad, mean.new_zeros(3, x.shape[1])
+    eps, relu = how
+    if _has_kernels(x):
+        from muse_fast.kernels.fused.batch_norm import gradient_sums
+
+        grad, _, sums = gradient_sums(grad, x, y, group.moments, weight, bias, eps, relu)
+        return grad, sums
+    if y is not None:
+        grad = grad.masked_fill(y <= 0, 0)
+    dy = grad.to(mean.dtype)
+    sum_dy, sum_dy_xmu = (part.sum(dim=_all_but_channels(x)) for part in (dy, dy * (x - _broadcast(mean, x))))
+    return grad, torch.stack([sum_dy, sum_dy_xmu, sum_dy_xmu * torch.rsqrt(var + eps)])
 
 
-def _input_grad(grad: Tensor, group: _Group, sums: Tensor) -> Tensor:
-    """Gradient of this rank's values, given the ``sums`` of `_backward_sums` over all ranks."""
-    x, weight, mean, invstd, num_values = group
+def _input_grad(grad: Tensor, group: _Group, sums: Tensor, how: tuple[float, bool]) -> Tensor:
+    """Gradient of this rank's values, given the first two ``sums`` of `_sums` over all ranks."""
+    x, y, (mean, var, count), weight, bias = group
     if x.numel() == 0:
         return torch.zeros_like(x)
-    sum_dy, sum_dy_xmu = torch.where(num_values > 1, sums, 0)  # the running statistics do not depend on x
+    eps, relu = how
+    if _has_kernels(x):
+        from muse_fast.kernels.fused.batch_norm import input_gradient
+
+        return input_gradient(grad, x, group.moments, weight, bias, sums.contiguous(), eps, relu and y is None)
+    sum_dy, sum_dy_xmu = torch.where(count > 1, sums, 0)  # the running statistics do not depend on x
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-    if x.is_cuda:
-        total = num_values[:1].to(torch.int32)
-        return torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, sum_dy, sum_dy_xmu, total)
-    slope = _broadcast(invstd.square() * sum_dy_xmu / num_values, x)
-    centred = grad - _broadcast(sum_dy / num_values, x) - (x - _broadcast(mean, x)) * slope
+    invstd = torch.rsqrt(var + eps)
+    slope = _broadcast(invstd.square() * sum_dy_xmu / count, x)
+    centred = grad - _broadcast(sum_dy / count, x) - (x - _broadcast(mean, x)) * slope
     return (centred * _broadcast(invstd * weight, x)).to(x.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from muse_fast.ops.add_layer_norm import add_layer_norm
 from muse_fast.ops.augment_views import augment_views
+from muse_fast.ops.batch_norm import batch_norm
 from muse_fast.ops.dino_loss import dino_loss
 from muse_fast.ops.gelu import gelu
 from muse_fast.ops.join_heads import join_heads
@@ -14,6 +15,7 @@ from muse_fast.ops.sample_nuclei import sample_nuclei
 __all__ = [
     "add_layer_norm",
     "augment_views",
+    "batch_norm",
     "dino_loss",
     "gelu",
     "join_heads",

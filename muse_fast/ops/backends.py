@@ -36,6 +36,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "linear_dino_loss": ("triton", "blocked"),
     "augment_views": ("triton",),
     "add_layer_norm": ("triton",),
+    "batch_norm": ("triton",),
     "resize_concat": ("triton", "blocked"),
     "gelu": ("triton",),
     "join_heads": ("triton",),

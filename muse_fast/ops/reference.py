@@ -20,6 +20,7 @@ from muse_fast.kernels.reference import dino_loss, linear_dino_loss
 __all__ = [
     "add_layer_norm",
     "augment_views",
+    "batch_norm",
     "dino_loss",
     "gelu",
     "join_heads",
@@ -79,6 +80,27 @@ def add_layer_norm(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         normed = normed.to(torch.get_autocast_dtype(x.device.type))
     return x, normed
+
+
+def batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """Normalise, add and cut, one after the other."""
+    if num_batches is not None:
+        num_batches.add_(1)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    if residual is not None:
+        y = y + residual
+    return y.relu_() if relu else y
 
 
 def match_nuclei(

@@ -27,6 +27,7 @@ from bench.ops.cases import (
     Case,
     Target,
     Work,
+    batch_norm_inputs,
     gelu_inputs,
     join_inputs,
     loss_inputs,
@@ -54,6 +55,7 @@ TINY = [
     Case(op="add_layer_norm", name="tiny", inputs=norm_inputs(7, 5)),
     Case(op="gelu", name="tiny", inputs=gelu_inputs(7, 5)),
     Case(op="join_heads", name="tiny", inputs=join_inputs([(2, 3), (1, 2)], 2, 3)),
+    Case(op="batch_norm", name="tiny", inputs=batch_norm_inputs(2, 5, 3)),
     Case(op="resize_concat", name="tiny", inputs=resize_inputs(2, (3, 2), (5, 4), 5)),
     Case(op="augment_views", name="tiny", inputs=view_inputs(2, 2, 70, 32)),
 ]

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error())),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are interpreted"),
 ]
-KERNELS = ("add_layer_norm", "gelu", "join_heads", "resize_concat")
+KERNELS = ("add_layer_norm", "batch_norm", "gelu", "join_heads", "resize_concat")
 ARCHS = {
     "ours": "vit_tiny",
     "timm": "timm:vit_tiny_patch16_224:depth=2:embed_dim=24:num_heads=2",

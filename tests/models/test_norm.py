@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from muse_fast.models.norm import BatchNorm2d, RowBatchNorm, batch_norms, synced_moments, update_running_stats
+from muse_fast.ops import backends
 from tests.support.ranks import NoHostWait, Ranks, counted_collectives
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(backends.triton_error() is not None, reason=str(backends.triton_error()))
 
 
 class Result(NamedTuple):
@@ -180,6 +184,91 @@ def test_a_statistic_needs_two_rows_over_all_ranks(two_ranks: Ranks, split: tupl
 def strides(norm: Any, x: Tensor, slope: Tensor) -> list[tuple[int, ...]]:
     result = step([norm], [x], [slope])
     return [result.outputs[0].stride(), result.x_grads[0].stride()]
+
+
+class Added(NamedTuple):
+    """Values, and what is added to them before ReLU."""
+
+    xs: list[Tensor]
+    residuals: list[Tensor]
+
+
+def added_step(norms: Sequence[Any], given: Added, slopes: Sequence[Tensor], kernels: bool) -> Result:
+    """`step` with residuals and ReLU; those of the second half of the norms are without a residual.
+
+    Args:
+        kernels: whether to run those of `ops.batch_norm`, which are interpreted on the CPU.
+    """
+    norms = [norm.to(DEVICE) for norm in copy.deepcopy(norms)]
+    xs, residuals = ([x.detach().to(DEVICE).requires_grad_() for x in some] for some in given)
+    half = len(norms) // 2
+    environment = {backends.ENVIRONMENT: "batch_norm=triton"} if kernels else {}
+    with mock.patch.dict(os.environ, environment), NoHostWait():
+        with counted_collectives() as forward:
+            outputs = batch_norms(xs[:half], norms[:half], residuals, relu=True)
+            outputs += batch_norms(xs[half:], norms[half:], relu=True)
+        with counted_collectives() as backward:
+            torch.autograd.backward(outputs, [slope.to(DEVICE) for slope in slopes])
+    distinct = list(dict.fromkeys(norms))
+    return Result(
+        [y.detach().cpu() for y in outputs],
+        [x.grad.cpu() for x in (*xs, *residuals) if x.grad is not None],
+        [parameter.grad.cpu() for norm in distinct for parameter in norm.parameters()],
+        [buffer.cpu() for norm in distinct for buffer in norm.buffers()],
+        [forward, backward],
+    )
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+@pytest.mark.parametrize("cut", [3, 5, 4], ids=["uneven", "none-on-one", "one-value-on-one"])
+def test_residuals_and_relu_over_two_ranks(two_ranks: Ranks, cut: int, kernels: bool) -> None:
+    """Compared with torch's layers on one rank in float64; on five maps of 4 x 4 and rows, with a mean of 100."""
+    if kernels and backends.triton_error() is not None:
+        pytest.skip(str(backends.triton_error()))
+    norms: list[Any] = [make_norm(BatchNorm2d, 5), make_norm(RowBatchNorm, 6)]
+    norms = [*norms, *copy.deepcopy(norms)]
+    xs = [torch.randn(5, 5, 4, 4), torch.randn(5, 6)] * 2
+    xs = [x + 100 for x in xs]
+    residuals, slopes = [torch.randn_like(x) for x in xs[:2]], [torch.randn_like(x) for x in xs]
+
+    def part(rows: slice) -> tuple[Any, ...]:
+        given = Added([x[rows] for x in xs], [x[rows] for x in residuals])
+        return norms, given, [slope[rows] for slope in slopes], kernels
+
+    a, b = two_ranks(added_step, [part(slice(cut)), part(slice(cut, None))])
+    assert a.collectives == b.collectives == [["all_gather_into_tensor"] * 2, ["all_reduce"] * 2]
+    exact = added_step(
+        [norm.double() for norm in copy.deepcopy(norms)],
+        Added([x.double() for x in xs], [x.double() for x in residuals]),
+        [slope.double() for slope in slopes],
+        kernels=False,
+    )
+    got = Result(
+        [torch.cat(pair) for pair in zip(a.outputs, b.outputs, strict=True)],
+        [torch.cat(pair) for pair in zip(a.x_grads, b.x_grads, strict=True)],
+        [sum(pair) for pair in zip(a.parameter_grads, b.parameter_grads, strict=True)],
+        a.statistics,
+        a.collectives,
+    )
+    assert_close(got, exact, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(*pair) for pair in zip(a.statistics, b.statistics, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("split", [(1, 0), (0, 1), (1, 1)])
+def test_kernels_need_two_rows_over_all_ranks(two_ranks: Ranks, split: tuple[int, int]) -> None:
+    norm, x = make_norm(RowBatchNorm, 6), torch.randn(sum(split), 6)
+    parts = [
+        ([norm], Added([x[rows]], []), [torch.ones_like(x[rows])], True)
+        for rows in (slice(split[0]), slice(split[0], None))
+    ]
+    results = two_ranks(added_step, parts)
+    norm.train(sum(split) == 2)
+    exact = truth([norm], [x], [torch.ones_like(x)])
+    got = torch.cat([result.outputs[0] for result in results])
+    torch.testing.assert_close(got.double(), exact.outputs[0].relu(), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(results[0].statistics, exact.statistics, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

@@ -85,6 +85,32 @@ def check_resize_concat(op: Op) -> None:
         torch.testing.assert_close(leaf.grad, torch.einsum("qi,pj,ncqp->ncij", *each, part), **TOLERANCE)
 
 
+def check_batch_norm(op: Op) -> None:
+    """Columns of two channels and three values, whose norms are solved by hand; gradients by central differences."""
+    torch.manual_seed(0)
+    x = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 2.0]], dtype=torch.float64)  # means 2 and 4, variances 2/3 and 2
+    residual, pull = torch.randn(2, 3, 2, dtype=torch.float64)
+    weight, bias = torch.tensor([[2.0, -3.0], [0.5, 1.0]], dtype=torch.float64)
+    running = torch.tensor([[10.0, 20.0], [30.0, 40.0]], dtype=torch.float64)
+    y = op(x, residual, weight, bias, *running, torch.tensor(0), 0.25, 1e-9, False)
+    rows = torch.tensor([[-(1.5**0.5), 0.5**0.5], [0.0, 0.5**0.5], [1.5**0.5, -(2**0.5)]], dtype=torch.float64)
+    torch.testing.assert_close(y, rows * weight + bias + residual, **TOLERANCE)
+    # The unbiased variances are 1 and 3.
+    expected = torch.tensor([[8.0, 16.0], [22.75, 30.75]], dtype=torch.float64)
+    torch.testing.assert_close(running, expected, **TOLERANCE)
+
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, residual, weight, bias)]
+    (op(*leaves, None, None, None, 0.25, 0.1, True) * pull).sum().backward()
+    for position, leaf in enumerate(leaves):
+
+        def weighted_sum(moved: Tensor, position: int = position) -> Tensor:
+            inputs = [moved if i == position else other.detach() for i, other in enumerate(leaves)]
+            return (reference.batch_norm(*inputs, None, None, None, 0.25, 0.1, True) * pull).sum()
+
+        expected = central_differences(weighted_sum, leaf.detach())
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-6, atol=1e-7)
+
+
 def check_sample_nuclei(op: Op) -> None:
     """Rows against the product of two hat functions on the upsampled map; gradients against central differences."""
     torch.manual_seed(0)
@@ -271,6 +297,10 @@ def scale_the_gradient_of_the_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
     return total, ScaledGradient.apply(normed)
 
 
+def forget_residual(x: Tensor, residual: Tensor, *rest: Any) -> Tensor:
+    return reference.batch_norm(x, residual * 0, *rest)
+
+
 def concatenate_in_reverse(maps: Any, side: int) -> Tensor:
     return reference.resize_concat(maps[::-1], side)
 
@@ -287,6 +317,7 @@ CHECKS = {
     "gelu": check_gelu,
     "join_heads": check_join_heads,
     "add_layer_norm": check_add_layer_norm,
+    "batch_norm": check_batch_norm,
     "match_nuclei": check_match_nuclei,
     "resize_concat": check_resize_concat,
     "sample_nuclei": check_sample_nuclei,
@@ -302,6 +333,8 @@ MUTANTS = {
     "resize_concat-reversed": concatenate_in_reverse,
     "add_layer_norm-forgotten_scale": forget_scale,
     "add_layer_norm-gradient_1_percent": scale_the_gradient_of_the_norm,
+    "batch_norm-forgotten_residual": forget_residual,
+    "batch_norm-gradient_1_percent": scaled_gradient(reference.batch_norm),
     "match_nuclei-dropped_pair": drop_last_pair,
     "match_nuclei-swapped_roles": swap_roles,
     "sample_nuclei-gradient_1_percent": scaled_gradient(reference.sample_nuclei),

@@ -44,6 +44,7 @@ STAINED = ("test_augment_views.py", "stains_equal_the_equations and triton")
 NORMED = ("test_add_layer_norm.py", "exact_as_eager or hand_computed and triton")
 ACTIVATED = ("test_gelu.py", "exact_as_eager")
 JOINED = ("test_join_heads.py", "float64 and triton")
+BATCHED = ("test_batch_norm.py", "exact_as_eager and add_relu or no_digits")
 CONCATENATED = ("test_resize_concat.py", "products_of_matrices and triton")
 LINEAR = ("test_linear_dino_loss.py", "exact_as_eager or padding")
 
@@ -114,6 +115,18 @@ BUGS = {
     ),
     "triton_join_sums_1_percent": Bug(
         "kernels/fused/join_heads.py", "return value.to(tl.float32)", "return value.to(tl.float32) * 1.01", *JOINED
+    ),
+    "triton_batch_norm_without_the_centre_of_a_run": Bug(
+        "kernels/fused/batch_norm.py", "var + apart * apart", "var + 0 * apart", *BATCHED
+    ),
+    "triton_batch_norm_biased_running_variance": Bug(
+        "kernels/fused/batch_norm.py", "squares / (total - 1)", "squares / total", *BATCHED
+    ),
+    "triton_batch_norm_gradient_through_relu": Bug(
+        "kernels/fused/batch_norm.py", "g = tl.where(positive, g, 0.0)", "g = tl.where(positive, g, g)", *BATCHED
+    ),
+    "triton_batch_norm_gradient_1_percent": Bug(
+        "kernels/fused/batch_norm.py", "- away * slope[None, :]", "- 1.01 * away * slope[None, :]", *BATCHED
     ),
     "triton_resize_off_by_one_tap": Bug(
         "kernels/fused/resize_concat.py",

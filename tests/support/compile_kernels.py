@@ -26,6 +26,7 @@ from muse_fast.kernels import fused
 from muse_fast.kernels.fused import (
     add_layer_norm,
     augment_views,
+    batch_norm,
     dino_loss,
     gelu,
     join_heads,
@@ -209,7 +210,45 @@ def add_layer_norm_launches(width: int, dtype: str) -> list[Launch]:
     return [Launch(kernel, types, tile | absent, num_warps, dtypes=(dtype,)) for kernel, types, absent in cases]
 
 
+def batch_norm_launches(layout: torch.memory_format, dtype: str) -> list[Launch]:
+    """A map of ViT-S's decoder: with a residual and ReLU, with ReLU, and with neither, nor parameters."""
+    walk = batch_norm.walk_over(torch.empty(128, 96, 56, 56, device="meta").to(memory_format=layout))
+    sizes, parameters = {"i32": "rows pixels rows_per_run", "i32:16": "channels"}, "moments weight bias"
+    passes = {
+        batch_norm.normalise_kernel: ("x residual out", parameters, ("residual",)),
+        batch_norm.run_gradient_sums_kernel: ("gradient x y masked", f"{parameters} run_sums", ("y", "masked")),
+        batch_norm.input_gradient_kernel: ("gradient x x_gradient", f"{parameters} sums", ()),
+    }
+    launches = [Launch(batch_norm.run_moments_kernel, sizes | {"*T": "x", "*fp32": "run_moments"}, walk.tile)]
+    for kernel, (maps, numbers, optional) in passes.items():
+        types = sizes | {"*T": maps, "*fp32": numbers, "fp32": "eps"}
+        launches.append(Launch(kernel, types, walk.tile | {"RELU": True}))
+        for others, relu in [((), True), (("weight", "bias"), False)]:
+            absent = dict.fromkeys((*optional, *others))
+            kept = {kind: " ".join(n for n in names.split() if n not in absent) for kind, names in types.items()}
+            launches.append(Launch(kernel, kept, walk.tile | absent | {"RELU": relu}))
+    return [launch._replace(dtypes=(dtype,)) for launch in launches]
+
+
+def batch_norm_merges() -> list[Launch]:
+    blocks = {"BLOCK_RUNS": batch_norm.BLOCK_RUNS, "BLOCK_CHANNELS": batch_norm.MERGED_CHANNELS}
+    sizes, running = {"i32": "runs", "i32:16": "channels"}, {"*fp32": "running_mean running_var", "*i64": "num_batches"}
+    moments = {"*fp32": "run_moments moments", "fp32": "momentum"} | sizes
+    sums = {"*fp32": "run_sums moments sums", "fp32": "eps"} | sizes
+    absent = {"running_mean": None, "running_var": None, "num_batches": None}
+    tracked = moments | {"*fp32": f"{moments['*fp32']} {running['*fp32']}", "*i64": running["*i64"]}
+    return [
+        Launch(batch_norm.merge_moments_kernel, tracked, blocks, dtypes=("fp32",)),
+        Launch(batch_norm.merge_moments_kernel, moments, blocks | absent, dtypes=("fp32",)),
+        Launch(batch_norm.merge_gradient_sums_kernel, sums, blocks, dtypes=("fp32",)),
+    ]
+
+
 LAUNCHES = [
+    *batch_norm_launches(torch.channels_last, "bf16"),
+    *batch_norm_launches(torch.channels_last, "fp32"),
+    *batch_norm_launches(torch.contiguous_format, "bf16"),
+    *batch_norm_merges(),
     *resize_concat_launches(),
     *(launch for width in (192, 384, 768, 4096) for launch in add_layer_norm_launches(width, "bf16")),
     *add_layer_norm_launches(768, "fp32"),
