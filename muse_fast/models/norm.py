@@ -30,10 +30,12 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm of maps over all ranks."""
+    """BatchNorm of maps over all ranks, and ReLU where ``relu`` is set."""
+
+    relu = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, h, w]
-        return batch_norms([x], [self])[0]
+        return batch_norms([x], [self], relu=self.relu)[0]
 
 
 class BatchNormAct2d(BatchNorm2d):
@@ -97,7 +99,8 @@ def batch_norms(
         residuals: added to the normalised values, as ``xs``.
         relu: whether ReLU follows.
     """
-    groups = list(zip(xs, norms, residuals or [None] * len(xs), strict=True))
+    added: Sequence[Tensor | None] = residuals or [None] * len(xs)
+    groups = list(zip(xs, norms, added, strict=True))
     if world_size() == 1 or not any(norm.training for norm in norms):
         return [_batch_norm(x, norm, residual, relu) for x, norm, residual in groups]
     tensors = chain(*((x, residual, norm.weight, norm.bias) for x, norm, residual in groups))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from muse_fast.models.encoder import conv_flops
 from muse_fast.models.maps import BranchScale, MapsEncoder
-from muse_fast.models.norm import BatchNorm2d
+from muse_fast.models.norm import BatchNorm2d, batch_norms
 
 WIDTHS, BLOCKS = (256, 512, 1024, 2048), (3, 4, 6, 3)
 
@@ -33,14 +37,29 @@ class ResNetEncoder(MapsEncoder):
             zero_init_last=True,
         )
         super().__init__(network)
-        blocks: list[Any] = [block for stage in range(1, 5) for block in self.encoder[f"layer{stage}"]]
+        stem: Any = self.encoder
+        blocks: list[Any] = [block for stage in range(1, 5) for block in stem[f"layer{stage}"]]
         self.branch_scales = [BranchScale() for _ in blocks]
         for block, branch_scale in zip(blocks, self.branch_scales, strict=True):
             block.drop_path = branch_scale
+            block.forward = MethodType(_bottleneck, block)
+            block.bn2.relu = True
+        for part in (stem, *blocks):
+            part.bn1.relu = True
+        stem["act1"] = nn.Identity()
         self.drop_rates = [drop_path * i / (len(blocks) - 1) for i in range(len(blocks))]
 
     def layer_patterns(self) -> dict[str, str]:
         return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)\.(\d+)"}
+
+
+def _bottleneck(block: Any, x: Tensor) -> Tensor:  # [I, c, h, h] -> [I, c', h', h']
+    """The forward of timm's block, with norms, ReLUs and the addition in as few passes as `batch_norms` can."""
+    branch = block.conv3(block.bn2(block.conv2(block.bn1(block.conv1(x)))))
+    shortcut = x if block.downsample is None else block.downsample(x)
+    if block.drop_path.scale is None:
+        return batch_norms([branch], [block.bn3], [shortcut], relu=True)[0]
+    return F.relu(block.drop_path(block.bn3(branch)) + shortcut)
 
 
 def resnet50_flops(size: int) -> int:
