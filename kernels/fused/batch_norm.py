@@ -132,7 +132,8 @@ def merge_moments_kernel(
         old = tl.load(running_mean + channel, mask=known, other=0.0).to(tl.float32)
         tl.store(running_mean + channel, old + momentum * (mean - old), mask=known)
         old = tl.load(running_var + channel, mask=known, other=0.0).to(tl.float32)
-        tl.store(running_var + channel, old + momentum * (squares / (total - 1) - old), mask=known)
+        unbiased = squares / tl.maximum(total - 1, 1.0)
+        tl.store(running_var + channel, old + momentum * (unbiased - old), mask=known)
         if tl.program_id(0) == 0:
             tl.store(num_batches, tl.load(num_batches) + 1)
 

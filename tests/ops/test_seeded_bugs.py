@@ -120,7 +120,7 @@ BUGS = {
         "kernels/fused/batch_norm.py", "var + apart * apart", "var + 0 * apart", *BATCHED
     ),
     "triton_batch_norm_biased_running_variance": Bug(
-        "kernels/fused/batch_norm.py", "squares / (total - 1)", "squares / total", *BATCHED
+        "kernels/fused/batch_norm.py", "squares / tl.maximum(total - 1, 1.0)", "squares / total", *BATCHED
     ),
     "triton_batch_norm_gradient_through_relu": Bug(
         "kernels/fused/batch_norm.py", "g = tl.where(positive, g, 0.0)", "g = tl.where(positive, g, g)", *BATCHED
