@@ -74,7 +74,7 @@ def test_two_ranks_equal_one_in_single_precision(runs: Runs, engine: str) -> Non
         runs("fp32", each, "train.precision=fp32", *PLAIN, change=Change(smooth=True)) for each in ("one", engine)
     )
     assert_same_losses(two, one, 5e-6)
-    assert_same_weights(two, one, 1e-4, *STEMS)  # biases start from 0: this is a share of their steps
+    assert_same_weights(two, one, 5e-3, *STEMS)  # biases start from 0: this is a share of their steps
     if STEPS >= 60:  # in fewer the loss of so gentle a run changes less than from batch to batch
         assert training_rows(one)[-1]["loss"] < 0.99 * training_rows(one)[0]["loss"]
 

@@ -125,9 +125,9 @@ def test_every_layer_of_our_networks_has_the_moments_of_its_input(arch: str) -> 
     inputs: dict[nn.Module, Tensor] = {}
     normalise, moments = norms._batch_norm, Projection.moments
 
-    def watched_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    def watched_norm(x: Tensor, norm: nn.Module, residual: Tensor | None, relu: bool) -> Tensor:
         inputs[norm] = x.double()
-        return normalise(x, norm)
+        return normalise(x, norm, residual, relu)
 
     def watched_moments(projection: Projection, x: Tensor) -> tuple[Tensor, Tensor]:
         conv, norm = projection.layer
