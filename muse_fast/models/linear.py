@@ -38,9 +38,12 @@ def linears(*layers: nn.Linear) -> list[Linear]:
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     added = [bias.detach() for bias in biases]
     device = weights[0].device.type
-    # A compiler joins the casts itself. FSDP gathers weights in the dtype of autocast.
-    if torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32 and not torch.compiler.is_compiling():
-        cast = _Cast.apply(torch.get_autocast_dtype(device), *weights, *added)
+    # FSDP gathers weights in the dtype of autocast.
+    if torch.is_autocast_enabled(device) and weights[0].dtype == torch.float32:
+        dtype, tensors = torch.get_autocast_dtype(device), [*weights, *added]
+        # A compiler joins the casts itself. Autocast would not cast for the product with GELU on a GPU.
+        compiling = torch.compiler.is_compiling()
+        cast = [tensor.to(dtype) for tensor in tensors] if compiling else _Cast.apply(dtype, *tensors)
         weights, added = cast[: len(layers)], cast[len(layers) :]
     return [Linear(*one) for one in zip(weights, added, biases, strict=True)]
 

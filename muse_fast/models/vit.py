@@ -168,7 +168,8 @@ class Block(Layer):
         qkv, proj, fc1, fc2 = linears(self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         x, normed = self.norm1(stream)
         x, normed = self.norm2(Stream(x, self.attn(normed, layout, qkv, proj), first, proj.bias))
-        return Stream(x, self.mlp(normed, fc1, fc2), second, fc2.bias)
+        # A view, as FSDP hooks every tensor that a layer returns, and a parameter would keep the hooks of all steps.
+        return Stream(x, self.mlp(normed, fc1, fc2), second, fc2.bias.view_as(fc2.bias))
 
 
 def _keep_matmuls() -> Any:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse_fast import ops
 from muse_fast.models.linear import linears
-from muse_fast.models.vit import Mlp
+from muse_fast.models.vit import Block, Mlp, Stream
 
 
 class Casts(TorchDispatchMode):
@@ -70,6 +70,18 @@ def test_weights_are_cast_together() -> None:
     assert ours.counts == {"all": 2, "one": torchs.counts["one"] - 6}
 
 
+def test_a_compiler_gets_casts_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, autocast would not cast weights for a target's GELU."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    casts, both = Casts(), layers()
+    with torch.autocast("cpu", torch.bfloat16), casts:
+        found = linears(*both)
+    assert {tensor.dtype for one in found for tensor in (one.weight, one.added)} == {torch.bfloat16}
+    assert casts.counts == {"one": 4}
+    found[0].weight.sum().backward()
+    torch.testing.assert_close(both[0].weight.grad, torch.ones(20, 12), rtol=0, atol=0)
+
+
 def test_without_autocast_nothing_is_copied() -> None:
     first, second = layers()
     for layer, linear in zip((first, second), linears(first, second), strict=True):
@@ -108,3 +120,12 @@ def test_only_targets_of_training_take_it(training: bool, gradients: bool, items
         for is_cuda in (False, True):
             x: Any = SimpleNamespace(is_cuda=is_cuda, itemsize=itemsize)
             assert mlp._is_target(x) == (training and not gradients and itemsize == 2 and is_cuda)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_layer_returns_no_parameter(recompute: str) -> None:
+    """FSDP hooks what a layer returns. A parameter outlives the step, so its hooks would add up."""
+    block = Block(8, 2, "sdpa", recompute)
+    returned = [tensor for tensor in block(Stream(torch.randn(5, 8)), ((1, 5),), None) if tensor is not None]
+    assert len(returned) == (1 if recompute == "full" else 3)
+    assert all(tensor.requires_grad and not tensor.is_leaf for tensor in returned)
