@@ -57,7 +57,8 @@ class Guard:
         self._record = torch.where(self.found_inf > 0, self._record, row)  # the newest, or the first bad one
         largest = torch.linalg.vector_norm(values, torch.inf)  # NaN if a value is
         self.found_inf.masked_fill_((largest < torch.inf).logical_not(), 1)
-        self._seen[step] = samples
+        # Not those in the memory of a loader's process, each of which would keep a file open until the check.
+        self._seen[step] = [(_owned(roi_ids), _owned(epochs)) for roi_ids, epochs in samples]
 
     def check(self) -> None:
         """Read the device's record, for which the host waits.
@@ -72,3 +73,7 @@ class Guard:
         samples = torch.stack([torch.cat(part) for part in zip(*seen[int(step)], strict=True)])
         roi_ids, epochs = gather_over_ranks(samples.to(self.found_inf.device)).transpose(0, 1).flatten(1).tolist()
         raise NonFiniteError(int(step), dict(zip(self.names, terms, strict=True)), roi_ids, epochs)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_cpu else tensor

@@ -51,6 +51,17 @@ def test_large_values_are_finite() -> None:
     guard.check()
 
 
+def test_memory_of_loader_processes_is_not_kept() -> None:
+    """A kept tensor of theirs is an open file; with log_every=1000 there would be more than a process may open."""
+    guard = Guard(["gradient norm"], CPU)
+    shared = torch.tensor([3]).share_memory_(), torch.tensor([0]).share_memory_()
+    guard.look(1, [torch.tensor(math.nan)], [shared, shared])
+    assert not any(tensor.is_shared() for pair in guard._seen[1] for tensor in pair)
+    with pytest.raises(NonFiniteError) as raised:
+        guard.check()
+    assert (raised.value.roi_ids, raised.value.epochs) == ([3, 3], [0, 0])
+
+
 def test_checked_steps_are_forgotten() -> None:
     guard = Guard(["gradient norm"], CPU)
     for step in range(1, 100):
