@@ -42,11 +42,12 @@ def attend(qkv: Tensor, heads: int, layout: Layout, backend: str, bias: Tensor |
         from xformers.ops import memory_efficient_attention
 
         mask = _block_diagonal(layout, qkv.device)
-        return memory_efficient_attention(q, k, v, attn_bias=mask)[0].flatten(1)
+        return memory_efficient_attention(q, k, v, attn_bias=mask).squeeze(0).flatten(1)
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = _bounds(layout, qkv.device), max(tokens for _, tokens in layout)
-    attended = varlen_attn(q[0], k[0], v[0], bounds, bounds, longest, longest)
+    # Unlike that of q[0], the backward of a squeeze is a view.
+    attended = varlen_attn(q.squeeze(0), k.squeeze(0), v.squeeze(0), bounds, bounds, longest, longest)
     assert isinstance(attended, Tensor)  # a tuple only if more outputs are requested
     return attended.flatten(1)
 
