@@ -136,8 +136,10 @@ def keep_freed_memory() -> bool:
     page fault for every 4 KiB, up to a sixth of its time. The peak stays the same.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # of malloc.h
-    return mallopt is not None and all(mallopt(name, most) for name in (trim_threshold, mmap_threshold))
+    # Of malloc.h: never trim the heap, and take all memory from it. A threshold instead of the latter may be at most 32
+    # MiB before glibc 2.35.
+    trim_threshold, mmap_max = (-1, -1), (-4, 0)
+    return mallopt is not None and all(mallopt(*option) for option in (trim_threshold, mmap_max))
 
 
 def peak_memory(device: torch.device) -> int:
