@@ -169,7 +169,8 @@ class Block(Layer):
         x, normed = self.norm1(stream)
         x, normed = self.norm2(Stream(x, self.attn(normed, layout, qkv, proj), first, proj.bias))
         # A view, as FSDP hooks every tensor that a layer returns, and a parameter would keep the hooks of all steps.
-        return Stream(x, self.mlp(normed, fc1, fc2), second, fc2.bias.view_as(fc2.bias))
+        bias = fc2.bias.view_as(fc2.bias) if torch.is_grad_enabled() else None
+        return Stream(x, self.mlp(normed, fc1, fc2), second, bias)
 
 
 def _keep_matmuls() -> Any:
