@@ -123,7 +123,7 @@ def test_pictures_and_search(field: Path, tmp_path: Path, capsys: pytest.Capture
     assert embed(field, out, "pictures=true") == 2
     assert "already contains" in capsys.readouterr().err
     for name in ("overview.png", "atlas.png"):
-        shutil.copy(out / name, tmp_path)  # pictures are no slides
+        shutil.copy(out / name, tmp_path)  # pictures are not slides
     assert main(["--weights", "random:vit_tiny", "--out", str(tmp_path / "more"), str(tmp_path)]) == 2
     assert f"{tmp_path} contains no slides or images" in capsys.readouterr().err
 

@@ -174,7 +174,7 @@ def test_a_run_goes_from_two_ranks_to_one_and_back(runs: Runs, tmp_path: Path, e
 @pytest.mark.slow
 def test_sigterm_at_any_rank_saves_and_the_run_ends_bit_identical(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    for culprit, step, reason in ((1, 4, "another rank was told to stop"), (0, 9, "SIGTERM")):
+    for culprit, step, reason in ((1, 4, "another rank was asked to stop"), (0, 9, "SIGTERM")):
         for ended in stopped(runs, out, "ddp", step, culprit):
             assert ended.code == exit_codes.STOPPED, ended
         assert checkpoint.steps(out)[-1] == step

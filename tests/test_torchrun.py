@@ -90,7 +90,7 @@ def test_a_killed_rank_starts_again_and_a_stopped_job_saves(
 
 
 def assert_saved(out: Path, step: int) -> None:
-    """Assert that a job which was told to stop has saved its last step."""
+    """Assert that a job that was asked to stop has saved its last step."""
     written = json.loads((out / "exit.json").read_text())
     assert (written["code"], written["step"]) == (exit_codes.STOPPED, step) and step in range(4, STEPS, 2)
     assert checkpoint.steps(out)[-1] == training_rows(out)[-1]["step"] == step
@@ -170,7 +170,7 @@ def test_sigterm_saves_on_all_ranks(
         assert job.wait() == 1 and not job.processes()
         printed = job.output()
     written = json.loads((out / "exit.json").read_text())
-    assert written["reason"] == ("another rank was told to stop" if receiver == "rank 1" else "SIGTERM")
+    assert written["reason"] == ("another rank was asked to stop" if receiver == "rank 1" else "SIGTERM")
     assert printed.count("checkpoint written") == 1
     assert_saved(out, written["step"])
     run_on_two_ranks(command, arguments(command, workplace, out), two_ranks)

@@ -42,7 +42,7 @@ _TURN_BACK = {  # of what Pillow does to the pixels of a TIFF with this orientat
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_IN_COLOUR = "tissue and nuclei are told apart by colour, so export it in colour"
+_IN_COLOUR = "tissue and nuclei are recognised by colour, so export it in colour"
 _GREY = dict.fromkeys(("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"), ("grey", _IN_COLOUR))
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 _PLAUSIBLE_16_BIT = 2**14  # glass in 16-bit values is brighter; camera data of 10 to 14 bits is not
@@ -261,7 +261,7 @@ def _sixteen_bit(path: Path, data: bytes | None, image: ImageFile) -> NDArray[np
     planar = _tags(image).get(_PLANAR, 1) != 1
     if planar or not all(mode.partition(";16")[0] in ("RGB", "RGBA", "RGBX") for mode in modes):
         raise UserError(f"{path}: more than 8 bits per value in a layout that is not supported; {remedy}")
-    # Pillow keeps the higher byte of each value; told that the bytes are in the other order, it keeps the lower one.
+    # Pillow keeps the higher byte of each value; with the bytes declared in the other order, it keeps the lower one.
     high = np.asarray(_as_stored(image))
     with open_image(path, data) as again:
         again.tile = [_in_other_order(tile) for tile in again.tile]

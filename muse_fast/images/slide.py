@@ -365,7 +365,7 @@ class OpenSlideSlide(Slide):
 
     @property
     def qupath_frame(self) -> Frame:
-        """The bounds in the header, to which QuPath crops slides of MIRAX, Leica and others unless told ``--no-crop``.
+        """The bounds in the header, to which QuPath crops slides of MIRAX, Leica and others unless given ``--no-crop``.
 
         As in QuPath's ``OpenslideImageServer``, they count only if all four are whole numbers.
         """

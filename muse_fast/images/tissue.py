@@ -23,7 +23,7 @@ SUFFIXES = (*GEOJSON_SUFFIXES, ".json", ".png")
 COLOUR = (0, 190, 230)  # of the outlines
 
 _SPECK_UM = 100.0  # a piece with a smaller area than a square of this side is dirt on the glass
-_LEAST_UM = 300.0  # shorter side of an image in which specks can be told: smaller ones are cut out of tissue
+_LEAST_UM = 300.0  # shorter side of an image in which specks can be recognised: smaller images are cut out of tissue
 
 _SHAPE_TOLERANCE = 0.02  # relative, of the aspect ratio of a mask and its slide
 _MIN_INSIDE = 0.5  # share of the outlines on the slide below which they belong to something else

@@ -177,7 +177,7 @@ def _shuffled(seed: int, roi_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _before(trainer: Trainer, probe: list[Views]) -> dict[str, Backbone]:
     """Return the backbone before training with the BatchNorm statistics of ``probe``; all ranks must call it.
 
-    Statistics that fit the images are no learning, and they alone change its features much.
+    Statistics that fit the images are not learning, but they alone change its features much.
     """
     dtype, device, backbone = trainer.centers["image"].dtype, trainer.device, None
     try:

@@ -119,7 +119,7 @@ def train(
             except NonFiniteError as error:
                 return report_non_finite(out, config.seed, error)
             if asked_to_stop and not is_last:
-                return report_stopped(out, stop.received or "another rank was told to stop", step)
+                return report_stopped(out, stop.received or "another rank was asked to stop", step)
     return None
 
 

@@ -33,7 +33,7 @@ class Colour:
     They are applied in this order: stain, the four of jitter in their own order, grey, blur, solarise.
     """
 
-    brightness: float | None = None  # factor; 1 is no change
+    brightness: float | None = None  # factor; 1 changes nothing
     contrast: float | None = None
     saturation: float | None = None
     hue: float | None = None  # shift, as a share of the colour circle

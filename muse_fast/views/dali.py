@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     jpegs: list[NDArray[np.uint8]]
     crops: list[NDArray[np.int32]]  # [V, 3] y, x, side
     turns: list[NDArray[np.float32]]  # [V, 2, 3] maps a pixel of the turned view to one before the turn
-    windows: list[NDArray[np.int32]]  # [V] width of the blur kernel; 1 is no blur
+    windows: list[NDArray[np.int32]]  # [V] width of the blur kernel; 1 does not blur
     sigmas: list[NDArray[np.float32]]  # [V]
     steps: list[NDArray[np.float32]]  # [V, 4, 4, 1, 1, 1] of each step: factor, is contrast, is saturation, hue shift
     flags: list[NDArray[np.float32]]  # [V, 2, 1, 1, 1] grey, solarise

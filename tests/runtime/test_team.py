@@ -102,14 +102,14 @@ def test_what_is_shown_as_done() -> None:
 )
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 def test_a_rank_that_fails_ends_the_others_with_its_message(error: Exception, said: str, culprit: int) -> None:
-    told = threading.Event()
+    notified = threading.Event()
 
     def act(team: Team) -> list[int]:
         def work(item: int) -> int:
             if team.rank == culprit:
-                told.set()
+                notified.set()
                 raise error
-            told.wait(60)
+            notified.wait(60)
             return item
 
         while True:  # a rank notices when it gives or needs a result

@@ -30,11 +30,11 @@ def silent_losses(scale: Scale) -> Outcome:
         (folder / "in").mkdir(parents=True)
         code, said, summary = _predict(twin := make(folder / "in"), folder / "out")
         found, expected = summary.get("nuclei", 0), len(twin.xy)
-        told = (code == 2 and "error: " in said) or any(summary.get(key) for key in _SAYS)
+        reported = (code == 2 and "error: " in said) or any(summary.get(key) for key in _SAYS)
         complete += code == 0 and found == expected
         refused += code != 0
         tally.add(
-            found == expected or (told and found < expected),
+            found == expected or (reported and found < expected),
             f"{name}: exit code {code}, {found} of {expected} nuclei, said {said[-300:]!r}",
         )
     fewer = len(makers) - complete - refused
