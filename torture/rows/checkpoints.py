@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from muse_fast.errors import UserError
 from muse_fast.runtime import checkpoint
+from muse_fast.training.report import Metrics
 from torture import toy
 from torture.harness import Outcome, Row, Scale, Tally
+from torture.processes import Child
 
 STEMS = ("student", "teacher")
 _TMPFS_BYTES = 12 << 20
@@ -182,11 +185,9 @@ def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)
     try:
         out = place / "run"
-        with toy.PRETRAIN.start(workplace, out) as child:
-            toy.wait_for_step(out, 5, child)
-            fill(place / "others")
-            code = child.wait()
-            said = child.output()
+        arguments = toy.PRETRAIN.arguments(workplace, out)
+        with Child(filling, toy.PRETRAIN, arguments, place / "others", log=toy.log_of(out)) as child:
+            code, said = child.wait(), child.output()
         newest, problems = checkpoint.latest(out)
         left = toy.orphans(out)
         tally.add(not left, f"left over {left}")
@@ -201,6 +202,21 @@ def _command_on_a_full_disk(tally: Tally, scale: Scale) -> None:
         tally.add(code == 0 and toy.losses(out) == toy.losses(scale.folder / "unbroken"), f"resumed: exit code {code}")
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def filling(command: toy.Command, argv: Sequence[str], path: Path) -> int:
+    """Run the command, whose disk is full from the middle of the run on."""
+
+    def with_a_full_disk(train_step: toy.Step) -> toy.Step:
+        def step_on_a_full_disk(trainer: Any, *batch: Any, measure: bool) -> Metrics:
+            if trainer.step == toy.STEPS // 2 - 1:
+                fill(path)
+            return train_step(trainer, *batch, measure=measure)
+
+        return step_on_a_full_disk
+
+    command.wrap_step(with_a_full_disk)
+    return command(argv)
 
 
 def fill(path: Path) -> None:
