@@ -197,7 +197,7 @@ def test_grey_is_refused(tmp_path: Path, rgb: np.ndarray, name: str) -> None:
         tifffile.imwrite(path, values, photometric="minisblack", tile=None if name == "strips.tif" else (64, 64))
     else:
         Image.fromarray(grey.astype(np.uint16) * 257 if name == "sixteen.png" else grey).save(path)
-    with pytest.raises(UserError, match=rf"{name}: its pixels are grey, .*apart by colour"):
+    with pytest.raises(UserError, match=rf"{name}: its pixels are grey, .*recognised by colour"):
         open_slide(path, 0.5)
 
 
