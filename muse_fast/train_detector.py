@@ -8,7 +8,7 @@ from pathlib import Path
 
 from muse_fast.detection.train_finder import TrainDetectorConfig, train_detector
 from muse_fast.runtime.cli import run
-from muse_fast.runtime.options import known_keys, load_settings
+from muse_fast.runtime.options import known_keys, load_settings, split_source_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,9 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="source with train, val and test splits, e.g. brcam2c:DIR")
     parser.add_argument("--out", required=True, type=Path, help="run folder, without a finished run")
     help_ = f"settings: {', '.join(known_keys(TrainDetectorConfig))}"
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=help_)
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help=f"{help_}; source.KEY=VALUE are options of the source"
+    )
     args = parser.parse_intermixed_args(argv)
-    return train_detector(args.data, args.out, load_settings(TrainDetectorConfig, None, args.settings))
+    options, settings = split_source_options(args.settings)
+    return train_detector(args.data, args.out, load_settings(TrainDetectorConfig, None, settings), options)
 
 
 if __name__ == "__main__":

@@ -106,20 +106,20 @@ def test_an_intact_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_leftovers_of_killed_runs_are_removed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gone, here = finished_pid(), os.getppid()
+    gone, here, host = finished_pid(), os.getppid(), socket.gethostname()
     left = [
-        run / "checkpoints" / f".tmp-step-00000003-{socket.gethostname()}-{gone}",
-        run / f".summary.{gone}.json",
-        run / f".metrics.{gone}.jsonl",
+        run / "checkpoints" / f".tmp-step-00000003-{host}-{gone}",
+        run / f".tmp-summary-{host}-{gone}.json",
+        run / f".tmp-metrics-{host}-{gone}.jsonl",
     ]
-    kept = run / "checkpoints" / f".tmp-step-00000004-{socket.gethostname()}-{here}"
+    kept = run / "checkpoints" / f".tmp-step-00000004-{host}-{here}"
     elsewhere = run / "checkpoints" / f".tmp-step-00000004-another-node-{gone}"
     for path in (left[0], kept, elsewhere):
         path.mkdir()
     for path in left[1:]:
         path.touch()
         os.utime(path, (0, 0))
-    others = [run / f".summary.{gone}.yaml", run / ".gitignore"]  # too young, and not ours
+    others = [run / f".tmp-summary-{host}-{gone}.yaml", run / ".gitignore"]  # too young, and not ours
     for path in others:
         path.touch()
     with open(run / "metrics.jsonl", "a") as file:

@@ -478,3 +478,38 @@ def test_positions_outside_the_slide(field: Path) -> None:
     for places, message in (([[1.0, 600.0]], outside), ([3.0], "expected finite positions")):
         with pytest.raises(UserError, match=message):
             muse_fast.embed_slide(field / "a.png", "random:vit_tiny", np.array(places), mpp=0.5)
+
+
+def test_um_per_pixel_from_the_table(field: Path) -> None:
+    """`embed_slide` finds mpp.csv as the command does."""
+    found = muse_fast.embed_slide(field / "a.png", "random:vit_tiny", table(field)[:3], window=96)
+    assert len(found) == 3 and found.uns["muse_fast"]["slide_mpp"].tolist() == [0.5, 0.5]
+
+
+def test_a_folder_called_like_a_detector(field: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "classical").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main([*words(field, tmp_path / "out")[:-1], "nuclei=classical"]) == 0
+    assert len(read(tmp_path / "out")) > 200
+
+
+def test_a_file_has_the_nuclei_of_one_slide(field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.open(field / "a.png").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png")
+    assert main([*words(field, tmp_path / "out"), str(tmp_path / "b.png"), "mpp=0.5"]) == 2
+    assert "has the nuclei of one slide, but there are 2 inputs; give a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "a.h5ad").exists()
+
+
+def test_copies_need_no_nuclei_of_their_own(field: Path, tmp_path: Path) -> None:
+    """As `predict` writes none for them."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(field / "a.png", tmp_path / "in" / name)
+    common = [str(tmp_path / "in"), "mpp=0.5"]
+    assert predict_main(["--weights", "classical", "--out", str(tmp_path / "cells"), *common]) == 0
+    assert not (tmp_path / "cells" / "b").exists()
+    argv = ["--weights", "random:vit_tiny", "--out", str(tmp_path / "out"), *common, "pictures=false"]
+    assert main([*argv, f"nuclei={tmp_path / 'cells'}"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["inputs"] == 1 and summary["refused"] == {}
+    assert list(summary["repeated"]) == [str(tmp_path / "in" / "b.png")]

@@ -32,6 +32,7 @@ from muse_fast.images.imagenet import normalise
 from muse_fast.images.points_csv import read_points
 from muse_fast.images.synthetic import synthetic_image
 from muse_fast.predict import main as predict
+from muse_fast.roiset.roiset import RoiSetWriter
 from muse_fast.runtime import checkpoint, exit_codes
 from muse_fast.runtime.cli import run as run_command
 from muse_fast.runtime.options import load_settings
@@ -227,6 +228,22 @@ def test_other_settings_or_data_do_not_continue_a_run(
     assert "optim.lr=0.5 (was 0.0001)" in capsys.readouterr().err
     assert run_command(main, [*arguments(workplace, out), "--data", "synthetic:9"]) == 2
     assert re.search("trained on 5 images.*has 7", capsys.readouterr().err)
+
+
+def test_tables_of_rois(unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of ROIs have no suffix, though the folder of their set may have a dot."""
+    image, xy, _ = synthetic_image(0, 96, 0.5)
+    names = load_detector(unbroken).class_names
+    for folder in ("v1.5", "b/v1.5"):
+        with RoiSetWriter(tmp_path / folder, provenance={}, label_names=names) as writer:
+            for _ in range(2):
+                writer.add(image, mpp=0.5, xy=xy, label=[0] * len(xy), slide="s", split="test")
+    argv = ["detect", "--weights", str(unbroken), "--draws", "20", "--device", "cpu", "--csv", str(tmp_path / "csv")]
+    both = f"roiset:{tmp_path / 'v1.5'},{tmp_path / 'b' / 'v1.5'}"
+    assert run_command(evaluate_main, [*argv, "--data", both]) == 2
+    assert "has 2 images whose points would be in v1.5-000000.csv; leave out --csv" in capsys.readouterr().err
+    assert run_command(evaluate_main, [*argv, "--data", f"roiset:{tmp_path / 'v1.5'}"]) == 0
+    assert sorted(path.name for path in (tmp_path / "csv").iterdir()) == ["v1.5-000000.csv", "v1.5-000001.csv"]
 
 
 def test_scores_of_the_run(unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

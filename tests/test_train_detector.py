@@ -125,6 +125,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "--out",
         str(out),
         "steps=4",
+        "source.size=224",
         "log_every=2",
         *(f"{k}={v}" for k, v in TINY.items()),
     ]
@@ -134,6 +135,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     summary = json.loads((out / "summary.json").read_text())
     assert [row["detector"] for row in summary["detectors"]] == ["resnet18", "classical", "classical"]
     assert summary["detectors"][1]["threshold"] == ClassicalFinder().threshold
+    assert summary["source_options"] == {"size": "224"}
     assert summary["options"]["steps"] == 4 and summary["images_and_nuclei"]["train"][0] == 5
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]

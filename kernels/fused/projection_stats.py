@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..blocked import projection_stats as blocked
 from ..blocked.projection_stats import positions_of
 from ..namespace import NAMESPACE
 from ..registration import dense, empty_statistics, register_projection_stats
@@ -245,13 +246,10 @@ def projection_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: ``[I, c, h, w]`` float32, float16 or bfloat16, with at least one position; NCHW or channels-last.
-        weight: ``[o, c]`` in the dtype of ``x``, o at most 256.
-
-    Raises:
-        ValueError: too many outputs.
+        weight: ``[o, c]`` in the dtype of ``x``; ``blocked.projection_stats`` handles more than 256 outputs.
     """
     if weight.shape[0] > MAX_OUTPUTS:
-        raise ValueError(f"projection_stats: triton takes at most {MAX_OUTPUTS} outputs, got {weight.shape[0]}")
+        return blocked.projection_stats(x, weight)
     return projection_stats_fwd(x, weight)
 
 

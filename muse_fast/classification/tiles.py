@@ -130,17 +130,18 @@ def _labelled(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArr
     """An image at ``mpp`` um/px, and positions ``[n, 2]`` and classes ``[n]`` of the nuclei on it that have one.
 
     Raises:
-        UserError: the image has no labels.
+        UserError: the image has nuclei without labels.
     """
-    if source.label is None:
+    label = np.zeros(0, np.int16) if source.label is None else source.label
+    if len(label) != len(source.xy):
         raise UserError(
             f"{source.name}: the image has nuclei but no classes, so predictions cannot be scored; "
             "use a labelled source such as brcam2c:DIR"
         )
     image, xy = resample(source, mpp)
     height, width = image.shape[:2]
-    keep = (source.label >= 0) & (xy >= 0).all(axis=1) & (xy < (width, height)).all(axis=1)
-    return image, xy[keep], source.label[keep].astype(np.int64)
+    keep = (label >= 0) & (xy >= 0).all(axis=1) & (xy < (width, height)).all(axis=1)
+    return image, xy[keep], label[keep].astype(np.int64)
 
 
 def resample(source: SourceImage, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:

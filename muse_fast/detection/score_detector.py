@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 from muse_fast.detection.detector import Detector, load_detector
 from muse_fast.detection.samples import LabelledImage, class_names, known_nuclei, labelled_image, labels
 from muse_fast.errors import UserError, require
+from muse_fast.images.image_files import IMAGE_SUFFIXES
 from muse_fast.images.points import Points
 from muse_fast.images.points_csv import write_points
 from muse_fast.runtime import distributed
@@ -84,7 +86,7 @@ def _score(args: argparse.Namespace, team: Team) -> int:
         console.print(f"{name} skipped: {reason}")
     if args.csv is not None:
         for image, points in zip(images, found, strict=True):
-            write_points(args.csv / f"{Path(image.name).stem}.csv", points.xy, points.classes(), points.confidence())
+            write_points(args.csv / _csv_of(image), points.xy, points.classes(), points.confidence())
         console.print(f"points in {args.csv}")
     if args.json is not None:
         report = {
@@ -174,4 +176,14 @@ def _read(args: argparse.Namespace, names: tuple[str, ...]) -> list[SourceImage]
     images = [image for image in source if args.split in ("", image.split)]
     if not images:
         raise UserError(f"{args.data} has no images in the split {args.split!r}; --split '' uses all")
+    if args.csv is not None:
+        name, count = Counter(map(_csv_of, images)).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{args.data} has {count} images whose points would be in {name}; leave out --csv")
     return images
+
+
+def _csv_of(image: SourceImage) -> str:
+    """Name of the table of an image: that of its file, or of its ROI, in which a dot begins no suffix."""
+    path = Path(image.name)
+    return f"{path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name}.csv"

@@ -189,7 +189,9 @@ def best_threshold(finder: NucleusFinder, val: Sequence[Labelled], thresholds: S
 # ------------------------------------------------------------------------------------------------------------ run
 
 
-def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
+def train_detector(
+    data: str, out: Path, options: TrainDetectorConfig, source_options: Mapping[str, Any] | None = None
+) -> int:
     """Train, choose settings on val, score on val and test; write weights, summary.json and metrics.jsonl to ``out``.
 
     Raises:
@@ -197,7 +199,8 @@ def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
     """
     if (out / "summary.json").exists():
         raise UserError(f"{out} contains a finished run; remove it or choose another --out")
-    images = read_splits(open_source(data), SPLITS, lambda item: Labelled(item.image, item.mpp, item.xy))
+    source = open_source(data, **(source_options or {}))
+    images = read_splits(source, SPLITS, lambda item: Labelled(item.image, item.mpp, item.xy))
     counts = {split: (len(found), sum(len(item.xy) for item in found)) for split, found in images.items()}
     described = ", ".join(f"{split} {n} images with {nuclei} nuclei" for split, (n, nuclei) in counts.items())
     print(f"train_detector {data} -> {out}\n{described}\n{options}", flush=True)
@@ -215,6 +218,7 @@ def train_detector(data: str, out: Path, options: TrainDetectorConfig) -> int:
     ]
     summary = {
         "data": data,
+        "source_options": dict(source_options or {}),
         "images_and_nuclei": counts,
         "options": asdict(options),
         "min_distance_um": finder.min_distance_um,

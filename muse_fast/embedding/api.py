@@ -14,9 +14,10 @@ from muse_fast.embedding.encoders import Weights, open_weights
 from muse_fast.embedding.nuclei import Given
 from muse_fast.embedding.parts import Parts
 from muse_fast.embedding.run import EmbedConfig, describe_page, job_of, open_page
+from muse_fast.errors import UserError
 from muse_fast.models.backbone import Backbone
 from muse_fast.models.timm.backbone import TimmBackbone
-from muse_fast.predicting.pages import PageFile
+from muse_fast.predicting.pages import find_pages
 from muse_fast.runtime.device import pick_device
 from muse_fast.runtime.options import load_settings
 
@@ -55,9 +56,11 @@ def embed_slide(
         made_for = model.side if isinstance(model, TimmBackbone) else model.image_size
         weights = Weights(model.arch, "", None, side or made_for, model)
     job = job_of(weights, config, pick_device(config.device, "device"), None if given is None else Given(given))
+    (file, *others), _ = find_pages([Path(path)], config.mpp)
+    if others:
+        raise UserError(f"{path} contains {len(others) + 1} slides and images; expected the path of one")
     with TemporaryDirectory() as folder:
         parts = Parts(Path(folder) / "parts", {})
-        file = PageFile(Path(path), config.mpp)
         with open_page(job, file, parts, _silent) as page:
             page.run(parts, batch=job.batch, readers=job.readers, progress=_silent)
             return files.in_memory(describe_page(job, file, page, parts), config.dtype)

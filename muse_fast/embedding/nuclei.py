@@ -166,6 +166,10 @@ class FromFiles:
         self._names = tuple(read_record(target / PREDICTIONS).get("class_names", ()))
         self._by_name = files_by_name(target, SUFFIXES) if target.is_dir() and not self._predictions else {}
 
+    @property
+    def is_of_one_page(self) -> bool:
+        return self._target.is_file()
+
     def record(self, file: PageFile) -> Any:
         return fingerprint_of(self._file_of(file))
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from muse_fast.classification.tiles import CROP_UM
+from muse_fast.detection.detector import BEST
 from muse_fast.embedding import files
 from muse_fast.embedding.encoders import CropEncoder, Encoder, MapEncoder, Weights, open_weights
 from muse_fast.embedding.nuclei import PREDICTIONS, Detected, FromFiles, NucleiSource
@@ -26,7 +27,13 @@ from muse_fast.images.geojson import MULTI
 from muse_fast.images.mpp import MPP_RANGE
 from muse_fast.images.nuclei_files import SUFFIXES
 from muse_fast.images.slide import FRAMES
-from muse_fast.predicting.detectors import NUCLEI, FineTunedDetector, open_detector
+from muse_fast.predicting.detectors import (
+    NUCLEI,
+    SHIPPED,
+    FineTunedDetector,
+    detector_sha256,
+    open_detector,
+)
 from muse_fast.predicting.inputs import (
     SlidesTaken,
     changed_words,
@@ -37,10 +44,10 @@ from muse_fast.predicting.inputs import (
     read_record,
     scale_words,
     unlike_header,
-    weights_sha256,
 )
 from muse_fast.predicting.pages import PageFile, find_pages, reading_threads
 from muse_fast.runtime import atomic
+from muse_fast.runtime.checkpoint import MANIFEST
 from muse_fast.runtime.device import peak_memory, pick_device
 from muse_fast.runtime.distributed import local_rank
 from muse_fast.runtime.names import text_of
@@ -181,20 +188,20 @@ def _fits(encoder: Encoder, detector: FineTunedDetector, settings: EmbedConfig) 
 def _open_nuclei(text: str, settings: EmbedConfig, device: torch.device, own: FineTunedDetector | None) -> NucleiSource:
     path = Path(text)
     is_file = path.is_file() and path.name.lower().endswith(SUFFIXES)
-    is_folder = path.is_dir() and ((path / PREDICTIONS).is_file() or not any((path / n).is_dir() for n in _RUN))
-    if own is None and (is_file or is_folder):
+    is_folder = path.is_dir() and ((path / PREDICTIONS).is_file() or not any((path / n).exists() for n in _RUN))
+    if own is None and text not in SHIPPED and (is_file or is_folder):
         return FromFiles(path, settings.multi, settings.frame)
     return Detected(
         own or open_detector(text, device),
         text,
-        weights_sha256(text),
+        detector_sha256(text),
         everywhere=not settings.tissue,
         readers=reading_threads(settings.readers),
         max_unreadable=settings.max_unreadable,
     )
 
 
-_RUN = ("checkpoints", "best")  # folders in a run, or files of a checkpoint
+_RUN = ("checkpoints", BEST, MANIFEST)  # in a run, or in a checkpoint
 
 
 def embed(
@@ -218,6 +225,11 @@ def embed(
     started = time.monotonic()
     pages, without_effect = find_pages(inputs, settings.mpp, out)
     job = open_job(weights, settings, arch, compat)
+    if isinstance(job.source, FromFiles) and job.source.is_of_one_page and len(each_slide(pages)) > 1:
+        raise UserError(
+            f"nuclei={settings.nuclei} has the nuclei of one slide, but there are {len(pages)} inputs; "
+            "give a folder with a file named like each"
+        )
     left, refused = _left_to_do(out, pages, job, share)
     random = "" if job.weights.sha256 else " (random)"
     mine = f"share {share}: " if share else ""
@@ -280,7 +292,10 @@ def _left_to_do(
             elif not _summary_of(out, page).is_file():
                 left.append(page)
         except UserError as error:
-            refused[page.path] = reason_of(error, page.path)
+            if _summary_of(out, page).is_file():
+                refused[page.path] = reason_of(error, page.path)
+            else:  # another file of a slide that has nuclei needs none of its own; if it is not one, this is said then
+                left.append(page)
     complete = (out / _SUMMARY).is_file() and ((out / PAGE).is_file() or not job.settings.draws)
     if left:
         (out / _SUMMARY).unlink(missing_ok=True)  # it will not be true

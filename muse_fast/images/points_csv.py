@@ -95,6 +95,7 @@ def class_names_of(paths: Iterable[Path]) -> tuple[str, ...]:
     named = numbered = None
     for path in paths:
         points, found = read_points_and_names(path, np.inf, np.inf)
+        found.pop(-1, None)  # however a file calls what has no class
         names |= {*found.values()}
         if found:
             named = named or path

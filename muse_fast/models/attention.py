@@ -18,6 +18,8 @@ from torch import Tensor
 from muse_fast import ops
 from muse_fast.runtime.kept import kept
 
+_OF_VARLEN = (torch.bfloat16, torch.float16)
+
 Layout = tuple[tuple[int, int], ...]
 """Number of images and tokens per image, for each resolution; rows are ordered by image, then by token."""
 
@@ -33,7 +35,8 @@ def attend(qkv: Tensor, heads: int, layout: Layout, backend: str, bias: Tensor |
     Returns:
         ``[M, C]``.
     """
-    if backend == "sdpa":
+    # Evaluations of a run in 16 bits are in float32, which varlen does not take.
+    if backend == "sdpa" or (backend == "varlen" and qkv.dtype not in _OF_VARLEN):
         parts = _Parts.apply(qkv, bias, heads, layout)
         groups = [_attend_sdpa(*parts[first : first + 3]) for first in range(0, len(parts), 3)]
         return torch.cat(groups) if len(groups) > 1 else groups[0]
@@ -59,7 +62,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     if device.type != "cuda":
         return f"it runs only on CUDA GPUs, and the run is on {device.type}"
     if backend == "varlen":
-        if dtype not in (torch.bfloat16, torch.float16):
+        if dtype not in _OF_VARLEN:
             return f"it supports only bf16 and fp16, and the run uses {dtype}: set train.precision=bf16"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs a GPU of compute capability 8.0 or more"

@@ -185,8 +185,11 @@ class Decoder(nn.Module):
         return self.hyper_feats(self.decode(self.pyramids(encoded)))
 
     def pyramids(self, encoded: Any) -> list[list[Level]]:
-        """The four levels per group, finest first, that decoding starts from."""
-        return [[Level(x, x.shape[-1]) for x in maps] for maps in encoded]
+        """The four levels per group, finest first, that decoding starts from, in the dtype of autocast.
+
+        Under autocast some networks, such as ConvNeXt, return float32 maps.
+        """
+        return [[Level(_cast_for_autocast(x), x.shape[-1]) for x in maps] for maps in encoded]
 
     def decode(self, pyramids: Sequence[Sequence[Level]]) -> list[Maps]:
         """Four levels per group, finest first -> maps of the same sides and widths, not yet projected."""

@@ -19,8 +19,9 @@ def projection_stats(x: Tensor, weight: Tensor, *, backend: str | None = None) -
 
     Args:
         x: ``[I, c, h, w]`` floating point, NCHW or channels-last, with at least one position.
-        weight: ``[o, c]`` in the dtype of ``x``; at most 256 outputs for ``triton``.
-        backend: ``reference``, ``blocked`` or ``triton`` to force one.
+        weight: ``[o, c]`` in the dtype of ``x``.
+        backend: ``reference``, ``blocked`` or ``triton`` to force one; ``triton`` passes more than 256 outputs on to
+            ``blocked``.
 
     Returns:
         ``(mean [o], var [o])``, float32 (float64 for float64); both carry gradients to ``x`` and ``weight``.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from muse_fast.detection.detector import Detector, load_detector
+from muse_fast.detection.detector import BEST, Detector, load_detector
 from muse_fast.finders import classical
 from muse_fast.finders.learned import LearnedFinder, load_finder
 from muse_fast.images.points import Points
+from muse_fast.predicting.inputs import weights_sha256
 
 NUCLEI = "nuclei"
+SHIPPED = (NUCLEI, "classical")  # detectors; files and folders of these names are not looked for
 _TILES_AT_A_TIME = 2  # the network runs on one while peaks are found in the other
 
 
@@ -115,3 +118,11 @@ def open_detector(weights: str, device: torch.device) -> TileDetector:
     if weights == "classical" or weights.endswith(".safetensors"):
         return NucleusDetector(weights, device)
     return FineTunedDetector(load_detector(weights, device), device)
+
+
+def detector_sha256(weights: str) -> str:
+    """Hash of the files from which `open_detector` takes a detector; "" for those that ship with the package."""
+    if weights in SHIPPED:
+        return ""
+    best = Path(weights) / BEST
+    return weights_sha256(str(best) if best.is_dir() else weights)

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -69,13 +70,13 @@ class QuPathFile:
         Args:
             xy: ``[n, 2]`` level-0 pixels.
             label: ``[n]`` class, -1 for none.
-            value: ``[n]`` of the measurement; NaN for none.
+            value: ``[n]`` of the measurement; what is not finite, and so not JSON, is left out.
             number: ``[n]`` which nucleus of the slide each is.
         """
         left, top = self._origin
         rows = zip(number, *xy.T.tolist(), label.tolist(), value.tolist(), strict=True)
         for nucleus, x, y, kind, measured in rows:
-            value_of = f"{self._measurement}:{measured:.4f}" if measured == measured else ""
+            value_of = f"{self._measurement}:{measured:.7g}" if math.isfinite(measured) else ""
             self._file.write(
                 f"{'' if self._first else ','}\n"
                 f'{{"type":"Feature","id":"{uuid.uuid5(self._ids, str(nucleus))}",'
@@ -127,7 +128,7 @@ class CellFiles:
         xy = as_written(xy, self._size)
         rows = list(zip(*xy.T.tolist(), label.tolist(), score.tolist(), strict=True))
         left, top = self._origin
-        self._geojson.write(xy, label, score, range(first, first + len(xy)))
+        self._geojson.write(xy, label, score.round(4), range(first, first + len(xy)))
         self._csv.writelines(
             f"{x:.2f},{y:.2f},{kind},{self._csv_classes[kind]},{score:.4f}"
             f"{f',{x - left:.2f},{y - top:.2f}' if left or top else ''}\n"

@@ -152,7 +152,7 @@ def fingerprint_of(path: Path) -> dict[str, Any]:
 
 
 def weights_sha256(weights: str) -> str:
-    """Hash of the user's weights, a file or the ``.safetensors`` of a folder; "" for built-in ones."""
+    """Hash of weights, a file or the ``.safetensors`` of a folder; "" if there is neither."""
     path = Path(weights)
     if path.is_file():
         return atomic.file_sha256(path)

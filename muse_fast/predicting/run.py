@@ -13,7 +13,7 @@ import torch
 
 from muse_fast.errors import UserError
 from muse_fast.images.mpp import MPP_RANGE
-from muse_fast.predicting.detectors import TileDetector, open_detector
+from muse_fast.predicting.detectors import TileDetector, detector_sha256, open_detector
 from muse_fast.predicting.files import CellFiles
 from muse_fast.predicting.inputs import (
     SlidesTaken,
@@ -25,7 +25,6 @@ from muse_fast.predicting.inputs import (
     read_record,
     scale_words,
     unlike_header,
-    weights_sha256,
 )
 from muse_fast.predicting.pages import PageFile, find_pages, reading_threads
 from muse_fast.predicting.pipeline import Prediction
@@ -82,7 +81,7 @@ def predict(
     made_with = {
         "program": f"muse_fast {__version__}",
         "weights": weights,
-        "weights_sha256": weights_sha256(weights),
+        "weights_sha256": detector_sha256(weights),
         "class_names": list(detector.class_names),
         "detector_mpp": detector.mpp,
         "settings": dict(fixed_settings(settings)),

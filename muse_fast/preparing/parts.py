@@ -28,7 +28,7 @@ from muse_fast.preparing.pool import Pool
 from muse_fast.roiset.roiset import RoiSet, RoiSetWriter
 from muse_fast.runtime import atomic
 from muse_fast.runtime.drawn import save_drawn
-from muse_fast.sources.cut import Cut, CutSettings, SlideFile, Survey, close_slides, survey
+from muse_fast.sources.cut import Cut, CutSettings, SlideFile, Survey, TransientError, close_slides, survey
 from muse_fast.sources.wsi import reason_of
 from muse_fast.version import __version__
 
@@ -45,6 +45,7 @@ class Part:
         dropped: number of dropped squares, by reason.
         refused: positions ``x, y`` of squares that were examined but not kept, by reason.
         skipped: why the slide cannot be used; "" if it can.
+        transient: whether a repeated command tries to use it.
     """
 
     file: SlideFile
@@ -53,6 +54,7 @@ class Part:
     dropped: Counter[str]
     refused: dict[str, list[tuple[int, int]]]
     skipped: str
+    transient: bool = False
 
     @property
     def folder(self) -> Path:
@@ -96,7 +98,8 @@ class Parts:
                 return None
             refused = {reason: [(x, y) for x, y in places] for reason, places in content["refused"].items()}
             rois = RoiSet(folder)
-            return Part(file, rois, content["facts"], Counter(content["dropped"]), refused, content["skipped"])
+            dropped, skipped = Counter(content["dropped"]), content["skipped"]
+            return Part(file, rois, content["facts"], dropped, refused, skipped, content["transient"])
         except (UserError, KeyError, TypeError, ValueError):  # absent, damaged, or half removed
             return None
 
@@ -104,7 +107,7 @@ class Parts:
         """Cut one slide and write its part. If the slide cannot be used, the part says why."""
         surveyed = pool.call(survey, file, self.settings)
         if isinstance(surveyed, UserError):
-            self.skip(file, reason_of(surveyed, file.path))
+            self.skip(file, reason_of(surveyed, file.path), isinstance(surveyed, TransientError))
             return
         cut = Cut(surveyed, self.settings, self.quality)
         try:
@@ -129,10 +132,10 @@ class Parts:
         except UserError as error:
             self.skip(file, reason_of(error, file.path))
 
-    def skip(self, file: SlideFile, reason: str) -> None:
+    def skip(self, file: SlideFile, reason: str, transient: bool = False) -> None:
         """Write the part of a slide that cannot be used."""
         with self._writer(file) as writer:
-            self._describe(writer.folder, file, {}, skipped=reason)
+            self._describe(writer.folder, file, {}, skipped=reason, transient=transient)
 
     def _writer(self, file: SlideFile) -> RoiSetWriter:
         place = self.place(file)
@@ -144,7 +147,13 @@ class Parts:
         return RoiSetWriter(place, provenance={}, label_names=self.settings.label_names, quality=self.quality)
 
     def _describe(
-        self, folder: Path, file: SlideFile, facts: dict[str, Any], cut: Cut | None = None, skipped: str = ""
+        self,
+        folder: Path,
+        file: SlideFile,
+        facts: dict[str, Any],
+        cut: Cut | None = None,
+        skipped: str = "",
+        transient: bool = False,
     ) -> None:
         content = {
             "inputs": _inputs(file),
@@ -152,6 +161,7 @@ class Parts:
             "dropped": dict(cut.dropped) if cut else {},
             "refused": cut.refused if cut else {},
             "skipped": skipped,
+            "transient": transient,
         }
         atomic.write_json(folder / "part.json", content)
 
@@ -207,7 +217,7 @@ def make_parts(
     """
     left: deque[SlideFile] = deque()
     for file in files:
-        if parts.find(file) is None:
+        if (part := parts.find(file)) is None or part.transient:
             left.append(file)
         else:
             watch(file)

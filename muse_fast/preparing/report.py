@@ -66,7 +66,7 @@ class Row:
             "slide": text_of(self.slide),
             "file": text_of(self.file),
             "status": self.status,
-            "reason": self.reason,
+            "reason": text_of(self.reason),
             "group": self.group,
             **{name: self.facts.get(name, "") for name in facts},
             "rois": self.rois,

@@ -40,7 +40,7 @@ from muse_fast.pretraining.losses import (
 )
 from muse_fast.pretraining.start import Start, read_networks, read_start
 from muse_fast.runtime import checkpoint
-from muse_fast.runtime.device import deterministic, moved
+from muse_fast.runtime.device import deterministic, fix_cublas_workspace, moved
 from muse_fast.runtime.distributed import is_main, rank, sum_over_ranks, world_size
 from muse_fast.runtime.options import AUTO
 from muse_fast.runtime.tensors import refuse_misfits
@@ -86,6 +86,8 @@ class Trainer:
         self.logits = logits.choose(config, device)
         self.config = config = self.logits.written_into(config)
         dtype = DTYPES[config.train.precision]
+        if config.train.deterministic and device.type == "cuda":
+            fix_cublas_workspace()  # an evaluation may come before the first step
         if reason := why_not(config.model.attention, device, dtype):
             raise UserError(f"model.attention={config.model.attention} cannot run: {reason}; or use sdpa")
         precise, engine = dtype_of_weights(config.train.precision), config.train.parallel

@@ -67,7 +67,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a single file, which becomes ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f"{_temporary_prefix(path.with_suffix(''))}{os.getpid()}{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
@@ -93,12 +93,9 @@ def file_sha256(path: Path) -> str:
 def writer_of(path: Path) -> int | None:
     """Return the pid of the process on this machine that created a temporary file or folder.
 
-    None if ``path`` is not temporary or is from another machine, which only names of folders show.
+    None if ``path`` is not temporary or is from another machine.
     """
-    if path.name.startswith(".tmp-"):
-        place, _, pid = path.name.rpartition("-")
-        return int(pid) if pid.isdigit() and place.endswith(f"-{socket.gethostname()}") else None
-    named = re.fullmatch(r"\..+?\.(\d+)(\.[^.]*)?", path.name)
+    named = re.fullmatch(rf"\.tmp-.+-{re.escape(socket.gethostname())}-(\d+)(\.[^.]*)?", path.name, re.DOTALL)
     return int(named[1]) if named else None
 
 

@@ -18,9 +18,7 @@ from muse_fast.runtime import exit_codes
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call ``main``; a :class:`UserError`, a full disk and Ctrl-C become one message on stderr and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may have characters that the locale lacks
+    print_any_name()
     try:
         return main(argv)
     except KeyboardInterrupt:
@@ -34,6 +32,13 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror}; make room and start the same command again", file=sys.stderr)
     return exit_codes.USER_ERROR
+
+
+def print_any_name() -> None:
+    """Let this process print names of files with characters that its locale lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -83,6 +83,11 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def fix_cublas_workspace() -> None:
+    """Give cuBLAS, before this process first uses it, a workspace with which its results are the same in every run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
     """Within the body, operations give the same bits in every run of the same program on the same kind of GPU, if
@@ -93,7 +98,7 @@ def deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
     if not enabled or device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    fix_cublas_workspace()
     cudnn, memory = torch.backends.cudnn, cast("Any", torch.utils.deterministic)
     before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from muse_fast.errors import UserError, require
 from muse_fast.runtime import cluster, distributed
+from muse_fast.runtime.cli import print_any_name
 
 _MAX_TIMEOUTS = 1_000  # a task is over when its files are done, however often its time was up
 _CPUS_PER_TASK = 8
@@ -116,6 +117,7 @@ class TaskJob:
         Raises:
             UserError: the command cannot do it.
         """
+        print_any_name()
         return self.command(self.arguments)
 
     def checkpoint(self) -> Any:

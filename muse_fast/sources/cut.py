@@ -138,8 +138,15 @@ Examine = Callable[[Square], Found | Lost]
 OrderedMap = Callable[[Examine, Iterable[Square]], Iterable[Found | Lost]]
 
 
+class TransientError(UserError):
+    """Something that may go well the next time."""
+
+
 def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
-    """Find the tissue and squares of a slide. Errors are returned, so that they reach other processes unchanged."""
+    """Find the tissue and squares of a slide. Errors are returned, so that they reach other processes unchanged.
+
+    A `TransientError` is of the machine, such as a file system that fails for a moment, and not of the slide.
+    """
     try:
         slide = open_slide(file.path, file.mpp)
         try:
@@ -149,7 +156,7 @@ def survey(file: SlideFile, settings: CutSettings) -> Survey | UserError:
     except UserError as error:
         return error
     except (OSError, MemoryError) as error:
-        return UserError(f"{file.path}: {type(error).__name__} ({error})")
+        return TransientError(f"{file.path}: {type(error).__name__} ({error})")
 
 
 def _survey(slide: Slide, file: SlideFile, settings: CutSettings) -> Survey:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from muse_fast.errors import UserError
 from muse_fast.roiset.roiset import Roi, RoiSet
 from muse_fast.runtime.options import split_list
 from muse_fast.sources.base import Source, SourceImage
@@ -16,7 +18,8 @@ from muse_fast.sources.base import Source, SourceImage
 class Prepared(Source):
     """The ROIs of one ROI set after the other, with all their annotations.
 
-    The classes of all sets are merged by name. Slides of the same name in several sets are one slide.
+    The classes of all sets are merged by name; sets that only number them keep their numbers. Slides of the same name
+    in several sets are one slide.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +45,23 @@ class Prepared(Source):
                 yield from ((slide, split or self._split) for slide in each.slides_of(split))
 
     def rois(self) -> Iterator[Roi]:
-        """Yield the ROIs with unchanged JPEGs and labels renumbered to ``label_names``."""
+        """Yield the ROIs with unchanged JPEGs and labels renumbered to ``label_names``.
+
+        Raises:
+            UserError: a set only numbers its classes, another names them.
+        """
         for each in self._sets:
-            # Label -1, unknown, indexes the last element and stays -1.
-            places = np.array([*map(self.label_names.index, each.label_names), -1], np.int16)
             for i in range(len(each)):
                 roi = each[i]
-                yield replace(roi, label=places[roi.label], split=roi.split or self._split)
+                yield replace(roi, label=self._renumbered(roi.label, each), split=roi.split or self._split)
+
+    def _renumbered(self, label: NDArray[np.int16], each: RoiSet) -> NDArray[np.int16]:
+        if each.label_names:
+            # Label -1, unknown, indexes the last element and stays -1.
+            return np.array([*map(self.label_names.index, each.label_names), -1], np.int16)[label]
+        if self.label_names and label.max(initial=-1) >= 0:
+            raise UserError(f"{each.path} only numbers its classes, another set names them; prepare it with labels=")
+        return label
 
     def __iter__(self) -> Iterator[SourceImage]:
         for roi in self.rois():

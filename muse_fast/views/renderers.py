@@ -87,6 +87,8 @@ def _decode(planned: PlannedViews, device: torch.device) -> list[Tensor]:
     jpegs = [planned.jpeg(b) for b in range(planned.num_rois)]
     try:
         if device.type == "cuda":
+            # nvJPEG writes on a stream of its own, which does not wait for those that read this memory before.
+            torch.cuda.current_stream(device).synchronize()
             images = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
         else:
             images = [decode_strictly(jpeg).permute(2, 0, 1) for jpeg in jpegs]

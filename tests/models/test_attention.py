@@ -66,6 +66,13 @@ def test_sdpa_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     torch.testing.assert_close(got.double(), explicit(qkv.double(), HEADS, layout), rtol=tolerance, atol=tolerance)
 
 
+def test_varlen_leaves_float32_to_sdpa() -> None:
+    """Evaluations of a run in bf16 are in float32, which torch's variable-length attention does not take."""
+    layout = LAYOUTS[0]
+    qkv = torch.randn(rows_of(layout), 3 * WIDTH)
+    assert torch.equal(attend(qkv, HEADS, layout, "varlen"), attend(qkv, HEADS, layout, "sdpa"))
+
+
 def test_no_images() -> None:
     assert attend(torch.zeros(0, 3 * WIDTH), HEADS, ((0, 5),), "sdpa").shape == (0, WIDTH)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from muse_fast.errors import UserError
 from muse_fast.finders.learned import load_finder
 from muse_fast.images.synthetic import synthetic_image
-from muse_fast.predicting.detectors import open_detector
+from muse_fast.predicting.detectors import detector_sha256, open_detector
 
 CPU = torch.device("cpu")
 
@@ -37,3 +38,18 @@ def test_missing_weights(tmp_path: Path) -> None:
     pytest.importorskip("muse_fast.detection.detector")
     with pytest.raises(UserError, match=r"run: no such folder"):
         open_detector(str(tmp_path / "run"), CPU)
+
+
+def test_the_hash_is_of_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of folders that have the name of a shipped detector, and not of other checkpoints of a run."""
+    for name in ("nuclei", "run/best", "run/checkpoints/step-00000001"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "detector.safetensors").write_text(name)
+    monkeypatch.chdir(tmp_path)
+    assert detector_sha256("nuclei") == detector_sha256("classical") == ""
+    before = detector_sha256("run")
+    assert before == detector_sha256("run/best") != detector_sha256("./nuclei")
+    shutil.rmtree("run/checkpoints")
+    assert detector_sha256("run") == before
+    Path("run/best/detector.safetensors").write_text("other")
+    assert detector_sha256("run") != before

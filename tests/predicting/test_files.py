@@ -16,7 +16,7 @@ from PIL import Image
 
 from muse_fast.images.drawing import PALETTE
 from muse_fast.images.slide import Frame
-from muse_fast.predicting.files import OVERLAY_SIDE, CellFiles
+from muse_fast.predicting.files import OVERLAY_SIDE, CellFiles, QuPathFile
 
 NAMES = ("tumour", 'odd, "quoted"', "Zelle ä")
 WIDTH, HEIGHT = 5000, 4000
@@ -115,6 +115,16 @@ def test_bytes_depend_only_on_the_cells_and_the_name(tmp_path: Path) -> None:
     assert gzip.decompress(zipped) == (plain / "cells.geojson").read_bytes()
     ids = [{f["id"] for f in strict((p / "cells.geojson").read_text("utf-8"))["features"]} for p in (plain, other)]
     assert not ids[0] & ids[1]
+
+
+def test_measurements_of_any_size(tmp_path: Path) -> None:
+    values = np.array([3e-6, 12345.75, -0.5, 1e30, np.nan, np.inf, 0.9877])
+    with open(tmp_path / "a.geojson", "w") as text:
+        file = QuPathFile(text, "slide", (0, 0), [], "depth")
+        file.write(np.zeros((7, 2)), np.full(7, -1), values.astype(np.float32), range(7))
+        file.finish()
+    found = [one["properties"]["measurements"] for one in strict((tmp_path / "a.geojson").read_text())["features"]]
+    assert found == [{"depth": value} if np.isfinite(value) else {} for value in values.tolist()]
 
 
 @pytest.mark.parametrize("count", [0, 1])

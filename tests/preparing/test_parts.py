@@ -21,6 +21,7 @@ from muse_fast.preparing import parts as parts_module
 from muse_fast.preparing.parts import Parts, make_parts
 from muse_fast.preparing.pool import Pool
 from muse_fast.roiset.roiset import RoiSet
+from muse_fast.sources import cut
 from muse_fast.sources.cut import CutSettings, SlideFile
 from tests.support.planted import write_pyramid
 from tests.support.small_slides import damage, page_with_tissue, write_slide
@@ -265,3 +266,23 @@ def test_parts_of_a_detector_that_was_trained_again_are_refused(tmp_path: Path) 
     detector.write_bytes(b"second")
     with pytest.raises(UserError, match=r"parts made with other settings \(detector_sha256="):
         Parts(tmp_path / "parts", settings, 95)
+
+
+def test_a_fault_of_the_machine_is_tried_again(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a repeated command, which keeps the parts of all other slides."""
+
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    files, parts = slide_files(cohort)[:2], Parts(tmp_path, SETTINGS, 95)
+    make_parts(files[:1], parts, workers=1)
+    before = states(parts.place(files[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(cut, "open_slide", fails)
+        make_parts(files, parts, workers=1)
+    part = parts.find(files[1])
+    assert part is not None and "Input/output error" in part.skipped and part.transient
+    make_parts(files, parts, workers=1)
+    part = parts.find(files[1])
+    assert part is not None and not part.skipped and not part.transient and len(part.rois) > 0
+    assert states(parts.place(files[0])) == before

@@ -62,6 +62,15 @@ def test_sets_without_classes(tmp_path: Path) -> None:
     assert source.label_names == () and item.label is not None and item.label.tolist() == [-1, -1]
 
 
+def test_classes_without_names_keep_their_numbers(two: tuple[Path, Path], tmp_path: Path) -> None:
+    numbered, unknown = write(tmp_path / "n", (), [[0, 3, -1]]), write(tmp_path / "u", (), [[-1]])
+    labels = [item.label.tolist() for item in open_source(f"roiset:{numbered},{unknown}") if item.label is not None]
+    assert labels == [[0, 3, -1], [-1]]
+    assert len(list(open_source(f"roiset:{two[0]},{unknown}"))) == 3
+    with pytest.raises(UserError, match="n only numbers its classes, another set names them; prepare it with labels="):
+        list(open_source(f"roiset:{two[0]},{numbered}"))
+
+
 def test_joined_sets_have_the_same_jpegs(two: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "joined"
     assert prepare.main([f"roiset:{two[0]},{two[1]}", str(out), "split=train"]) == 0

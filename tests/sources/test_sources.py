@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from muse_fast.classification.tiles import cut_tiles
 from muse_fast.errors import UserError
 from muse_fast.sources import SourceImage, open_source
 
@@ -131,6 +132,10 @@ def test_class_names_in_a_csv(points: Path) -> None:
     source = open_source(f"points:{points}", mpp=0.25)
     assert source.label_names == ("odd, name", "tumour")
     assert [item.label.tolist() for item in source if item.label is not None] == [[1, 0, -1], [1]]
+    (points / "b.csv").write_text("x,y,label,class\n1,2,1,tumour\n3,4,-1,unknown\n")  # -1 has no class
+    assert open_source(f"points:{points}", mpp=0.25).label_names == ("odd, name", "tumour")
+    assert [item.label.tolist() for item in source if item.label is not None] == [[1, 0, -1], [1, -1]]
+    (points / "b.csv").write_text("x,y,label,class\n1,2,1,tumour\n")
     source = open_source(f"points:{points}", mpp=0.25, labels=r"tumour,other,odd\, name")
     assert source.label_names == ("tumour", "other", "odd, name")
     assert [item.label.tolist() for item in source if item.label is not None] == [[0, 2, -1], [0]]
@@ -145,6 +150,17 @@ def test_class_names_in_a_csv(points: Path) -> None:
     (points / "a.csv").write_text("x,y,label,class\n1,2,0,\n1,2,1,tumour\n")
     with pytest.raises(UserError, match=r"a.csv: label 0 has no name in the column class; name it, or remove"):
         list(open_source(f"points:{points}", mpp=0.25))
+
+
+def test_tiles_of_an_image_without_nuclei_and_labels(points: Path) -> None:
+    """Its table may be the header alone, which has no column for labels."""
+    (points / "a.csv").write_text("x,y\n")
+    (item,) = open_source(f"points:{points}", mpp=0.25)
+    assert item.label is None and cut_tiles(item, size=32, mpp=0.25) == []
+    (points / "a.csv").write_text("x,y\n1,2\n")
+    (item,) = open_source(f"points:{points}", mpp=0.25)
+    with pytest.raises(UserError, match=r"a.png: the image has nuclei but no classes"):
+        cut_tiles(item, size=32, mpp=0.25)
 
 
 def test_an_image_without_nuclei(points: Path) -> None:

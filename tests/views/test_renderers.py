@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,3 +257,18 @@ def test_why_not_explains_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     reason = renderers.why_not("dali", CPU)
     assert reason is not None and "pip install 'muse_fast[dali]'" in reason
+
+
+def test_nvjpeg_waits_for_those_who_still_read_its_memory(drawn: RoiSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decodes on a stream of its own, into memory that the batch before has freed on this one."""
+    batch, order = next(planned(drawn, SMALL)), []
+
+    def decode(jpegs: list[torch.Tensor], **_: object) -> list[torch.Tensor]:
+        order.append("decode")
+        return [torch.zeros(3, *shape) for shape in batch.shapes.tolist()]
+
+    stream = SimpleNamespace(synchronize=lambda: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(renderers, "decode_jpeg", decode)
+    renderers._decode(batch, torch.device("cuda"))
+    assert order == ["wait", "decode"]

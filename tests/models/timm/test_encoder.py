@@ -253,6 +253,15 @@ def test_one_pass_over_two_sizes_equals_two_passes_with_dropped_paths(key: str) 
     assert not torch.allclose(one[0]["cls"], others[0]["cls"], rtol=0.01)
 
 
+@pytest.mark.parametrize("key", ["convnext", "swin"])
+def test_a_pyramid_trains_in_bf16(key: str) -> None:
+    """Maps of ConvNeXt are float32 under autocast; those of the decoder are not."""
+    trainer = Trainer(settings(PYRAMIDS[key], "train.precision=bf16"), CPU)
+    losses = trainer.train_step(synthetic_views(trainer.config))
+    trainer.check()
+    assert all(torch.isfinite(torch.as_tensor(value)) for value in losses.values())
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_nothing(recompute: str) -> None:
     name, side, _ = VITS["eva02-rope"]
