@@ -133,15 +133,16 @@ def extra_memory(call: Call, arguments: Sequence[Any], device: str) -> int:
 def held_and_peak(prepare: Callable[[], Any], run: Callable[[], Any], device: str) -> tuple[int, int]:
     """Return the bytes allocated after ``prepare()``, and the peak during ``run()`` after it, including those.
 
-    On the CPU this counts all allocations through torch, like `extra_memory`.
+    On the CPU this counts all allocations through torch, like `extra_memory`. On CUDA the memory of CUDA graphs counts
+    for the peak, though a replay allocates nothing.
     """
     if device == "cuda":
-        before = torch.cuda.memory_allocated()
+        before, of_others = torch.cuda.memory_allocated(), free_for_replays()
         prepare()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        return held - before, torch.cuda.max_memory_allocated() - before
+        return held - before, torch.cuda.max_memory_allocated() + free_for_replays() - of_others - before
     with profiled_memory() as profile:
         prepare()
         with torch.autograd.profiler.record_function("run"):
@@ -155,6 +156,12 @@ def held_and_peak(prepare: Callable[[], Any], run: Callable[[], Any], device: st
             total += change
             peak = max(peak, total)
     return held, peak
+
+
+def free_for_replays() -> int:
+    """Return the bytes in the pools of CUDA graphs that no tensor has, but that their replays write."""
+    pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
 
 
 def profiled_memory() -> torch.autograd.profiler.profile:

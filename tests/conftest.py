@@ -22,6 +22,7 @@ if not torch.cuda.is_available():  # set before kernels are imported: Triton rea
 settings.register_profile("fixed", max_examples=200, deadline=None, derandomize=True, database=None)
 settings.register_profile("search", max_examples=5_000, deadline=None)
 settings.load_profile("fixed")
+torch.backends.cudnn.allow_tf32 = False  # its rounding is coarser than the tolerances of float32
 torch.set_num_threads(1)  # same sums on every machine, and tests in parallel do not compete for cores
 
 

@@ -10,7 +10,7 @@ from muse_fast.ops import backends, reference
 
 
 def join_heads(
-    parts: Sequence[Tensor], *, with_sums: bool = False, backend: str | None = None
+    parts: Sequence[Tensor], with_sums: bool = False, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Join the heads of each token, then q, k and v, then the rows of all resolutions.
 

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from muse_fast.models.backbone import WithBackbone
 from muse_fast.runtime.distributed import world_size
 
+_FORMS_OF_LAYERS = 64  # dtypes, sizes of batches and views, dropped paths, with a branch to add or without
+
 _Network = TypeVar("_Network", bound=WithBackbone)
 
 
@@ -37,6 +39,9 @@ def place(network: _Network, device: torch.device, dtype: torch.dtype, engine: s
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and not is_sharded(engine):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     if compiled:
+        # All layers, of student and teacher, are compiled from the same code, and each form of them counts towards the
+        # limit beyond which torch would run them as they are.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _FORMS_OF_LAYERS)
         for layer in network.backbone.encoder.layers:
             layer.compile(dynamic=False)  # a network sees few shapes
     return network

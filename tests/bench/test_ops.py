@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -38,6 +39,7 @@ from bench.ops.cases import (
     stats_inputs,
     view_inputs,
 )
+from muse_fast import ops
 from muse_fast.ops import backends, reference
 
 LOSS = Case(
@@ -330,6 +332,21 @@ def test_an_unknown_op_or_case_is_an_error(
     with pytest.raises(SystemExit):
         command.main(["ops", "--device", "cpu", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", TINY, ids=[case.op for case in TINY])
+def test_inputs_of_a_case_are_those_of_its_op(case: Case) -> None:
+    """Backends that run only on a GPU get them too."""
+    signature = inspect.signature(getattr(ops, case.op))
+    signature.bind(*timing.arguments_of(case, "cpu"), backend="triton")
+
+
+def test_cases_with_targets_come_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a machine may be lent for less time than all of them take."""
+    monkeypatch.setattr(timing, "CASES", CASES)
+    with_targets = [any(target.device == "cuda" for target in case.targets) for case in timing.selected("cuda")]
+    assert with_targets == sorted(with_targets, reverse=True) and True in with_targets and False in with_targets
+    assert timing.selected("cpu") == [case for case in CASES if "cpu" in case.devices]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,24 @@ def test_bfloat16_runs_are_also_gated_in_float32() -> None:
     assert len(timing.gates(load_config(None, TINY))) == 1
 
 
+def test_what_cannot_run_in_float32_is_gated_in_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    def note(versions: Sequence[Version], *_: object) -> None:
+        names.append([version.name for version in versions])
+
+    monkeypatch.setattr(timing, "check", note)
+    monkeypatch.setattr(timing, "interleaved", lambda *_: None)
+    versions = [
+        FAIR,
+        Version("varlen", "fast", ("model.attention=varlen",)),
+        Version("compiled", "fast", ("train.compile=True",)),
+        FAST,
+    ]
+    timing.run(versions, [*TINY, "train.precision=bf16"], "cpu", 0, 1.0, None)
+    assert names == [["fair", "fast"], ["fair", "varlen", "compiled", "fast"]]
+
+
 # --- measurements
 
 
@@ -206,6 +224,23 @@ def test_held_and_peak_count_live_memory() -> None:
         torch.empty(9_000_000, dtype=torch.uint8)
 
     assert held_and_peak(prepare, run, "cpu") == (1_000_000, 4_000_000)
+
+
+def test_memory_of_cuda_graphs_counts_for_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay writes into its pool, of which no tensor has most; free memory of other pools does not count."""
+    pools = [
+        {"segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 10},
+        {"segment_pool_id": (0, 1), "total_size": 500, "allocated_size": 100},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: pools)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 110)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 150)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+
+    def record() -> None:
+        pools.append({"segment_pool_id": (0, 2), "total_size": 3000, "allocated_size": 1000})
+
+    assert held_and_peak(record, lambda: None, "cuda") == (0, 150 + 2000 - 110)
 
 
 def test_ratios_targets_and_efficiency() -> None:
