@@ -67,7 +67,7 @@ def run_on_two_ranks(command: Command, argv: list[str], two_ranks: Ranks) -> Non
 def test_a_killed_rank_starts_again_and_a_stopped_job_saves(
     command: Command, workplace: Path, unbroken: Path, tmp_path: Path, two_ranks: Ranks
 ) -> None:
-    """torchrun restarts the ranks from the checkpoint of step 6, and passes SIGTERM on to them."""
+    """torchrun restarts the ranks from the last checkpoint, and passes SIGTERM on to them."""
     out = tmp_path / "run"
     argv = arguments(command, workplace, out)
     with Job(command.name, argv, "--max-restarts", "1", log=toy.log_of(out)) as job:
@@ -83,7 +83,8 @@ def test_a_killed_rank_starts_again_and_a_stopped_job_saves(
         printed, steps = job.output(), job.steps()
     # On a busy machine torchrun may end the other rank before it notices.
     assert printed.count("lost its connection to another rank") <= 1 and "[rank" not in printed
-    assert printed.count("muse_fast ") == 2 and steps[before] == 8  # only the main rank prints
+    assert printed.count("muse_fast ") == 2  # only the main rank prints
+    assert 8 <= steps[before] <= steps[before - 1] + 2  # from the checkpoint of step 6, or a later one
     assert_saved(out, steps[-1])
     run_on_two_ranks(command, argv, two_ranks)
     assert_same_end(command, out, unbroken)
