@@ -22,7 +22,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     try:
         return main(argv)
     except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, and the same command does the rest", file=sys.stderr)
+        print("interrupted; repeat the command to finish it", file=sys.stderr)
         return exit_codes.INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -40,7 +40,7 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert run(command, []) == 130  # as shells do
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "interrupted; what is finished is kept, and the same command does the rest\n"
+    assert capsys.readouterr().err == "interrupted; repeat the command to finish it\n"
 
 
 def test_other_errors_of_files_are_not_hidden() -> None:
