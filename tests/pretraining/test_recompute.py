@@ -102,6 +102,7 @@ def test_compiled_layers_train_alike(recompute: str, backend: str, monkeypatch: 
         expected, got = (read_back(trainer.train_step(toy_views(seed))) for trainer in (eager, compiled))
         for name in ("loss", "loss_image", "loss_nucleus", "grad_norm"):
             assert got[name] == pytest.approx(expected[name], rel=1e-4), (seed, name)
-    # Of student and teacher, one for layers that add a branch first, one for those after a tapped layer.
-    assert counters["stats"]["unique_graphs"] == 4
+    # Of student and teacher, one for layers that add a branch first, one for those after a tapped layer. If all of a
+    # student's layer is computed again, its sum is stored, and no layer of the student adds a branch first.
+    assert counters["stats"]["unique_graphs"] == (3 if recompute == "full" else 4)
     assert not counters["graph_break"]
