@@ -161,9 +161,10 @@ stage_data() {
   timeout "$(within 470)" "$PYTHON" -m bench data --device "$DEVICE" --json "$OUT/data.json" "${arguments[@]}"
 }
 
-# What each loss and the scales of the views contribute; on a CPU two steps on procedural ROIs.
+# What each loss contributes, beside the untrained network, with two seeds; on a CPU two steps on procedural ROIs.
 stage_ablation() {
-  local rois=${ROIS:-} arguments=(--seconds "$(within 430)")
+  local rois=${ROIS:-} arguments=(--seconds "$(within 430)" --variant "both losses" --variant "image loss"
+    --variant "nucleus loss" --seed 0 --seed 1)
   if [[ $DEVICE == cpu ]]; then
     rois=$OUT/rois
     arguments=(--variant "both losses" --seed 0 --mpp 0.25 model.arch=vit_tiny optim.steps=2 optim.warmup_steps=1
