@@ -30,7 +30,7 @@ def begin(out: Path) -> Path:
     if out.exists():
         raise UserError(f"{out} exists already; remove it or choose another place")
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
+    _remove_stale(out.parent, _temporary_prefix(out))
     folder = out.parent / f"{_temporary_prefix(out)}{os.getpid()}"
     folder.mkdir()
     return folder
@@ -67,7 +67,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a single file, which becomes ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_temporary_prefix(path.with_suffix(''))}{os.getpid()}{path.suffix}")
+    prefix = _temporary_prefix(path.with_suffix(""))
+    _remove_stale(path.parent, prefix, path.suffix)
+    temporary = path.with_name(f"{prefix}{os.getpid()}{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
@@ -125,9 +127,9 @@ def _temporary_prefix(out: Path) -> str:
     return f".tmp-{out.name}-{socket.gethostname()}-"
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what killed writers of ``out`` left on this machine."""
-    for path in out.parent.iterdir():
-        pid = path.name.removeprefix(_temporary_prefix(out))
-        if pid != path.name and pid.isdigit() and not is_running(int(pid)):
-            shutil.rmtree(path)
+def _remove_stale(place: Path, prefix: str, suffix: str = "") -> None:
+    """Remove the temporary files or folders that killed writers of one name left in ``place`` on this machine."""
+    for path in place.iterdir():
+        pid = path.name.removeprefix(prefix).removesuffix(suffix)
+        if path.name == f"{prefix}{pid}{suffix}" and pid.isdigit() and not is_running(int(pid)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

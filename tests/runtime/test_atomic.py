@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,20 @@ def test_processes_of_two_machines_do_not_share_a_temporary_file(
                 theirs.write_text("theirs")
             assert path.read_text() == "theirs"
     assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """Of the same file, but not what a running process or another machine writes."""
+    host = socket.gethostname()
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    gone, here = process.pid, os.getppid()
+    left = tmp_path / f".tmp-a-{host}-{gone}.json"
+    others = [f".tmp-a-{host}-{here}.json", f".tmp-a-another.node-{gone}.json", f".tmp-b-{host}-{gone}.json", "a.txt"]
+    for path in (left, *(tmp_path / name for name in others)):
+        path.touch()
+    atomic.write_json(tmp_path / "a.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "a.json"])
 
 
 def test_a_folder_is_not_taken_for_a_file(tmp_path: Path) -> None:
