@@ -295,7 +295,7 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a run of muse_fast.finetune, or one of its checkpoints")
-    folder = find_checkpoint(path / BEST if (path / BEST).is_dir() else path)
+    folder = find_checkpoint(best_of(path))
     state = checkpoint.read_state(folder)
     if STEM not in state:
         raise UserError(f"{folder} is a checkpoint of pretraining, not a detector; run muse_fast.finetune on it first")
@@ -304,6 +304,11 @@ def load_detector(path: str | Path, device: torch.device | str = "cpu") -> Detec
     detector = build_detector(DetectorSpec(**{**recorded, **tuples}))
     detector.load_state_dict(checkpoint.read_tensors(folder, STEM))
     return detector.to(device).eval()
+
+
+def best_of(path: Path) -> Path:
+    """The folder of the best detector of a run, or ``path``."""
+    return path / BEST if (path / BEST).is_dir() else path
 
 
 def build_detector(spec: DetectorSpec) -> Detector:

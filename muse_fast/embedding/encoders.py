@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from muse_fast.classification.tiles import crops_around
-from muse_fast.detection.detector import BEST, STEM, Detector, load_detector
+from muse_fast.detection.detector import BEST, STEM, Detector, best_of, load_detector
 from muse_fast.detection.squares import cut_square
 from muse_fast.errors import UserError, require
 from muse_fast.models.backbone import Backbone
@@ -203,7 +203,7 @@ def open_weights(text: str, arch: str | None, compat: str | None, side: int | No
         if holds_detector(Path(text)):
             detector = load_detector(text)
             network, mpp, made_for = detector.backbone, detector.mpp, detector.spec.sample_size
-            folder = Path(text) / BEST if (Path(text) / BEST).is_dir() else Path(text)
+            folder = best_of(Path(text))
         else:
             network, folder = load_backbone(arch, text, compat=compat), Path(text)
             made_for = network.image_size

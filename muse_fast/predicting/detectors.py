@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from muse_fast.detection.detector import BEST, Detector, load_detector
+from muse_fast.detection.detector import Detector, best_of, load_detector
 from muse_fast.finders import classical
 from muse_fast.finders.learned import LearnedFinder, load_finder
 from muse_fast.images.points import Points
@@ -124,5 +124,4 @@ def detector_sha256(weights: str) -> str:
     """Hash of the files from which `open_detector` takes a detector; "" for those that ship with the package."""
     if weights in SHIPPED:
         return ""
-    best = Path(weights) / BEST
-    return weights_sha256(str(best) if best.is_dir() else weights)
+    return weights_sha256(str(best_of(Path(weights))))

@@ -51,14 +51,15 @@ class Prepared(Source):
             UserError: a set only numbers its classes, another names them.
         """
         for each in self._sets:
+            # Label -1, unknown, indexes the last element and stays -1.
+            places = np.array([*map(self.label_names.index, each.label_names), -1], np.int16)
             for i in range(len(each)):
                 roi = each[i]
-                yield replace(roi, label=self._renumbered(roi.label, each), split=roi.split or self._split)
+                label = places[roi.label] if each.label_names else self._numbered(roi.label, each)
+                yield replace(roi, label=label, split=roi.split or self._split)
 
-    def _renumbered(self, label: NDArray[np.int16], each: RoiSet) -> NDArray[np.int16]:
-        if each.label_names:
-            # Label -1, unknown, indexes the last element and stays -1.
-            return np.array([*map(self.label_names.index, each.label_names), -1], np.int16)[label]
+    def _numbered(self, label: NDArray[np.int16], each: RoiSet) -> NDArray[np.int16]:
+        """The labels of a set that does not name them, which are refused if another set does."""
         if self.label_names and label.max(initial=-1) >= 0:
             raise UserError(f"{each.path} only numbers its classes, another set names them; prepare it with labels=")
         return label
